@@ -1,0 +1,99 @@
+"""Axis-aligned boxes: the sets that flow through a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Box:
+    """The set {x : lower <= x <= upper}, elementwise; both ends have one shape, the set's dimensions.
+
+    A box keeps the form it was made in, its two ends or its centre and radius, and derives the other on demand:
+    a chain of affine maps then neither recomputes nor loses digits of small radii.
+    """
+
+    __slots__ = ("_center", "_lower", "_radius", "_upper")
+
+    def __init__(self, lower: Tensor, upper: Tensor) -> None:
+        if lower.shape != upper.shape:
+            raise ValueError(f"lower has shape {tuple(lower.shape)}, upper {tuple(upper.shape)}: they must be equal")
+        self._lower, self._upper = lower, upper
+        self._center: Tensor | None = None
+        self._radius: Tensor | None = None
+
+    @classmethod
+    def around(cls, center: Tensor, radius: Tensor) -> Box:
+        """The box [center - radius, center + radius]; `radius` must be non-negative and of center's shape."""
+        if center.shape != radius.shape:
+            raise ValueError(f"center has shape {tuple(center.shape)}, radius {tuple(radius.shape)}: must be equal")
+        box = cls.__new__(cls)
+        box._lower = box._upper = None
+        box._center, box._radius = center, radius
+        return box
+
+    @property
+    def lower(self) -> Tensor:
+        if self._lower is None:
+            self._lower = self._center - self._radius
+        return self._lower
+
+    @property
+    def upper(self) -> Tensor:
+        if self._upper is None:
+            self._upper = self._center + self._radius
+        return self._upper
+
+    @property
+    def center(self) -> Tensor:
+        if self._center is None:
+            self._center = (self._lower + self._upper) / 2
+        return self._center
+
+    @property
+    def radius(self) -> Tensor:
+        if self._radius is None:
+            self._radius = (self._upper - self._lower) / 2
+        return self._radius
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.like.shape
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Box:
+        """The box with `function`, which only moves or averages elements, applied to the form this box was made in."""
+        if self._center is not None and self._radius is not None:
+            return Box.around(function(self._center), function(self._radius))
+        return Box(function(self.lower), function(self.upper))
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the box's shape, dtype and device; its values mean nothing."""
+        return self._lower if self._lower is not None else self._center
+
+    def contains(self, point: Tensor, tolerance: float = 0.0) -> Tensor:
+        """Elementwise: does `point` lie between the ends, give or take `tolerance`? A bool tensor."""
+        return (point >= self.lower - tolerance) & (point <= self.upper + tolerance)
+
+    def detach(self) -> Box:
+        return Box(self.lower.detach(), self.upper.detach())
+
+    def __repr__(self) -> str:
+        return f"Box(shape={tuple(self.shape)})"
+
+
+def linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = (0.0, 1.0)) -> Box:
+    """All images within `eps` of `x` in every pixel, cut to the valid range.
+
+    Args:
+        x: images, any shape.
+        eps: perturbation radius in the units of `x`; a scalar tensor (so that a compiled step need not be rebuilt
+            as it grows), or a tensor that broadcasts against `x`, for a radius per image.
+        clip: the range pixels can take, or None for no cut.
+    """
+    lower, upper = x - eps, x + eps
+    if clip is not None:
+        lower, upper = lower.clamp(*clip), upper.clamp(*clip)
+    return Box(lower, upper)

@@ -1,0 +1,52 @@
+"""Margins z_y - z_j, bounded through the affine operations that end a network as one affine map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from certtrain.bounds.box import Box
+from certtrain.bounds.tracing import Call, Ref, map_leaves
+
+
+def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Tensor:
+    """Lower bounds of z_y - z_j where z = tail(h) for h in `box`.
+
+    With z = W h + b: (w_y - w_j)·c - |w_y - w_j|·r + (b_y - b_j), never the difference of two separately bounded
+    logits, which would forget that both see the same h.
+
+    Args:
+        tail: affine calls, each taking the one before; empty for the identity.
+        box: (B, ...), what enters the first of them.
+        labels: (B,) int64, the classes y.
+
+    Returns:
+        (B, K); exactly 0 in column y.
+    """
+    logits = apply_tail(tail, box.center)
+    centers = logits.gather(1, labels[:, None]) - logits
+    return centers - _deviations(tail, box.radius, labels, logits)
+
+
+def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:
+    for call in tail:
+        args, kwargs = map_leaves((call.args, call.kwargs), Ref, lambda _, h=h: h)
+        h = call.function(*args, **kwargs)
+    return h
+
+
+def _deviations(tail: Sequence[Call], radius: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
+    """(B, K): how far z_y - z_j can be from its value at the box's centre."""
+    if len(tail) == 1 and tail[0].function is F.linear and radius.dim() == 2:
+        weight = tail[0].args[1]
+        difference = weight[labels][:, None, :] - weight
+        return torch.einsum("bkh,bh->bk", difference.abs(), radius)
+    # The rows (w_y - w_j) of any affine tail are vector-Jacobian products of it.
+    eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+    rows = eye[labels][:, None, :] - eye
+    _, pull_back = torch.func.vjp(lambda h: apply_tail(tail, h), torch.zeros_like(radius))
+    coefficients = torch.func.vmap(lambda row: pull_back(row)[0], in_dims=1, out_dims=1)(rows)
+    return (coefficients.abs() * radius[:, None]).flatten(2).sum(2)

@@ -1,0 +1,115 @@
+"""Batches: shuffled and augmented on the device for training, in order for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certtrain.data.dataset import Split
+from certtrain.data.seeding import generator
+from certtrain.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes to training images.
+
+    Attributes:
+        flip: mirror left to right with probability one half.
+        crop: shift by up to ± this many pixels in each direction, each shift equally likely; what moves in from
+            outside repeats the edge. The shift comes before the flip.
+    """
+
+    flip: bool = False
+    crop: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop < 0:
+            raise UsageError(f"augmentation: crop must not be negative, got {self.crop}")
+
+
+NO_AUGMENTATION = Augmentation()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 pixels of any shape as float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Batches in an epoch of `n` images; the last, incomplete one counts."""
+    if batch_size < 1:
+        raise UsageError(f"batch size must be positive, got {batch_size}")
+    return -(-n // batch_size)
+
+
+def epoch_batches(
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    start_step: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of training batches: every image once, in random order; the last, incomplete batch is kept.
+
+    Order and augmentation follow from (seed, epoch) alone, on every device and for every batch size; starting at
+    `start_step` = k yields what an uninterrupted epoch yields from its k-th batch on.
+
+    Yields:
+        images float32 (B, C, H, W) in [0, 1] and labels int64 (B,), on the split's device.
+
+    Raises:
+        UsageError: a batch size below 1, a negative seed or epoch, or a start step outside the epoch.
+    """
+    n, device = len(split), split.images.device
+    steps = steps_per_epoch(n, batch_size)
+    if epoch < 0:
+        raise UsageError(f"epoch must not be negative, got {epoch}")
+    if not 0 <= start_step <= steps:
+        raise UsageError(f"start step {start_step} is outside an epoch of {steps} steps")
+
+    # The whole epoch is drawn and sent to the device here: no step depends on an earlier one, or waits for the host.
+    stream = generator(seed, epoch)
+    order = torch.randperm(n, generator=stream).to(device)
+    flips = (torch.rand(n, generator=stream) < 0.5).to(device)
+    shifts = torch.randint(-augmentation.crop, augmentation.crop + 1, (n, 2), generator=stream).to(device)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        here = slice(step * batch_size, (step + 1) * batch_size)
+        chosen = order[here]
+        if augmentation == NO_AUGMENTATION:
+            images = split.images[chosen]
+        else:
+            flip = flips[here] if augmentation.flip else torch.zeros_like(flips[here])
+            images = _moved(split.images, chosen, shifts[here], flip)
+        return to_float(images), split.labels[chosen]
+
+    return (batch(step) for step in range(start_step, steps))
+
+
+def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The split in its own order, once; the last, incomplete batch is kept.
+
+    Yields:
+        images float32 (B, C, H, W) in [0, 1] and labels int64 (B,), on the split's device.
+    """
+    steps = steps_per_epoch(len(split), batch_size)
+    parts = (slice(step * batch_size, (step + 1) * batch_size) for step in range(steps))
+    return ((to_float(split.images[part]), split.labels[part]) for part in parts)
+
+
+def _moved(images: Tensor, chosen: Tensor, shifts: Tensor, flip: Tensor) -> Tensor:
+    """images[chosen], the b-th moved by shifts[b] = (dy, dx) with repeated edges, then mirrored where flip[b]."""
+    _, channels, height, width = images.shape
+    device = images.device
+    # Reading at a coordinate clamped to the image is what padding with repeated edges and cropping amounts to.
+    rows = (torch.arange(height, device=device) + shifts[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) + shifts[:, 1:]).clamp(0, width - 1)
+    columns = torch.where(flip[:, None], columns.flip(1), columns)
+    channel = torch.arange(channels, device=device)
+    return images[chosen[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]

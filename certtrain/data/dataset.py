@@ -1,0 +1,138 @@
+"""What every loader returns: images and labels as tensors, checked once, on construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from certtrain.data.seeding import generator
+from certtrain.errors import DataError, UsageError
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images and their labels.
+
+    Attributes:
+        images: uint8 (N, C, H, W), N > 0.
+        labels: int64 (N,), on the same device.
+
+    Raises:
+        DataError: wrong type, shape or device, or no images.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise DataError(f"images must be uint8 (N, C, H, W), not {_describe(images)}")
+        if labels.dtype != torch.int64 or labels.dim() != 1:
+            raise DataError(f"labels must be int64 (N,), not {_describe(labels)}")
+        if len(images) != len(labels):
+            raise DataError(f"{len(images)} images but {len(labels)} labels")
+        if images.numel() == 0:
+            raise DataError(f"no images: {_describe(images)}")
+        if images.device != labels.device:
+            raise DataError(f"images are on {images.device}, labels on {labels.device}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same images and labels on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def take(self, indices: Tensor | slice) -> Split:
+        """The images at `indices` (int64 (M,) or bool (N,), on the CPU or on this split's device), or of a slice."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification data set.
+
+    Attributes:
+        train, test, validation: the splits; all images of one size, all labels in [0, num_classes).
+        classes: a name per class.
+        mean, std: per channel, in units of [0, 1] pixels: what the model's first layer normalises its input with.
+
+    Raises:
+        DataError: the splits do not fit each other or the classes.
+    """
+
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    validation: Split | None = None
+
+    def __post_init__(self) -> None:
+        for name, split in (("train", self.train), ("test", self.test), ("validation", self.validation)):
+            if split is None:
+                continue
+            if split.images.shape[1:] != self.train.images.shape[1:]:
+                raise DataError(f"{name} images are {_size(split)}, train images are {_size(self.train)}")
+            low, high = (int(bound) for bound in split.labels.aminmax())
+            if low < 0 or high >= self.num_classes:
+                raise DataError(f"{name} labels reach from {low} to {high}, outside 0 to {self.num_classes - 1}")
+        channels = self.image_shape[0]
+        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
+            raise DataError(f"mean {self.mean} and std {self.std} must be {channels} numbers each, std positive")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data set with every split on `device`."""
+        validation = None if self.validation is None else self.validation.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
+
+    def with_validation(self, amount: float | int, seed: int) -> Dataset:
+        """Cut a random subset off train and make it the validation split; both keep train's order.
+
+        Args:
+            amount: a share of train in (0, 1) as a float, or a number of images as an int; 0 cuts nothing.
+            seed: which images; the same seed gives the same subset.
+
+        Raises:
+            UsageError: the amount is negative or would leave train or validation empty, or there is a validation split.
+        """
+        if amount == 0:
+            return self
+        if self.validation is not None:
+            raise UsageError("this data set already has a validation split")
+        total = len(self.train)
+        count = round(amount * total) if isinstance(amount, float) and 0 < amount < 1 else amount
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 < count < total:
+            raise UsageError(
+                f"validation is {amount!r}: not a share in (0, 1) or a number of images "
+                f"that leaves both splits of {total} images non-empty"
+            )
+        held_out = torch.zeros(total, dtype=torch.bool)
+        held_out[torch.randperm(total, generator=generator(seed))[:count]] = True
+        return replace(self, train=self.train.take(~held_out), validation=self.train.take(held_out))
+
+
+def identity_normalization(channels: int) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of a `Dataset` whose pixels enter the network as they are."""
+    return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _size(split: Split) -> str:
+    return "x".join(map(str, split.images.shape[1:]))

@@ -1,0 +1,51 @@
+"""Your own data as two numpy archives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from certtrain.data.dataset import Dataset, Split, identity_normalization
+from certtrain.errors import DataError
+
+
+def load_npz(path: Path, download: bool) -> Dataset:
+    """`<path>/train.npz` and `<path>/test.npz`, each with two arrays:
+
+    `images`: uint8 (N, H, W, C), or (N, H, W) for one channel; `labels`: non-negative integers (N,).
+
+    There are as many classes as the largest label of both files plus one; a class may have no images. Normalisation
+    is the identity. Nothing is downloaded.
+    """
+    train, test = _read(path / "train.npz"), _read(path / "test.npz")
+    num_classes = 1 + max(int(split.labels.max()) for split in (train, test))
+    return Dataset(
+        train, test, classes=tuple(map(str, range(num_classes))), **identity_normalization(train.images.shape[1])
+    )
+
+
+def _read(file: Path) -> Split:
+    if not file.is_file():
+        raise DataError(f"{file} is missing: the npz data set needs train.npz and test.npz in one folder")
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except Exception as error:  # zipfile, zlib and numpy have a dozen ways to complain of a damaged archive
+        raise DataError(f"{file} is no readable archive of `images` and `labels`: {error}") from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(f"{file}: images must be uint8 (N, H, W, C) or (N, H, W), not {images.dtype} {images.shape}")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[1] <= 4 < images.shape[3]:
+        raise DataError(f"{file}: images of shape {images.shape} have their channels first; they must come last")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{file}: labels must be integers, not {labels.dtype}")
+    if labels.size and labels.min() < 0:
+        raise DataError(f"{file}: labels must not be negative, the smallest is {labels.min()}")
+    try:
+        channels_first = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        return Split(torch.from_numpy(channels_first), torch.from_numpy(labels.astype(np.int64)))
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error

@@ -1,0 +1,168 @@
+"""TinyImageNet: read from its official archive, decoded once, then opened from a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Sequence
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+
+from certtrain.data.dataset import Dataset, Split
+from certtrain.data.decoding import decode_images
+from certtrain.errors import DataError
+
+URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+FOLDER = "tiny-imagenet-200"
+
+
+def load_tinyimagenet(root: Path, download: bool) -> Dataset:
+    """TinyImageNet: 100,000 + 10,000 images, 3×64×64, 200 classes, from `<root>/tiny-imagenet-200/`.
+
+    The test split is the official validation set: the official test images have no labels. Class k is the k-th
+    WordNet id of `wnids.txt` in sorted order (not in the file's order), and that id is its name. Grey images become
+    RGB.
+
+    If the folder is missing, it is extracted from `<root>/tiny-imagenet-200.zip`, or from a download. The decoded
+    images are kept in `<root>/tiny-imagenet-200-cache/`, 1.3 GB, and decoded again when the image files change.
+    """
+    source = root / FOLDER
+    if not source.is_dir():
+        _install(root, download)
+    try:
+        classes = sorted((source / "wnids.txt").read_text().split())
+        train, test = _train_files(source, classes), _test_files(source, classes)
+        return Dataset(
+            train=_read("train", *train, root),
+            test=_read("test", *test, root),
+            classes=tuple(classes),
+            mean=(0.4802, 0.4481, 0.3975),
+            std=(0.2302, 0.2265, 0.2262),
+        )
+    except OSError as error:
+        raise DataError(f"{source} is incomplete or unreadable: {error}") from error
+
+
+def _train_files(source: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
+    files, labels = [], []
+    for label, wnid in enumerate(classes):
+        folder = source / "train" / wnid / "images"
+        found = sorted(folder.glob("*.JPEG"))
+        if not found:
+            raise DataError(f"{folder} has no JPEG files")
+        files += found
+        labels += [label] * len(found)
+    return files, labels
+
+
+def _test_files(source: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
+    annotations = source / "val" / "val_annotations.txt"
+    index = {wnid: label for label, wnid in enumerate(classes)}
+    files, labels = [], []
+    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+        name, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if wnid not in index:
+            raise DataError(f"{annotations}, line {number}: no image name and WordNet id of wnids.txt: {line!r}")
+        files.append(source / "val" / "images" / name)
+        labels.append(index[wnid])
+    if not files:
+        raise DataError(f"{annotations} is empty")
+    return files, labels
+
+
+def _read(part: str, files: Sequence[Path], labels: Sequence[int], root: Path) -> Split:
+    """The split, by way of a cache named after the image files' names and sizes: a stale one is not even opened."""
+    listing = "".join(f"{file.relative_to(root)}\t{file.stat().st_size}\n" for file in files)
+    cache = root / f"{FOLDER}-cache" / f"{part}-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
+    images = _read_cache(cache, len(files))
+    if images is None:
+        images = decode_images(files, f"Decoding TinyImageNet {part}")
+        try:
+            _write_cache(cache, images)
+        except OSError as error:
+            warnings.warn(f"TinyImageNet will be decoded again next time, no cache written: {error}", stacklevel=2)
+        else:
+            for stale in cache.parent.glob(f"{part}-*.npy"):
+                if stale != cache:
+                    stale.unlink(missing_ok=True)
+    return Split(torch.from_numpy(images), torch.tensor(labels))
+
+
+def _read_cache(cache: Path, count: int) -> np.ndarray | None:
+    """The cached images, mapped into memory, or None if there are none to be trusted."""
+    try:
+        images = np.lib.format.open_memmap(cache, mode="c")  # copy on write: torch wants writable memory
+    except (OSError, ValueError, EOFError):  # missing; damaged; truncated
+        return None
+    return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
+
+
+def _write_cache(cache: Path, images: np.ndarray) -> None:
+    """Write under a temporary name, flush, rename: a kill at any moment leaves no half file under the cache's name."""
+    cache.parent.mkdir(exist_ok=True)
+    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, images)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, cache)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _install(root: Path, download: bool) -> None:
+    """Put the extracted archive at `<root>/tiny-imagenet-200`, whole or not at all."""
+    archive = root / f"{FOLDER}.zip"
+    if not archive.exists() and not download:
+        raise DataError(
+            f"TinyImageNet: there is neither {root / FOLDER} nor {archive}. Put the official archive ({URL}) there, "
+            "or have it downloaded: data.download=true"
+        )
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=f".{FOLDER}-") as temporary:
+            if not archive.exists():
+                archive = Path(temporary) / archive.name
+                _download(archive)
+            _extract(archive, Path(temporary))
+            os.replace(Path(temporary) / FOLDER, root / FOLDER)
+    except (OSError, HTTPException, zipfile.BadZipFile) as error:
+        raise DataError(f"TinyImageNet: could not download or extract {URL} into {root}: {error}") from error
+
+
+def _download(archive: Path) -> None:
+    from rich.console import Console
+    from rich.progress import wrap_file
+
+    console = Console(stderr=True)
+    with urllib.request.urlopen(URL, timeout=60) as response, open(archive, "wb") as file:
+        total = int(response.headers.get("Content-Length", 0))
+        with wrap_file(
+            response, total, description="Downloading TinyImageNet", console=console, disable=not console.is_terminal
+        ) as body:
+            while block := body.read(1 << 20):
+                file.write(block)
+
+
+def _extract(archive: Path, into: Path) -> None:
+    with open(archive, "rb") as file:
+        digest = hashlib.file_digest(file, "md5").hexdigest()
+    if digest != MD5:
+        raise DataError(f"{archive.name} is not the official archive: its md5 is {digest}, not {MD5}")
+    with zipfile.ZipFile(archive) as members:
+        for name in members.namelist():
+            parts = PurePosixPath(name).parts
+            if not parts or parts[0] != FOLDER or ".." in parts:
+                raise DataError(f"{archive.name} holds a file outside {FOLDER}/: {name}")
+        members.extractall(into)

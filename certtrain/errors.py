@@ -1,0 +1,46 @@
+"""What certtrain raises, and how it words an unknown name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CerttrainError(Exception):
+    """Base of every error that certtrain explains itself; the CLI prints the message and leaves with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(CerttrainError, ValueError):
+    """The user wrote something wrong: a config value, a name, an argument."""
+
+    exit_code = 2
+
+
+class DataError(CerttrainError):
+    """A data set is missing, corrupt, or does not fit the model."""
+
+
+class CheckpointError(CerttrainError):
+    """A checkpoint or run directory is missing, corrupt, of another architecture, or could not be written."""
+
+
+class DivergedError(CerttrainError):
+    """The loss became NaN or infinite."""
+
+
+class UnsupportedOperation(CerttrainError, NotImplementedError):
+    """A network uses an operation that has no rule for the bound that was asked for."""
+
+
+class MissingDependency(CerttrainError, ImportError):
+    """An optional library is needed and not installed."""
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
+    """The error for a name that is not among `choices`, with the nearest ones (or all, when none is near)."""
+    choices = sorted(choices)
+    near = get_close_matches(name, choices, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
+    return UsageError(f"unknown {kind} {name!r}: {hint}")

@@ -1,0 +1,215 @@
+"""What a training step minimises, and its gradient.
+
+One step takes a batch through the network once, clean input and box together, and gets from that joint pass the
+loss, the regularizers and the step's metrics. Everything stays on the device; nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import reduce
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
+from certtrain.bounds.graph import MARGINS
+from certtrain.bounds.tracing import Coefficients
+from certtrain.initialization import AFFINE_MODULES
+from certtrain.regularizers import Moments, l1_penalty, moments, relu_balance_of, tightness_of
+
+Metrics = dict[str, Tensor]  # scalars, means over the batch
+
+SMALLEST_RADIUS = 1e-6  # of the box that the regularizers look at while epsilon is 0
+
+
+class Phase(Enum):
+    """What is minimised at this point of the schedule; a step is compiled once for each."""
+
+    NATURAL = "natural"  # cross-entropy of the clean logits, no bounds at all
+    BEFORE = "before"  # epsilon is 0: natural cross-entropy and the regularizers
+    WARMUP = "warmup"  # epsilon grows: robust cross-entropy and the regularizers, which fade
+    FULL = "full"  # robust cross-entropy alone: epsilon has reached its maximum, or nothing regularizes
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of certified training, as a function of a batch.
+
+    Args:
+        net: the network.
+        method: how margins are bounded; "natural" trains without bounds.
+        regularization: weight λ of the two regularizers while epsilon is 0.
+        tightness, relu_balance: which of the two to use.
+        tolerance: their τ.
+        l1: weight of the sum of absolute values of all convolution and linear weights.
+        accumulation: number of parts a batch is worked through in; the gradient is the whole batch's in any case.
+    """
+
+    net: BoundedModel
+    method: str = "ibp"
+    regularization: float = 0.5
+    tightness: bool = True
+    relu_balance: bool = True
+    tolerance: float = 0.5
+    l1: float = 0.0
+    accumulation: int = 1
+
+    def phase(self, eps: float, max_eps: float) -> Phase:
+        if self.method == "natural":
+            return Phase.NATURAL
+        if eps == 0:
+            return Phase.BEFORE if self._regularizes else Phase.NATURAL
+        return Phase.WARMUP if eps < max_eps and self._regularizes else Phase.FULL
+
+    def backward(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase) -> Metrics:
+        """Add the gradient of the batch's loss to the parameters' `.grad`; updates BatchNorm's running statistics.
+
+        Args:
+            images: (B, C, H, W) in [0, 1]; labels: (B,).
+            eps: the radius now, a scalar tensor; progress: eps / max_eps.
+
+        Returns:
+            `loss`, its terms, `natural_error` and (where margins are bounded) `verified_error` of the batch.
+        """
+        if self.accumulation == 1:
+            terms = self._terms(images, labels, eps, progress, phase)
+            _total(terms).backward()
+        else:
+            terms = self._backward_in_parts(images, labels, eps, progress, phase)
+        return {name: value.detach() for name, value in {"loss": _total(terms), **terms}.items()}
+
+    def _terms(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase) -> Metrics:
+        if phase is Phase.NATURAL:
+            return self._clean_terms(self.net.clean_pass(images).output, labels, phase)
+        bounds = self.net.ibp(_box(images, eps, phase), clean=images)
+        terms = self._clean_terms(bounds.clean, labels, phase) | self._robust_terms(bounds, labels, phase)
+        if phase is Phase.FULL:
+            return terms
+        sums = BatchSums.of(bounds)
+        return terms | self._regularizer_terms(sums, sums, progress)
+
+    def _backward_in_parts(
+        self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase
+    ) -> Metrics:
+        """The gradient of `_terms`, in less memory.
+
+        The clean pass takes the whole batch, so that BatchNorm sees all of it. The boxes follow in parts, with copies
+        of the BatchNorm coefficients; the gradient that gathers in those copies goes back through the clean pass
+        at the end. The regularizers are functions of sums over the batch, which a first walk gathers.
+        """
+        clean = self.net.clean_pass(images)
+        terms = self._clean_terms(clean.output, labels, phase)
+        pending = [(_total(terms), None)] if terms.keys() & LOSS_TERMS else []
+        if phase is not Phase.NATURAL:
+            copies = {i: tuple(c.detach().requires_grad_() for c in pair) for i, pair in clean.coefficients.items()}
+            parts = list(zip(images.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True))
+            whole = None if phase is Phase.FULL else self._sums_over(parts, copies, eps, phase)
+            for part, part_labels in parts:
+                bounds = self.net.ibp(_box(part, eps, phase), coefficients=copies)
+                share = len(part) / len(images)
+                mine = {k: share * v for k, v in self._robust_terms(bounds, part_labels, phase).items()}
+                regularizers = {} if whole is None else self._regularizer_terms(BatchSums.of(bounds), whole, progress)
+                _total(mine | regularizers).backward()
+                terms |= {k: terms.get(k, 0) + v.detach() for k, v in mine.items()} | regularizers
+            for index, pair in clean.coefficients.items():
+                pending += [(c, copy.grad) for c, copy in zip(pair, copies[index], strict=True) if c.requires_grad]
+        tensors, gradients = zip(*pending, strict=True)
+        torch.autograd.backward(tensors, gradients)
+        return terms
+
+    def _sums_over(
+        self,
+        parts: Sequence[tuple[Tensor, Tensor]],
+        coefficients: Mapping[int, Coefficients],
+        eps: Tensor,
+        phase: Phase,
+    ) -> BatchSums:
+        with torch.no_grad():
+            sums = [
+                BatchSums.of(self.net.ibp(_box(part, eps, phase), coefficients=coefficients)) for part, _ in parts
+            ]
+        return reduce(BatchSums.plus, sums)
+
+    @property
+    def _regularizes(self) -> bool:
+        return self.regularization > 0 and (self.tightness or self.relu_balance)
+
+    def _clean_terms(self, logits: Tensor, labels: Tensor, phase: Phase) -> Metrics:
+        terms: Metrics = {"natural_error": (logits.argmax(1) != labels).to(logits.dtype).mean()}
+        if phase in (Phase.NATURAL, Phase.BEFORE):
+            terms["natural_loss"] = F.cross_entropy(logits, labels)
+        if self.l1:
+            terms["l1_loss"] = self.l1 * l1_penalty(affine_weights(self.net.model))
+        return terms
+
+    def _robust_terms(self, bounds: Bounds, labels: Tensor, phase: Phase) -> Metrics:
+        if phase is Phase.BEFORE:
+            return {}
+        margins = MARGINS[self.method](bounds, labels)
+        return {
+            "robust_loss": F.cross_entropy(-margins, labels),
+            "verified_error": 1 - proved(margins).to(margins.dtype).mean(),
+        }
+
+    def _regularizer_terms(self, own: BatchSums, whole: BatchSums, progress: Tensor) -> Metrics:
+        """The regularizers of the whole batch, with gradient through the sums of its part `own`."""
+        sums = own.completed_by(whole)
+        weight = self.regularization * (1 - progress)
+        terms: Metrics = {}
+        if self.tightness:
+            terms["tightness_loss"] = weight * tightness_of(sums.layers, sums.input_radius, self.tolerance)
+        if self.relu_balance:
+            terms["relu_balance_loss"] = weight * relu_balance_of(sums.layers, self.tolerance)
+        return terms
+
+
+@dataclass(frozen=True)
+class BatchSums:
+    """The moments of every ReLU's input box, and those of the box that enters the first affine layer."""
+
+    layers: tuple[Moments, ...]
+    first: Moments
+
+    @classmethod
+    def of(cls, bounds: Bounds) -> BatchSums:
+        return cls(tuple(moments(box) for box in bounds.relu_inputs), moments(bounds.affine_input))
+
+    @property
+    def input_radius(self) -> Tensor:
+        return self.first.radius / self.first.count
+
+    def plus(self, other: BatchSums) -> BatchSums:
+        layers = zip(self.layers, other.layers, strict=True)
+        return BatchSums(tuple(a.plus(b) for a, b in layers), self.first.plus(other.first))
+
+    def completed_by(self, whole: BatchSums) -> BatchSums:
+        if whole is self:
+            return self
+        layers = zip(self.layers, whole.layers, strict=True)
+        return BatchSums(tuple(a.completed_by(b) for a, b in layers), self.first.completed_by(whole.first))
+
+
+LOSS_TERMS = {"natural_loss", "robust_loss", "tightness_loss", "relu_balance_loss", "l1_loss"}
+
+
+def _total(terms: Metrics) -> Tensor:
+    return torch.stack([value for name, value in terms.items() if name in LOSS_TERMS]).sum()
+
+
+def proved(margins: Tensor) -> Tensor:
+    """(B,) bool: every margin (B, K) but the label's own is positive."""
+    return (margins > 0).sum(1) == margins.shape[1] - 1
+
+
+def affine_weights(model: nn.Module) -> list[Tensor]:
+    return [module.weight for module in model.modules() if isinstance(module, AFFINE_MODULES)]
+
+
+def _box(images: Tensor, eps: Tensor, phase: Phase) -> Box:
+    return linf_box(images, torch.full_like(eps, SMALLEST_RADIUS) if phase is Phase.BEFORE else eps)
+
+

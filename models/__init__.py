@@ -1,0 +1,67 @@
+"""The architectures, plain torch.nn, and `build_model`, which finds one by name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from certtrain.errors import UsageError, unknown
+from certtrain.models.feedforward import cnn7, cnn_small, mlp
+from certtrain.models.normalize import Normalize
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"cnn7": cnn7, "cnn-small": cnn_small, "mlp": mlp}
+
+
+def build_model(
+    name: str,
+    image_shape: Sequence[int],
+    num_classes: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """The network `name` behind its input normalisation.
+
+    Args:
+        name: one of MODELS, or "module:callable", called as callable(image_shape, num_classes, **options).
+        image_shape: (C, H, W).
+        mean, std: per-channel normalisation of pixels in [0, 1]; None for none.
+        options: keyword arguments of the architecture, such as width.
+
+    Returns:
+        nn.Sequential(normalize, network), which maps images (B, C, H, W) in [0, 1] to logits (B, num_classes).
+    """
+    architecture = _find(name)
+    options = dict(options or {})
+    try:
+        inspect.signature(architecture).bind(tuple(image_shape), num_classes, **options)
+    except TypeError as error:
+        raise UsageError(f"model {name}: {error}") from error
+    network = architecture(tuple(image_shape), num_classes, **options)
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"model {name} returned {type(network).__name__}, not a torch.nn.Module")
+    layers = OrderedDict(network=network)
+    if mean is not None and std is not None:
+        layers = OrderedDict(normalize=Normalize(mean, std), network=network)
+    return nn.Sequential(layers)
+
+
+def _find(name: str) -> Callable[..., nn.Module]:
+    if ":" not in name:
+        if name not in MODELS:
+            raise unknown("model", name, MODELS)
+        return MODELS[name]
+    module_name, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"model {name}: {error}") from error
+
+
+__all__ = ["MODELS", "Normalize", "build_model", "cnn7", "cnn_small", "mlp"]

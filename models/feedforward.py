@@ -1,0 +1,70 @@
+"""Plain feed-forward networks, with BatchNorm after every convolution and hidden linear layer ("full BN") or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+def cnn7(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    width: int = 64,
+    linear_width: int = 512,
+    batch_norm: bool = True,
+) -> nn.Sequential:
+    """CNN-7 of the short-warmup paper: convolutions width, width, 2·width (stride 2), 2·width, 2·width, two linear.
+
+    For images of 64 pixels and more the fifth convolution has stride 2 as well.
+    """
+    last_stride = 2 if image_shape[1] >= 64 else 1
+    convolutions = [(width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, last_stride)]
+    return _cnn(image_shape, num_classes, convolutions, [linear_width], batch_norm)
+
+
+def cnn_small(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    width: int = 32,
+    linear_width: int = 128,
+    batch_norm: bool = True,
+) -> nn.Sequential:
+    """Two convolutions (the second with stride 2 and twice the width) and two linear layers: for 8×8 digits."""
+    return _cnn(image_shape, num_classes, [(width, 1), (2 * width, 2)], [linear_width], batch_norm)
+
+
+def mlp(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    widths: Sequence[int] = (256, 256),
+    batch_norm: bool = True,
+) -> nn.Sequential:
+    """Linear layers only."""
+    return _cnn(image_shape, num_classes, [], widths, batch_norm)
+
+
+def _cnn(
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    convolutions: Sequence[tuple[int, int]],
+    hidden: Sequence[int],
+    batch_norm: bool,
+) -> nn.Sequential:
+    """3×3 convolutions of (channels, stride), padding 1, then hidden linear layers, then the classifier."""
+    channels, height, width = image_shape
+    layers: list[nn.Module] = []
+    for out_channels, stride in convolutions:
+        layers.append(nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=not batch_norm))
+        layers += [nn.BatchNorm2d(out_channels)] * batch_norm + [nn.ReLU()]
+        channels, height, width = out_channels, -(-height // stride), -(-width // stride)
+    layers.append(nn.Flatten())
+    features = channels * height * width
+    for out_features in hidden:
+        layers.append(nn.Linear(features, out_features, bias=not batch_norm))
+        layers += [nn.BatchNorm1d(out_features)] * batch_norm + [nn.ReLU()]
+        features = out_features
+    return nn.Sequential(*layers, nn.Linear(features, num_classes))

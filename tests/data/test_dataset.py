@@ -1,0 +1,143 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from certtrain.data import DATASETS, Dataset, Split, load_dataset
+from certtrain.errors import DataError, UsageError
+
+
+def split(n, channels=1, size=2, num_classes=3):
+    images = torch.arange(n, dtype=torch.uint8)[:, None, None, None].expand(n, channels, size, size)
+    return Split(images, torch.arange(n) % num_classes)
+
+
+def dataset(n=20, **changes):
+    parts = {"train": split(n), "test": split(6), "classes": ("a", "b", "c"), "mean": (0.5,), "std": (0.25,)}
+    return Dataset(**parts | changes)
+
+
+def numbers(part):
+    return part.images[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64), "uint8"),
+        (torch.zeros(2, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), r"\(N, C, H, W\)"),
+        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int32), "int64"),
+        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.int64), r"\(2, 1\)"),
+        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), "2 images but 3 labels"),
+        (torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), "no images"),
+        (torch.zeros(2, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64, device="meta"), "meta"),
+    ],
+)
+def test_a_split_refuses_what_does_not_fit(images, labels, message):
+    with pytest.raises(DataError, match=message):
+        Split(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test": split(4, size=3)}, "test images are 1x3x3, train images are 1x2x2"),
+        ({"validation": split(4, channels=3)}, "validation images are 3x2x2"),
+        ({"test": split(9, num_classes=4)}, "test labels reach from 0 to 3, outside 0 to 2"),
+        ({"train": Split(split(2).images, torch.tensor([0, -1]))}, "train labels reach from -1 to 0"),
+        ({"mean": (0.0, 0.0)}, "1 numbers each"),
+        ({"std": (0.0,)}, "std positive"),
+    ],
+)
+def test_a_dataset_refuses_splits_that_do_not_fit(changes, message):
+    with pytest.raises(DataError, match=message):
+        dataset(**changes)
+
+
+def test_properties():
+    data = dataset(train=split(5, channels=3, size=4), test=split(2, channels=3, size=4), mean=(0,) * 3, std=(1,) * 3)
+    assert data.num_classes == 3
+    assert data.image_shape == (3, 4, 4)
+    assert len(data.train) == 5
+
+
+def test_take_by_slice_indices_and_mask():
+    part = split(6)
+    assert numbers(part.take(slice(2, 4))) == [2, 3]
+    chosen = part.take(torch.tensor([5, 1]))
+    assert numbers(chosen) == [5, 1]
+    assert chosen.labels.tolist() == [2, 1]
+    assert numbers(part.take(part.labels == 0)) == [0, 3]
+
+
+def test_a_split_moves_images_and_labels():
+    moved = split(3).to("meta")
+    assert moved.images.is_meta
+    assert moved.labels.is_meta
+
+
+def test_a_dataset_moves_every_split(monkeypatch):
+    data = dataset().with_validation(3, seed=0)
+    monkeypatch.setattr(Split, "to", lambda self, device: self.take(slice({"device": 1}[device])))
+    moved = data.to("device")
+    assert [len(part) for part in (moved.train, moved.test, moved.validation)] == [1, 1, 1]
+    assert dataset().to("device").validation is None
+
+
+@pytest.mark.parametrize(("amount", "count"), [(5, 5), (0.25, 5), (0.26, 5), (19, 19), (0.05, 1)])
+def test_validation_partitions_train_in_order(amount, count):
+    data = dataset(20).with_validation(amount, seed=1)
+    train, validation = numbers(data.train), numbers(data.validation)
+    assert len(validation) == count
+    assert sorted(train + validation) == list(range(20))
+    assert train == sorted(train)
+    assert validation == sorted(validation)
+    assert data.validation.labels.tolist() == [number % 3 for number in validation]
+    assert numbers(data.test) == list(range(6))
+
+
+def test_validation_follows_from_the_seed():
+    cuts = [tuple(numbers(dataset(100).with_validation(0.5, seed=seed).validation)) for seed in (0, 0, 1, 2)]
+    assert cuts[0] == cuts[1]
+    assert len(set(cuts)) == 3
+
+
+def test_no_validation_leaves_the_dataset_alone():
+    data = dataset()
+    assert data.with_validation(0, seed=0) is data
+
+
+@pytest.mark.parametrize("amount", [-1, -0.5, 20, 21, 1.0, 1.5, 0.001, True, float("nan")])
+def test_a_validation_amount_that_leaves_a_split_empty_is_an_error(amount):
+    with pytest.raises(UsageError, match="validation"):
+        dataset(20).with_validation(amount, seed=0)
+
+
+def test_a_second_validation_split_is_an_error():
+    with pytest.raises(UsageError, match="already"):
+        dataset().with_validation(2, seed=0).with_validation(2, seed=0)
+
+
+def test_load_dataset_names_near_misses_and_misplaced_paths(tmp_path):
+    with pytest.raises(UsageError, match="did you mean cifar10"):
+        load_dataset("cifar-10", tmp_path)
+    with pytest.raises(UsageError, match=r"takes no data\.path"):
+        load_dataset("mnist", tmp_path, path=tmp_path)
+    for name in ("npz", "folder"):
+        with pytest.raises(UsageError, match=r"set data\.path"):
+            load_dataset(name, tmp_path)
+
+
+def test_load_dataset_uses_registered_loaders_and_cuts_validation(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(DATASETS, "own", lambda *arguments: calls.append(arguments) or dataset(20))
+    data = load_dataset("own", str(tmp_path), download=True, validation=4, seed=7)
+    assert calls == [(tmp_path, True)]
+    assert numbers(data.validation) == numbers(dataset(20).with_validation(4, seed=7).validation)
+
+
+def test_importing_the_package_imports_no_image_library():
+    program = "import sys, certtrain.data; print({'torchvision', 'sklearn', 'PIL', 'rich'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+import torch
+
+from certtrain.data import load_dataset
+from certtrain.errors import DataError
+
+RNG = np.random.default_rng(0)
+
+
+def write(folder, part, images, labels):
+    np.savez(folder / f"{part}.npz", images=images, labels=labels)
+
+
+def rgb(n, height=4, width=5, channels=3):
+    return RNG.integers(0, 256, (n, height, width, channels), dtype=np.uint8)
+
+
+def test_colour_images_come_channels_first(tmp_path):
+    train, test = rgb(3), rgb(2)
+    write(tmp_path, "train", train, np.array([0, 4, 2]))
+    write(tmp_path, "test", test, np.array([1, 6], dtype=np.uint8))
+    data = load_dataset("npz", path=tmp_path)
+    assert data.image_shape == (3, 4, 5)
+    for n, y, x, c in np.ndindex(train.shape):
+        assert data.train.images[n, c, y, x] == train[n, y, x, c]
+    assert data.train.labels.tolist() == [0, 4, 2]
+    assert data.test.labels.dtype == torch.int64
+    assert data.num_classes == 7, "largest label of both splits plus one; gaps are allowed"
+    assert (data.mean, data.std) == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_grey_images_need_no_channel_axis(tmp_path):
+    train = rgb(2)[..., 0]
+    write(tmp_path, "train", train, np.array([0, 1], dtype=">i2"))
+    write(tmp_path, "test", train, np.array([0, 1]))
+    data = load_dataset("npz", path=str(tmp_path))
+    np.testing.assert_array_equal(data.train.images.numpy(), train[:, None])
+    assert data.train.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (rgb(2).astype(np.float32), np.array([0, 1]), r"uint8 .* not float32"),
+        (rgb(2)[0, 0], np.array([0, 1]), r"\(5, 3\)"),
+        (rgb(2), np.array([0.0, 1.0]), "labels must be integers"),
+        (rgb(2), np.array([0, -1]), "labels must not be negative, the smallest is -1"),
+        (rgb(2), np.array([0, 1, 2]), "2 images but 3 labels"),
+        (rgb(2), np.array([[0], [1]]), r"\(2, 1\)"),
+        (rgb(0), np.array([], dtype=np.int64), "no images"),
+        (np.zeros((2, 3, 8, 8), np.uint8), np.array([0, 1]), "channels first"),
+        (np.array([None, None]), np.array([0, 1]), "readable"),
+    ],
+)
+def test_an_archive_that_breaks_the_layout_is_an_error_that_names_the_file(tmp_path, images, labels, message):
+    write(tmp_path, "train", rgb(2), np.array([0, 1]))
+    write(tmp_path, "test", images, labels)
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset("npz", path=tmp_path)
+    assert str(tmp_path / "test.npz") in str(caught.value)
+
+
+def test_splits_of_different_image_size_are_an_error(tmp_path):
+    write(tmp_path, "train", rgb(2), np.array([0, 1]))
+    write(tmp_path, "test", rgb(2, height=6), np.array([0, 1]))
+    with pytest.raises(DataError, match="test images are 3x6x5, train images are 3x4x5"):
+        load_dataset("npz", path=tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"not a zip"])
+def test_a_damaged_archive_is_an_error_that_names_the_file(tmp_path, damage):
+    write(tmp_path, "train", rgb(2), np.array([0, 1]))
+    file = tmp_path / "train.npz"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DataError, match=r"train\.npz"):
+        load_dataset("npz", path=tmp_path)
+
+
+def test_a_flipped_byte_is_an_error(tmp_path):
+    write(tmp_path, "train", rgb(50), np.zeros(50, dtype=np.int64))
+    file = tmp_path / "train.npz"
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 0xFF
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"train\.npz"):
+        load_dataset("npz", path=tmp_path)
+
+
+def test_missing_files_and_arrays_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"train\.npz is missing"):
+        load_dataset("npz", path=tmp_path)
+    np.savez(tmp_path / "train.npz", images=rgb(1))
+    with pytest.raises(DataError, match="labels"):
+        load_dataset("npz", path=tmp_path)
