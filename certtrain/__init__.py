@@ -1,0 +1,34 @@
+"""certtrain: certified robust training that people actually use.
+
+model = certtrain.load_model("runs/NAME")
+run = certtrain.train("digits")
+results = certtrain.verify(model, data, eps)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from certtrain.checkpoint import load_model
+    from certtrain.run import Run, train
+    from certtrain.verification import Verification, verify
+
+__version__ = "0.1.0"
+__all__ = ["Run", "Verification", "load_model", "train", "verify"]
+
+_HOMES = {
+    "load_model": "certtrain.checkpoint",
+    "train": "certtrain.run",
+    "Run": "certtrain.run",
+    "verify": "certtrain.verification",
+    "Verification": "certtrain.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `certtrain.regularizers` alone does not load the trainer and its dependencies."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'certtrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

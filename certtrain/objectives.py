@@ -129,9 +129,7 @@ class Objective:
         phase: Phase,
     ) -> BatchSums:
         with torch.no_grad():
-            sums = [
-                BatchSums.of(self.net.ibp(_box(part, eps, phase), coefficients=coefficients)) for part, _ in parts
-            ]
+            sums = [BatchSums.of(self.net.ibp(_box(part, eps, phase), coefficients=coefficients)) for part, _ in parts]
         return reduce(BatchSums.plus, sums)
 
     @property
@@ -211,5 +209,3 @@ def affine_weights(model: nn.Module) -> list[Tensor]:
 
 def _box(images: Tensor, eps: Tensor, phase: Phase) -> Box:
     return linf_box(images, torch.full_like(eps, SMALLEST_RADIUS) if phase is Phase.BEFORE else eps)
-
-

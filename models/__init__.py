@@ -46,10 +46,9 @@ def build_model(
     network = architecture(tuple(image_shape), num_classes, **options)
     if not isinstance(network, nn.Module):
         raise UsageError(f"model {name} returned {type(network).__name__}, not a torch.nn.Module")
-    layers = OrderedDict(network=network)
-    if mean is not None and std is not None:
-        layers = OrderedDict(normalize=Normalize(mean, std), network=network)
-    return nn.Sequential(layers)
+    if mean is None or std is None:
+        return nn.Sequential(OrderedDict(network=network))
+    return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), network=network))
 
 
 def _find(name: str) -> Callable[..., nn.Module]:

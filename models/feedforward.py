@@ -1,4 +1,4 @@
-"""Plain feed-forward networks, with BatchNorm after every convolution and hidden linear layer ("full BN") or without."""
+"""Plain feed-forward networks, with full BN (after every convolution and hidden linear layer) or without."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ def load_auto_lirpa() -> ModuleType:
                     module = importlib.import_module("auto_LiRPA")
     except ImportError as error:
         raise MissingDependency(
-            f"auto_LiRPA cannot be imported ({error}); install it with `pip install --no-deps auto_LiRPA appdirs ninja`"
-            " (--no-deps because 0.3 declares an old torch, though it runs on this one)"
+            f"auto_LiRPA cannot be imported ({error}); install it with `pip install --no-deps auto_LiRPA appdirs ninja "
+            "tqdm` (--no-deps because 0.3 declares an old torch, though it runs on this one)"
         ) from error
     _patch_0_3(module)
     return module
@@ -115,7 +115,8 @@ class LirpaModel:
     the model's present parameters (gradients reach them), buffers and modes. Where a BatchNorm is in training mode, its
     statistics are those of the clean activations, and one call updates its running statistics once.
 
-    A model moved to another dtype or device must be wrapped again.
+    A model moved to another dtype or device must be wrapped again. 0.3 takes neither a last layer without bias nor a
+    BatchNorm without weight, and needs batches of the example's size where the model flattens by `x.view(len(x), -1)`.
     """
 
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from certtrain.errors import UnsupportedOperation
+from certtrain.errors import UnsupportedOperation, UsageError
 
 V = TypeVar("V")
 Coefficients = tuple[Tensor, Tensor]  # scale and shift of one BatchNorm
@@ -111,11 +111,11 @@ def batch_norm_coefficients(
     if not training:
         mean, var = running_mean, running_var
     elif clean is None:
-        raise ValueError("BatchNorm is in training mode: its statistics are those of the clean input, pass clean=")
+        raise UsageError("BatchNorm is in training mode: its statistics are those of the clean input, pass clean=")
     else:
         count = clean.numel() // clean.shape[1]
         if count < 2:
-            raise ValueError(f"BatchNorm in training mode needs more than one value per channel, got {count}")
+            raise UsageError(f"BatchNorm in training mode needs more than one value per channel, got {count}")
         var, mean = torch.var_mean(clean, dim=[0, *range(2, clean.dim())], correction=0)
         if running_mean is not None:
             with torch.no_grad():
@@ -140,7 +140,7 @@ def _settle_dropout(
     if not training or p == 0:
         return torch.mul, (x, 1.0)
     if clean is None:
-        raise ValueError("Dropout is active in training mode: pass clean=, or call model.eval()")
+        raise UsageError("Dropout is active in training mode: pass clean=, or call model.eval()")
     return torch.mul, (x, F.dropout(torch.ones_like(clean), p, True))
 
 

@@ -1,0 +1,147 @@
+"""Files that are whole at every moment: atomic writes, the resume point, and the weights that are handed out."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from certtrain.errors import CheckpointError
+from certtrain.models import build_model
+
+FORMAT = 1
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Call `write` with a temporary file, flush it to disk, and rename it to `path`.
+
+    Whatever happens on the way, `path` holds either what it held before or the whole new content.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise CheckpointError(f"could not write {path}: {cause}; what was there before is unchanged") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a resume point: nested dicts and lists of tensors, numbers and strings."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a resume point, every byte checked against its checksum; nothing in it is executed.
+
+    Raises:
+        CheckpointError: there is none, it is truncated or corrupt, or another version wrote it.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise CheckpointError(f"checkpoint {path} is corrupt: {broken} does not match its checksum")
+        state = torch.load(path, map_location=device, weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch and zipfile raise a dozen types for what a damaged file can hold
+        raise CheckpointError(f"checkpoint {path} is corrupt or truncated ({_one_line(error)})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version of certtrain (format {FORMAT})")
+    return state
+
+
+def restore(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Load `weights` into `model`, or say what does not fit.
+
+    Raises:
+        CheckpointError: the weights are those of another architecture.
+    """
+    own = model.state_dict()
+    missing, surplus = own.keys() - weights.keys(), weights.keys() - own.keys()
+    wrong = [key for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    if missing or surplus or wrong:
+        details = [f"lacks {min(missing)}"] if missing else []
+        details += [f"has {min(surplus)} besides"] if surplus else []
+        details += [f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}" for key in sorted(wrong)[:1]]
+        raise CheckpointError(f"{source} is of another architecture: it {'; '.join(details)}")
+    model.load_state_dict(dict(weights))
+
+
+def save_model(folder: Path, model: nn.Module, architecture: Mapping[str, Any]) -> None:
+    """Write model.safetensors and model.json, from which `load_model` rebuilds the network."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_json(folder / "model.json", {"format": FORMAT, "model": dict(architecture)})
+    write_atomically(folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(weights)))
+
+
+def load_model(source: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The trained network of a run, in eval mode.
+
+    Args:
+        source: a run directory, or its model.safetensors or last.ckpt (model.json must lie beside it).
+
+    Raises:
+        CheckpointError: missing, corrupt, or of another architecture.
+    """
+    source = Path(source)
+    folder, file = (source, source / "model.safetensors") if source.is_dir() else (source.parent, source)
+    if source.is_dir() and not file.exists() and (source / "last.ckpt").exists():
+        raise CheckpointError(f"the run in {source} is not finished: resume it, or name {source / 'last.ckpt'}")
+    if not file.is_file():
+        raise CheckpointError(f"there is no model at {source}: expected a run directory or its model.safetensors")
+    description = folder / "model.json"
+    try:
+        architecture = json.loads(description.read_text())["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{description} is missing or corrupt ({_one_line(error)})") from error
+    if file.suffix == ".ckpt":
+        weights = load_checkpoint(file)["model"]
+    else:
+        try:
+            weights = safetensors.torch.load_file(file)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is corrupt or truncated ({_one_line(error)})") from error
+    model = build_model(**architecture)
+    restore(model, weights, file)
+    return model.eval().to(device)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,273 @@
+"""The YAML schema: one section per subsystem, every value checked before anything runs."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from certtrain.data import DATASETS
+from certtrain.errors import UsageError, unknown
+from certtrain.initialization import INITIALIZATIONS
+from certtrain.models import MODELS
+
+
+def parse_radius(value: Any) -> float:
+    """A perturbation radius in pixel units of [0, 1], written as a number or as a fraction like "8/255".
+
+    Raises:
+        ValueError: not a number, or outside [0, 1].
+    """
+    try:
+        radius = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is not a radius: write a number or a fraction such as 8/255") from None
+    if not 0 <= radius <= 1:
+        raise ValueError(f"a radius lies between 0 and 1 (pixels are scaled to [0, 1]), not {value}")
+    return radius
+
+
+Radius = Annotated[float, BeforeValidator(parse_radius)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataSection(Section):
+    """What is trained and tested on."""
+
+    name: str
+    root: str = "data"
+    path: str | None = None  # of one's own data: npz, folder
+    download: bool = False
+    validation: float | int = Field(0, ge=0)  # held out of the training set: a share, or a number of images
+    flip: bool = False
+    crop: int = Field(0, ge=0)  # random shifts of up to this many pixels
+    mean: tuple[float, ...] | None = None  # input normalisation; null: the data set's own
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in DATASETS:
+            raise unknown("data set", name, DATASETS)
+        return name
+
+
+class ModelSection(Section):
+    """The architecture: a name of certtrain.models, or "module:callable"."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if ":" not in name and name not in MODELS:
+            raise unknown("model", name, MODELS)
+        return name
+
+
+class EpsilonSection(Section):
+    """The perturbation radius and its warmup: 0 until `start_epoch` (counted from 1) begins, `max` when it ends."""
+
+    max: Radius
+    start_epoch: int = Field(1, ge=1)
+    warmup_epochs: int = Field(0, ge=0)
+    mid: float = Field(0.25, ge=0, le=1)
+    beta: float = Field(4.0, ge=1)
+
+
+class RegularizerSection(Section):
+    """Bound tightness and ReLU balance during warmup, and an L1 weight penalty throughout."""
+
+    weight: float = Field(0.5, ge=0)
+    tolerance: float = Field(0.5, gt=0)
+    tightness: bool = True
+    relu_balance: bool = True
+    l1: float = Field(0.0, ge=0)
+
+
+class OptimizerSection(Section):
+    """Any optimizer of torch.optim, by name, with its arguments; the learning rate falls at each milestone."""
+
+    name: str = "Adam"
+    lr: float = Field(5e-4, gt=0)
+    milestones: tuple[Annotated[int, Field(ge=0)], ...] = ()  # epochs done when the rate is multiplied by `factor`
+    factor: float = Field(0.2, gt=0)
+    clip: float | None = Field(10.0, gt=0)  # of the gradient's norm
+    arguments: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in OPTIMIZERS:
+            raise unknown("optimizer", name, OPTIMIZERS)
+        return name
+
+
+class TrainingSection(Section):
+    method: Literal["natural", "ibp"] = "ibp"
+    initialization: str = "ibp"
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(128, ge=1)
+    accumulation: int = Field(1, ge=1)  # parts a batch is worked through in, to save memory
+    checkpoint_seconds: float = Field(60.0, ge=0)  # at least this long between two saves
+
+    @field_validator("initialization")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in INITIALIZATIONS:
+            raise unknown("initialization", name, INITIALIZATIONS)
+        return name
+
+
+class VerificationSection(Section):
+    """What is measured on the test set at the end, and by `certtrain verify`."""
+
+    eps: tuple[Radius, ...] | None = None  # null: epsilon.max
+    method: Literal["ibp"] = "ibp"
+    batch_size: int = Field(256, ge=1)
+    pgd_steps: int = Field(40, ge=0)
+    pgd_restarts: int = Field(2, ge=0)
+    pgd_step_size: float = Field(0.25, gt=0)  # as a share of epsilon
+
+    @field_validator("eps", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+
+
+class Config(Section):
+    """A whole training run."""
+
+    seed: int = Field(0, ge=0)
+    data: DataSection
+    model: ModelSection
+    epsilon: EpsilonSection
+    training: TrainingSection
+    optimizer: OptimizerSection = OptimizerSection()
+    regularizers: RegularizerSection = RegularizerSection()
+    verification: VerificationSection = VerificationSection()
+
+    @model_validator(mode="after")
+    def _fits_the_run(self) -> Config:
+        epochs, epsilon = self.training.epochs, self.epsilon
+        late = [milestone for milestone in self.optimizer.milestones if milestone >= epochs]
+        if late:
+            raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
+        end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
+        if self.training.method != "natural" and end > epochs:
+            raise ValueError(
+                f"epsilon: warmup would end after {end} epochs "
+                f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"
+            )
+        return self
+
+    @property
+    def test_radii(self) -> tuple[float, ...]:
+        return self.verification.eps or (self.epsilon.max,)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+OPTIMIZERS = {
+    name: value
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+}
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        source: a YAML file, the name of one that certtrain ships (such as "digits"), a mapping, or a Config.
+        overrides: "section.key=value", the value written as in YAML.
+
+    Raises:
+        UsageError: one line per thing that is wrong, each naming the key.
+    """
+    if isinstance(source, Config):
+        source = source.model_dump(mode="json")
+    values = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    for override in overrides:
+        _apply(override, values)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UsageError("\n".join(_describe(problem) for problem in error.errors())) from error
+
+
+def config_path(name: str | Path) -> Path:
+    """The file `name`, or else the configuration of that name that certtrain ships."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = Path(str(importlib.resources.files("certtrain.configs")))
+    candidate = shipped / f"{path.stem}.yaml"
+    if candidate.is_file() and path.parent in (Path(), Path("configs")):
+        return candidate
+    raise unknown("config file", str(name), [f"configs/{file.name}" for file in shipped.glob("*.yaml")])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    path = config_path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no configuration: expected sections such as data, model, training")
+    return values
+
+
+def _apply(override: str, values: dict[str, Any]) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise UsageError(f"{override!r} is not an override: write section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{override!r}: the value is not valid YAML") from error
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values[section] = dict(inner) if isinstance(inner, Mapping) else {}
+        values = values[section]
+    values[name] = value
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's findings."""
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        near = get_close_matches(location[-1], section, n=3, cutoff=0.5)
+        return f"unknown key {where}: " + (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"{'.'.join(location[:-1]) or 'a config'} has {', '.join(section)}"
+        )
+    if problem["type"] == "missing":
+        return f"{where} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+    return (f"{where}: " if where else "") + message + shown
+
+
+def _section_at(location: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

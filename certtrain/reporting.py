@@ -1,0 +1,112 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from certtrain.checkpoint import write_text
+from certtrain.diagnostics import LayerStatistics
+from certtrain.trainer import EpochReport, Trainer
+
+
+class MetricsFile:
+    """metrics.jsonl: one line per epoch. A resumed run drops the lines of epochs that it will train again."""
+
+    def __init__(self, path: Path, keep_epochs: int) -> None:
+        self._path = path
+        old = path.read_text().splitlines() if path.exists() else []
+        self._lines = [line for line in old if json.loads(line)["epoch"] <= keep_epochs]
+
+    def add(self, record: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(record))
+        write_text(self._path, "\n".join(self._lines) + "\n")
+
+
+class TensorBoard:
+    """The same numbers, and every layer's, as TensorBoard scalars over epochs."""
+
+    def __init__(self, folder: Path, keep_epochs: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._writer = SummaryWriter(str(folder), purge_step=keep_epochs + 1)
+
+    def add(self, record: dict[str, Any]) -> None:
+        epoch = record["epoch"]
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "epoch":
+                self._writer.add_scalar(f"train/{name}", value, epoch)
+        for number, layer in enumerate(record["layers"], start=1):
+            for name, value in layer.items():
+                self._writer.add_scalar(f"relu{number}/{name}", value, epoch)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def epoch_record(report: EpochReport, layers: list[LayerStatistics]) -> dict[str, Any]:
+    return {
+        "epoch": report.epoch,
+        "step": report.step,
+        "eps": report.eps,
+        "lr": report.lr,
+        **report.metrics,
+        "images_per_second": round(report.images_per_second, 1),
+        "layers": [vars(layer) for layer in layers],
+    }
+
+
+class ProgressDisplay:
+    """A bar with the time remaining on a terminal, a line per epoch elsewhere. Use as a context manager."""
+
+    def __init__(self, console: Console, total_steps: int, epochs: int, done: int = 0) -> None:
+        self._console, self._epochs = console, epochs
+        self._started, self._steps_before, self._total = time.monotonic(), done, total_steps
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps, completed=done)
+
+    def __enter__(self) -> ProgressDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def after_step(self, trainer: Trainer) -> None:
+        if not self._bar.disable:
+            epoch = min(trainer.epoch + 1, self._epochs)
+            self._bar.update(self._task, completed=trainer.step, description=f"epoch {epoch}/{self._epochs}")
+
+    def after_epoch(self, report: EpochReport) -> None:
+        m = report.metrics
+        errors = [f"natural {m['natural_error']:7.2%}"]
+        if "verified_error" in m:
+            errors.append(f"verified {m['verified_error']:7.2%}")
+        parts = [
+            f"epoch {report.epoch:>{len(str(self._epochs))}}/{self._epochs}",
+            f"eps {report.eps:.5f}",
+            f"loss {m['loss']:.4f}",
+            *errors,
+            f"{report.images_per_second:.0f} images/s",
+            f"{self._remaining(report.step)} left",
+        ]
+        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+    def _remaining(self, step: int) -> str:
+        pace = (time.monotonic() - self._started) / max(1, step - self._steps_before)
+        seconds = round(pace * (self._total - step))
+        hours, minutes = divmod(seconds // 60, 60)
+        return f"{hours}:{minutes:02}:{seconds % 60:02}"

@@ -1,0 +1,152 @@
+"""How many images are classified right, withstand an attack, and are proved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certtrain.attacks import PGD
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.data import Split, evaluation_batches
+from certtrain.objectives import proved
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What was found at one epsilon; per-image tensors (N,) on the CPU, in the order of the split.
+
+    correct: classified right; attacked: right, but PGD found a misclassified point; proved: no perturbation of at
+    most eps in any pixel changes the prediction, which is right; margin: smallest lower bound of z_y - z_j, j ≠ y.
+    """
+
+    eps: float
+    method: str
+    correct: Tensor
+    attacked: Tensor
+    proved: Tensor
+    margin: Tensor
+    seconds: float
+
+    @property
+    def natural_error(self) -> float:
+        return _share(~self.correct)
+
+    @property
+    def pgd_error(self) -> float:
+        return _share(~self.correct | self.attacked)
+
+    @property
+    def verified_error(self) -> float:
+        """Share of images that are not proved."""
+        return _share(~self.proved)
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into a JSON file; errors are fractions."""
+        return {
+            "eps": self.eps,
+            "method": self.method,
+            "images": len(self.correct),
+            "natural_error": self.natural_error,
+            "pgd_error": self.pgd_error,
+            "verified_error": self.verified_error,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def verify(
+    model: nn.Module,
+    data: Split,
+    eps: float | Sequence[float],
+    method: str = "ibp",
+    *,
+    attack: PGD | None = None,
+    limit: int | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> list[Verification]:
+    """Natural, PGD and verified error of `model` on `data`, at one epsilon or several.
+
+    The model is put into eval mode and back. Products are taken in float32 without TF32, whatever the process's
+    settings are. Only images that are classified right and not proved are attacked: a proved one cannot be.
+
+    Args:
+        data: images; it is moved to the model's device.
+        eps: radius, or radii.
+        attack: None for none; the PGD error is then a lower bound, the natural error.
+        limit: only the first so many images.
+
+    Returns:
+        A Verification per radius.
+    """
+    device = next(model.parameters()).device
+    data = data.take(slice(limit)).to(device)
+    radii = [eps] if isinstance(eps, int | float) else list(eps)
+    training = model.training
+    model.eval()
+    try:
+        with full_precision():
+            net = BoundedModel(model, next(evaluation_batches(data, 1))[0])
+            return [_verify_at(net, data, radius, method, attack, batch_size, seed) for radius in radii]
+    finally:
+        model.train(training)
+
+
+def _verify_at(
+    net: BoundedModel, data: Split, eps: float, method: str, attack: PGD | None, batch_size: int, seed: int
+) -> Verification:
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(seed)
+    found: list[tuple[Tensor, ...]] = []
+    for images, labels in evaluation_batches(data, batch_size):
+        with torch.no_grad():
+            correct = net.model(images).argmax(1) == labels
+            margins = net.margins(linf_box(images, eps), labels, method)
+        holds = proved(margins) & correct
+        attacked = torch.zeros_like(correct)
+        open_ = (correct & ~holds).nonzero()[:, 0]
+        if attack is not None and len(open_) > 0:
+            _, attacked[open_] = attack(net.model, images[open_], labels[open_], eps, generator)
+        smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
+        found.append((correct, attacked, holds, smallest))
+    parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
+    return Verification(eps, method, *parts, seconds=time.perf_counter() - started)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products as such: no TF32, no bfloat16 splits, no autocast; the process's settings come back after."""
+    settings = [(backend, backend.fp32_precision) for backend in _backends()]
+    legacy = None if settings else (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    try:
+        for backend, _ in settings:
+            backend.fp32_precision = "ieee"
+        if legacy:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        for backend, precision in settings:
+            backend.fp32_precision = precision
+        if legacy:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = legacy
+
+
+def _backends() -> list[Any]:
+    """What multiplies matrices and can be told to round; none before torch 2.9, which has two booleans instead."""
+    candidates = [
+        torch.backends.cuda.matmul,
+        getattr(torch.backends.cudnn, "conv", None),
+        getattr(torch.backends.mkldnn, "matmul", None),
+        getattr(torch.backends.mkldnn, "conv", None),
+    ]
+    return [backend for backend in candidates if hasattr(backend, "fp32_precision")]
+
+
+def _share(flags: Tensor) -> float:
+    return flags.double().mean().item()
