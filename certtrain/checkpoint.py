@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from certtrain.errors import CheckpointError
+from certtrain.errors import CheckpointError, UsageError
 from certtrain.models import build_model
 
 FORMAT = 1
@@ -100,7 +101,8 @@ def save_model(folder: Path, model: nn.Module, architecture: Mapping[str, Any]) 
     """Write model.safetensors and model.json, from which `load_model` rebuilds the network."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_json(folder / "model.json", {"format": FORMAT, "model": dict(architecture)})
-    write_atomically(folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(weights)))
+    content = safetensors.torch.save(weights, {"sha256": _digest(weights)})
+    write_atomically(folder / "model.safetensors", lambda file: file.write(content))
 
 
 def load_model(source: str | Path, device: torch.device | str = "cpu") -> nn.Module:
@@ -121,18 +123,34 @@ def load_model(source: str | Path, device: torch.device | str = "cpu") -> nn.Mod
     description = folder / "model.json"
     try:
         architecture = json.loads(description.read_text())["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model = build_model(**architecture)
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{description} is missing or corrupt ({_one_line(error)})") from error
-    if file.suffix == ".ckpt":
-        weights = load_checkpoint(file)["model"]
-    else:
-        try:
-            weights = safetensors.torch.load_file(file)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is corrupt or truncated ({_one_line(error)})") from error
-    model = build_model(**architecture)
-    restore(model, weights, file)
+    restore(model, load_checkpoint(file)["model"] if file.suffix == ".ckpt" else _load_weights(file), file)
     return model.eval().to(device)
+
+
+def _load_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 - no mapping
+            expected = (content.metadata() or {}).get("sha256")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is corrupt or truncated ({_one_line(error)})") from error
+    if expected not in (None, _digest(weights)):
+        raise CheckpointError(f"{file} is corrupt: its weights do not match their checksum")
+    return weights
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _flush_folder(folder: Path) -> None:

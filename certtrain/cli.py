@@ -16,16 +16,26 @@ from certtrain.errors import CerttrainError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (failed), 2 (written wrong), 128 + n (ended by signal n)."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.command(options)
-    except CerttrainError as error:
+    except (CerttrainError, OSError) as error:
         if options.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.exit_code if isinstance(error, CerttrainError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may follow options, which argparse leaves over."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if strangers := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +93,8 @@ def train_command(options: argparse.Namespace) -> int:
     console.print(
         f"trained in {run.summary['train_seconds']:.0f} s; the network, and how it was made, is in {run.folder}",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     return 0
 

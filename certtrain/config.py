@@ -26,6 +26,8 @@ def parse_radius(value: Any) -> float:
         ValueError: not a number, or outside [0, 1].
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         radius = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
     except (ValueError, TypeError, ZeroDivisionError):
         raise ValueError(f"{value!r} is not a radius: write a number or a fraction such as 8/255") from None
@@ -48,6 +50,7 @@ class DataSection(Section):
     root: str = "data"
     path: str | None = None  # of one's own data: npz, folder
     download: bool = False
+    limit: int | None = Field(None, ge=2)  # only the first so many training images
     validation: float | int = Field(0, ge=0)  # held out of the training set: a share, or a number of images
     flip: bool = False
     crop: int = Field(0, ge=0)  # random shifts of up to this many pixels
@@ -135,6 +138,7 @@ class VerificationSection(Section):
 
     eps: tuple[Radius, ...] | None = None  # null: epsilon.max
     method: Literal["ibp"] = "ibp"
+    limit: int | None = Field(None, ge=1)  # only the first so many test images
     batch_size: int = Field(256, ge=1)
     pgd_steps: int = Field(40, ge=0)
     pgd_restarts: int = Field(2, ge=0)
@@ -183,7 +187,10 @@ class Config(Section):
 OPTIMIZERS = {
     name: value
     for name, value in vars(torch.optim).items()
-    if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    if isinstance(value, type)
+    and issubclass(value, torch.optim.Optimizer)
+    # the base class; one whose step needs the loss again; one for sparse gradients only
+    and value not in (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
 }
 
 

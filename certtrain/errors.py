@@ -27,7 +27,11 @@ class CheckpointError(CerttrainError):
 
 
 class DivergedError(CerttrainError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite, at radius `eps`."""
+
+    def __init__(self, message: str, eps: float) -> None:
+        super().__init__(message)
+        self.eps = eps
 
 
 class UnsupportedOperation(CerttrainError, NotImplementedError):

@@ -23,6 +23,11 @@ class MetricsFile:
         old = path.read_text().splitlines() if path.exists() else []
         self._lines = [line for line in old if json.loads(line)["epoch"] <= keep_epochs]
 
+    @property
+    def last(self) -> dict[str, Any]:
+        """The record of the latest epoch, empty before the first."""
+        return json.loads(self._lines[-1]) if self._lines else {}
+
     def add(self, record: dict[str, Any]) -> None:
         self._lines.append(json.dumps(record))
         write_text(self._path, "\n".join(self._lines) + "\n")
@@ -44,6 +49,7 @@ class TensorBoard:
         for number, layer in enumerate(record["layers"], start=1):
             for name, value in layer.items():
                 self._writer.add_scalar(f"relu{number}/{name}", value, epoch)
+        self._writer.flush()  # a kill loses no epoch that the resume point has
 
     def close(self) -> None:
         self._writer.close()

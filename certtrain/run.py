@@ -6,8 +6,8 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -82,7 +82,7 @@ def train(
     folder = Path(out) if out is not None else default_folder(config)
     config = load_config(config, overrides)
     console = console or Console()
-    resumed = _open_folder(folder, config, resume, overwrite)
+    resumed = _check_folder(folder, config, resume, overwrite)
     place = resolve_device(device)
     dataset = load_data(config)
     torch.manual_seed(config.seed)
@@ -92,21 +92,25 @@ def train(
     if resumed:
         state = load_checkpoint(folder / "last.ckpt", place)
         restore(model, state["model"], folder / "last.ckpt")
+        _require_same_length(folder, trainer, state["trainer"]["steps_per_epoch"])
         trainer.load_state_dict(state["trainer"])
         seconds_before = state["seconds"]
-        console.print(f"resuming {folder} after step {trainer.step} of {trainer.total_steps}", highlight=False)
+        _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
     else:
         seconds_before = 0.0
+        _make_folder(folder, overwrite)
         write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "model.json", {"format": 1, "model": architecture})
-    with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
-        recorder = _Recorder(folder, config, trainer, display, seconds_before)
+    _remove_temporaries(folder)
+    with (
+        ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display,
+        closing(_Recorder(folder, config, trainer, display, seconds_before)) as recorder,
+    ):
         with recorder.until_signalled():
             finished = trainer.run(recorder)
         recorder.save(trainer)
-        recorder.close()
     if not finished:
-        console.print(f"saved {folder} at step {trainer.step}; continue with --resume", highlight=False)
+        _tell(console, f"saved {folder} at step {trainer.step}; continue with --resume")
         return Run(folder, model, None, interrupted_by=recorder.signal)
     save_model(folder, model, architecture)
     results = verify_run(config, model, dataset)
@@ -116,6 +120,10 @@ def train(
 
 
 # --- pieces, in the order they are needed ----------------------------------------------------------------------------
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
@@ -137,9 +145,10 @@ def resolve_device(name: str) -> torch.device:
 
 def load_data(config: Config) -> Dataset:
     data = config.data
-    return load_dataset(
+    dataset = load_dataset(
         data.name, data.root, download=data.download, path=data.path, validation=data.validation, seed=config.seed
     )
+    return replace(dataset, train=dataset.train.take(slice(data.limit)))
 
 
 def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
@@ -157,14 +166,22 @@ def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
         raise UsageError(f"data.mean and data.std need one number for each of the images' {channels} channels")
     try:
         model = build_model(**architecture)
-        with torch.no_grad():
-            shape = model.eval()(torch.zeros(1, *dataset.image_shape)).shape
-    except (RuntimeError, ValueError) as error:
-        size = "×".join(map(str, dataset.image_shape))
-        raise DataError(f"model {config.model.name} cannot take {size} images: {str(error).splitlines()[0]}") from error
-    if tuple(shape) != (1, dataset.num_classes):
-        raise UsageError(f"model {config.model.name} returns shape {tuple(shape)}, not (1, {dataset.num_classes})")
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"model {config.model.name} cannot be built: {str(error).splitlines()[0]}") from error
+    shape = _output_shape(config.model.name, model, dataset.image_shape)
+    if shape != (1, dataset.num_classes):
+        raise UsageError(f"model {config.model.name} returns shape {shape}, not (1, {dataset.num_classes})")
     return initialize_(model, config.training.initialization), architecture
+
+
+def _output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    image = torch.zeros(1, *image_shape, device=next(model.parameters(), torch.empty(0)).device)
+    try:
+        with torch.no_grad():
+            return tuple(model.eval()(image).shape)
+    except (RuntimeError, ValueError) as error:
+        size = "×".join(map(str, image_shape))
+        raise DataError(f"model {name} cannot take {size} images: {str(error).splitlines()[0]}") from error
 
 
 def assemble(config: Config, model: nn.Module, dataset: Dataset) -> Trainer:
@@ -214,13 +231,16 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 def verify_run(config: Config, model: nn.Module, dataset: Dataset, limit: int | None = None) -> list[Verification]:
     section = config.verification
+    classes = _output_shape(config.model.name, model, dataset.image_shape)[1]
+    if dataset.num_classes > classes:
+        raise DataError(f"the data has labels up to {dataset.num_classes - 1}, the model only {classes} classes")
     return verify(
         model,
         dataset.test,
         config.test_radii,
         section.method,
         attack=PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size),
-        limit=limit,
+        limit=section.limit if limit is None else limit,
         batch_size=section.batch_size,
         seed=config.seed,
     )
@@ -254,8 +274,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _open_folder(folder: Path, config: Config, resume: bool, overwrite: bool) -> bool:
-    """Make `folder` ready; returns whether there is a checkpoint in it to continue."""
+def _check_folder(folder: Path, config: Config, resume: bool, overwrite: bool) -> bool:
+    """Whether there is a checkpoint to continue in `folder`, in which nothing is changed yet."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder")
     occupied = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
@@ -264,19 +284,24 @@ def _open_folder(folder: Path, config: Config, resume: bool, overwrite: bool) ->
         return (folder / "last.ckpt").is_file()
     if occupied and not overwrite:
         raise UsageError(f"{folder} holds a run: continue it with --resume, replace it with --overwrite, or name --out")
-    if occupied:
-        _clear(folder)
+    if occupied and not (folder / "config.yaml").exists():
+        raise UsageError(f"{folder} is not a run directory (it has no config.yaml): it is not overwritten")
+    return False
+
+
+def _make_folder(folder: Path, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
-    return False
+    if overwrite:
+        _clear(folder)
 
 
 def _require_same_config(folder: Path, config: Config) -> None:
     try:
-        before = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
+        before = dict(yaml.safe_load((folder / "config.yaml").read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{folder} holds no run to resume: its config.yaml cannot be read") from error
     here = config.model_dump(mode="json")
     different = [key for key in here if before.get(key) != here[key]]
@@ -284,22 +309,43 @@ def _require_same_config(folder: Path, config: Config) -> None:
         raise UsageError(f"{folder} holds a run of another configuration: {', '.join(different)} differ")
 
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "last.ckpt", "model.safetensors", "model.json", "summary.json")
+def _require_same_length(folder: Path, trainer: Trainer, steps_per_epoch: int) -> None:
+    if steps_per_epoch != trainer.steps_per_epoch:
+        raise CheckpointError(
+            f"{folder / 'last.ckpt'} was saved with {steps_per_epoch} steps per epoch, "
+            f"the training set now gives {trainer.steps_per_epoch}: the data has changed"
+        )
+
+
+RUN_FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "last.ckpt",
+    "model.safetensors",
+    "model.json",
+    "summary.json",
+    "verify.json",
+)
 
 
 def _clear(folder: Path) -> None:
     """Remove a run's own files; anything else that lies there stays."""
-    if not (folder / "config.yaml").exists():
-        raise UsageError(f"{folder} is not a run directory (it has no config.yaml): it is not overwritten")
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
         events.unlink()
 
 
+def _remove_temporaries(folder: Path) -> None:
+    """What a process that was killed during a save has left."""
+    for name in RUN_FILES:
+        for temporary in folder.glob(f".{name}.*.tmp"):
+            temporary.unlink(missing_ok=True)
+
+
 def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
     has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if has_batch_norm and images % batch_size == 1:
+    if has_batch_norm and (images - 1) % batch_size == 0:
         raise UsageError(
             f"training.batch_size: {images} images in batches of {batch_size} leave one alone, "
             "which BatchNorm cannot normalise: choose another size"
@@ -319,7 +365,7 @@ class _Recorder:
         self._seconds_before, self._started = seconds_before, time.monotonic()
         self._saved_at = self._started
         self.signal: int | None = None
-        self.images_per_second = 0.0
+        self.images_per_second = self._metrics.last.get("images_per_second", 0.0)
 
     @property
     def seconds(self) -> float:
@@ -327,7 +373,8 @@ class _Recorder:
 
     def after_step(self, trainer: Trainer) -> bool:
         self._display.after_step(trainer)
-        return self.signal is not None
+        within_epoch = trainer.step % trainer.steps_per_epoch != 0  # at its end, after_epoch ends the run
+        return self.signal is not None and within_epoch
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
         self.images_per_second = report.images_per_second

@@ -137,7 +137,8 @@ class Trainer:
             raise DivergedError(
                 f"the loss is not finite in epoch {step // self.steps_per_epoch + 1}, "
                 f"step {step % self.steps_per_epoch + 1} of {self.steps_per_epoch}, "
-                f"at epsilon {self.eps(step):.6g} (step {step} of the run)"
+                f"at epsilon {self.eps(step):.6g} (step {step} of the run)",
+                eps=self.eps(step),
             )
 
     def state_dict(self) -> dict[str, Any]:

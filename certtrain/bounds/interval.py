@@ -165,7 +165,8 @@ class _JointPass:
         if call.function in WEIGHTED and self.affine_input is None:
             self.affine_input = boxes[0]
         if call.index in self._tail_indices:
-            self.tail_input = self.tail_input or boxes[0]
+            (entering,) = leaves((boxes, box_kwargs), Box)
+            self.tail_input = self.tail_input or entering
             self.tail.append(call)
         box = RULES[call.function](*boxes, **box_kwargs)
         if any(value.clean is None for value in leaves((args, kwargs), Joint)):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -407,28 +406,14 @@ class Transform(Protocol[V]):
 
 @dataclass(frozen=True)
 class Graph(Generic[V]):
-    """The operations of a network in order; operation 0 is its input, the one at `output` its result."""
+    """The operations of a network in order; operation 0 is its input, the one at `output` its result.
+
+    `tail` has the indices of the affine operations that end the network, one after the other.
+    """
 
     operations: tuple[Operation, ...]
     output: int
-
-    @cached_property
-    def tail(self) -> frozenset[int]:
-        """Indices of the affine operations that end the network, one after the other."""
-        indices: list[int] = []
-        index = self.output
-        while index > 0 and self.operations[index].function in AFFINE:
-            inputs = self._tracked_inputs(index)
-            if len(inputs) != 1:
-                break
-            indices.append(index)
-            index = inputs[0].index
-        return frozenset(indices)
-
-    def _tracked_inputs(self, index: int) -> list[Ref]:
-        operation = self.operations[index]
-        refs = leaves((operation.args, operation.kwargs), Ref)
-        return [ref for ref in refs if self.operations[ref.index].tracked]
+    tail: frozenset[int]
 
     def run(self, value: V, transform: Transform[V], coefficients: Mapping[int, Coefficients] | None = None) -> V:
         """Walk through the network from `value`; intermediate values are freed after their last use.
@@ -496,7 +481,8 @@ def trace(model: nn.Module) -> Graph:
             result = node.args[0]
             if not isinstance(result, fx.Node):
                 raise UnsupportedOperation("the network must return one tensor")
-            return Graph(_with_last_uses(operations, current[result].index), current[result].index)
+            output = current[result].index
+            return Graph(_with_last_uses(operations, output), output, _affine_tail(operations, output))
         if node.op == "placeholder":
             operation = Operation(Tensor.contiguous, (), {}, "input", True)
         else:
@@ -510,11 +496,27 @@ def trace(model: nn.Module) -> Graph:
     raise AssertionError("fx records an output for every forward")
 
 
+def _affine_tail(operations: list[Operation], output: int) -> frozenset[int]:
+    indices: list[int] = []
+    index = output
+    while index > 0 and operations[index].function in AFFINE:
+        inputs = _tracked_inputs(operations[index], operations)
+        if len(inputs) != 1:
+            break
+        indices.append(index)
+        index = inputs[0].index
+    return frozenset(indices)
+
+
+def _tracked_inputs(operation: Operation, operations: list[Operation]) -> list[Ref]:
+    refs = leaves((operation.args, operation.kwargs), Ref)
+    return [ref for ref in refs if operations[ref.index].tracked]
+
+
 def _is_tracked(operation: Operation, before: list[Operation]) -> bool:
     if operation.where == "input":
         return True
-    depends = any(before[ref.index].tracked for ref in leaves((operation.args, operation.kwargs), Ref))
-    return depends and operation.function not in INSPECTIONS
+    return bool(_tracked_inputs(operation, before)) and operation.function not in INSPECTIONS
 
 
 def _rename(node: fx.Node, later: list[fx.Node], current: dict[fx.Node, Ref], operations: list[Operation]) -> None:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from certtrain.bounds import Box, linf_box
+
+
+def test_linf_box_is_the_ball_cut_to_the_valid_range():
+    x = torch.tensor([[0.0, 0.05, 0.5, 1.0]], dtype=torch.float64)
+    box = linf_box(x, 0.1)
+    torch.testing.assert_close(box.lower, torch.tensor([[0.0, 0.0, 0.4, 0.9]], dtype=torch.float64))
+    torch.testing.assert_close(box.upper, torch.tensor([[0.1, 0.15, 0.6, 1.0]], dtype=torch.float64))
+
+
+def test_linf_box_takes_a_radius_per_image_and_no_clip():
+    x = torch.zeros(2, 3)
+    box = linf_box(x, torch.tensor([[0.1], [2.0]]), clip=None)
+    assert box.radius.tolist() == torch.tensor([[0.1] * 3, [2.0] * 3]).tolist()
+
+
+def test_both_forms_describe_one_set():
+    lower, upper = torch.tensor([-1.0, 2.0]), torch.tensor([3.0, 2.0])
+    box = Box(lower, upper)
+    again = Box.around(box.center, box.radius)
+    assert box.center.tolist() == [1.0, 2.0]
+    assert box.radius.tolist() == [2.0, 0.0]
+    assert torch.equal(again.lower, lower)
+    assert torch.equal(again.upper, upper)
+    assert box.contains(torch.tensor([3.0, 2.0])).all()
+    assert not box.contains(torch.tensor([3.1, 2.0])).all()
+
+
+def test_tiny_radii_survive_a_chain_of_affine_maps():
+    """At centre 1000 and radius 1e-6 a float32 box of two ends has no radius left."""
+    box = Box.around(torch.tensor([1000.0]), torch.tensor([1e-6]))
+    assert box.map(lambda part: 2 * part).radius.item() == pytest.approx(2e-6)
+
+
+@pytest.mark.parametrize("make", [Box, Box.around])
+def test_parts_of_different_shapes_are_refused(make):
+    with pytest.raises(ValueError, match="shape"):
+        make(torch.zeros(2), torch.zeros(3))

@@ -1,0 +1,177 @@
+"""Interval bounds against auto_LiRPA, and against what the documentation says of BatchNorm and margins."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds.lirpa import LirpaModel
+from certtrain.errors import UsageError
+from certtrain.regularizers import relu_balance_loss, tightness_loss
+from tests.networks import narrow_cnn7, randomized, residual_network
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+@pytest.fixture(params=["cnn7", "cnn7-no-bn", "residual"])
+def network(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    builders = {
+        "cnn7": narrow_cnn7,
+        "cnn7-no-bn": lambda: narrow_cnn7(batch_norm=False),
+        "residual": residual_network,
+    }
+    return randomized(builders[request.param]())
+
+
+def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(6, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return images.to(dtype), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """Equal within `tolerance` of the largest magnitude in the tensor."""
+    assert ours.shape == theirs.shape
+    scale = theirs.abs().max().clamp(min=1e-30)
+    assert ((ours - theirs).abs().max() / scale).item() <= tolerance
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_boxes_margins_losses_and_gradients_equal_auto_lirpa(network, dtype, training):
+    tolerance = TOLERANCE[dtype]
+    network = network.to(dtype).train(training)
+    images, labels = batch(dtype)
+    box = linf_box(images, 2 / 255)
+    twin = copy.deepcopy(network)
+    ours, theirs = BoundedModel(network, images), LirpaModel(twin, images)
+
+    def answers(net):
+        bounds = net.ibp(box, clean=images)
+        # The margins take a joint pass of their own, whose running statistics are compared below as well.
+        margins = net.margins(box, labels, clean=images)
+        loss = F.cross_entropy(-margins, labels) + F.cross_entropy(bounds.clean, labels)
+        loss = loss + tightness_loss(bounds.relu_inputs, bounds.affine_input) + relu_balance_loss(bounds.relu_inputs)
+        return bounds, margins, loss
+
+    (bounds, margins, loss), (their_bounds, their_margins, their_loss) = answers(ours), answers(theirs)
+    assert len(bounds.relu_inputs) == len(their_bounds.relu_inputs) > 0
+    pairs = zip(
+        (bounds.output, bounds.affine_input, *bounds.relu_inputs),
+        (their_bounds.output, their_bounds.affine_input, *their_bounds.relu_inputs),
+        strict=True,
+    )
+    for mine, other in pairs:
+        assert_close(mine.lower, other.lower, tolerance)
+        assert_close(mine.upper, other.upper, tolerance)
+    assert_close(bounds.clean, their_bounds.clean, tolerance)
+    assert_close(margins, their_margins, tolerance)
+    loss.backward()
+    their_loss.backward()
+    gradients = dict(twin.named_parameters())
+    for name, parameter in network.named_parameters():
+        assert_close(parameter.grad, gradients[name].grad, 10 * tolerance)
+    for mine, other in zip(network.buffers(), twin.buffers(), strict=True):
+        assert_close(mine.double(), other.double(), tolerance)
+
+
+def test_a_degenerate_box_gives_the_networks_own_output(network):
+    images, _ = batch(torch.float64)
+    network = network.double().eval()
+    bounds = BoundedModel(network, images).ibp(linf_box(images, 0.0))
+    expected = network(images)
+    torch.testing.assert_close(bounds.output.lower, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(bounds.output.upper, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_clean_part_of_a_joint_pass_is_the_modules_own_training_forward(network):
+    images, _ = batch(torch.float64)
+    network = network.double().train()
+    net = BoundedModel(network, images)
+    twin = copy.deepcopy(network)
+    clean = net.ibp(linf_box(images, 0.01), clean=images).clean
+    torch.testing.assert_close(clean, twin(images), rtol=1e-12, atol=1e-12)
+    for mine, other in zip(network.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_in_training_mode_needs_the_clean_input():
+    images, _ = batch(torch.float32)
+    net = BoundedModel(narrow_cnn7().train(), images)
+    with pytest.raises(UsageError, match="clean="):
+        net.ibp(linf_box(images, 0.01))
+
+
+def test_the_model_may_change_mode_between_calls():
+    images, _ = batch(torch.float64)
+    model = randomized(narrow_cnn7()).double().train()
+    net = BoundedModel(model, images)
+    net.ibp(linf_box(images, 0.0), clean=images)
+    model.eval()
+    torch.testing.assert_close(net.ibp(linf_box(images, 0.0)).output.center, model(images))
+
+
+def test_given_coefficients_replace_the_batch_statistics():
+    """Parts of a batch, with the whole batch's BatchNorm coefficients, give the whole batch's boxes."""
+    images, _ = batch(torch.float64)
+    model = randomized(narrow_cnn7()).double().train()
+    net = BoundedModel(model, images)
+    whole = net.ibp(linf_box(images, 0.01), clean=images).output
+    coefficients = net.clean_pass(images).coefficients
+    before = [buffer.clone() for buffer in model.buffers()]
+    parts = [net.ibp(linf_box(part, 0.01), coefficients=coefficients).output for part in images.split(2)]
+    torch.testing.assert_close(torch.cat([part.lower for part in parts]), whole.lower)
+    torch.testing.assert_close(torch.cat([part.upper for part in parts]), whole.upper)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+class TestMargins:
+    def test_of_a_linear_network_are_exact(self):
+        """The minimum of a linear function over a box is at a corner; every corner is tried."""
+        torch.manual_seed(0)
+        linear = nn.Linear(4, 3).double()
+        x, labels = torch.rand(2, 4, dtype=torch.float64), torch.tensor([2, 0])
+        box = linf_box(x, 0.1, clip=None)
+        margins = BoundedModel(linear, x).margins(box, labels)
+        corners = torch.cartesian_prod(*[torch.tensor([-0.1, 0.1], dtype=torch.float64)] * 4)
+        logits = linear(x[:, None] + corners)
+        own = logits.gather(2, labels[:, None, None].expand(-1, 16, 1))
+        torch.testing.assert_close(margins, (own - logits).amin(1), rtol=1e-12, atol=1e-12)
+        assert (margins.gather(1, labels[:, None]) == 0).all()
+
+    def test_a_tail_of_several_affine_operations_is_merged_too(self):
+        """A fully convolutional classifier, pooled: as tight as the one linear layer it amounts to."""
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+        x, labels = torch.randn(5, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+        box = linf_box(x, 0.2, clip=None)
+        weight = head[1].weight[:, :, 0, 0]
+        h = Box(box.lower.relu(), box.upper.relu())
+        center, radius = h.center.mean((2, 3)), h.radius.mean((2, 3))
+        difference = weight[labels][:, None] - weight
+        bias = head[1].bias
+        expected = (difference * center[:, None]).sum(2) - (difference.abs() * radius[:, None]).sum(2)
+        expected = expected + bias[labels][:, None] - bias
+        torch.testing.assert_close(BoundedModel(head, x).margins(box, labels), expected, rtol=1e-12, atol=1e-12)
+
+    def test_without_an_affine_tail_are_differences_of_the_logits(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid()).double()
+        x, labels = torch.rand(2, 3, dtype=torch.float64), torch.tensor([1, 3])
+        net, box = BoundedModel(model, x), linf_box(x, 0.1)
+        output = net.ibp(box).output
+        expected = output.lower.gather(1, labels[:, None]) - output.upper
+        expected.scatter_(1, labels[:, None], 0.0)
+        torch.testing.assert_close(net.margins(box, labels), expected, rtol=1e-12, atol=1e-12)
+
+    def test_unknown_method_names_the_known_ones(self):
+        x = torch.rand(1, 3)
+        net = BoundedModel(nn.Linear(3, 2), x)
+        with pytest.raises(UsageError, match="ibp"):
+            net.margins(linf_box(x, 0.1), torch.tensor([0]), method="ipb")

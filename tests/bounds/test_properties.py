@@ -1,0 +1,252 @@
+"""No point of an input box leaves its output box: random networks of every supported operation, random boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, nn
+
+from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds.interval import RULES
+from certtrain.bounds.tracing import scale_shift
+from tests.networks import randomized
+
+Layer = Callable[[Tensor], Tensor]
+
+
+class Flow(nn.Module):
+    """Layers of one size in, the same size out, drawn by hypothesis, then a flatten of a drawn spelling."""
+
+    def __init__(self, head: nn.Module, steps: list[nn.Module], flatten: Layer, classes: int) -> None:
+        super().__init__()
+        self.head, self.steps, self.flatten = head, nn.ModuleList(steps), flatten
+        self.classifier = nn.LazyLinear(classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(x)
+        for step in self.steps:
+            x = step(x)
+        return self.classifier(self.flatten(x))
+
+
+class Do(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Layer) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Constant(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], constant: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("constant", constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.constant)
+
+
+class Branches(nn.Module):
+    def __init__(self, one: nn.Module, other: nn.Module, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.other, self.join = one, other, join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.one(x), self.other(x))
+
+
+def add_in_place(x: Tensor, y: Tensor) -> Tensor:
+    x = x * 1.0
+    x += y
+    return x
+
+
+def subtract_in_place(x: Tensor, y: Tensor) -> Tensor:
+    x = x + 0.0
+    x -= y
+    return x
+
+
+FLATTENS: list[Layer] = [
+    nn.Flatten(),
+    lambda x: torch.flatten(x, 1),
+    lambda x: x.flatten(1),
+    lambda x: x.view(x.size(0), -1),
+    lambda x: x.reshape(x.shape[0], -1),
+    lambda x: x.mean((2, 3)),
+    lambda x: x.mean(dim=(-1, -2), keepdim=True).flatten(1),
+    lambda x: F.adaptive_avg_pool2d(x, 2).flatten(1),
+    lambda x: F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0],
+    lambda x: x.permute(0, 2, 3, 1).reshape(x.size(0), -1),
+    lambda x: x.transpose(1, 2).contiguous().view(x.size(0), -1),
+    lambda x: F.max_pool2d(x, 2).flatten(1),
+    lambda x: F.avg_pool2d(x, 2, padding=1).flatten(1),
+    lambda x: torch.sum(x, 2).flatten(1),
+    lambda x: F.avg_pool1d(F.max_pool1d(x.flatten(2), 2), 2).flatten(1),
+    nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+    nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 2, 3), nn.BatchNorm1d(2), nn.ReLU(), nn.Flatten()),
+    nn.Sequential(nn.Flatten(), nn.Unflatten(1, (3, 16)), nn.MaxPool1d(2), nn.AvgPool1d(2), nn.Flatten()),
+]
+
+
+STEPS: list[Callable[[], nn.Module]] = [
+    lambda: nn.Conv2d(3, 3, 3, padding=1, padding_mode="zeros"),
+    lambda: nn.Conv2d(3, 3, 1, groups=3),
+    lambda: nn.Conv2d(3, 3, 3, padding="same", dilation=2, bias=False),
+    lambda: nn.ConvTranspose2d(3, 3, 3, padding=1),
+    lambda: nn.BatchNorm2d(3),
+    lambda: nn.BatchNorm2d(3, affine=False),
+    lambda: nn.ReLU(),
+    lambda: nn.ReLU(inplace=True),
+    lambda: nn.LeakyReLU(0.2),
+    lambda: nn.Sigmoid(),
+    lambda: nn.Tanh(),
+    lambda: nn.Dropout(0.5),
+    lambda: nn.Identity(),
+    lambda: nn.Sequential(nn.Flatten(2), nn.ConvTranspose1d(3, 3, 1), nn.Unflatten(2, (4, 4))),
+    lambda: nn.Sequential(nn.Flatten(2), nn.AdaptiveAvgPool1d(16), nn.Unflatten(2, (4, 4))),
+    lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 48), nn.Unflatten(1, (3, 4, 4))),
+    lambda: nn.MaxPool2d(3, 1, 1),
+    lambda: nn.AvgPool2d(3, 1, 1),
+    lambda: Do(F.relu),
+    lambda: Do(lambda x: F.relu(x * 1.0, inplace=True)),
+    lambda: Do(lambda x: (x + 0.0).relu_()),
+    lambda: Do(lambda x: F.leaky_relu(x, 0.1)),
+    lambda: Do(torch.sigmoid),
+    lambda: Do(lambda x: x.tanh()),
+    lambda: Do(lambda x: -x),
+    lambda: Do(lambda x: F.pad(x, (1, 1, 0, 0), value=0.3)[..., 1:-1]),
+    lambda: Do(lambda x: F.dropout(x, 0.5, training=False)),
+    lambda: Do(lambda x: torch.cat([x[:, :1], x[:, 1:].unsqueeze(0).squeeze(0)], dim=1)),
+]
+
+
+@st.composite
+def steps(draw: st.DrawFn, depth: int = 2) -> nn.Module:
+    """A module that maps (B, 3, 4, 4) to (B, 3, 4, 4)."""
+    number = st.floats(-2, 2).filter(lambda value: abs(value) > 1e-2)
+    simple = st.sampled_from(STEPS).map(lambda make: make())
+    scaled = st.builds(
+        lambda c, function: Do(lambda x: function(x, c)),
+        number,
+        st.sampled_from(
+            [
+                lambda x, c: x * c,
+                lambda x, c: c * x,
+                lambda x, c: x / c,
+                lambda x, c: c - x,
+                lambda x, c: torch.add(x, c),
+            ]
+        ),
+    )
+    constants = st.builds(
+        Constant,
+        st.sampled_from([torch.add, torch.sub, torch.mul, torch.div, add_in_place, lambda x, c: c - x]),
+        st.integers(0, 99).map(lambda seed: torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(seed)) + 3),
+    )
+    leaves = simple | scaled | constants
+    if depth == 0:
+        return draw(leaves)
+    joined = st.builds(
+        Branches,
+        steps(depth - 1),
+        steps(depth - 1),
+        st.sampled_from(
+            [
+                torch.add,
+                lambda x, y: x - y,
+                add_in_place,
+                subtract_in_place,
+                lambda x, y: torch.add(x, y, alpha=-0.5),
+                lambda x, y: torch.cat([x, y], 1)[:, 1:4],
+            ]
+        ),
+    )
+    return draw(leaves | joined)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[nn.Module, int]:
+    seed = draw(st.integers(0, 10_000))
+    torch.manual_seed(seed)
+    inner = draw(st.lists(steps(), min_size=1, max_size=5))
+    model = Flow(nn.Conv2d(2, 3, 3, padding=1), inner, draw(st.sampled_from(FLATTENS)), 4).double()
+    model.eval()(torch.zeros(2, 2, 4, 4, dtype=torch.float64))  # gives the lazy layer its size
+    return randomized(model, seed), seed
+
+
+def random_box(seed: int, radius: float) -> Box:
+    generator = torch.Generator().manual_seed(seed)
+    center = torch.rand(3, 2, 4, 4, generator=generator, dtype=torch.float64)
+    return Box.around(center, radius * torch.rand(center.shape, generator=generator, dtype=torch.float64))
+
+
+def points_of(box: Box, generator: torch.Generator, count: int) -> list[Tensor]:
+    shares = [torch.rand(box.shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+    corners = [(share > 0.5).double() for share in shares]
+    return [box.lower + share * (box.upper - box.lower) for share in [*shares, *corners]]
+
+
+def attack(model: nn.Module, box: Box, output: int, sign: int) -> Tensor:
+    """Signed gradient steps that push one output up or down, inside the box."""
+    x = box.center.clone()
+    for _ in range(8):
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(sign * model(x)[:, output].sum(), x)
+        step = 0.5 * (box.upper - box.lower)
+        x = (x.detach() + step * gradient.sign()).clamp(box.lower, box.upper)
+    return x
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    drawn=networks(),
+    radius=st.sampled_from([1e-6, 1e-2, 0.3, 5.0]),
+    labels=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+)
+def test_no_point_leaves_its_box(drawn, radius, labels):
+    model, seed = drawn
+    box, labels = random_box(seed, radius), torch.tensor(labels)
+    net = BoundedModel(model, box.center)
+    with torch.no_grad():
+        output, margins = net.ibp(box).output, net.margins(box, labels)
+    points = points_of(box, torch.Generator().manual_seed(seed + 1), 20)
+    points += [attack(model, box, i, sign) for i in range(4) for sign in (1, -1)]
+    for point in points:
+        with torch.no_grad():
+            logits = model(point)
+        slack = 1e-9 * (1 + logits.abs().max().item())
+        assert output.contains(logits, slack).all()
+        assert (logits.gather(1, labels[:, None]) - logits >= margins - slack).all()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(drawn=networks())
+def test_a_degenerate_box_gives_the_networks_own_output(drawn):
+    model, seed = drawn
+    box = random_box(seed, 0.0)
+    with torch.no_grad():
+        output, expected = BoundedModel(model, box.center).ibp(box).output, model(box.center)
+    torch.testing.assert_close(output.lower, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(output.upper, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_networks_above_can_contain_every_rule():
+    """A rule that no random network can contain would be a rule that nothing here tests."""
+    example = torch.zeros(2, 2, 4, 4, dtype=torch.float64)
+    used: set[Callable] = {torch.sub, torch.div}  # in `scaled` and `constants`
+    for position in range(max(len(STEPS), len(FLATTENS))):
+        step, flatten = STEPS[position % len(STEPS)](), FLATTENS[position % len(FLATTENS)]
+        model = Flow(nn.Conv2d(2, 3, 3, padding=1), [step], flatten, 4).double().eval()
+        model(example)
+        used |= {operation.function for operation in BoundedModel(model, example).graph.operations}
+    assert F.batch_norm in used  # which settles to scale_shift
+    assert {rule.__name__ for rule in RULES.keys() - used - {scale_shift}} == set()

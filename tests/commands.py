@@ -1,0 +1,87 @@
+"""certtrain's command line, called in this process, or in a child that can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from certtrain.cli import main
+
+# A whole run in a fraction of a second: three epochs of three steps.
+TINY = [
+    "data.limit=96",
+    "model.options.width=2",
+    "model.options.linear_width=8",
+    "epsilon.warmup_epochs=1",
+    "training.epochs=3",
+    "training.batch_size=32",
+    "training.checkpoint_seconds=0",
+    "optimizer.milestones=[2]",
+    "verification.limit=50",
+    "verification.pgd_steps=2",
+]
+STEPS_PER_EPOCH = 3
+
+
+def train_arguments(folder, *more):
+    return ["train", "digits", "--out", str(folder), "--device", "cpu", *TINY, *map(str, more)]
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self):
+        """The one line on stderr, without its "error: "."""
+        assert self.err.startswith("error: ")
+        assert self.err.endswith("\n")
+        assert self.err.count("\n") == 1, self.err
+        return self.err.removeprefix("error: ").rstrip()
+
+
+def contents(folder):
+    """Every file below `folder`, hidden ones too, and what is in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# A server that has imported everything forks the children, so that a fresh process costs milliseconds.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["certtrain.run", "sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard"])
+
+
+def start(arguments, log, prepare=None):
+    """A child process that runs `arguments`, its output going to the file `log`; `prepare()` is called in it first."""
+    child = _processes.Process(target=_run, args=(arguments, log, prepare), daemon=True)
+    child.start()
+    return child
+
+
+def exit_code(child):
+    """Waits for the child: its exit code, or minus the signal that ended it."""
+    child.join()
+    return child.exitcode
+
+
+def wait_until(condition, child):
+    """Poll until `condition()` holds or the child has ended; a file that is not there (yet) counts as no."""
+    while child.is_alive():
+        with suppress(FileNotFoundError):
+            if condition():
+                return
+
+
+def _run(arguments, log, prepare):
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    raise SystemExit(main(arguments))

@@ -1,0 +1,41 @@
+import shutil
+
+import pytest
+
+from certtrain.cli import main
+from tests.commands import Outcome, train_arguments
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run the command line in this process."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            code = error.code
+        return Outcome(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def train(cli, tmp_path):
+    """Train the tiny network into `tmp_path / "run"`."""
+    return lambda *more: cli(*train_arguments(tmp_path / "run", *more))
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The directory of a finished, uninterrupted tiny run; only to be read."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    assert main(train_arguments(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def run(reference, tmp_path):
+    """A copy of `reference`, to be harmed."""
+    return shutil.copytree(reference, tmp_path / "run")

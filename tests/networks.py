@@ -1,0 +1,67 @@
+"""Small networks that several test files ask questions of."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from certtrain.models import build_model
+
+
+def narrow_cnn7(batch_norm: bool = True) -> nn.Module:
+    return build_model(
+        "cnn7",
+        (3, 16, 16),
+        5,
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.3, 0.25),
+        options={"width": 3, "linear_width": 16, "batch_norm": batch_norm},
+    )
+
+
+class Block(nn.Module):
+    """A basic block; the shortcut is a convolution where the shapes change."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, 1, 1, bias=False), nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+def residual_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        Block(4, 4, 1),
+        Block(4, 6, 2),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 4 * 4, 5),
+    )
+
+
+def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
+    """BatchNorm parameters and statistics away from 0 and 1, so that a wrong one shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for tensor, low, high in (
+                    (module.weight, -1.0, 1.5),
+                    (module.bias, -0.5, 0.5),
+                    (module.running_mean, -0.5, 0.5),
+                    (module.running_var, 0.5, 2.0),
+                ):
+                    if tensor is not None:
+                        tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator).to(tensor))
+    return model

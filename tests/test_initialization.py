@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.errors import UsageError
+from certtrain.initialization import ibp_init_, initialize_
+from certtrain.models import build_model
+from tests.networks import Block
+
+
+def test_weights_have_the_published_deviation_and_the_classifier_keeps_its_own():
+    model = build_model("cnn7", (3, 32, 32), 10, options={"width": 16, "linear_width": 64, "batch_norm": False})
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    classifier = layers[-1].weight.clone()
+    torch.manual_seed(0)
+    ibp_init_(model)
+    for layer in layers[:-1]:
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / fan_in, rel=0.1)
+    assert torch.equal(layers[-1].weight, classifier)
+
+
+def test_the_radius_neither_grows_nor_shrinks_with_depth():
+    """Fully connected, where the theory is exact; under Kaiming each layer multiplies it by about √fan_in."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *[m for _ in range(8) for m in (nn.Linear(256, 256, bias=False), nn.ReLU())], nn.Linear(256, 3)
+    )
+    x = torch.rand(64, 256)
+
+    def growth() -> float:
+        radii = [box.radius.mean() for box in BoundedModel(model, x).ibp(linf_box(x, 0.05)).relu_inputs]
+        return ((radii[-1] / radii[0]) ** (1 / 7)).item()
+
+    assert growth_under("ibp", model, growth) == pytest.approx(1.0, abs=0.15)
+    assert growth_under("kaiming", model, growth) > 5
+
+
+def growth_under(scheme: str, model: nn.Module, growth) -> float:
+    initialize_(model, scheme)
+    return growth()
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.block = Block(4, 4, 1)
+        self.after = nn.Conv2d(4, 4, 3, padding=1)
+        self.hidden, self.head = nn.Linear(4 * 16, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.block(torch.relu(self.stem(x)))
+        return self.head(torch.relu(self.hidden(torch.relu(self.after(h) + h).flatten(1))))
+
+
+def test_weights_behind_a_relu_of_a_sum_are_halved():
+    """Found on the traced network: `after` and, through the flatten, `hidden`, but neither stem nor block."""
+    model = Residual()
+    plain = {name: torch.empty_like(p) for name, p in model.named_parameters()}
+    torch.manual_seed(3)
+    for name in ("stem", "block.conv1", "block.conv2", "after", "hidden"):
+        weight = plain[f"{name}.weight"]
+        nn.init.normal_(weight, 0.0, math.sqrt(2 * math.pi) / weight[0].numel())
+    torch.manual_seed(3)
+    ibp_init_(model)
+    weights = dict(model.named_parameters())
+    for name, factor in {"stem": 1, "block.conv1": 1, "block.conv2": 1, "after": 0.5, "hidden": 0.5}.items():
+        torch.testing.assert_close(weights[f"{name}.weight"], factor * plain[f"{name}.weight"])
+
+
+def test_a_network_that_cannot_be_traced_is_initialized_with_a_warning():
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(50, 50), nn.Linear(50, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(torch.relu(self.one(x))) if x.sum() > 0 else self.two(x)
+
+    model = Branching()
+    with pytest.warns(UserWarning, match="cannot trace"):
+        ibp_init_(model)
+    assert model.one.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / 50, rel=0.1)
+
+
+def test_orthogonal_xavier_and_default():
+    layer = nn.Linear(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), nn.Linear(8, 2))
+    before = layer.weight.clone()
+    assert torch.equal(initialize_(model, "default")[0].weight, before)
+    initialize_(model, "orthogonal")
+    torch.testing.assert_close(layer.weight @ layer.weight.T, torch.eye(8), atol=1e-5, rtol=0)
+    torch.manual_seed(0)
+    big = nn.Sequential(nn.Linear(300, 100), nn.Linear(100, 2))
+    assert initialize_(big, "xavier")[0].weight.std().item() == pytest.approx(math.sqrt(2 / 400), rel=0.05)
+
+
+def test_unknown_scheme_suggests_the_nearest():
+    with pytest.raises(UsageError, match="kaiming"):
+        initialize_(nn.Linear(2, 2), "kaming")
+
+
+@pytest.mark.parametrize("module", ["certtrain.initialization", "certtrain.regularizers"])
+def test_initialization_and_regularizers_load_neither_trainer_nor_data(module):
+    program = f"import sys, {module}; print([m for m in sys.modules if m.startswith('certtrain') or m == 'pydantic'])"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "certtrain" in loaded
+    for heavy in ("trainer", "certtrain.data", "certtrain.run", "pydantic", "certtrain.models"):
+        assert heavy not in loaded

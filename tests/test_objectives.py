@@ -1,0 +1,115 @@
+"""The training step's loss and gradient against the formulas, written out with auto_LiRPA's bounds."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.lirpa import LirpaModel
+from certtrain.objectives import Metrics, Objective, Phase, proved
+from certtrain.regularizers import relu_balance_loss, tightness_loss
+from tests.networks import narrow_cnn7, randomized
+
+EPS, PROGRESS = torch.tensor(2 / 255, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
+
+
+def batch(size: int = 12) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(size, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return images, torch.randint(0, 5, (size,), generator=generator)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return randomized(narrow_cnn7()).double().train()
+
+
+def step(model: nn.Module, phase: Phase, **options) -> Metrics:
+    images, labels = batch()
+    return Objective(BoundedModel(model, images), **options).backward(images, labels, EPS, PROGRESS, phase)
+
+
+def published_loss(model: nn.Module, phase: Phase) -> Tensor:
+    """DESIGN's objective, the bounds those of auto_LiRPA; λ = 0.5, τ = 0.5, L1 weight 1e-4."""
+    images, labels = batch()
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    loss = 1e-4 * sum(weight.abs().sum() for weight in weights)
+    if phase is Phase.NATURAL:
+        return loss + F.cross_entropy(model(images), labels)
+    net = LirpaModel(model, images)
+    eps = 1e-6 if phase is Phase.BEFORE else EPS
+    bounds = net.ibp(linf_box(images, eps), clean=images)
+    if phase is Phase.BEFORE:
+        loss = loss + F.cross_entropy(bounds.clean, labels)
+    else:
+        loss = loss + F.cross_entropy(-net.margins(linf_box(images, eps), labels, clean=images), labels)
+    if phase is not Phase.FULL:
+        regularizer = tightness_loss(bounds.relu_inputs, bounds.affine_input) + relu_balance_loss(bounds.relu_inputs)
+        loss = loss + 0.5 * (1 - PROGRESS) * regularizer
+    return loss
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_loss_and_gradient_equal_the_published_objective(phase):
+    ours, theirs = network(), network()
+    metrics = step(ours, phase, l1=1e-4)
+    expected = published_loss(theirs, phase)
+    expected.backward()
+    assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        scale = other.grad.abs().max().clamp(min=1e-12)
+        assert ((mine.grad - other.grad).abs().max() / scale).item() < 1e-6, name
+
+
+@pytest.mark.parametrize("parts", [2, 4, 5])
+@pytest.mark.parametrize("phase", Phase)
+def test_accumulation_gives_the_whole_batchs_gradient_and_statistics(phase, parts):
+    whole, divided = network(), network()
+    expected = step(whole, phase, l1=1e-4)
+    metrics = step(divided, phase, l1=1e-4, accumulation=parts)
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12)
+    for mine, other in zip(divided.parameters(), whole.parameters(), strict=True):
+        scale = other.grad.abs().max().clamp(min=1e-30)
+        assert ((mine.grad - other.grad).abs().max() / scale).item() < 1e-9
+    for mine, other in zip(divided.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_metrics_count_errors():
+    images, labels = batch()
+    model = network()
+    with torch.no_grad():
+        wrong = (copy.deepcopy(model)(images).argmax(1) != labels).double().mean()
+        margins = LirpaModel(copy.deepcopy(model), images).margins(linf_box(images, EPS), labels, clean=images)
+        open_ = 1 - ((margins > 0).sum(1) == 4).double().mean()
+    metrics = step(model, Phase.FULL)
+    assert metrics["natural_error"].item() == pytest.approx(wrong.item())
+    assert metrics["verified_error"].item() == pytest.approx(open_.item())
+
+
+def test_proved_needs_every_margin_but_the_labels_own():
+    margins = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 0.0], [0.1, 0.0, -0.1], [float("nan"), 0.0, 1.0]])
+    assert proved(margins).tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "eps", "phase"),
+    [
+        ({}, 0.0, Phase.BEFORE),
+        ({}, 0.1, Phase.WARMUP),
+        ({}, 0.3, Phase.FULL),
+        ({"regularization": 0.0}, 0.0, Phase.NATURAL),
+        ({"regularization": 0.0}, 0.1, Phase.FULL),
+        ({"tightness": False, "relu_balance": False}, 0.1, Phase.FULL),
+        ({"method": "natural"}, 0.1, Phase.NATURAL),
+    ],
+)
+def test_phases(options, eps, phase):
+    assert Objective(BoundedModel(nn.Linear(2, 2), torch.rand(1, 2)), **options).phase(eps, 0.3) is phase
