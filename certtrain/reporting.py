@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from certtrain.checkpoint import write_text
 from certtrain.diagnostics import LayerStatistics
+from certtrain.errors import CheckpointError
 from certtrain.trainer import EpochReport, Trainer
 
 
@@ -34,25 +37,41 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """The same numbers, and every layer's, as TensorBoard scalars over epochs."""
+    """The same numbers, and every layer's, as TensorBoard scalars over epochs.
+
+    Written without torch's SummaryWriter, whose thread keeps epochs back that a kill then loses, and which prints a
+    traceback of its own when the disk is full. A file of one's own per process; a resumed run tells TensorBoard to
+    forget the epochs that it will train again.
+    """
 
     def __init__(self, folder: Path, keep_epochs: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._writer = SummaryWriter(str(folder), purge_step=keep_epochs + 1)
+        self._file = folder / f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        start = SessionLog(status=SessionLog.START)
+        self._append(Event(file_version="brain.Event:2"), Event(step=keep_epochs + 1, session_log=start))
 
     def add(self, record: dict[str, Any]) -> None:
-        epoch = record["epoch"]
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "epoch":
-                self._writer.add_scalar(f"train/{name}", value, epoch)
-        for number, layer in enumerate(record["layers"], start=1):
-            for name, value in layer.items():
-                self._writer.add_scalar(f"relu{number}/{name}", value, epoch)
-        self._writer.flush()  # a kill loses no epoch that the resume point has
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-    def close(self) -> None:
-        self._writer.close()
+        scalars = {f"train/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "epoch"}
+        for number, layer in enumerate(record["layers"], start=1):
+            scalars |= {f"relu{number}/{name}": value for name, value in layer.items()}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._append(Event(step=record["epoch"], summary=Summary(value=values)))
+
+    def _append(self, *events: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        try:
+            self._file.parent.mkdir(exist_ok=True)
+            with open(self._file, "ab") as file:
+                for event in events:
+                    event.wall_time = time.time()
+                    RecordWriter(file).write(event.SerializeToString())
+        except OSError as error:
+            raise CheckpointError(f"could not write {self._file}: {error}") from error
 
 
 def epoch_record(report: EpochReport, layers: list[LayerStatistics]) -> dict[str, Any]:

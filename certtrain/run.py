@@ -6,7 +6,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -102,10 +102,8 @@ def train(
         write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "model.json", {"format": 1, "model": architecture})
     _remove_temporaries(folder)
-    with (
-        ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display,
-        closing(_Recorder(folder, config, trainer, display, seconds_before)) as recorder,
-    ):
+    with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
+        recorder = _Recorder(folder, config, trainer, display, seconds_before)
         with recorder.until_signalled():
             finished = trainer.run(recorder)
         recorder.save(trainer)
@@ -166,8 +164,11 @@ def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
         raise UsageError(f"data.mean and data.std need one number for each of the images' {channels} channels")
     try:
         model = build_model(**architecture)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(f"model {config.model.name} cannot be built: {str(error).splitlines()[0]}") from error
+    except UsageError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"model {config.model.name} cannot be built: {reason}") from error
     shape = _output_shape(config.model.name, model, dataset.image_shape)
     if shape != (1, dataset.num_classes):
         raise UsageError(f"model {config.model.name} returns shape {shape}, not (1, {dataset.num_classes})")
@@ -181,7 +182,8 @@ def _output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]
             return tuple(model.eval()(image).shape)
     except (RuntimeError, ValueError) as error:
         size = "×".join(map(str, image_shape))
-        raise DataError(f"model {name} cannot take {size} images: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"model {name} cannot take {size} images: {reason}") from error
 
 
 def assemble(config: Config, model: nn.Module, dataset: Dataset) -> Trainer:
@@ -391,9 +393,6 @@ class _Recorder:
         state = {"model": trainer.model.state_dict(), "trainer": trainer.state_dict(), "seconds": self.seconds}
         save_checkpoint(self._folder / "last.ckpt", state)
         self._saved_at = time.monotonic()
-
-    def close(self) -> None:
-        self._tensorboard.close()
 
     @contextmanager
     def until_signalled(self) -> Iterator[None]:

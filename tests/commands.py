@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from contextlib import suppress
+import resource
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +52,33 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@contextmanager
+def one_thread():
+    """Sums come out the same bit for bit, and small networks are fast even on cores that others use."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def disk_with_room_for(size):
+    """No file may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 # A server that has imported everything forks the children, so that a fresh process costs milliseconds.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["certtrain.run", "sklearn.datasets", "torch._dynamo", "torch.utils.tensorboard"])
+_processes.set_forkserver_preload(
+    ["certtrain.run", "sklearn.datasets", "torch._dynamo", "tensorboard.summary.writer.record_writer"]
+)
 
 
 def start(arguments, log, prepare=None):

@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 from certtrain.cli import main
-from tests.commands import Outcome, train_arguments
+from tests.commands import Outcome, one_thread, train_arguments
 
 
 @pytest.fixture
@@ -13,7 +13,8 @@ def cli(capsys):
     def run(*arguments):
         capsys.readouterr()
         try:
-            code = main([str(argument) for argument in arguments])
+            with one_thread():
+                code = main([str(argument) for argument in arguments])
         except SystemExit as error:
             code = error.code
         return Outcome(code, *capsys.readouterr())
@@ -31,7 +32,8 @@ def train(cli, tmp_path):
 def reference(tmp_path_factory):
     """The directory of a finished, uninterrupted tiny run; only to be read."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    assert main(train_arguments(folder)) == 0
+    with one_thread():
+        assert main(train_arguments(folder)) == 0
     return folder
 
 

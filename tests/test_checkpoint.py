@@ -1,9 +1,7 @@
 import errno
 import json
 import random
-import resource
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import safetensors.torch
@@ -13,7 +11,7 @@ import certtrain
 from certtrain.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model, write_atomically, write_text
 from certtrain.errors import CerttrainError, CheckpointError, UsageError
 from certtrain.models import build_model
-from tests.commands import contents
+from tests.commands import contents, disk_with_room_for
 
 ARCHITECTURE = {"name": "mlp", "image_shape": [1, 4, 4], "num_classes": 3, "mean": [0.5], "std": [0.25]}
 ARCHITECTURE_8 = ARCHITECTURE | {"options": {"widths": [8]}}
@@ -28,17 +26,6 @@ def save(folder, widths=(8,)):
     network = model(widths)
     save_model(folder, network, ARCHITECTURE | {"options": {"widths": list(widths)}})
     return network
-
-
-@contextmanager
-def disk_with_room_for(size):
-    """No file may grow beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def same(a, b):

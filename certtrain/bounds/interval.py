@@ -11,7 +11,7 @@ reshaping  values only move or are averaged: every part of the box through the f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -130,6 +130,25 @@ class Joint(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Record:
+    """Everything one pass computed: each call in order, and the box of each value by its index (0 is the input)."""
+
+    calls: tuple[Call, ...]
+    boxes: Mapping[int, Box]
+    output: int
+
+    def detach(self) -> Record:
+        """The same boxes and weights, without gradient."""
+        calls = [
+            replace(
+                call, **{part: map_leaves(getattr(call, part), Tensor, Tensor.detach) for part in ("args", "kwargs")}
+            )
+            for call in self.calls
+        ]
+        return Record(tuple(calls), {index: box.detach() for index, box in self.boxes.items()}, self.output)
+
+
+@dataclass(frozen=True)
 class Bounds:
     """What one joint pass of a box, and of the clean input in it, found.
 
@@ -138,6 +157,7 @@ class Bounds:
     relu_inputs: box before each ReLU, in the order of the network
     affine_input: box that enters the first convolution or linear layer (after the input normalisation)
     tail, tail_input: the affine operations that end the network, and the box that enters them
+    record: all calls and boxes, where the pass was asked to keep them
     """
 
     clean: Tensor | None
@@ -146,17 +166,21 @@ class Bounds:
     affine_input: Box
     tail: tuple[Call, ...] = ()
     tail_input: Box | None = None
+    record: Record | None = None
 
 
 class _JointPass:
     """Walks clean input and box through the network side by side (a `tracing.Transform`), and gathers the Bounds."""
 
-    def __init__(self, tail: frozenset[int]) -> None:
+    def __init__(self, graph: Graph[Joint], box: Box, record: bool) -> None:
         self.relu_inputs: list[Box] = []
         self.affine_input: Box | None = None
         self.tail_input: Box | None = None
         self.tail: list[Call] = []
-        self._tail_indices = tail
+        self._tail_indices = graph.tail
+        self._record = record
+        self.calls: list[Call] = []
+        self.boxes: dict[int, Box] = {0: box}
 
     def apply(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Joint:
         boxes, box_kwargs = map_leaves((args, kwargs), Joint, lambda value: value.box)
@@ -169,6 +193,9 @@ class _JointPass:
             self.tail_input = self.tail_input or entering
             self.tail.append(call)
         box = RULES[call.function](*boxes, **box_kwargs)
+        if self._record:
+            self.calls.append(call)
+            self.boxes[call.index] = box
         if any(value.clean is None for value in leaves((args, kwargs), Joint)):
             return Joint(None, box)
         points, point_kwargs = map_leaves((args, kwargs), Joint, lambda value: value.clean)
@@ -182,10 +209,14 @@ class _JointPass:
 
 
 def propagate(
-    graph: Graph[Joint], box: Box, clean: Tensor | None, coefficients: Mapping[int, Coefficients] | None = None
+    graph: Graph[Joint],
+    box: Box,
+    clean: Tensor | None,
+    coefficients: Mapping[int, Coefficients] | None = None,
+    record: bool = False,
 ) -> Bounds:
     """One joint pass of `clean` and `box` through `graph`; see `BoundedModel.ibp`."""
-    joint_pass = _JointPass(graph.tail)
+    joint_pass = _JointPass(graph, box, record)
     result = graph.run(Joint(clean, box), joint_pass, coefficients)
     return Bounds(
         result.clean,
@@ -194,4 +225,5 @@ def propagate(
         joint_pass.affine_input or box,
         tuple(joint_pass.tail),
         joint_pass.tail_input or result.box,
+        Record(tuple(joint_pass.calls), joint_pass.boxes, graph.output) if record else None,
     )

@@ -1,0 +1,110 @@
+"""Fill the tables of README and docs/results, and draw the plots, from the JSON that the other scripts wrote.
+
+python scripts/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from certtrain.checkpoint import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+VARIANTS = ("vanilla IBP", "+ initialization", "+ full BatchNorm", "+ regularizers", "all")
+
+
+def main() -> None:
+    growth, runs = read("growth")["rows"], read("ablation")["rows"]
+    plot_growth(growth)
+    plot_ablation(runs)
+    fill(RESULTS / "ablation.md", growth=growth_table(growth), runs=ablation_table(runs))
+    fill(ROOT / "README.md", digits=seeds_table(read("digits")))
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def fill(page: Path, **tables: str) -> None:
+    """Put each table between `<!-- name -->` and `<!-- /name -->`."""
+    text = page.read_text()
+    for name, table in tables.items():
+        head, _, rest = text.partition(f"<!-- {name} -->\n")
+        _, _, tail = rest.partition(f"<!-- /{name} -->")
+        text = f"{head}<!-- {name} -->\n{table}\n<!-- /{name} -->{tail}"
+    write_text(page, text)
+
+
+def seeds_table(summaries: list[dict[str, Any]]) -> str:
+    lines = ["| seed | natural error | PGD error | verified error | seconds |", "|---:|---:|---:|---:|---:|"]
+    for summary in summaries:
+        errors = " | ".join(f"{100 * summary[key]:.1f} %" for key in ("natural_error", "pgd_error", "verified_error"))
+        lines.append(f"| {summary['seed']} | {errors} | {summary['train_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def growth_table(rows: list[dict[str, Any]]) -> str:
+    layers = range(1, len(rows[0]["growth"]) + 1)
+    lines = ["| initialization | BatchNorm | " + " | ".join(f"ReLU {i}" for i in layers) + " |"]
+    lines.append("|---|---|" + "---:|" * len(layers))
+    for row in rows:
+        values = " | ".join(f"{value:.3g}" for value in row["growth"])
+        lines.append(f"| {row['initialization']} | {'full' if row['batch_norm'] else 'none'} | {values} |")
+    return "\n".join(lines)
+
+
+def ablation_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| variant | seeds | natural error | PGD error | verified error | dead ReLUs | diverged at ε |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---|")
+    for name in VARIANTS:
+        mine = [row for row in rows if row["variant"] == name]
+        cells = [spread(mine, key) for key in ("natural_error", "pgd_error", "verified_error", "dead")]
+        diverged = ", ".join(f"{row['diverged_at']:.4f}" for row in mine if row["diverged_at"] is not None)
+        lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + f" | {diverged or 'none'} |")
+    return "\n".join(lines)
+
+
+def spread(rows: list[dict[str, Any]], key: str) -> str:
+    """Mean and range over the seeds that ended, in percent."""
+    values = [100 * row[key] for row in rows if key in row]
+    return f"{statistics.mean(values):.1f} % ({min(values):.1f}–{max(values):.1f})" if values else "–"
+
+
+def plot_growth(rows: list[dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for panel, batch_norm in zip(panels, (False, True), strict=True):
+        for row in rows:
+            if row["batch_norm"] == batch_norm:
+                layers = range(1, len(row["growth"]) + 1)
+                panel.semilogy(layers, row["growth"], marker="o", label=row["initialization"])
+        panel.set(xlabel="ReLU", title="full BatchNorm, training mode" if batch_norm else "no BatchNorm")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("mean radius / radius at the input")
+    panels[0].legend(title="initialization")
+    figure.savefig(RESULTS / "growth.png", dpi=110)
+
+
+def plot_ablation(rows: list[dict[str, Any]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
+    for position, name in enumerate(VARIANTS):
+        mine = [row for row in rows if row["variant"] == name and "verified_error" in row]
+        for key, colour in (("natural_error", "tab:blue"), ("pgd_error", "tab:orange"), ("verified_error", "tab:red")):
+            values = [100 * row[key] for row in mine]
+            label = key.replace("_", " ") if position == 0 else None
+            panel.scatter([position] * len(values), values, color=colour, alpha=0.7, label=label)
+    panel.set(xticks=range(len(VARIANTS)), xticklabels=list(VARIANTS), ylabel="error on test images, %")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(RESULTS / "ablation.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
