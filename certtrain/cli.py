@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("run", type=Path, help="a run directory, or its model.safetensors or last.ckpt")
     verify.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
+    verify.add_argument(
+        "--method", help="bounds, each for what those before left open: ibp,crown-ibp,crown,alpha-crown"
+    )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
     return parser
@@ -107,7 +110,10 @@ def verify_command(options: argparse.Namespace) -> int:
     folder = options.run if options.run.is_dir() else options.run.parent
     device = resolve_device(options.device)
     model = load_model(options.run, device)
-    overrides = [*options.overrides, *([f"verification.eps='{options.eps}'"] if options.eps else [])]
+    overrides = list(options.overrides)
+    for key in ("eps", "method"):
+        if getattr(options, key):
+            overrides.append(f"verification.{key}='{getattr(options, key)}'")
     config = load_config(folder / "config.yaml", overrides)
     results = [result.summary() for result in verify_run(config, model, load_data(config), limit=options.limit)]
     _show(Console(), results)
@@ -117,12 +123,26 @@ def verify_command(options: argparse.Namespace) -> int:
 
 
 def _show(console: Console, results: Sequence[dict]) -> None:
-    table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method'].upper()}")
+    table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method']}")
     for column in ("epsilon", "natural error", "PGD error", "verified error", "seconds"):
         table.add_column(column, justify="right")
     for result in results:
         errors = [f"{result[key]:.2%}" for key in ("natural_error", "pgd_error", "verified_error")]
         table.add_row(f"{result['eps']:.5f}", *errors, f"{result['seconds']:.1f}")
+    console.print(table)
+    if len(results[0]["stages"]) > 1:
+        _show_stages(console, results)
+
+
+def _show_stages(console: Console, results: Sequence[dict]) -> None:
+    table = Table(title="what each method was asked, and proved")
+    for column in ("epsilon", "method", "images", "proved", "seconds", "seconds per image"):
+        table.add_column(column, justify="right")
+    for result in results:
+        for stage in result["stages"]:
+            each = f"{stage['seconds'] / stage['images']:.2g}" if stage["images"] else "–"
+            counts = (str(stage[key]) for key in ("images", "proved"))
+            table.add_row(f"{result['eps']:.5f}", stage["method"], *counts, f"{stage['seconds']:.2f}", each)
     console.print(table)
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from certtrain.bounds.graph import METHODS
 from certtrain.data import DATASETS
 from certtrain.errors import UsageError, unknown
 from certtrain.initialization import INITIALIZATIONS
@@ -118,7 +119,8 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    method: Literal["natural", "ibp"] = "ibp"
+    method: Literal["natural", "ibp", "crown-ibp"] = "ibp"
+    loss_fusion: bool = False  # of crown-ibp: one backward row instead of one for each class
     initialization: str = "ibp"
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
@@ -137,12 +139,21 @@ class VerificationSection(Section):
     """What is measured on the test set at the end, and by `certtrain verify`."""
 
     eps: tuple[Radius, ...] | None = None  # null: epsilon.max
-    method: Literal["ibp"] = "ibp"
+    method: tuple[str, ...] = ("ibp",)  # a cascade: each sees what those before left open
     limit: int | None = Field(None, ge=1)  # only the first so many test images
     batch_size: int = Field(256, ge=1)
     pgd_steps: int = Field(40, ge=0)
     pgd_restarts: int = Field(2, ge=0)
     pgd_step_size: float = Field(0.25, gt=0)  # as a share of epsilon
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_methods(cls, value: Any) -> Any:
+        methods = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        for name in methods if isinstance(methods, Sequence) else ():
+            if name not in METHODS:
+                raise unknown("bound method", str(name), METHODS)
+        return methods
 
     @field_validator("eps", mode="before")
     @classmethod
@@ -161,6 +172,7 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     regularizers: RegularizerSection = RegularizerSection()
     verification: VerificationSection = VerificationSection()
+    backend: Literal["native", "lirpa"] = "native"  # who computes bounds; lirpa is auto_LiRPA, where installed
 
     @model_validator(mode="after")
     def _fits_the_run(self) -> Config:
@@ -168,6 +180,10 @@ class Config(Section):
         late = [milestone for milestone in self.optimizer.milestones if milestone >= epochs]
         if late:
             raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
+        if self.training.loss_fusion and self.training.method != "crown-ibp":
+            raise ValueError("training.loss_fusion is for training.method crown-ibp")
+        if self.backend == "lirpa" and (self.training.loss_fusion or self.training.accumulation > 1):
+            raise ValueError("backend lirpa supports neither training.loss_fusion nor training.accumulation")
         end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
         if self.training.method != "natural" and end > epochs:
             raise ValueError(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
-from certtrain.bounds.graph import MARGINS
+from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.tracing import Coefficients
 from certtrain.initialization import AFFINE_MODULES
 from certtrain.regularizers import Moments, l1_penalty, moments, relu_balance_of, tightness_of
@@ -32,7 +32,7 @@ class Phase(Enum):
     NATURAL = "natural"  # cross-entropy of the clean logits, no bounds at all
     BEFORE = "before"  # epsilon is 0: natural cross-entropy and the regularizers
     WARMUP = "warmup"  # epsilon grows: robust cross-entropy and the regularizers, which fade
-    FULL = "full"  # robust cross-entropy alone: epsilon has reached its maximum, or nothing regularizes
+    FULL = "full"  # epsilon has reached its maximum: robust cross-entropy alone, by IBP
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Objective:
 
     Args:
         net: the network.
-        method: how margins are bounded; "natural" trains without bounds.
+        method: "natural" without bounds, "ibp", or "crown-ibp": margins are β·CROWN-IBP + (1 - β)·IBP with
+            β = 1 - eps / max_eps.
+        loss_fusion: bound the cross-entropy itself, one backward row instead of one for each class (crown-ibp).
         regularization: weight λ of the two regularizers while epsilon is 0.
         tightness, relu_balance: which of the two to use.
         tolerance: their τ.
@@ -51,6 +53,7 @@ class Objective:
 
     net: BoundedModel
     method: str = "ibp"
+    loss_fusion: bool = False
     regularization: float = 0.5
     tightness: bool = True
     relu_balance: bool = True
@@ -63,7 +66,7 @@ class Objective:
             return Phase.NATURAL
         if eps == 0:
             return Phase.BEFORE if self._regularizes else Phase.NATURAL
-        return Phase.WARMUP if eps < max_eps and self._regularizes else Phase.FULL
+        return Phase.WARMUP if eps < max_eps else Phase.FULL
 
     def backward(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase) -> Metrics:
         """Add the gradient of the batch's loss to the parameters' `.grad`; updates BatchNorm's running statistics.
@@ -85,9 +88,9 @@ class Objective:
     def _terms(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase) -> Metrics:
         if phase is Phase.NATURAL:
             return self._clean_terms(self.net.clean_pass(images).output, labels, phase)
-        bounds = self.net.ibp(_box(images, eps, phase), clean=images)
-        terms = self._clean_terms(bounds.clean, labels, phase) | self._robust_terms(bounds, labels, phase)
-        if phase is Phase.FULL:
+        bounds = self.net.ibp(_box(images, eps, phase), clean=images, record=self._goes_backward(phase))
+        terms = self._clean_terms(bounds.clean, labels, phase) | self._robust_terms(bounds, labels, progress, phase)
+        if phase is Phase.FULL or not self._regularizes:
             return terms
         sums = BatchSums.of(bounds)
         return terms | self._regularizer_terms(sums, sums, progress)
@@ -107,11 +110,14 @@ class Objective:
         if phase is not Phase.NATURAL:
             copies = {i: tuple(c.detach().requires_grad_() for c in pair) for i, pair in clean.coefficients.items()}
             parts = list(zip(images.chunk(self.accumulation), labels.chunk(self.accumulation), strict=True))
-            whole = None if phase is Phase.FULL else self._sums_over(parts, copies, eps, phase)
+            regularizes = phase is not Phase.FULL and self._regularizes
+            whole = self._sums_over(parts, copies, eps, phase) if regularizes else None
             for part, part_labels in parts:
-                bounds = self.net.ibp(_box(part, eps, phase), coefficients=copies)
+                box = _box(part, eps, phase)
+                bounds = self.net.ibp(box, coefficients=copies, record=self._goes_backward(phase))
                 share = len(part) / len(images)
-                mine = {k: share * v for k, v in self._robust_terms(bounds, part_labels, phase).items()}
+                robust = self._robust_terms(bounds, part_labels, progress, phase)
+                mine = {name: share * value for name, value in robust.items()}
                 regularizers = {} if whole is None else self._regularizer_terms(BatchSums.of(bounds), whole, progress)
                 _total(mine | regularizers).backward()
                 terms |= {k: terms.get(k, 0) + v.detach() for k, v in mine.items()} | regularizers
@@ -144,14 +150,20 @@ class Objective:
             terms["l1_loss"] = self.l1 * l1_penalty(affine_weights(self.net.model))
         return terms
 
-    def _robust_terms(self, bounds: Bounds, labels: Tensor, phase: Phase) -> Metrics:
+    def _goes_backward(self, phase: Phase) -> bool:
+        return self.method == "crown-ibp" and phase is Phase.WARMUP
+
+    def _robust_terms(self, bounds: Bounds, labels: Tensor, progress: Tensor, phase: Phase) -> Metrics:
         if phase is Phase.BEFORE:
             return {}
-        margins = MARGINS[self.method](bounds, labels)
-        return {
-            "robust_loss": F.cross_entropy(-margins, labels),
-            "verified_error": 1 - proved(margins).to(margins.dtype).mean(),
-        }
+        margins = self.net.margins_of(bounds, labels)
+        if self._goes_backward(phase) and self.loss_fusion:
+            loss = fused_cross_entropy(bounds, labels, share=1 - progress).mean()
+        else:
+            if self._goes_backward(phase):
+                margins = (1 - progress) * self.net.margins_of(bounds, labels, "crown-ibp") + progress * margins
+            loss = F.cross_entropy(-margins, labels)
+        return {"robust_loss": loss, "verified_error": 1 - proved(margins).to(margins.dtype).mean()}
 
     def _regularizer_terms(self, own: BatchSums, whole: BatchSums, progress: Tensor) -> Metrics:
         """The regularizers of the whole batch, with gradient through the sums of its part `own`."""

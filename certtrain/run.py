@@ -194,8 +194,9 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset) -> Trainer:
     _check_last_batch(model, len(split), training.batch_size)
     regularizers = config.regularizers
     objective = Objective(
-        BoundedModel(model, to_float(split.images[:1])),
+        BoundedModel(model, to_float(split.images[:1]), config.backend),
         method=training.method,
+        loss_fusion=training.loss_fusion,
         regularization=regularizers.weight,
         tightness=regularizers.tightness,
         relu_balance=regularizers.relu_balance,
@@ -245,6 +246,7 @@ def verify_run(config: Config, model: nn.Module, dataset: Dataset, limit: int | 
         limit=section.limit if limit is None else limit,
         batch_size=section.batch_size,
         seed=config.seed,
+        backend=config.backend,
     )
 
 

@@ -130,8 +130,10 @@ class Trainer:
         self.step += 1
 
     def check_finite(self) -> None:
-        """Raises DivergedError if the loss of any step of this epoch was NaN or infinite."""
+        """Raises DivergedError if the loss of any step of this epoch, or now a weight, is NaN or infinite."""
         bad = torch.inf if self.sums.first_bad_step is None else self.sums.first_bad_step.item()
+        if bad == torch.inf and not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            bad = self.step - 1  # the last step's loss was finite, its gradient was not
         if bad < torch.inf:
             step = int(bad)
             raise DivergedError(

@@ -50,7 +50,7 @@ def variant_config(data: Path, seed: int, initialization: str = "default", batch
             "crop": 2,
             "mean": CIFAR10_MEAN,
             "std": CIFAR10_STD,
-        },  # fmt: skip
+        },
         "model": {"name": "cnn7", "options": {"width": 8, "linear_width": 128, "batch_norm": batch_norm}},
         "epsilon": {"max": EPSILON, "start_epoch": 2, "warmup_epochs": 10},
         "training": {"epochs": 20, "batch_size": 64, "initialization": initialization, "checkpoint_seconds": 1e9},

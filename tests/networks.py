@@ -50,6 +50,31 @@ def residual_network() -> nn.Module:
     )
 
 
+class Inception(nn.Module):
+    """Branches of a convolution, of max pooling and of average pooling, concatenated."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(channels, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [F.relu(self.bn(self.conv(x))), F.max_pool2d(x, 2), F.avg_pool2d(x, 2)]
+        return torch.cat(parts, 1)
+
+
+def pooling_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 1, 1),
+        nn.ReLU(),
+        Inception(4, 3),
+        nn.Conv2d(11, 4, 3, 1, 1),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4 * 4 * 4, 5),
+    )
+
+
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     """BatchNorm parameters and statistics away from 0 and 1, so that a wrong one shows."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,9 +14,15 @@ from torch import Tensor, nn
 from certtrain.bounds import interval
 from certtrain.bounds.box import Box
 from certtrain.bounds.interval import Bounds
+from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins
 from certtrain.bounds.tracing import SETTLED_BY_CLEAN, Call, Coefficients, Graph, scale_shift, trace
-from certtrain.errors import UnsupportedOperation, unknown
+from certtrain.errors import UnsupportedOperation, UsageError, unknown
+
+METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
+BACKENDS = ("native", "lirpa")
+DEFAULT_ALPHA = AlphaOptions()
+COPIES = 6  # of a row's coefficients that a step of a backward pass holds at once
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,23 @@ class BoundedModel:
     Args:
         model: takes one batch of inputs (B, ...), returns logits (B, K).
         example_input: any valid batch; the recorded operations are checked against the module on it.
+        backend: "native", or "lirpa" to have auto_LiRPA answer, for networks with operations that have no rule here.
 
     Raises:
         UnsupportedOperation: the network cannot be traced, or an operation in it has no rule.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+    def __new__(cls, model: nn.Module, example_input: Tensor, backend: str = "native") -> Any:
+        """With another backend, another class's instance: one with the same methods."""
+        if backend not in BACKENDS:
+            raise unknown("backend", backend, BACKENDS)
+        if backend == "lirpa":
+            from certtrain.bounds.lirpa import LirpaModel  # which knows nothing of this file
+
+            return LirpaModel(model, example_input)
+        return super().__new__(cls)
+
+    def __init__(self, model: nn.Module, example_input: Tensor, backend: str = "native") -> None:
         self.model = model
         self._graphs: dict[bool, Graph[Any]] = {}
         self._check_on(example_input)
@@ -53,8 +72,17 @@ class BoundedModel:
             self._graphs[mode] = graph
         return self._graphs[mode]
 
+    @property
+    def classes(self) -> int:
+        """K, the number of logits."""
+        return self._sizes.classes
+
     def ibp(
-        self, box: Box, clean: Tensor | None = None, coefficients: Mapping[int, Coefficients] | None = None
+        self,
+        box: Box,
+        clean: Tensor | None = None,
+        coefficients: Mapping[int, Coefficients] | None = None,
+        record: bool = False,
     ) -> Bounds:
         """Interval bounds of every output, in one joint pass of the box and the clean input.
 
@@ -63,8 +91,9 @@ class BoundedModel:
             clean: (B, ...) a point of the box. Where BatchNorm is in training mode its statistics are those of the
                 clean activations, for the box as well; there it must be given, elsewhere it may be.
             coefficients: use these for the BatchNorms (from `clean_pass`) instead of statistics of `clean`.
+            record: keep every value's box, for margins by backward passes (`crown_margins`).
         """
-        return interval.propagate(self.graph, box, clean, coefficients)
+        return interval.propagate(self.graph, box, clean, coefficients, record)
 
     def clean_pass(self, x: Tensor) -> CleanPass:
         """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with."""
@@ -72,21 +101,81 @@ class BoundedModel:
         output = self.graph.run(x, clean)
         return CleanPass(output, clean.coefficients)
 
-    def margins(self, box: Box, labels: Tensor, method: str = "ibp", clean: Tensor | None = None) -> Tensor:
+    def margins(
+        self,
+        box: Box,
+        labels: Tensor,
+        method: str = "ibp",
+        clean: Tensor | None = None,
+        *,
+        intersect: bool = True,
+        max_memory: int | None = None,
+        alpha: AlphaOptions = DEFAULT_ALPHA,
+    ) -> Tensor:
         """Lower bounds of z_y - z_j over the box.
 
         Args:
             box: (B, ...) inputs.
             labels: (B,) int64, the classes y.
-            method: "ibp".
+            method: by price, "ibp"; "crown-ibp", one backward pass on IBP's boxes; "crown", backward passes for the
+                boxes too; "alpha-crown", slopes optimised for each image (no gradient).
             clean: see `ibp`.
+            intersect: take the better of this bound and the cheaper ones, so that a dearer method is never looser.
+            max_memory: bytes that coefficients of backward passes may take; the work is cut accordingly. Default:
+                half of what the device has free.
+            alpha: how slopes are optimised.
 
         Returns:
             (B, K), 0 in column y; an image whose other entries are all positive is proved.
+
+        Raises:
+            UsageError: unknown method, or a memory bound that does not suffice for one image.
+            UnsupportedOperation: an operation has no linear relaxation.
         """
-        if method not in MARGINS:
-            raise unknown("bound method", method, MARGINS)
-        return MARGINS[method](self.ibp(box, clean), labels)
+        if method not in METHODS:
+            raise unknown("bound method", method, METHODS)
+        if method == "ibp":
+            return self.margins_of(self.ibp(box, clean), labels)
+        images, rows = self._portions(box, method, max_memory)
+        whole = self.model.training or len(labels) <= images
+        portions = [slice(None)] if whole else [slice(i, i + images) for i in range(0, len(labels), images)]
+        found = []
+        for part in portions:
+            portion = Box(box.lower[part], box.upper[part])
+            bounds = self.ibp(portion, None if clean is None else clean[part], record=True)
+            found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
+        return torch.cat(found)
+
+    def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
+        """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""
+        if method == "ibp":
+            return merged_margins(bounds.tail, bounds.tail_input, labels).lower
+        if method == "crown-ibp":
+            return crown_margins(bounds, labels)
+        raise unknown("bound method of a single pass", method, ("ibp", "crown-ibp"))
+
+    def _backward_margins(
+        self, bounds: Bounds, labels: Tensor, method: str, intersect: bool, rows: int, alpha: AlphaOptions
+    ) -> Tensor:
+        cheaper = [self.margins_of(bounds, labels)] if intersect else []
+        if method != "crown-ibp":
+            if intersect:
+                cheaper.append(crown_margins(bounds, labels))
+            bounds = replace(bounds, record=tightened(bounds.record, rows, intersect))
+        best = alpha_margins(bounds, labels, alpha) if method == "alpha-crown" else crown_margins(bounds, labels)
+        return reduce(torch.maximum, cheaper, best)
+
+    def _portions(self, box: Box, method: str, max_memory: int | None) -> tuple[int, int]:
+        """Images and rows of coefficients to work on at once."""
+        budget = free_memory(box.like.device) // 2 if max_memory is None else max_memory
+        kept = self._sizes.total if method == "alpha-crown" else self._sizes.largest
+        image = COPIES * kept * box.like.element_size() * self._sizes.classes
+        if image > budget:
+            raise UsageError(
+                f"max_memory: {method} needs {image:,} bytes for one image of this network, not {budget:,}"
+            )
+        images = max(1, min(len(box.like), budget // image))
+        return images, max(1, budget // (COPIES * self._sizes.largest * box.like.element_size() * images))
 
     def _check_on(self, example_input: Tensor) -> None:
         """The recorded operations must compute what the module computes; eval mode, so that nothing is updated."""
@@ -95,10 +184,12 @@ class BoundedModel:
         try:
             with torch.no_grad():
                 expected = self.model(example_input.clone())
-                recorded = self.clean_pass(example_input).output
+                clean = _CleanTransform()
+                recorded = self.graph.run(example_input, clean)
         finally:
             for module, mode in modes.items():
                 module.training = mode
+        self._sizes = _Sizes(clean.largest, clean.total, expected.shape[-1])
         scale = expected.abs().max().clamp(min=1.0)
         if recorded.shape != expected.shape or not ((recorded - expected).abs() <= 1e-3 * scale).all():
             raise UnsupportedOperation(
@@ -107,24 +198,36 @@ class BoundedModel:
             )
 
 
-def ibp_margins(bounds: Bounds, labels: Tensor) -> Tensor:
-    """Margins (B, K) from the boxes of a joint pass, the last affine operations merged with z_y - z_j."""
-    return merged_margins(bounds.tail, bounds.tail_input, labels)
+@dataclass(frozen=True)
+class _Sizes:
+    """Elements per image: of the largest value, and of all values together; and the number of classes."""
+
+    largest: int
+    total: int
+    classes: int
 
 
-MARGINS = {"ibp": ibp_margins}
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class _CleanTransform:
-    """Walks the clean input alone (a `tracing.Transform`), and keeps the BatchNorms' coefficients."""
+    """Walks the clean input alone (a `tracing.Transform`), keeps the BatchNorms' coefficients, and counts."""
 
     def __init__(self) -> None:
         self.coefficients: dict[int, Coefficients] = {}
+        self.largest, self.total = 0, 0  # elements per image
 
     def apply(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         if call.function is scale_shift:
             self.coefficients[call.index] = args[1:]
-        return call.function(*args, **kwargs)
+        value = call.function(*args, **kwargs)
+        size = value.numel() // len(value)
+        self.largest, self.total = max(self.largest, size), self.total + size
+        return value
 
     def clean(self, value: Tensor) -> Tensor:
         return value

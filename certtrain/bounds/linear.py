@@ -22,6 +22,7 @@ from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.interval import MONOTONE, RULES, Bounds, Record
+from certtrain.bounds.margins import merged_margins
 from certtrain.bounds.tracing import AFFINE, Call, Ref, leaves, map_leaves, scale_shift
 from certtrain.errors import UnsupportedOperation
 
@@ -139,6 +140,36 @@ def _affine(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributi
     return list(zip(refs, parts, strict=True)), _dot(a, constant)
 
 
+def _reshaped(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+    """Elements keep their order."""
+    (ref,) = leaves((call.args, call.kwargs), Ref)
+    return [(ref, a.reshape(*a.shape[:2], *boxes[ref.index].shape[1:]))], a.new_zeros(a.shape[:2])
+
+
+def _scaled(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+    ref, scale, shift = call.args
+    return [(ref, a * scale[:, None])], _dot(a, shift.expand(boxes[call.index].shape))
+
+
+def _sum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
+    """x + y or x - y, of two values or of a value and a constant."""
+
+    def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+        shape = boxes[call.index].shape
+        refs = [argument for argument in call.args if isinstance(argument, Ref)]
+        if call.kwargs or any(boxes[ref.index].shape != shape for ref in refs):
+            return _affine(call, a, boxes)
+        contributions, constant = [], a.new_zeros(a.shape[:2])
+        for argument, factor in zip(call.args, (1, sign), strict=True):
+            if isinstance(argument, Ref):
+                contributions.append((argument, factor * a))
+            else:
+                constant = constant + _dot(a, torch.as_tensor(factor * argument).to(a).expand(shape))
+        return contributions, constant
+
+    return rule
+
+
 def _linear(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
     x, weight, bias = _weighted_arguments(*call.args, **call.kwargs)[:3]
     return [(x, a @ weight)], (a * bias).flatten(2).sum(2) if bias is not None else a.new_zeros(a.shape[:2])
@@ -222,6 +253,10 @@ def _largest_other(upper: Tensor, chosen: Tensor, *pooling: Any) -> Tensor:
 
 BACKWARD: dict[Callable, Callable[..., tuple[Contributions, Tensor]]] = {
     **{function: _affine for function in (*AFFINE, scale_shift, torch.cat, F.pad) if function in RULES},
+    **{function: _reshaped for function in (torch.flatten, Tensor.reshape, Tensor.contiguous, Tensor.unflatten)},
+    scale_shift: _scaled,
+    torch.add: _sum(1),
+    torch.sub: _sum(-1),
     F.linear: _linear,
     F.conv1d: _conv(torch.nn.grad.conv1d_input),
     F.conv2d: _conv(torch.nn.grad.conv2d_input),
@@ -287,7 +322,9 @@ def crown_margins(bounds: Bounds, labels: Tensor, slopes: Slopes | None = None) 
     return lower_bounds(record, record.output, margin_rows(labels, output.shape[1], output.like), slopes)
 
 
-def fused_cross_entropy(bounds: Bounds, labels: Tensor, differences: Box, share: Tensor | float = 1.0) -> Tensor:
+def fused_cross_entropy(
+    bounds: Bounds, labels: Tensor, share: Tensor | float = 1.0, differences: Box | None = None
+) -> Tensor:
     """Upper bounds (B,) of the cross-entropy by one backward row instead of K. (Xu et al. 2020, "loss fusion".)
 
     The cross-entropy is log Σ_j exp(z_j - z_y). Each exponential lies below its chord over `differences`, and the
@@ -295,10 +332,13 @@ def fused_cross_entropy(bounds: Bounds, labels: Tensor, differences: Box, share:
 
     Args:
         bounds: of a joint pass that was recorded.
-        differences: (B, K) boxes of z_j - z_y.
         share: β; the result is log(β·CROWN-IBP + (1 - β)·IBP).
+        differences: (B, K) boxes of z_j - z_y; by default IBP's, the last affine operations merged.
     """
     record = bounds.record
+    if differences is None:
+        margins = merged_margins(bounds.tail, bounds.tail_input, labels)
+        differences = Box(-margins.upper, -margins.lower)
     shift = differences.upper.amax(1, keepdim=True).detach()  # exp(x - shift) cannot overflow
     low, high = (differences.lower - shift).exp(), (differences.upper - shift).exp()
     chord = (high - low) / (differences.upper - differences.lower).clamp(min=1e-8)
@@ -327,6 +367,8 @@ def tightened(record: Record, rows_at_once: int, intersect: bool = True) -> Reco
                     done.add(ref.index)
         args, kwargs = map_leaves((call.args, call.kwargs), Ref, lambda ref: boxes[ref.index])
         boxes[call.index] = RULES[call.function](*args, **kwargs)
+        if call.function in LINES:
+            done.add(call.index)  # the image of a tight box: a backward pass through the lines cannot be tighter
     return replace(record, boxes=boxes)
 
 

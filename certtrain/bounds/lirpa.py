@@ -11,8 +11,9 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
+from certtrain.bounds.graph import CleanPass
 from certtrain.bounds.interval import Bounds
+from certtrain.bounds.tracing import Coefficients
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 
 _METHODS = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
@@ -121,6 +124,7 @@ class LirpaModel:
 
     def __init__(self, model: nn.Module, example_input: Tensor) -> None:
         self.model = model
+        self.classes = _output_size(model, example_input)
         self._lirpa = load_auto_lirpa()
         if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
             raise UnsupportedOperation("auto_LiRPA's bounds of Dropout are not sound: replace it by nn.Identity")
@@ -142,51 +146,88 @@ class LirpaModel:
         self._relus = [n for n in nodes if isinstance(n, ops.BoundRelu)]
         self._affine = next(n for n in nodes if isinstance(n, (ops.BoundConv, ops.BoundLinear)))
 
-    def ibp(self, box: Box, clean: Tensor | None = None) -> Bounds:
+    def ibp(
+        self,
+        box: Box,
+        clean: Tensor | None = None,
+        coefficients: Mapping[int, Coefficients] | None = None,
+        record: bool = False,
+    ) -> Bounds:
         """Interval bounds of the logits and of every ReLU's input.
 
         Args:
             box: the inputs, in pixel space.
             clean: the point whose activations give BatchNorm its statistics; needed where one is in training mode.
+            coefficients: not supported.
+            record: without effect; `margins_of` asks about the latest pass.
         """
-        logits, _ = self._forward(box, clean)
+        if coefficients is not None:
+            raise UsageError("backend lirpa cannot work through a batch in parts: set training.accumulation to 1")
+        logits, self._point = self._forward(box, clean)
         with _default_dtype(logits.dtype):
             output = self._net.compute_bounds(method="IBP")
-        return Bounds(
+        self._latest = Bounds(
             clean=None if clean is None else logits,
             output=Box(*output),
             relu_inputs=tuple(Box(*relu.inputs[0].interval) for relu in self._relus),
             affine_input=Box(*self._affine.inputs[0].interval),
         )
+        return self._latest
+
+    def clean_pass(self, x: Tensor) -> CleanPass:
+        """Logits of `x`; no BatchNorm coefficients, which `ibp` could not take."""
+        return CleanPass(self.model(x), {})
 
     def margins(
-        self, box: Box, labels: Tensor, method: str = "ibp", clean: Tensor | None = None, iterations: int = 20
+        self,
+        box: Box,
+        labels: Tensor,
+        method: str = "ibp",
+        clean: Tensor | None = None,
+        *,
+        intersect: bool = True,
+        iterations: int = 20,
     ) -> Tensor:
-        """Lower bounds (B, K) of z_y - z_j, 0 at j = y: the method's own, not intersected with cheaper ones.
+        """Lower bounds (B, K) of z_y - z_j, 0 at j = y; as `BoundedModel.margins`.
 
         Args:
             box: the inputs, in pixel space.
             labels: y, (B,).
             method: ibp, crown-ibp, crown or alpha-crown.
             clean: as in `ibp`.
+            intersect: take the better of this bound and the cheaper ones.
             iterations: steps of alpha-crown, whose bounds carry no gradient.
         """
         if method not in _METHODS:
             raise unknown("bound method", method, _METHODS)
-        optimize = method == "alpha-crown"
-        with torch.set_grad_enabled(optimize or torch.is_grad_enabled()):
-            logits, point = self._forward(box, clean, frozen=optimize)
-            others = torch.arange(logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
-            others = others + (others >= labels[:, None])
-            identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-            question = {"C": identity[labels][:, None] - identity[others], "method": _METHODS[method]}
-            if optimize:
-                self._net.set_bound_opts({"optimize_bound_args": {"iteration": iterations}})
-                question["x"] = (point,)
-            with _default_dtype(logits.dtype):
-                lower, _ = self._net.compute_bounds(bound_upper=False, **question)
-        if optimize:
-            lower = lower.detach()
+        names = list(_METHODS)
+        asked = names[: names.index(method) + 1] if intersect else [method]
+        found = []
+        if method != "alpha-crown" or intersect:
+            logits, point = self._forward(box, clean)
+            found = [self._margins(logits, point, labels, name) for name in asked if name != "alpha-crown"]
+        if method == "alpha-crown":
+            with torch.enable_grad():
+                logits, point = self._forward(box, clean, frozen=True)
+                found.append(self._margins(logits, point, labels, method, iterations).detach())
+        return reduce(torch.maximum, found)
+
+    def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
+        """Margins (B, K) of the pass that gave `bounds`, the latest one; raw."""
+        if bounds is not self._latest:
+            raise UsageError("auto_LiRPA remembers its latest pass only: ask before the next one")
+        return self._margins(bounds.output.like, self._point, labels, method)
+
+    def _margins(self, logits: Tensor, point: Tensor, labels: Tensor, method: str, iterations: int = 0) -> Tensor:
+        others = torch.arange(logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
+        others = others + (others >= labels[:, None])
+        identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        question = {"C": identity[labels][:, None] - identity[others], "method": _METHODS[method]}
+        if method == "alpha-crown":
+            self._net.set_bound_opts({"optimize_bound_args": {"iteration": iterations}})
+            question["x"] = (point,)
+        with _default_dtype(logits.dtype):
+            lower, _ = self._net.compute_bounds(bound_upper=False, **question)
         return torch.zeros_like(logits).scatter(1, others, lower)
 
     def _forward(self, box: Box, clean: Tensor | None, frozen: bool = False) -> tuple[Tensor, Tensor]:
@@ -218,6 +259,11 @@ class LirpaModel:
             node.from_input = False  # 0.3 takes a buffer for a batch of inputs, and sums over the wrong axis
         for node, module in self._batch_norms:
             node.training = module.training
+
+
+def _output_size(model: nn.Module, example_input: Tensor) -> int:
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(example_input).shape[-1]
 
 
 @contextmanager

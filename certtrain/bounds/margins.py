@@ -12,10 +12,10 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.tracing import Call, Ref, map_leaves
 
 
-def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Tensor:
-    """Lower bounds of z_y - z_j where z = tail(h) for h in `box`.
+def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
+    """Bounds of z_y - z_j where z = tail(h) for h in `box`.
 
-    With z = W h + b: (w_y - w_j)·c - |w_y - w_j|·r + (b_y - b_j), never the difference of two separately bounded
+    With z = W h + b: (w_y - w_j)·c ± |w_y - w_j|·r + (b_y - b_j), never the difference of two separately bounded
     logits, which would forget that both see the same h.
 
     Args:
@@ -24,11 +24,11 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Tensor:
         labels: (B,) int64, the classes y.
 
     Returns:
-        (B, K); exactly 0 in column y.
+        A box of shape (B, K), exactly 0 in column y.
     """
     logits = apply_tail(tail, box.center)
     centers = logits.gather(1, labels[:, None]) - logits
-    return centers - _deviations(tail, box.radius, labels, logits)
+    return Box.around(centers, _deviations(tail, box.radius, labels, logits))
 
 
 def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:
