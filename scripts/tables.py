@@ -98,7 +98,7 @@ def plot_ablation(rows: list[dict[str, Any]]) -> None:
         mine = [row for row in rows if row["variant"] == name and "verified_error" in row]
         for key, colour in (("natural_error", "tab:blue"), ("pgd_error", "tab:orange"), ("verified_error", "tab:red")):
             values = [100 * row[key] for row in mine]
-            label = key.replace("_", " ") if position == 0 else None
+            label = key.replace("_", " ").replace("pgd", "PGD") if position == 0 else None
             panel.scatter([position] * len(values), values, color=colour, alpha=0.7, label=label)
     panel.set(xticks=range(len(VARIANTS)), xticklabels=list(VARIANTS), ylabel="error on test images, %")
     panel.grid(alpha=0.3)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.objectives import Metrics, Objective, Phase, proved
 from certtrain.regularizers import relu_balance_loss, tightness_loss
@@ -34,7 +35,7 @@ def step(model: nn.Module, phase: Phase, **options) -> Metrics:
     return Objective(BoundedModel(model, images), **options).backward(images, labels, EPS, PROGRESS, phase)
 
 
-def published_loss(model: nn.Module, phase: Phase) -> Tensor:
+def published_loss(model: nn.Module, phase: Phase, method: str) -> Tensor:
     """DESIGN's objective, the bounds those of auto_LiRPA; λ = 0.5, τ = 0.5, L1 weight 1e-4."""
     images, labels = batch()
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -47,18 +48,23 @@ def published_loss(model: nn.Module, phase: Phase) -> Tensor:
     if phase is Phase.BEFORE:
         loss = loss + F.cross_entropy(bounds.clean, labels)
     else:
-        loss = loss + F.cross_entropy(-net.margins(linf_box(images, eps), labels, clean=images), labels)
+        margins = net.margins(linf_box(images, eps), labels, clean=images)
+        if method == "crown-ibp" and phase is Phase.WARMUP:
+            backward = net.margins(linf_box(images, eps), labels, "crown-ibp", clean=images, intersect=False)
+            margins = (1 - PROGRESS) * backward + PROGRESS * margins
+        loss = loss + F.cross_entropy(-margins, labels)
     if phase is not Phase.FULL:
         regularizer = tightness_loss(bounds.relu_inputs, bounds.affine_input) + relu_balance_loss(bounds.relu_inputs)
         loss = loss + 0.5 * (1 - PROGRESS) * regularizer
     return loss
 
 
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
 @pytest.mark.parametrize("phase", Phase)
-def test_loss_and_gradient_equal_the_published_objective(phase):
+def test_loss_and_gradient_equal_the_published_objective(phase, method):
     ours, theirs = network(), network()
-    metrics = step(ours, phase, l1=1e-4)
-    expected = published_loss(theirs, phase)
+    metrics = step(ours, phase, method=method, l1=1e-4)
+    expected = published_loss(theirs, phase, method)
     expected.backward()
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -66,12 +72,43 @@ def test_loss_and_gradient_equal_the_published_objective(phase):
         assert ((mine.grad - other.grad).abs().max() / scale).item() < 1e-6, name
 
 
+def test_loss_fusion_bounds_the_cross_entropy_itself():
+    """The fused loss of the step is that of its joint pass, with the share that warmup has left; the rest stays."""
+    images, labels = batch()
+    fused, plain = (step(network(), Phase.WARMUP, method="crown-ibp", loss_fusion=fusion) for fusion in (True, False))
+    bounds = BoundedModel(network(), images).ibp(linf_box(images, EPS), clean=images, record=True)
+    expected = fused_cross_entropy(bounds, labels, 1 - PROGRESS).mean()
+    assert fused["robust_loss"].item() == pytest.approx(expected.item(), rel=1e-12)
+    assert fused["robust_loss"] != plain["robust_loss"]
+    for term in ("tightness_loss", "relu_balance_loss", "natural_error"):
+        assert torch.equal(fused[term], plain[term])
+
+
+@pytest.mark.parametrize("fusion", [False, True], ids=["margins", "fusion"])
+@pytest.mark.parametrize("eps", [0.0, 2 / 255])
+def test_crown_ibp_ends_as_ibp(eps, fusion):
+    """At the end of warmup β is 0, and what is left is the loss of IBP; before it there are no bounds at all."""
+    images, labels = batch()
+    progress, phase = torch.tensor(1.0).double(), Phase.WARMUP if eps else Phase.BEFORE
+
+    def loss(**options) -> float:
+        objective = Objective(BoundedModel(network(), images), **options)
+        return objective.backward(images, labels, torch.tensor(eps).double(), progress, phase)["loss"].item()
+
+    assert loss(method="crown-ibp", loss_fusion=fusion) == pytest.approx(loss(method="ibp"), rel=1e-9)
+
+
 @pytest.mark.parametrize("parts", [2, 4, 5])
 @pytest.mark.parametrize("phase", Phase)
-def test_accumulation_gives_the_whole_batchs_gradient_and_statistics(phase, parts):
+@pytest.mark.parametrize(
+    "method",
+    [{"method": "ibp"}, {"method": "crown-ibp"}, {"method": "crown-ibp", "loss_fusion": True}],
+    ids=["ibp", "crown-ibp", "fusion"],
+)
+def test_accumulation_gives_the_whole_batchs_gradient_and_statistics(phase, parts, method):
     whole, divided = network(), network()
-    expected = step(whole, phase, l1=1e-4)
-    metrics = step(divided, phase, l1=1e-4, accumulation=parts)
+    expected = step(whole, phase, **method, l1=1e-4)
+    metrics = step(divided, phase, **method, l1=1e-4, accumulation=parts)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12)
@@ -109,6 +146,8 @@ def test_proved_needs_every_margin_but_the_labels_own():
         ({"regularization": 0.0}, 0.1, Phase.WARMUP),
         ({"tightness": False, "relu_balance": False}, 0.0, Phase.NATURAL),
         ({"method": "natural"}, 0.1, Phase.NATURAL),
+        ({"method": "crown-ibp"}, 0.1, Phase.WARMUP),
+        ({"method": "crown-ibp"}, 0.3, Phase.FULL),
     ],
 )
 def test_phases(options, eps, phase):

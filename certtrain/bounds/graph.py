@@ -144,7 +144,7 @@ class BoundedModel:
             portion = Box(box.lower[part], box.upper[part])
             bounds = self.ibp(portion, None if clean is None else clean[part], record=True)
             found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
-        return torch.cat(found)
+        return torch.cat(found).detach() if method == "alpha-crown" else torch.cat(found)
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
         """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""

@@ -47,7 +47,7 @@ def _leaky_relu_lines(x: Box, negative_slope: float = 0.01) -> Lines:
     below, above = x.lower.clamp(max=0), x.upper.clamp(min=0)
     chord = (above - negative_slope * below) / (above - below).clamp(min=TINY)
     slope = torch.where(x.lower >= 0, 1.0, torch.where(x.upper <= 0, negative_slope, chord))
-    steeper = torch.where(x.upper > -x.lower, 1.0, negative_slope).to(slope)
+    steeper = torch.where(x.upper > -x.lower, torch.ones_like(slope), negative_slope)
     unstable = unstable_relus(x)
     return Lines(
         torch.where(unstable, steeper, slope),
@@ -164,7 +164,8 @@ def _sum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
             if isinstance(argument, Ref):
                 contributions.append((argument, factor * a))
             else:
-                constant = constant + _dot(a, torch.as_tensor(factor * argument).to(a).expand(shape))
+                shift = torch.as_tensor(factor * argument, dtype=a.dtype, device=a.device)
+                constant = constant + _dot(a, shift.expand(shape))
         return contributions, constant
 
     return rule
@@ -224,13 +225,13 @@ def _max_pool(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contribu
 
 
 def _pool_arguments(
-    x: Ref, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, *_: Any, **__: Any
+    x: Ref, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, *_: Any, **__: Any
 ) -> tuple[Any, ...]:
-    return x, kernel, stride or kernel, padding, dilation
+    return x, kernel_size, stride or kernel_size, padding, dilation
 
 
-def _ceil_mode(x: Ref, kernel: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False,
-               return_indices: bool = False) -> bool:  # fmt: skip
+def _ceil_mode(x: Ref, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+               ceil_mode: bool = False, return_indices: bool = False) -> bool:  # fmt: skip
     return ceil_mode
 
 
@@ -280,7 +281,7 @@ def lower_bounds(record: Record, index: int, a: Tensor, slopes: Slopes | None = 
         coefficients = pending.pop(call.index, None)
         if coefficients is None:
             continue
-        if call.function in LINES:
+        if call.function in LINES and not _is_concave(call):
             contributions, constant = _elementwise(call, coefficients, record.boxes, (slopes or {}).get(call.index))
         elif call.function in BACKWARD:
             contributions, constant = BACKWARD[call.function](call, coefficients, record.boxes)
@@ -293,6 +294,11 @@ def lower_bounds(record: Record, index: int, a: Tensor, slopes: Slopes | None = 
     if coefficients is None:
         return total
     return total + _dot(coefficients, box.center) - _dot(coefficients.abs(), box.radius)
+
+
+def _is_concave(call: Call) -> bool:
+    """A leaky ReLU with a slope above 1, whose chord lies below it."""
+    return call.function is F.leaky_relu and _negative_slope(*call.args, **call.kwargs) > 1
 
 
 def _elementwise(call: Call, a: Tensor, boxes: Mapping[int, Box], slope: Tensor | None) -> tuple[Contributions, Tensor]:
@@ -434,7 +440,7 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
         with torch.no_grad():
             for index, slope in slopes.items():
                 slope.clamp_(least[index], 1.0)
-        best = torch.maximum(best, margins.detach())
+        best = torch.where(_open(best)[:, None], torch.maximum(best, margins.detach()), best)
         if not _open(best).any():
             break
     return best

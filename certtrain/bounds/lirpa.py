@@ -202,15 +202,11 @@ class LirpaModel:
             raise unknown("bound method", method, _METHODS)
         names = list(_METHODS)
         asked = names[: names.index(method) + 1] if intersect else [method]
-        found = []
-        if method != "alpha-crown" or intersect:
-            logits, point = self._forward(box, clean)
-            found = [self._margins(logits, point, labels, name) for name in asked if name != "alpha-crown"]
-        if method == "alpha-crown":
-            with torch.enable_grad():
-                logits, point = self._forward(box, clean, frozen=True)
-                found.append(self._margins(logits, point, labels, method, iterations).detach())
-        return reduce(torch.maximum, found)
+        optimizes = method == "alpha-crown"  # which needs gradients of its own, and leaves none
+        with torch.set_grad_enabled(optimizes or torch.is_grad_enabled()):
+            logits, point = self._forward(box, clean, frozen=optimizes)
+            best = reduce(torch.maximum, [self._margins(logits, point, labels, name, iterations) for name in asked])
+        return best.detach() if optimizes else best
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
         """Margins (B, K) of the pass that gave `bounds`, the latest one; raw."""
@@ -222,10 +218,10 @@ class LirpaModel:
         others = torch.arange(logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
         others = others + (others >= labels[:, None])
         identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        question = {"C": identity[labels][:, None] - identity[others], "method": _METHODS[method]}
+        # Passing x makes it forget the boxes that an earlier question left; the clean activations stay.
+        question = {"x": (point,), "C": identity[labels][:, None] - identity[others], "method": _METHODS[method]}
         if method == "alpha-crown":
             self._net.set_bound_opts({"optimize_bound_args": {"iteration": iterations}})
-            question["x"] = (point,)
         with _default_dtype(logits.dtype):
             lower, _ = self._net.compute_bounds(bound_upper=False, **question)
         return torch.zeros_like(logits).scatter(1, others, lower)

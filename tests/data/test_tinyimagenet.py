@@ -10,7 +10,7 @@ from PIL import Image
 from certtrain.data import load_dataset, tinyimagenet
 from certtrain.errors import DataError
 
-SHARED = Path(os.environ.get("CERTTRAIN_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+SHARED = Path(os.environ.get("CERTTRAIN_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SAMPLE = SHARED / "tiny-imagenet-sample" / "tiny-imagenet-200"
 WNIDS = ("n30", "n10", "n20")  # unsorted, as in the official file
 
