@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,10 @@ from rich.table import Table
 
 import certtrain
 from certtrain.errors import CerttrainError
+
+# Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
+# the machine. Read when torch is imported, which the commands do; the user's own setting wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

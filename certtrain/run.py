@@ -3,45 +3,31 @@
 from __future__ import annotations
 
 import platform
-import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from torch import nn
 
 import certtrain
 from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel
-from certtrain.checkpoint import (
-    load_checkpoint,
-    load_model,
-    restore,
-    save_checkpoint,
-    save_model,
-    write_json,
-    write_text,
-)
+from certtrain.checkpoint import load_checkpoint, restore, save_model, write_json, write_text
 from certtrain.config import Config, load_config
 from certtrain.data import Augmentation, Dataset, epoch_batches, load_dataset, steps_per_epoch, to_float
-from certtrain.diagnostics import layer_statistics
 from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
-from certtrain.objectives import SMALLEST_RADIUS, Objective
-from certtrain.reporting import MetricsFile, ProgressDisplay, TensorBoard, epoch_record
+from certtrain.objectives import Objective
+from certtrain.recorder import Recorder
+from certtrain.reporting import ProgressDisplay
+from certtrain.run_directory import check_folder, make_folder, remove_temporaries
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
-from certtrain.trainer import EpochReport, Trainer
+from certtrain.trainer import Trainer
 from certtrain.verification import Verification, verify
-
-PROBE_IMAGES = 256  # of the training set, on which each layer's statistics are taken
 
 
 @dataclass(frozen=True)
@@ -82,7 +68,7 @@ def train(
     folder = Path(out) if out is not None else default_folder(config)
     config = load_config(config, overrides)
     console = console or Console()
-    resumed = _check_folder(folder, config, resume, overwrite)
+    resumed = check_folder(folder, config, resume, overwrite)
     place = resolve_device(device)
     dataset = load_data(config)
     torch.manual_seed(config.seed)
@@ -98,12 +84,12 @@ def train(
         _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
     else:
         seconds_before = 0.0
-        _make_folder(folder, overwrite)
+        make_folder(folder, overwrite)
         write_text(folder / "config.yaml", config.to_yaml())
         write_json(folder / "model.json", {"format": 1, "model": architecture})
-    _remove_temporaries(folder)
+    remove_temporaries(folder)
     with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
-        recorder = _Recorder(folder, config, trainer, display, seconds_before)
+        recorder = Recorder(folder, config.training.checkpoint_seconds, trainer, display, seconds_before)
         with recorder.until_signalled():
             finished = trainer.run(recorder)
         recorder.save(trainer)
@@ -278,75 +264,6 @@ def versions() -> dict[str, str]:
     }
 
 
-def _check_folder(folder: Path, config: Config, resume: bool, overwrite: bool) -> bool:
-    """Whether there is a checkpoint to continue in `folder`, in which nothing is changed yet."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, not a folder")
-    occupied = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if occupied and resume:
-        _require_same_config(folder, config)
-        return (folder / "last.ckpt").is_file()
-    if occupied and not overwrite:
-        raise UsageError(f"{folder} holds a run: continue it with --resume, replace it with --overwrite, or name --out")
-    if occupied and not (folder / "config.yaml").exists():
-        raise UsageError(f"{folder} is not a run directory (it has no config.yaml): it is not overwritten")
-    return False
-
-
-def _make_folder(folder: Path, overwrite: bool) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if overwrite:
-        _clear(folder)
-
-
-def _require_same_config(folder: Path, config: Config) -> None:
-    try:
-        before = dict(yaml.safe_load((folder / "config.yaml").read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{folder} holds no run to resume: its config.yaml cannot be read") from error
-    here = config.model_dump(mode="json")
-    different = [key for key in here if before.get(key) != here[key]]
-    if different:
-        raise UsageError(f"{folder} holds a run of another configuration: {', '.join(different)} differ")
-
-
-def _require_same_length(folder: Path, trainer: Trainer, steps_per_epoch: int) -> None:
-    if steps_per_epoch != trainer.steps_per_epoch:
-        raise CheckpointError(
-            f"{folder / 'last.ckpt'} was saved with {steps_per_epoch} steps per epoch, "
-            f"the training set now gives {trainer.steps_per_epoch}: the data has changed"
-        )
-
-
-RUN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "last.ckpt",
-    "model.safetensors",
-    "model.json",
-    "summary.json",
-    "verify.json",
-)
-
-
-def _clear(folder: Path) -> None:
-    """Remove a run's own files; anything else that lies there stays."""
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
-        events.unlink()
-
-
-def _remove_temporaries(folder: Path) -> None:
-    """What a process that was killed during a save has left."""
-    for name in RUN_FILES:
-        for temporary in folder.glob(f".{name}.*.tmp"):
-            temporary.unlink(missing_ok=True)
-
-
 def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
     has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     if has_batch_norm and (images - 1) % batch_size == 0:
@@ -356,66 +273,9 @@ def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
         )
 
 
-class _Recorder:
-    """The run's observer: saves, logs, shows, and ends the run when a signal has come."""
-
-    def __init__(
-        self, folder: Path, config: Config, trainer: Trainer, display: ProgressDisplay, seconds_before: float
-    ) -> None:
-        self._folder, self._config, self._display = folder, config, display
-        self._metrics = MetricsFile(folder / "metrics.jsonl", trainer.epoch)
-        self._tensorboard = TensorBoard(folder / "tensorboard", trainer.epoch)
-        self._probe = next(trainer.batches(0, 0))[0][:PROBE_IMAGES]
-        self._seconds_before, self._started = seconds_before, time.monotonic()
-        self._saved_at = self._started
-        self.signal: int | None = None
-        self.images_per_second = self._metrics.last.get("images_per_second", 0.0)
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._started
-
-    def after_step(self, trainer: Trainer) -> bool:
-        self._display.after_step(trainer)
-        within_epoch = trainer.step % trainer.steps_per_epoch != 0  # at its end, after_epoch ends the run
-        return self.signal is not None and within_epoch
-
-    def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
-        self.images_per_second = report.images_per_second
-        layers = layer_statistics(trainer.objective.net, self._probe, max(report.eps, SMALLEST_RADIUS))
-        record = epoch_record(report, layers)
-        self._metrics.add(record)
-        self._tensorboard.add(record)
-        self._display.after_epoch(report)
-        if time.monotonic() - self._saved_at >= self._config.training.checkpoint_seconds:
-            self.save(trainer)
-        return self.signal is not None
-
-    def save(self, trainer: Trainer) -> None:
-        state = {"model": trainer.model.state_dict(), "trainer": trainer.state_dict(), "seconds": self.seconds}
-        save_checkpoint(self._folder / "last.ckpt", state)
-        self._saved_at = time.monotonic()
-
-    @contextmanager
-    def until_signalled(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM end the run after the present step; a second one acts as usual."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self.signal = number
-            for name, handler in previous.items():
-                signal.signal(name, handler)
-
-        previous = {}
-        try:
-            for name in (signal.SIGINT, signal.SIGTERM):
-                previous[name] = signal.signal(name, note)
-        except ValueError:  # not the main thread: whoever called handles signals
-            pass
-        try:
-            yield
-        finally:
-            for name, handler in previous.items():
-                signal.signal(name, handler)
-
-
-__all__ = ["Run", "load_model", "train"]
+def _require_same_length(folder: Path, trainer: Trainer, steps_per_epoch: int) -> None:
+    if steps_per_epoch != trainer.steps_per_epoch:
+        raise CheckpointError(
+            f"{folder / 'last.ckpt'} was saved with {steps_per_epoch} steps per epoch, "
+            f"the training set now gives {trainer.steps_per_epoch}: the data has changed"
+        )

@@ -1,4 +1,7 @@
+import os
 import shutil
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; certtrain/cli.py says why
 
 import pytest
 

@@ -69,7 +69,7 @@ def test_a_resolved_config_is_complete_and_reads_back_as_itself(tmp_path, name):
     written = yaml.safe_load(file.read_text())
     assert written.keys() == Config.model_fields.keys()
     for section, field in Config.model_fields.items():
-        if section != "seed":
+        if hasattr(field.annotation, "model_fields"):
             assert written[section].keys() == field.annotation.model_fields.keys()
 
 

@@ -17,7 +17,7 @@ from certtrain.checkpoint import load_checkpoint, write_text
 from certtrain.config import load_config
 from certtrain.errors import CheckpointError
 from certtrain.reporting import ProgressDisplay
-from certtrain.run import RUN_FILES
+from certtrain.run_directory import RUN_FILES
 from tests.commands import STEPS_PER_EPOCH, contents, disk_with_room_for, exit_code, start, train_arguments, wait_until
 
 EPOCHS = 3

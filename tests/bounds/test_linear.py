@@ -124,7 +124,9 @@ def test_fused_cross_entropy_and_gradient_equal_auto_lirpa(name, training, monke
     monkeypatch.setitem(lirpa._BOUND_OPTIONS, "loss_fusion", True)
     model, images, box = case(name)
     with torch.no_grad():
-        list(model.modules())[-1].weight.mul_(1e-3)  # auto_LiRPA keeps the chords' slopes above 1e-6: boxes must not be too wide
+        list(model.modules())[-1].weight.mul_(
+            1e-3
+        )  # auto_LiRPA keeps the chords' slopes above 1e-6: boxes must not be too wide
     model.train(training)
     twin = copy.deepcopy(model)
 

@@ -1,0 +1,132 @@
+"""What each bound proves and costs, beside auto_LiRPA on the same images in the same process; and the fused loss.
+
+    python scripts/compare_bounds.py methods --data CIFAR     # docs/results/methods.json
+    python scripts/compare_bounds.py fusion                   # docs/results/fusion.json
+
+CIFAR is a folder with train.npz and test.npz. The networks are trained on the way (runs/compare) and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablation import RESULTS, variant_config
+from torch import Tensor, nn
+
+import certtrain
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.lirpa import LirpaModel
+from certtrain.checkpoint import write_json
+from certtrain.data import Split, load_dataset, to_float
+from certtrain.models import build_model
+from certtrain.objectives import Objective, Phase, proved
+from certtrain.run import versions
+
+IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 20, "alpha-crown": 20}
+AT_ONCE = 10
+
+
+def compare_methods(data: Path, runs: Path) -> None:
+    rows = []
+    for name, folder, split, eps in trained_networks(data, runs):
+        model = certtrain.load_model(folder)
+        for method, count in IMAGES.items():
+            images, labels = to_float(split.images[:count]), split.labels[:count]
+            for engine, net in (
+                ("certtrain", BoundedModel(model, images[:AT_ONCE])),
+                ("auto_LiRPA", LirpaModel(model, images[:AT_ONCE])),
+            ):
+                row = {"network": name, "eps": eps, "method": method, "engine": engine}
+                rows.append(row | measure(net, images, labels, eps, method))
+                print(json.dumps(rows[-1]), flush=True)
+                write_json(RESULTS / "methods.json", {"versions": versions(), "rows": rows})
+
+
+def trained_networks(data: Path, runs: Path) -> list[tuple[str, Path, Split, float]]:
+    digits, cifar = load_dataset("digits").test, load_dataset("npz", path=data).test
+    certtrain.train("digits", runs / "digits", resume=True)
+    found = [("digits", runs / "digits", digits, 0.1)]
+    for numerator in (2, 8):
+        config = variant_config(data, 0, initialization="ibp", batch_norm=True, regularizers=True)
+        config["epsilon"]["max"] = numerator / 255
+        folder = runs / f"cifar10-{numerator}"
+        certtrain.train(config, folder, resume=True)
+        found.append((f"CIFAR-10, {numerator}/255", folder, cifar, numerator / 255))
+    return found
+
+
+def measure(net: Any, images: Tensor, labels: Tensor, eps: float, method: str) -> dict[str, Any]:
+    """Verified error by one method, raw, and the median seconds per image over portions of the images."""
+    holds, seconds = [], []
+    for part in range(0, len(images), AT_ONCE):
+        x, y = images[part : part + AT_ONCE], labels[part : part + AT_ONCE]
+        with torch.set_grad_enabled(method == "alpha-crown"):
+            started = time.perf_counter()
+            margins = net.margins(linf_box(x, eps), y, method, intersect=False)
+            seconds.append((time.perf_counter() - started) / len(x))
+        holds.append(proved(margins))
+    error = 1 - torch.cat(holds).double().mean().item()
+    return {"images": len(images), "verified_error": error, "seconds_per_image": statistics.median(seconds)}
+
+
+def compare_fusion() -> None:
+    """A fresh process for each: its peak memory is its own."""
+    rows = []
+    for classes in (10, 200):
+        for form in ("ibp", "margins", "fused"):
+            command = [sys.executable, __file__, "step", "--classes", str(classes), "--form", form]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            rows.append(json.loads(output.splitlines()[-1]))
+            print(json.dumps(rows[-1]), flush=True)
+    write_json(RESULTS / "fusion.json", {"versions": versions(), "rows": rows})
+
+
+def one_step(classes: int, form: str, batch: int = 32, repeats: int = 5) -> dict[str, Any]:
+    """Median seconds of a CROWN-IBP training step, and how much memory it took beyond the model and its batch."""
+    torch.manual_seed(0)
+    options = {"width": 8, "linear_width": 128}
+    model: nn.Module = build_model("cnn7", (3, 32, 32), classes, mean=(0.5,) * 3, std=(0.25,) * 3, options=options)
+    images, labels = torch.rand(batch, 3, 32, 32), torch.randint(0, classes, (batch,))
+    method = "ibp" if form == "ibp" else "crown-ibp"
+    objective = Objective(BoundedModel(model.train(), images[:1]), method=method, loss_fusion=form == "fused")
+    eps, progress = torch.tensor(1 / 255), torch.tensor(0.25)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        objective.backward(images, labels, eps, progress, Phase.WARMUP)
+        seconds.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"classes": classes, "form": form, "batch": batch, "seconds": statistics.median(seconds[1:]),
+            "peak_mebibytes": round(peak / 1024)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("methods", "fusion", "step"))
+    parser.add_argument("--data", type=Path, help="folder with train.npz and test.npz")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--form", choices=("ibp", "margins", "fused"), default="fused")
+    options = parser.parse_args()
+    if options.part == "fusion":
+        compare_fusion()
+    elif options.part == "step":
+        print(json.dumps(one_step(options.classes, options.form)))
+    elif options.data is None:
+        parser.error("--data is needed")
+    else:
+        compare_methods(options.data, options.runs)
+
+
+if __name__ == "__main__":
+    main()
