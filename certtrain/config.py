@@ -18,6 +18,7 @@ from certtrain.data import DATASETS
 from certtrain.errors import UsageError, unknown
 from certtrain.initialization import INITIALIZATIONS
 from certtrain.models import MODELS
+from certtrain.precision import Precision
 
 
 def parse_radius(value: Any) -> float:
@@ -125,6 +126,8 @@ class TrainingSection(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
     accumulation: int = Field(1, ge=1)  # parts a batch is worked through in, to save memory
+    precision: Precision = "float32"  # of products while training: float32, tf32 or bf16; verification is float32
+    compile: bool | Literal["auto"] = "auto"  # the step as one compiled graph; auto: on CUDA
     checkpoint_seconds: float = Field(60.0, ge=0)  # at least this long between two saves
 
     @field_validator("initialization")
@@ -182,8 +185,10 @@ class Config(Section):
             raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
         if self.training.loss_fusion and self.training.method != "crown-ibp":
             raise ValueError("training.loss_fusion is for training.method crown-ibp")
-        if self.backend == "lirpa" and (self.training.loss_fusion or self.training.accumulation > 1):
-            raise ValueError("backend lirpa supports neither training.loss_fusion nor training.accumulation")
+        if self.backend == "lirpa" and (
+            self.training.loss_fusion or self.training.accumulation > 1 or self.training.compile is True
+        ):
+            raise ValueError("backend lirpa supports none of training.loss_fusion, accumulation, compile")
         end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
         if self.training.method != "natural" and end > epochs:
             raise ValueError(

@@ -6,7 +6,7 @@ loss, the regularizers and the step's metrics. Everything stays on the device; n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import reduce
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.tracing import Coefficients
+from certtrain.compilation import Compiled
 from certtrain.initialization import AFFINE_MODULES
+from certtrain.precision import Precision, training_precision
 from certtrain.regularizers import Moments, l1_penalty, moments, relu_balance_of, tightness_of
 
 Metrics = dict[str, Tensor]  # scalars, means over the batch
@@ -49,6 +51,8 @@ class Objective:
         tolerance: their τ.
         l1: weight of the sum of absolute values of all convolution and linear weights.
         accumulation: number of parts a batch is worked through in; the gradient is the whole batch's in any case.
+        precision: of the products.
+        compile_for: batches of this size take a compiled step, others an eager one (as does any batch in parts).
     """
 
     net: BoundedModel
@@ -60,6 +64,12 @@ class Objective:
     tolerance: float = 0.5
     l1: float = 0.0
     accumulation: int = 1
+    precision: Precision = "float32"
+    compile_for: int | None = None
+
+    def __post_init__(self) -> None:
+        # A compiled method belongs to one objective: its graph holds this network's parameters.
+        object.__setattr__(self, "_compiled_terms", Compiled(self._terms) if self.compile_for else None)
 
     def phase(self, eps: float, max_eps: float) -> Phase:
         if self.method == "natural":
@@ -78,12 +88,19 @@ class Objective:
         Returns:
             `loss`, its terms, `natural_error` and (where margins are bounded) `verified_error` of the batch.
         """
-        if self.accumulation == 1:
-            terms = self._terms(images, labels, eps, progress, phase)
-            _total(terms).backward()
-        else:
-            terms = self._backward_in_parts(images, labels, eps, progress, phase)
+        with training_precision(self.precision, images.device):
+            if self.accumulation == 1:
+                terms = self._evaluator(len(images))(images, labels, eps, progress, phase)
+                _total(terms).backward()
+            else:
+                terms = self._backward_in_parts(images, labels, eps, progress, phase)
         return {name: value.detach() for name, value in {"loss": _total(terms), **terms}.items()}
+
+    def _evaluator(self, batch_size: int) -> Callable[..., Metrics]:
+        if batch_size != self.compile_for:
+            return self._terms
+        _ = self.net.graph  # recorded, if need be, before anything is compiled
+        return self._compiled_terms
 
     def _terms(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase) -> Metrics:
         if phase is Phase.NATURAL:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -189,6 +190,8 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset) -> Trainer:
         tolerance=regularizers.tolerance,
         l1=regularizers.l1,
         accumulation=training.accumulation,
+        precision=training.precision,
+        compile_for=training.batch_size if _compiles(config, split.images.device) else None,
     )
     start = (epsilon.start_epoch - 1) * per_epoch
     augmentation = Augmentation(config.data.flip, config.data.crop)
@@ -210,10 +213,18 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset) -> Trainer:
     )
 
 
+def _compiles(config: Config, device: torch.device) -> bool:
+    training = config.training
+    wanted = device.type == "cuda" if training.compile == "auto" else training.compile
+    return wanted and training.accumulation == 1 and config.backend == "native"
+
+
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     section = config.optimizer
+    optimizer = getattr(torch.optim, section.name)
+    fused = {"fused": True} if "fused" in inspect.signature(optimizer).parameters else {}
     try:
-        return getattr(torch.optim, section.name)(model.parameters(), lr=section.lr, **section.arguments)
+        return optimizer(model.parameters(), lr=section.lr, **(fused | section.arguments))
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer {section.name}: {error}") from error
 

@@ -98,8 +98,9 @@ class Trainer:
         while self.step < self.total_steps:
             first = self.step % self.steps_per_epoch
             started, images_seen = time.perf_counter(), 0
-            for images, labels in self.batches(self.epoch, first):
-                self._take_step(images, labels)
+            radii = self._radii_until_the_epochs_end()
+            for (images, labels), (eps, progress) in zip(self.batches(self.epoch, first), radii, strict=True):
+                self._take_step(images, labels, eps, progress)
                 images_seen += len(images)
                 if observer.after_step(self) and self.step < self.total_steps:
                     self.check_finite()
@@ -114,14 +115,18 @@ class Trainer:
                 return False
         return True
 
-    def _take_step(self, images: Tensor, labels: Tensor) -> None:
+    def _radii_until_the_epochs_end(self) -> Tensor:
+        """(steps, 2) on the device, epsilon and its share of the maximum: sent once, so that no step waits for it."""
+        steps = range(self.step, (self.epoch + 1) * self.steps_per_epoch)
+        radii = torch.tensor([self.eps(step) for step in steps], device=next(self.model.parameters()).device)
+        return torch.stack([radii, radii / self.max_eps if self.max_eps else torch.ones_like(radii)], dim=1)
+
+    def _take_step(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor) -> None:
         self.model.train()
-        eps = self.eps(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
-        phase = self.objective.phase(eps, self.max_eps)
-        progress = eps / self.max_eps if self.max_eps else 1.0
-        metrics = self.objective.backward(images, labels, images.new_tensor(eps), images.new_tensor(progress), phase)
+        phase = self.objective.phase(self.eps(self.step), self.max_eps)
+        metrics = self.objective.backward(images, labels, eps, progress, phase)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import Split, evaluation_batches
 from certtrain.objectives import proved
+from certtrain.precision import full_precision
 
 
 @dataclass
@@ -152,36 +152,6 @@ def _cascade(
         stage.proved += int((proved(margins[left]) & correct[left]).sum())
         stage.seconds += time.perf_counter() - started
     return margins
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products as such: no TF32, no bfloat16 splits, no autocast; the process's settings come back after."""
-    settings = [(backend, backend.fp32_precision) for backend in _backends()]
-    legacy = None if settings else (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    try:
-        for backend, _ in settings:
-            backend.fp32_precision = "ieee"
-        if legacy:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for backend, precision in settings:
-            backend.fp32_precision = precision
-        if legacy:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = legacy
-
-
-def _backends() -> list[Any]:
-    """What multiplies matrices and can be told to round; none before torch 2.9, which has two booleans instead."""
-    candidates = [
-        torch.backends.cuda.matmul,
-        getattr(torch.backends.cudnn, "conv", None),
-        getattr(torch.backends.mkldnn, "matmul", None),
-        getattr(torch.backends.mkldnn, "conv", None),
-    ]
-    return [backend for backend in candidates if hasattr(backend, "fp32_precision")]
 
 
 def _share(flags: Tensor) -> float:

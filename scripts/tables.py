@@ -22,6 +22,8 @@ def main() -> None:
     plot_growth(growth)
     plot_ablation(runs)
     fill(RESULTS / "ablation.md", growth=growth_table(growth), runs=ablation_table(runs))
+    methods, fusion = read("methods")["rows"], read("fusion")["rows"]
+    fill(RESULTS / "methods.md", methods=methods_table(methods), fusion=fusion_table(fusion))
     fill(ROOT / "README.md", digits=seeds_table(read("digits")))
 
 
@@ -44,6 +46,27 @@ def seeds_table(summaries: list[dict[str, Any]]) -> str:
     for summary in summaries:
         errors = " | ".join(f"{100 * summary[key]:.1f} %" for key in ("natural_error", "pgd_error", "verified_error"))
         lines.append(f"| {summary['seed']} | {errors} | {summary['train_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def methods_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| network | method | images | error: certtrain | auto_LiRPA | s per image: certtrain | auto_LiRPA |"]
+    lines.append("|---|---|---:|---:|---:|---:|---:|")
+    for mine in (row for row in rows if row["engine"] == "certtrain"):
+        (other,) = (row for row in rows if row["engine"] != "certtrain" and same_question(row, mine))
+        errors = (f"{100 * row['verified_error']:.1f} %" for row in (mine, other))
+        seconds = (f"{row['seconds_per_image']:.3g}" for row in (mine, other))
+        lines.append(f"| {mine['network']} | {mine['method']} | {mine['images']} | {' | '.join([*errors, *seconds])} |")
+    return "\n".join(lines)
+
+
+def same_question(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[key] == other[key] for key in ("network", "method", "images"))
+
+
+def fusion_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| classes | loss | seconds per step | peak memory, MiB |", "|---:|---|---:|---:|"]
+    lines += [f"| {r['classes']} | {r['form']} | {r['seconds']:.2f} | {r['peak_mebibytes']} |" for r in rows]
     return "\n".join(lines)
 
 

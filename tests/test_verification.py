@@ -8,7 +8,7 @@ from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import Split
 from certtrain.diagnostics import layer_statistics
-from certtrain.verification import full_precision, verify
+from certtrain.verification import verify
 from tests.networks import narrow_cnn7
 
 
@@ -94,33 +94,6 @@ class TestPGD:
         model = narrow_cnn7().eval()
         runs = [PGD(2, 3)(model, images, labels, 0.05, torch.Generator().manual_seed(s))[0] for s in (1, 1)]
         assert torch.equal(*runs)
-
-
-def test_full_precision_holds_inside_and_gives_back_what_was_set():
-    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
-    if not hasattr(backends[0], "fp32_precision"):
-        pytest.skip("torch before 2.9 has one switch, tested below")
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        torch.set_float32_matmul_precision("medium")
-        loose = [backend.fp32_precision for backend in backends]
-        assert "ieee" not in loose
-        with full_precision():
-            assert [backend.fp32_precision for backend in backends] == ["ieee"] * 3
-        assert [backend.fp32_precision for backend in backends] == loose
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-def test_full_precision_turns_autocast_off():
-    a = torch.rand(4, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (a @ a).dtype is torch.bfloat16
-        with full_precision():
-            assert (a @ a).dtype is torch.float32
 
 
 def test_layer_statistics_of_a_network_known_by_hand():

@@ -16,7 +16,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins
-from certtrain.bounds.tracing import SETTLED_BY_CLEAN, Call, Coefficients, Graph, scale_shift, trace
+from certtrain.bounds.tracing import SETTLED_BY_CLEAN, Call, Coefficients, Graph, leaves, scale_shift, trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
@@ -224,7 +224,7 @@ class _CleanTransform:
     def apply(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         if call.function is scale_shift:
             self.coefficients[call.index] = args[1:]
-        value = call.function(*args, **kwargs)
+        value = call.function(*args, **kwargs).to(leaves((args, kwargs), Tensor)[0].dtype)
         size = value.numel() // len(value)
         self.largest, self.total = max(self.largest, size), self.total + size
         return value

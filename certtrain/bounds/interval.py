@@ -31,9 +31,9 @@ def affine(function: Callable[..., Tensor]) -> Rule:
     def rule(x: Box, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Box:
         if not isinstance(x, Box) or isinstance(weight, Box):
             raise UnsupportedOperation(f"{function.__name__} with weights that depend on the input has no rule")
-        return Box.around(
-            function(x.center, weight, bias, *args, **kwargs), function(x.radius, weight.abs(), None, *args, **kwargs)
-        )
+        center = function(x.center, weight, bias, *args, **kwargs)
+        radius = function(x.radius, weight.abs(), None, *args, **kwargs)
+        return Box.around(center.to(x.center.dtype), radius.to(x.radius.dtype))  # autocast may have rounded the product
 
     return rule
 
@@ -199,7 +199,7 @@ class _JointPass:
         if any(value.clean is None for value in leaves((args, kwargs), Joint)):
             return Joint(None, box)
         points, point_kwargs = map_leaves((args, kwargs), Joint, lambda value: value.clean)
-        return Joint(call.function(*points, **point_kwargs), box)
+        return Joint(call.function(*points, **point_kwargs).to(box.like.dtype), box)
 
     def clean(self, value: Joint) -> Tensor | None:
         return value.clean
