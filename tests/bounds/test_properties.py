@@ -105,7 +105,7 @@ STEPS: list[Callable[[], nn.Module]] = [
     lambda: nn.BatchNorm2d(3),
     lambda: nn.BatchNorm2d(3, affine=False),
     lambda: nn.ReLU(),
-    lambda: nn.ReLU(inplace=True),
+    lambda: nn.Sequential(Do(lambda x: x + 0.0), nn.ReLU(inplace=True)),  # autograd may need the value it overwrites
     lambda: nn.LeakyReLU(0.2),
     lambda: nn.Sigmoid(),
     lambda: nn.Tanh(),

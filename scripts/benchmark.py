@@ -1,0 +1,221 @@
+"""How fast a certified training step is, beside a natural one and the same step through auto_LiRPA.
+
+    python scripts/benchmark.py                              # CNN-7 at full width, on the device at hand
+    python scripts/benchmark.py --device cuda --batch 128 --rounds 30
+    python scripts/benchmark.py --grow                       # also how time grows with batch, width and classes
+
+One process, one run: the variants take turns, so that a machine that changes speed changes it for all of them, and each
+figure is the median over the rounds; a ratio is the median of the rounds' ratios. Results go to docs/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from certtrain.bounds import BoundedModel
+from certtrain.checkpoint import write_json
+from certtrain.errors import MissingDependency
+from certtrain.models import build_model
+from certtrain.objectives import Objective, Phase
+from certtrain.run import resolve_device, versions
+
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    device: torch.device
+    width: int = 64
+    classes: int = 10
+    batch: int = 64
+    rounds: int = 7
+    phase: Phase = Phase.FULL
+
+
+def steps_of(setting: Setting, names: list[str] | None = None) -> tuple[dict[str, Step], float]:
+    """The variants' steps, each on a network of its own, and the floating-point operations of a natural one."""
+    torch.manual_seed(0)
+    images = torch.rand(setting.batch, 3, 32, 32, device=setting.device)
+    labels = torch.randint(0, setting.classes, (setting.batch,), device=setting.device)
+
+    def natural() -> Step:
+        model, optimizer = network(setting)
+
+        def step() -> None:
+            F.cross_entropy(model(images), labels).backward()
+            finish(model, optimizer)
+
+        return step
+
+    def certified(backend: str = "native", **options: Any) -> Callable[[], Step]:
+        def make() -> Step:
+            model, optimizer = network(setting)
+            objective = Objective(BoundedModel(model, images[:1], backend), **options)
+            eps, progress = torch.tensor([8 / 255, 0.5], device=setting.device)
+
+            def step() -> None:
+                objective.backward(images, labels, eps, progress, setting.phase)
+                finish(model, optimizer)
+
+            return step
+
+        return make
+
+    compiled = {"compile_for": setting.batch}
+    makers: dict[str, Callable[[], Step]] = {
+        "natural, eager": natural,
+        "certtrain, eager": certified(),
+        "certtrain, compiled": certified(**compiled),
+        "certtrain, compiled, bf16": certified(**compiled, precision="bf16"),
+        "auto_LiRPA": certified("lirpa"),
+    }
+    if setting.device.type == "cuda":
+        makers["certtrain, compiled, tf32"] = certified(**compiled, precision="tf32")
+    steps = {}
+    for name in names or makers:
+        try:
+            steps[name] = makers[name]()
+        except MissingDependency as error:
+            print(error)
+    with FlopCounterMode(display=False) as counter:
+        natural()()
+    return steps, float(counter.get_total_flops())
+
+
+def network(setting: Setting) -> tuple[nn.Module, torch.optim.Optimizer]:
+    options = {"width": setting.width}
+    normalisation = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+    model = build_model("cnn7", (3, 32, 32), setting.classes, **normalisation, options=options)
+    model.to(setting.device).train()
+    return model, torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
+
+
+def finish(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def seconds_of(step: Step, device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_product_rate(device: torch.device) -> float:
+    """Floating-point operations per second of a large float32 matrix product: the ceiling."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = torch.rand(2, size, size, device=device)
+    times = [seconds_of(lambda: torch.mm(a, b), device) for _ in range(7)]
+    return 2 * size**3 / statistics.median(times[2:])
+
+
+def measure(setting: Setting, names: list[str] | None = None) -> list[dict[str, Any]]:
+    steps, natural_operations = steps_of(setting, names)
+    memory = {}
+    for name, step in steps.items():  # warm-up, compilation included
+        if setting.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(setting.device)
+        for _ in range(2):
+            step()
+        if setting.device.type == "cuda":
+            memory[name] = torch.cuda.max_memory_allocated(setting.device)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for _ in range(setting.rounds):
+        for name in order:
+            times[name].append(seconds_of(steps[name], setting.device))
+        order.reverse()
+    rate = matrix_product_rate(setting.device)
+    rows = []
+    for name, mine in times.items():
+        seconds = statistics.median(mine)
+        operations = natural_operations * (1 if name.startswith("natural") else 3)
+        rows.append(
+            {
+                "step": name,
+                "batch": setting.batch,
+                "width": setting.width,
+                "classes": setting.classes,
+                "seconds": seconds,
+                "images_per_second": setting.batch / seconds,
+                "of_natural": ratio(mine, times.get("natural, eager")),
+                "of_auto_lirpa": ratio(mine, times.get("auto_LiRPA")),
+                "of_matrix_product_rate": operations / seconds / rate,
+                "peak_bytes": memory.get(name),
+                "all_seconds": mine,
+            }
+        )
+    return rows
+
+
+def ratio(mine: list[float], other: list[float] | None) -> float | None:
+    return statistics.median(a / b for a, b in zip(mine, other, strict=True)) if other else None
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table()
+    columns = ("step", "batch", "width", "classes", "seconds", "images_per_second", "of_natural", "of_auto_lirpa",
+               "of_matrix_product_rate")  # fmt: skip
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column == "step" else "right")
+    for row in rows:
+        table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c] or "–") for c in columns))
+    Console().print(table)
+
+
+def growth(setting: Setting) -> list[Setting]:
+    def changed(**changes: int) -> Setting:
+        return Setting(**{**vars(setting), "rounds": 3, **changes})
+
+    return [
+        *(changed(batch=batch) for batch in (16, 32, 64)),
+        *(changed(width=width, batch=16) for width in (16, 32, 64)),
+        *(changed(classes=classes, batch=16, width=16) for classes in (10, 50, 200)),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--grow", action="store_true", help="also measure growth with batch, width and classes")
+    parser.add_argument("--out", type=Path, help="default: docs/results/benchmark-DEVICE.json")
+    options = parser.parse_args()
+    device = resolve_device(options.device)
+    setting = Setting(device, options.width, batch=options.batch, rounds=options.rounds)
+    rows = measure(setting)
+    show(rows)
+    content: dict[str, Any] = {"versions": versions(), "rows": rows}
+    if options.grow:
+        names = ["natural, eager", "certtrain, eager"]
+        content["growth"] = [row for changed in growth(setting) for row in measure(changed, names)]
+        show(content["growth"])
+    write_json(options.out or RESULTS / f"benchmark-{device.type}.json", content)
+
+
+if __name__ == "__main__":
+    main()
