@@ -22,8 +22,9 @@ def main() -> None:
     plot_growth(growth)
     plot_ablation(runs)
     fill(RESULTS / "ablation.md", growth=growth_table(growth), runs=ablation_table(runs))
-    methods, fusion = read("methods")["rows"], read("fusion")["rows"]
-    fill(RESULTS / "methods.md", methods=methods_table(methods), fusion=fusion_table(fusion))
+    fill(RESULTS / "methods.md", methods=methods_table(read("methods")["rows"]))
+    if (RESULTS / "fusion.json").exists():
+        fill(RESULTS / "methods.md", fusion=fusion_table(read("fusion")["rows"]))
     fill(ROOT / "README.md", digits=seeds_table(read("digits")))
 
 
