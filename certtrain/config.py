@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +11,16 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from certtrain.bounds.graph import METHODS
 from certtrain.data import DATASETS
@@ -41,6 +50,27 @@ def parse_radius(value: Any) -> float:
 Radius = Annotated[float, BeforeValidator(parse_radius)]
 
 
+OPTIMIZERS = {
+    name: value
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type)
+    and issubclass(value, torch.optim.Optimizer)
+    # the base class; one whose step needs the loss again; one for sparse gradients only
+    and value not in (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+}
+
+
+def one_of(kind: str, choices: Collection[str]) -> AfterValidator:
+    """A name among `choices`, or an error with the nearest ones."""
+
+    def check(name: str) -> str:
+        if name not in choices:
+            raise unknown(kind, name, choices)
+        return name
+
+    return AfterValidator(check)
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -48,7 +78,7 @@ class Section(BaseModel):
 class DataSection(Section):
     """What is trained and tested on."""
 
-    name: str
+    name: Annotated[str, one_of("data set", DATASETS)]
     root: str = "data"
     path: str | None = None  # of one's own data: npz, folder
     download: bool = False
@@ -58,13 +88,6 @@ class DataSection(Section):
     crop: int = Field(0, ge=0)  # random shifts of up to this many pixels
     mean: tuple[float, ...] | None = None  # input normalisation; null: the data set's own
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in DATASETS:
-            raise unknown("data set", name, DATASETS)
-        return name
 
 
 class ModelSection(Section):
@@ -104,38 +127,24 @@ class RegularizerSection(Section):
 class OptimizerSection(Section):
     """Any optimizer of torch.optim, by name, with its arguments; the learning rate falls at each milestone."""
 
-    name: str = "Adam"
+    name: Annotated[str, one_of("optimizer", OPTIMIZERS)] = "Adam"
     lr: float = Field(5e-4, gt=0)
     milestones: tuple[Annotated[int, Field(ge=0)], ...] = ()  # epochs done when the rate is multiplied by `factor`
     factor: float = Field(0.2, gt=0)
     clip: float | None = Field(10.0, gt=0)  # of the gradient's norm
     arguments: dict[str, Any] = {}
 
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in OPTIMIZERS:
-            raise unknown("optimizer", name, OPTIMIZERS)
-        return name
-
 
 class TrainingSection(Section):
     method: Literal["natural", "ibp", "crown-ibp"] = "ibp"
     loss_fusion: bool = False  # of crown-ibp: one backward row instead of one for each class
-    initialization: str = "ibp"
+    initialization: Annotated[str, one_of("initialization", INITIALIZATIONS)] = "ibp"
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
     accumulation: int = Field(1, ge=1)  # parts a batch is worked through in, to save memory
     precision: Precision = "float32"  # of products while training: float32, tf32 or bf16; verification is float32
     compile: bool | Literal["auto"] = "auto"  # the step as one compiled graph; auto: on CUDA
     checkpoint_seconds: float = Field(60.0, ge=0)  # at least this long between two saves
-
-    @field_validator("initialization")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name not in INITIALIZATIONS:
-            raise unknown("initialization", name, INITIALIZATIONS)
-        return name
 
 
 class VerificationSection(Section):
@@ -203,16 +212,6 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-OPTIMIZERS = {
-    name: value
-    for name, value in vars(torch.optim).items()
-    if isinstance(value, type)
-    and issubclass(value, torch.optim.Optimizer)
-    # the base class; one whose step needs the loss again; one for sparse gradients only
-    and value not in (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
-}
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:

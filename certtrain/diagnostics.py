@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds.graph import evaluating
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,8 @@ class LayerStatistics:
 @torch.no_grad()
 def layer_statistics(net: BoundedModel, images: Tensor, eps: float) -> list[LayerStatistics]:
     """Statistics of every ReLU, in eval mode, for the boxes of radius `eps` around `images` (B, C, H, W)."""
-    training = net.model.training
-    net.model.eval()
-    try:
+    with evaluating(net.model):
         bounds = net.ibp(linf_box(images, eps))
-    finally:
-        net.model.train(training)
     first = bounds.affine_input.radius.mean()
     return [_statistics(box, first) for box in bounds.relu_inputs]
 

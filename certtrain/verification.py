@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.graph import evaluating
 from certtrain.data import Split, evaluation_batches
 from certtrain.objectives import proved
 from certtrain.precision import full_precision
@@ -103,14 +104,9 @@ def verify(
     data = data.take(slice(limit)).to(device)
     radii = [eps] if isinstance(eps, int | float) else list(eps)
     methods = [method] if isinstance(method, str) else list(method)
-    training = model.training
-    model.eval()
-    try:
-        with full_precision():
-            net = BoundedModel(model, next(evaluation_batches(data, 1))[0], backend)
-            return [_verify_at(net, data, radius, methods, attack, batch_size, seed) for radius in radii]
-    finally:
-        model.train(training)
+    with evaluating(model), full_precision():
+        net = BoundedModel(model, next(evaluation_batches(data, 1))[0], backend)
+        return [_verify_at(net, data, radius, methods, attack, batch_size, seed) for radius in radii]
 
 
 def _verify_at(

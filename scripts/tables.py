@@ -10,11 +10,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from ablation import RESULTS, VARIANTS
+
 from certtrain.checkpoint import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results"
-VARIANTS = ("vanilla IBP", "+ initialization", "+ full BatchNorm", "+ regularizers", "all")
 
 
 def main() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -53,7 +54,7 @@ class BoundedModel:
         if backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
         if backend == "lirpa":
-            from certtrain.bounds.lirpa import LirpaModel  # which knows nothing of this file
+            from certtrain.bounds.lirpa import LirpaModel  # here, since it imports this file
 
             return LirpaModel(model, example_input)
         return super().__new__(cls)
@@ -141,8 +142,9 @@ class BoundedModel:
         portions = [slice(None)] if whole else [slice(i, i + images) for i in range(0, len(labels), images)]
         found = []
         for part in portions:
-            portion = Box(box.lower[part], box.upper[part])
-            bounds = self.ibp(portion, None if clean is None else clean[part], record=True)
+            bounds = self.ibp(
+                box.map(lambda values, part=part: values[part]), None if clean is None else clean[part], record=True
+            )
             found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
         return torch.cat(found).detach() if method == "alpha-crown" else torch.cat(found)
 
@@ -179,16 +181,10 @@ class BoundedModel:
 
     def _check_on(self, example_input: Tensor) -> None:
         """The recorded operations must compute what the module computes; eval mode, so that nothing is updated."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                expected = self.model(example_input.clone())
-                clean = _CleanTransform()
-                recorded = self.graph.run(example_input, clean)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(self.model), torch.no_grad():
+            expected = self.model(example_input.clone())
+            clean = _CleanTransform()
+            recorded = self.graph.run(example_input, clean)
         self._sizes = _Sizes(clean.largest, clean.total, expected.shape[-1])
         scale = expected.abs().max().clamp(min=1.0)
         if recorded.shape != expected.shape or not ((recorded - expected).abs() <= 1e-3 * scale).all():
@@ -205,6 +201,18 @@ class _Sizes:
     largest: int
     total: int
     classes: int
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode; every module's own mode comes back after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def free_memory(device: torch.device) -> int:
