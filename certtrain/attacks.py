@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds.box import linf_box
+from certtrain.bounds.box import Box
+from certtrain.bounds.rounding import down, up
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class PGD:
             left = (~found).nonzero()[:, 0]
             if len(left) == 0:
                 break
-            box = linf_box(images[left], eps)
+            box = inscribed_linf_box(images[left], eps)
             start = images[left]
             if restart > 0:
                 share = torch.rand(start.shape, generator=generator).to(start)
@@ -73,6 +74,15 @@ class PGD:
             size = eps * self.step_size * (1.0 if step < self.steps / 2 else 0.1)
             x = (x.detach() - size * gradient.sign()).clamp(lower, upper)
         return result
+
+
+def inscribed_linf_box(x: Tensor, eps: float) -> Box:
+    """`linf_box` in the type of `x`, from which rounding lets nothing stick out: an attack counts only inside."""
+    lower, upper = up(x.double() - eps).clamp(min=0), down(x.double() + eps).clamp(max=1)
+    nearest_lower, nearest_upper = lower.to(x.dtype), upper.to(x.dtype)
+    inner_lower = torch.where(nearest_lower < lower, up(nearest_lower), nearest_lower)
+    inner_upper = torch.where(nearest_upper > upper, down(nearest_upper), nearest_upper)
+    return Box(torch.minimum(inner_lower, x), torch.maximum(inner_upper, x))
 
 
 @torch.no_grad()

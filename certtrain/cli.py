@@ -1,4 +1,4 @@
-"""certtrain train | verify."""
+"""certtrain train | verify | check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import certtrain
-from certtrain.errors import CerttrainError
+from certtrain.errors import CerttrainError, UsageError
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
 # the machine. Read when torch is imported, which the commands do; the user's own setting wins.
@@ -63,7 +63,17 @@ def _parser() -> argparse.ArgumentParser:
         "--method", help="bounds, each for what those before left open: ibp,crown-ibp,crown,alpha-crown"
     )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
+    verify.add_argument(
+        "--sound", metavar="ARITHMETIC", help="bounds that cover the rounding of float32, tf32, bf16 or float64"
+    )
+    verify.add_argument("--certificates", type=Path, metavar="FILE", help="write a Parquet file that `check` reads")
     verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
+
+    check = _command(commands, "check", "prove certificates again, by an independent program", check_command)
+    check.add_argument("certificates", type=Path, help="a Parquet file that `verify --certificates` wrote")
+    check.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
+    check.add_argument("--model", type=Path, required=True, metavar="RUN", help="the run directory they are about")
+    check.add_argument("--dataset", metavar="NAME", help="where the images are read from (default: the run's data set)")
     return parser
 
 
@@ -108,27 +118,57 @@ def train_command(options: argparse.Namespace) -> int:
 
 
 def verify_command(options: argparse.Namespace) -> int:
+    from certtrain.certificates import write_certificates
     from certtrain.checkpoint import load_model, write_json
     from certtrain.config import load_config
     from certtrain.run import load_data, resolve_device, verify_run, versions
 
     folder = options.run if options.run.is_dir() else options.run.parent
+    weights = folder / "model.safetensors" if options.run.is_dir() else options.run
+    if options.certificates and weights.suffix != ".safetensors":
+        raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
     device = resolve_device(options.device)
     model = load_model(options.run, device)
     overrides = list(options.overrides)
-    for key in ("eps", "method"):
-        if getattr(options, key):
-            overrides.append(f"verification.{key}='{getattr(options, key)}'")
+    sound = options.sound or ("float32" if options.certificates else None)
+    for key, value in (("eps", options.eps), ("method", options.method), ("arithmetic", sound)):
+        if value:
+            overrides.append(f"verification.{key}='{value}'")
     config = load_config(folder / "config.yaml", overrides)
-    results = [result.summary() for result in verify_run(config, model, load_data(config), limit=options.limit)]
-    _show(Console(), results)
-    content = {**results[0], "model": str(options.run), "radii": results, "versions": versions()}
+    dataset = load_data(config)
+    results = verify_run(config, model, dataset, limit=options.limit)
+    if options.certificates:
+        write_certificates(
+            options.certificates, results, dataset.test, weights, config.model_dump(mode="json"), versions()
+        )
+    summaries = [result.summary() for result in results]
+    _show(Console(), summaries)
+    content = {**summaries[0], "model": str(options.run), "radii": summaries, "versions": versions()}
     write_json(options.json or folder / "verify.json", content)
     return 0
 
 
+def check_command(options: argparse.Namespace) -> int:
+    from certtrain.certificates import read_certificates
+    from certtrain.checker import SavedNetwork, check
+    from certtrain.config import load_config
+    from certtrain.run import load_data
+
+    certificates = read_certificates(options.certificates)
+    folder = options.model if options.model.is_dir() else options.model.parent
+    network = SavedNetwork.read(folder / "model.safetensors")
+    named = [f"data.name={options.dataset}"] if options.dataset else []
+    test = load_data(load_config(folder / "config.yaml", [*named, *options.overrides])).test
+    console = Console()
+    counts = check(certificates, network, test.images.numpy(), test.labels.numpy(), console)
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    console.print(f"all {sum(counts.values())} certificates hold: {verdicts}", highlight=False)
+    return 0
+
+
 def _show(console: Console, results: Sequence[dict]) -> None:
-    table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method']}")
+    sound = f", sound in {results[0]['arithmetic']}" if results[0]["arithmetic"] else ""
+    table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method']}{sound}")
     for column in ("epsilon", "natural error", "PGD error", "verified error", "seconds"):
         table.add_column(column, justify="right")
     for result in results:

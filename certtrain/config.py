@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from certtrain.bounds.graph import METHODS
+from certtrain.bounds.rounding import ARITHMETICS
 from certtrain.data import DATASETS
 from certtrain.errors import UsageError, unknown
 from certtrain.initialization import INITIALIZATIONS
@@ -152,6 +153,7 @@ class VerificationSection(Section):
 
     eps: tuple[Radius, ...] | None = None  # null: epsilon.max
     method: tuple[str, ...] = ("ibp",)  # a cascade: each sees what those before left open
+    arithmetic: Annotated[str, one_of("arithmetic", ARITHMETICS)] | None = None  # whose rounding the bounds cover
     limit: int | None = Field(None, ge=1)  # only the first so many test images
     batch_size: int = Field(256, ge=1)
     pgd_steps: int = Field(40, ge=0)

@@ -26,6 +26,10 @@ class CheckpointError(CerttrainError):
     """A checkpoint or run directory is missing, corrupt, of another architecture, or could not be written."""
 
 
+class CertificateError(CerttrainError):
+    """Certificates are missing or corrupt, are about something else, or one of them does not hold."""
+
+
 class DivergedError(CerttrainError):
     """The loss became NaN or infinite, at radius `eps`."""
 

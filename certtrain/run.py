@@ -244,6 +244,7 @@ def verify_run(config: Config, model: nn.Module, dataset: Dataset, limit: int | 
         batch_size=section.batch_size,
         seed=config.seed,
         backend=config.backend,
+        arithmetic=section.arithmetic,
     )
 
 

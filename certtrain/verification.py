@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.graph import evaluating
+from certtrain.bounds.rounding import arithmetic_named, enclosing_linf_box
 from certtrain.data import Split, evaluation_batches
+from certtrain.errors import UsageError
 from certtrain.objectives import proved
 from certtrain.precision import full_precision
 
@@ -32,15 +34,20 @@ class Stage:
 class Verification:
     """What was found at one epsilon; per-image tensors (N,) on the CPU, in the order of the split.
 
-    correct: classified right; attacked: right, but PGD found a misclassified point; proved: no perturbation of at
-    most eps in any pixel changes the prediction, which is right; margin: smallest lower bound of z_y - z_j, j ≠ y.
-    stages: the methods of the cascade, in order; seconds: all of it, the attack included.
+    prediction: the class of the unperturbed image; correct: it is the label; attacked: right, but PGD found a
+    misclassified point; adversarial: those points (M, C, H, W), in order; proved: no perturbation of at most eps in any
+    pixel changes the prediction, which is right; margin: smallest lower bound of z_y - z_j, j ≠ y.
+    stages: the methods of the cascade, in order; arithmetic: that of the deployed network for which the bounds hold,
+    None for real mathematics; seconds: all of it, the attack included.
     """
 
     eps: float
     stages: tuple[Stage, ...]
+    arithmetic: str | None
+    prediction: Tensor
     correct: Tensor
     attacked: Tensor
+    adversarial: Tensor
     proved: Tensor
     margin: Tensor
     seconds: float
@@ -63,6 +70,7 @@ class Verification:
         return {
             "eps": self.eps,
             "method": ",".join(stage.method for stage in self.stages),
+            "arithmetic": self.arithmetic,
             "images": len(self.correct),
             "natural_error": self.natural_error,
             "pgd_error": self.pgd_error,
@@ -83,6 +91,7 @@ def verify(
     batch_size: int = 256,
     seed: int = 0,
     backend: str = "native",
+    arithmetic: str | None = None,
 ) -> list[Verification]:
     """Natural, PGD and verified error of `model` on `data`, at one epsilon or several.
 
@@ -96,21 +105,44 @@ def verify(
         attack: None for none; the PGD error is then a lower bound, the natural error.
         limit: only the first so many images.
         backend: of `BoundedModel`.
+        arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
+            `bounds.rounding`, in any order of its sums; for method ibp. None: the network as real mathematics.
 
     Returns:
         A Verification per radius.
+
+    Raises:
+        UsageError: an arithmetic that is unknown, or that method or backend cannot cover.
     """
     device = next(model.parameters()).device
     data = data.take(slice(limit)).to(device)
     radii = [eps] if isinstance(eps, int | float) else list(eps)
     methods = [method] if isinstance(method, str) else list(method)
+    if arithmetic is not None:
+        _require_sound(methods, backend, arithmetic)
     with evaluating(model), full_precision():
         net = BoundedModel(model, next(evaluation_batches(data, 1))[0], backend)
-        return [_verify_at(net, data, radius, methods, attack, batch_size, seed) for radius in radii]
+        return [_verify_at(net, data, radius, methods, attack, batch_size, seed, arithmetic) for radius in radii]
+
+
+def _require_sound(methods: Sequence[str], backend: str, arithmetic: str) -> None:
+    arithmetic_named(arithmetic)
+    if list(methods) != ["ibp"] or backend != "native":
+        raise UsageError(
+            f"bounds that cover the rounding of {arithmetic} are those of method ibp and backend native, "
+            f"not of method {','.join(methods)} and backend {backend}"
+        )
 
 
 def _verify_at(
-    net: BoundedModel, data: Split, eps: float, methods: Sequence[str], attack: PGD | None, batch_size: int, seed: int
+    net: BoundedModel,
+    data: Split,
+    eps: float,
+    methods: Sequence[str],
+    attack: PGD | None,
+    batch_size: int,
+    seed: int,
+    arithmetic: str | None,
 ) -> Verification:
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
@@ -118,32 +150,44 @@ def _verify_at(
     found: list[tuple[Tensor, ...]] = []
     for images, labels in evaluation_batches(data, batch_size):
         with torch.no_grad():
-            correct = net.model(images).argmax(1) == labels
-            margins = _cascade(net, images, labels, eps, correct, stages)
+            prediction = net.model(images).argmax(1)
+            correct = prediction == labels
+            margins = _cascade(net, images, labels, eps, correct, stages, arithmetic)
         holds = proved(margins) & correct
-        attacked = torch.zeros_like(correct)
+        attacked, points = torch.zeros_like(correct), images[:0]
         open_ = (correct & ~holds).nonzero()[:, 0]
         if attack is not None and len(open_) > 0:
-            _, attacked[open_] = attack(net.model, images[open_], labels[open_], eps, generator)
+            points, attacked[open_] = attack(net.model, images[open_], labels[open_], eps, generator)
+            points = points[attacked[open_]]
         smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
-        found.append((correct, attacked, holds, smallest))
+        found.append((prediction, correct, attacked, points, holds, smallest))
     parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
-    return Verification(eps, stages, *parts, seconds=time.perf_counter() - started)
+    return Verification(eps, stages, arithmetic, *parts, seconds=time.perf_counter() - started)
 
 
 def _cascade(
-    net: BoundedModel, images: Tensor, labels: Tensor, eps: float, correct: Tensor, stages: Sequence[Stage]
+    net: BoundedModel,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    correct: Tensor,
+    stages: Sequence[Stage],
+    arithmetic: str | None,
 ) -> Tensor:
     """Margins (B, K) by the first stage, then by one after another for those right and open."""
-    margins = torch.full((len(images), net.classes), -torch.inf, dtype=images.dtype, device=images.device)
+    if arithmetic is None:
+        box, options = linf_box(images, eps), {}
+    else:
+        box, options = enclosing_linf_box(images, eps), {"arithmetic": arithmetic}
+    margins = torch.full((len(images), net.classes), -torch.inf, dtype=box.like.dtype, device=images.device)
     margins.scatter_(1, labels[:, None], 0.0)
     for position, stage in enumerate(stages):
         left = (torch.ones_like(correct) if position == 0 else correct & ~proved(margins)).nonzero()[:, 0]
         if len(left) == 0:
             break
         started = time.perf_counter()
-        bounds = net.margins(linf_box(images[left], eps), labels[left], stage.method)
-        margins[left] = torch.maximum(margins[left], bounds)
+        mine = box.map(lambda values, left=left: values[left])
+        margins[left] = torch.maximum(margins[left], net.margins(mine, labels[left], stage.method, **options))
         stage.images += len(left)
         stage.proved += int((proved(margins[left]) & correct[left]).sum())
         stage.seconds += time.perf_counter() - started

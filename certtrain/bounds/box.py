@@ -65,8 +65,8 @@ class Box:
     def map(self, function: Callable[[Tensor], Tensor]) -> Box:
         """The box with `function`, which only moves or averages elements, applied to the form this box was made in."""
         if self._center is not None and self._radius is not None:
-            return Box.around(function(self._center), function(self._radius))
-        return Box(function(self.lower), function(self.upper))
+            return self.around(function(self._center), function(self._radius))
+        return type(self)(function(self.lower), function(self.upper))
 
     @property
     def like(self) -> Tensor:

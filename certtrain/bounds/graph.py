@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import interval
+from certtrain.bounds import interval, rounding
 from certtrain.bounds.box import Box
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
@@ -84,6 +84,7 @@ class BoundedModel:
         clean: Tensor | None = None,
         coefficients: Mapping[int, Coefficients] | None = None,
         record: bool = False,
+        arithmetic: str | None = None,
     ) -> Bounds:
         """Interval bounds of every output, in one joint pass of the box and the clean input.
 
@@ -93,7 +94,11 @@ class BoundedModel:
                 clean activations, for the box as well; there it must be given, elsewhere it may be.
             coefficients: use these for the BatchNorms (from `clean_pass`) instead of statistics of `clean`.
             record: keep every value's box, for margins by backward passes (`crown_margins`).
+            arithmetic: bound what the network computes in this floating-point arithmetic ("float32", "tf32", "bf16",
+                "float64"), in any order of its sums, instead of real mathematics (`rounding.propagate`); box alone.
         """
+        if arithmetic is not None:
+            return rounding.propagate(self.graph, box, arithmetic)
         return interval.propagate(self.graph, box, clean, coefficients, record)
 
     def clean_pass(self, x: Tensor) -> CleanPass:
@@ -112,6 +117,7 @@ class BoundedModel:
         intersect: bool = True,
         max_memory: int | None = None,
         alpha: AlphaOptions = DEFAULT_ALPHA,
+        arithmetic: str | None = None,
     ) -> Tensor:
         """Lower bounds of z_y - z_j over the box.
 
@@ -125,16 +131,24 @@ class BoundedModel:
             max_memory: bytes that coefficients of backward passes may take; the work is cut accordingly. Default:
                 half of what the device has free.
             alpha: how slopes are optimised.
+            arithmetic: see `ibp`; the margins are then those of the computed logits, in float64.
 
         Returns:
             (B, K), 0 in column y; an image whose other entries are all positive is proved.
 
         Raises:
-            UsageError: unknown method, or a memory bound that does not suffice for one image.
+            UsageError: unknown method, a memory bound that does not suffice for one image, or an arithmetic for
+                another method than ibp.
             UnsupportedOperation: an operation has no linear relaxation.
         """
         if method not in METHODS:
             raise unknown("bound method", method, METHODS)
+        if arithmetic is not None:
+            if method != "ibp":
+                raise UsageError(
+                    f"arithmetic {arithmetic}: only method ibp has bounds that cover rounding, not {method}"
+                )
+            return rounding.margins_of(self.ibp(box, arithmetic=arithmetic), labels, arithmetic)
         if method == "ibp":
             return self.margins_of(self.ibp(box, clean), labels)
         images, rows = self._portions(box, method, max_memory)
@@ -185,7 +199,8 @@ class BoundedModel:
             expected = self.model(example_input.clone())
             clean = _CleanTransform()
             recorded = self.graph.run(example_input, clean)
-        self._sizes = _Sizes(clean.largest, clean.total, expected.shape[-1])
+        entering = example_input[0].numel()
+        self._sizes = _Sizes(max(clean.largest, entering), clean.total + entering, expected.shape[-1])
         scale = expected.abs().max().clamp(min=1.0)
         if recorded.shape != expected.shape or not ((recorded - expected).abs() <= 1e-3 * scale).all():
             raise UnsupportedOperation(
@@ -224,6 +239,8 @@ def free_memory(device: torch.device) -> int:
 
 class _CleanTransform:
     """Walks the clean input alone (a `tracing.Transform`), keeps the BatchNorms' coefficients, and counts."""
+
+    settled = SETTLED_BY_CLEAN
 
     def __init__(self) -> None:
         self.coefficients: dict[int, Coefficients] = {}

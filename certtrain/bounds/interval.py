@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.tracing import RESHAPING, WEIGHTED, Call, Coefficients, Graph, leaves, map_leaves, scale_shift
+from certtrain.bounds.tracing import (
+    RESHAPING,
+    SETTLED_BY_CLEAN,
+    WEIGHTED,
+    Call,
+    Coefficients,
+    Graph,
+    leaves,
+    map_leaves,
+    scale_shift,
+)
 from certtrain.errors import UnsupportedOperation
 
 Rule = Callable[..., Box]
@@ -188,6 +198,8 @@ def _clean_result(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 class _JointPass:
     """Walks clean input and box through the network side by side (a `tracing.Transform`), and gathers the Bounds."""
+
+    settled = SETTLED_BY_CLEAN
 
     def __init__(self, graph: Graph[Joint], box: Box, record: bool) -> None:
         self.relu_inputs: list[Box] = []

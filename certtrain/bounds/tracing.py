@@ -397,7 +397,13 @@ def _is_inplace(node: fx.Node, model: nn.Module) -> bool:
 
 
 class Transform(Protocol[V]):
-    """How a walk through the network computes values of type V: tensors, boxes, or both at once."""
+    """How a walk through the network computes values of type V: tensors, boxes, or both at once.
+
+    `settled` are the operations that `clean` turns into plain scalings before they are applied: SETTLED_BY_CLEAN, or
+    those of them that the transform has no rule of its own for.
+    """
+
+    settled: Mapping[Callable, Callable[..., tuple[Callable, tuple]]]
 
     def apply(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> V: ...
     def clean(self, value: V) -> Tensor | None: ...
@@ -450,7 +456,7 @@ class Graph(Generic[V]):
         if index in coefficients:
             return Call(index, scale_shift, (args[0], *coefficients[index]), {}, operation.where)
         args = (*args, *operation.arguments())
-        settle = SETTLED_BY_CLEAN.get(operation.function)
+        settle = transform.settled.get(operation.function)
         if settle is None:
             return Call(index, operation.function, args, kwargs, operation.where)
         value = values[args[0].index]

@@ -36,7 +36,8 @@ NO_AUGMENTATION = Augmentation()
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 pixels of any shape as float32 in [0, 1]."""
-    return images.to(torch.float32).div_(255)
+    largest = torch.full((), 255.0, device=images.device)  # a tensor: CUDA multiplies by a number's rounded inverse
+    return images.to(torch.float32).div_(largest)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
