@@ -155,12 +155,12 @@ class BoundedModel:
         whole = self.model.training or len(labels) <= images
         portions = [slice(None)] if whole else [slice(i, i + images) for i in range(0, len(labels), images)]
         found = []
-        for part in portions:
-            bounds = self.ibp(
-                box.map(lambda values, part=part: values[part]), None if clean is None else clean[part], record=True
-            )
-            found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
-        return torch.cat(found).detach() if method == "alpha-crown" else torch.cat(found)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and method != "alpha-crown"):
+            for part in portions:
+                mine = box.map(lambda values, part=part: values[part])
+                bounds = self.ibp(mine, None if clean is None else clean[part], record=True)
+                found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
+        return torch.cat(found)
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
         """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""

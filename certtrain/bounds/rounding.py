@@ -503,7 +503,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         error = sum_error(a, terms) * (sizes.gather(1, own) + sizes) + 2 * underflow
         lower = down(center - (reach + error) * _inflation(terms))
         lower = torch.where(fits[:, None], lower, -torch.inf)
-    return lower.nan_to_num(nan=-torch.inf).scatter(1, own, 0.0)
+    return torch.where(lower.isnan(), -torch.inf, lower).scatter(1, own, 0.0)
 
 
 def _require_stored_constants(graph: Graph[Any]) -> None:
