@@ -1,4 +1,4 @@
-"""certtrain train | verify."""
+"""certtrain train | verify | export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import certtrain
-from certtrain.errors import CerttrainError
+from certtrain.errors import CerttrainError, UsageError
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
 # the machine. Read when torch is imported, which the commands do; the user's own setting wins.
@@ -56,15 +56,29 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
 
     verify = _command(commands, "verify", "natural, PGD and verified error of a trained network", verify_command)
-    verify.add_argument("run", type=Path, help="a run directory, or its model.safetensors or last.ckpt")
-    verify.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
+    _add_run(verify)
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
     verify.add_argument(
         "--method", help="bounds, each for what those before left open: ibp,crown-ibp,crown,alpha-crown"
     )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
+
+    export = _command(commands, "export", "write a trained network for other tools", export_command)
+    _add_run(export)
+    export.add_argument(
+        "--onnx", nargs="?", type=Path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
+    )
+    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each image left open")
+    export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
+    export.add_argument("--limit", type=_positive, help="only the first N test images")
+    export.add_argument("--timeout", type=_positive, default=300, help="of a property, in instances.csv (default: 300)")
     return parser
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, help="a run directory, or its model.safetensors or last.ckpt")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, run: object) -> argparse.ArgumentParser:
@@ -80,6 +94,15 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
+
+
+def _radius(text: str) -> float:
+    from certtrain.config import parse_radius
+
+    try:
+        return parse_radius(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -124,6 +147,29 @@ def verify_command(options: argparse.Namespace) -> int:
     _show(Console(), results)
     content = {**results[0], "model": str(options.run), "radii": results, "versions": versions()}
     write_json(options.json or folder / "verify.json", content)
+    return 0
+
+
+def export_command(options: argparse.Namespace) -> int:
+    from certtrain.checkpoint import load_architecture, load_model
+    from certtrain.config import load_config
+    from certtrain.export import export_onnx, export_vnnlib, open_images
+    from certtrain.run import load_data, resolve_device
+
+    if options.onnx is None and options.vnnlib is None:
+        raise UsageError("say what to export: --onnx, or --vnnlib DIR")
+    folder = options.run if options.run.is_dir() else options.run.parent
+    model = load_model(options.run, resolve_device(options.device))
+    if options.onnx is not None:
+        file = folder / "model.onnx" if options.onnx is True else options.onnx
+        export_onnx(model, load_architecture(folder)["image_shape"], file)
+        print(f"wrote {file}")
+    if options.vnnlib is not None:
+        config = load_config(folder / "config.yaml", options.overrides)
+        eps = config.epsilon.max if options.eps is None else options.eps
+        result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, options.timeout)
+        count, images = len(open_images(result)), len(result.correct)
+        print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images open at {eps:.5f}")
     return 0
 
 
