@@ -1,4 +1,4 @@
-"""certtrain train | verify | export."""
+"""certtrain train | verify | export | report."""
 
 from __future__ import annotations
 
@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
     export.add_argument("--limit", type=_positive, help="only the first N test images")
     export.add_argument("--timeout", type=_positive, default=300, help="of a property, in instances.csv (default: 300)")
+
+    report = _command(commands, "report", "show a run as an HTML page", report_command)
+    _add_run(report)
+    report.add_argument("--out", type=Path, help="where to write the page (default: report.html in the run)")
+    report.add_argument("--limit", type=_positive, default=200, help="how many test images to look at (default: 200)")
     return parser
 
 
@@ -170,6 +175,21 @@ def export_command(options: argparse.Namespace) -> int:
         result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, options.timeout)
         count, images = len(open_images(result)), len(result.correct)
         print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images open at {eps:.5f}")
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    from certtrain.checkpoint import load_model
+    from certtrain.config import load_config
+    from certtrain.html_report import write_report
+    from certtrain.run import load_data, resolve_device
+
+    folder = options.run if options.run.is_dir() else options.run.parent
+    model = load_model(options.run, resolve_device(options.device))
+    config = load_config(folder / "config.yaml", options.overrides)
+    file = options.out or folder / "report.html"
+    write_report(folder, config, model, load_data(config), file, options.limit)
+    print(f"wrote {file}")
     return 0
 
 
