@@ -120,16 +120,27 @@ def load_model(source: str | Path, device: torch.device | str = "cpu") -> nn.Mod
         raise CheckpointError(f"the run in {source} is not finished: resume it, or name {source / 'last.ckpt'}")
     if not file.is_file():
         raise CheckpointError(f"there is no model at {source}: expected a run directory or its model.safetensors")
-    description = folder / "model.json"
     try:
-        architecture = json.loads(description.read_text())["model"]
-        model = build_model(**architecture)
-    except UsageError:
+        model = build_model(**load_architecture(folder))
+    except (UsageError, CheckpointError):
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{description} is missing or corrupt ({_one_line(error)})") from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / 'model.json'} is missing or corrupt ({_one_line(error)})") from error
     restore(model, load_checkpoint(file)["model"] if file.suffix == ".ckpt" else _load_weights(file), file)
     return model.eval().to(device)
+
+
+def load_architecture(folder: Path) -> dict[str, Any]:
+    """The arguments of `build_model` that rebuild the network of the run in `folder`.
+
+    Raises:
+        CheckpointError: model.json is missing or corrupt.
+    """
+    description = folder / "model.json"
+    try:
+        return dict(json.loads(description.read_text())["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{description} is missing or corrupt ({_one_line(error)})") from error
 
 
 def _load_weights(file: Path) -> dict[str, Tensor]:

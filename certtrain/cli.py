@@ -1,18 +1,26 @@
-"""certtrain train | verify | check."""
+"""certtrain train | verify | check | export | report."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 import certtrain
 from certtrain.errors import CerttrainError, UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from certtrain.config import Config
+    from certtrain.data import Dataset
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
 # the machine. Read when torch is imported, which the commands do; the user's own setting wins.
@@ -56,8 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
 
     verify = _command(commands, "verify", "natural, PGD and verified error of a trained network", verify_command)
-    verify.add_argument("run", type=Path, help="a run directory, or its model.safetensors or last.ckpt")
-    verify.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
+    _add_run(verify)
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
     verify.add_argument(
         "--method", help="bounds, each for what those before left open: ibp,crown-ibp,crown,alpha-crown"
@@ -67,6 +74,14 @@ def _parser() -> argparse.ArgumentParser:
         "--sound", metavar="ARITHMETIC", help="bounds that cover the rounding of float32, tf32, bf16 or float64"
     )
     verify.add_argument("--certificates", type=Path, metavar="FILE", help="write a Parquet file that `check` reads")
+    verify.add_argument(
+        "--radius",
+        nargs="?",
+        const=True,
+        type=_radius,
+        metavar="MAX",
+        help="instead: the largest radius proved for each image, up to MAX (default: twice the largest tested)",
+    )
     verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
 
     check = _command(commands, "check", "prove certificates again, by an independent program", check_command)
@@ -74,7 +89,27 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
     check.add_argument("--model", type=Path, required=True, metavar="RUN", help="the run directory they are about")
     check.add_argument("--dataset", metavar="NAME", help="where the images are read from (default: the run's data set)")
+
+    export = _command(commands, "export", "write a trained network for other tools", export_command)
+    _add_run(export)
+    export.add_argument(
+        "--onnx", nargs="?", type=Path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
+    )
+    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each image left open")
+    export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
+    export.add_argument("--limit", type=_positive, help="only the first N test images")
+    export.add_argument("--timeout", type=_positive, default=300, help="of a property, in instances.csv (default: 300)")
+
+    report = _command(commands, "report", "show a run as an HTML page", report_command)
+    _add_run(report)
+    report.add_argument("--out", type=Path, help="where to write the page (default: report.html in the run)")
+    report.add_argument("--limit", type=_positive, default=200, help="how many test images to look at (default: 200)")
     return parser
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, help="a run directory, or its model.safetensors or last.ckpt")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
 
 
 def _command(commands: argparse._SubParsersAction, name: str, text: str, run: object) -> argparse.ArgumentParser:
@@ -90,6 +125,15 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
+
+
+def _radius(text: str) -> float:
+    from certtrain.config import parse_radius
+
+    try:
+        return parse_radius(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -117,25 +161,39 @@ def train_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def _folder(run: Path) -> Path:
+    """The run directory, where a file in it was named."""
+    return run if run.is_dir() else run.parent
+
+
+def _open(options: argparse.Namespace, overrides: Sequence[str] = ()) -> tuple[nn.Module, Config]:
+    """The network that was named, on its device, and its run's configuration."""
+    from certtrain.checkpoint import load_model
+    from certtrain.config import load_config
+    from certtrain.run import resolve_device
+
+    model = load_model(options.run, resolve_device(options.device))
+    return model, load_config(_folder(options.run) / "config.yaml", [*options.overrides, *overrides])
+
+
 def verify_command(options: argparse.Namespace) -> int:
     from certtrain.certificates import write_certificates
-    from certtrain.checkpoint import load_model, write_json
-    from certtrain.config import load_config
-    from certtrain.run import load_data, resolve_device, verify_run, versions
+    from certtrain.checkpoint import write_json
+    from certtrain.run import load_data, verify_run, versions
 
-    folder = options.run if options.run.is_dir() else options.run.parent
+    folder = _folder(options.run)
     weights = folder / "model.safetensors" if options.run.is_dir() else options.run
     if options.certificates and weights.suffix != ".safetensors":
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
-    device = resolve_device(options.device)
-    model = load_model(options.run, device)
-    overrides = list(options.overrides)
+    overrides = []
     sound = options.sound or ("float32" if options.certificates else None)
     for key, value in (("eps", options.eps), ("method", options.method), ("arithmetic", sound)):
         if value:
             overrides.append(f"verification.{key}='{value}'")
-    config = load_config(folder / "config.yaml", overrides)
+    model, config = _open(options, overrides)
     dataset = load_data(config)
+    if options.radius:
+        return _verify_radii(options, model, config, dataset)
     results = verify_run(config, model, dataset, limit=options.limit)
     if options.certificates:
         write_certificates(
@@ -148,6 +206,33 @@ def verify_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def _verify_radii(options: argparse.Namespace, model: nn.Module, config: Config, dataset: Dataset) -> int:
+    from certtrain.checkpoint import write_atomically, write_json
+    from certtrain.plots import errors_over_eps_png
+    from certtrain.run import radii_of, versions
+
+    folder = _folder(options.run)
+    largest = 2 * max(config.test_radii) if options.radius is True else options.radius
+    content = radii_of(config, model, dataset, largest, limit=options.limit).summary()
+    write_json(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
+    curves = {
+        "pgd": (content["pgd_eps"], content["pgd_error"]),
+        "verified": (content["eps"], content["verified_error"]),
+    }
+    picture = errors_over_eps_png(content["natural_error"], curves)
+    write_atomically(folder / "radius.png", lambda file: file.write(picture))
+    shares = [f"{share:.0%} of the images: {_quantile(content['radii'], share):.5f}" for share in (0.25, 0.5, 0.75)]
+    print("proved radius of at least " + ", ".join(shares))
+    print(f"wrote {folder / 'radius.json'} and radius.png")
+    return 0
+
+
+def _quantile(radii: Sequence[float], share: float) -> float:
+    """The radius that this share of the images reaches; 0 where fewer are classified right."""
+    ordered = sorted(radii, reverse=True)
+    return max(0.0, ordered[max(0, math.ceil(share * len(ordered)) - 1)])
+
+
 def check_command(options: argparse.Namespace) -> int:
     from certtrain.certificates import read_certificates
     from certtrain.checker import SavedNetwork, check
@@ -155,7 +240,7 @@ def check_command(options: argparse.Namespace) -> int:
     from certtrain.run import load_data
 
     certificates = read_certificates(options.certificates)
-    folder = options.model if options.model.is_dir() else options.model.parent
+    folder = _folder(options.model)
     network = SavedNetwork.read(folder / "model.safetensors")
     named = [f"data.name={options.dataset}"] if options.dataset else []
     test = load_data(load_config(folder / "config.yaml", [*named, *options.overrides])).test
@@ -163,6 +248,38 @@ def check_command(options: argparse.Namespace) -> int:
     counts = check(certificates, network, test.images.numpy(), test.labels.numpy(), console)
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     console.print(f"all {sum(counts.values())} certificates hold: {verdicts}", highlight=False)
+    return 0
+
+
+def export_command(options: argparse.Namespace) -> int:
+    from certtrain.checkpoint import load_architecture
+    from certtrain.export import export_onnx, export_vnnlib, open_images
+    from certtrain.run import load_data
+
+    if options.onnx is None and options.vnnlib is None:
+        raise UsageError("say what to export: --onnx, or --vnnlib DIR")
+    folder = _folder(options.run)
+    model, config = _open(options)
+    if options.onnx is not None:
+        file = folder / "model.onnx" if options.onnx is True else options.onnx
+        export_onnx(model, load_architecture(folder)["image_shape"], file)
+        print(f"wrote {file}")
+    if options.vnnlib is not None:
+        eps = config.epsilon.max if options.eps is None else options.eps
+        result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, options.timeout)
+        count, images = len(open_images(result)), len(result.correct)
+        print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images open at {eps:.5f}")
+    return 0
+
+
+def report_command(options: argparse.Namespace) -> int:
+    from certtrain.html_report import write_report
+    from certtrain.run import load_data
+
+    model, config = _open(options)
+    file = options.out or _folder(options.run) / "report.html"
+    write_report(_folder(options.run), config, model, load_data(config), file, options.limit)
+    print(f"wrote {file}")
     return 0
 
 

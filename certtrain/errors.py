@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from types import ModuleType
 
 
 class CerttrainError(Exception):
@@ -52,3 +54,15 @@ def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
     near = get_close_matches(name, choices, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
     return UsageError(f"unknown {kind} {name!r}: {hint}")
+
+
+def optional_module(name: str, extra: str) -> ModuleType:
+    """The module `name` of a library that only the extra `extra` installs.
+
+    Raises:
+        MissingDependency: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingDependency(f"{name} cannot be imported ({error}): pip install 'certtrain[{extra}]'") from error

@@ -18,11 +18,12 @@ from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel
 from certtrain.checkpoint import load_checkpoint, restore, save_model, write_json, write_text
 from certtrain.config import Config, load_config
-from certtrain.data import Augmentation, Dataset, epoch_batches, load_dataset, steps_per_epoch, to_float
+from certtrain.data import Augmentation, Dataset, Split, epoch_batches, load_dataset, steps_per_epoch, to_float
 from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.objectives import Objective
+from certtrain.radius import Radii, certified_radii
 from certtrain.recorder import Recorder
 from certtrain.reporting import ProgressDisplay
 from certtrain.run_directory import check_folder, make_folder, remove_temporaries
@@ -231,21 +232,41 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 def verify_run(config: Config, model: nn.Module, dataset: Dataset, limit: int | None = None) -> list[Verification]:
     section = config.verification
-    classes = _output_shape(config.model.name, model, dataset.image_shape)[1]
-    if dataset.num_classes > classes:
-        raise DataError(f"the data has labels up to {dataset.num_classes - 1}, the model only {classes} classes")
     return verify(
         model,
-        dataset.test,
+        _test_images(config, model, dataset, limit),
         config.test_radii,
         section.method,
-        attack=PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size),
-        limit=section.limit if limit is None else limit,
+        attack=_attack(config),
         batch_size=section.batch_size,
         seed=config.seed,
         backend=config.backend,
         arithmetic=section.arithmetic,
     )
+
+
+def radii_of(config: Config, model: nn.Module, dataset: Dataset, max_eps: float, limit: int | None = None) -> Radii:
+    return certified_radii(
+        model,
+        _test_images(config, model, dataset, limit),
+        max_eps,
+        attack=_attack(config),
+        arithmetic=config.verification.arithmetic,
+        batch_size=config.verification.batch_size,
+        seed=config.seed,
+    )
+
+
+def _test_images(config: Config, model: nn.Module, dataset: Dataset, limit: int | None) -> Split:
+    classes = _output_shape(config.model.name, model, dataset.image_shape)[1]
+    if dataset.num_classes > classes:
+        raise DataError(f"the data has labels up to {dataset.num_classes - 1}, the model only {classes} classes")
+    return dataset.test.take(slice(config.verification.limit if limit is None else limit))
+
+
+def _attack(config: Config) -> PGD:
+    section = config.verification
+    return PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size)
 
 
 def summarize(

@@ -17,6 +17,8 @@ RUN_FILES = (
     "model.json",
     "summary.json",
     "verify.json",
+    "model.onnx",
+    "report.html",
 )
 
 

@@ -214,7 +214,9 @@ def test_verifier_and_checker_derive_the_same_margins(name, batch_norm, arithmet
     ours = BoundedModel(model, images).margins(box, labels, arithmetic=arithmetic)
     for row, lower, upper, label in zip(ours, box.lower.numpy(), box.upper.numpy(), labels.tolist(), strict=True):
         least = row.scatter(0, torch.tensor([label]), torch.inf).min().item()
-        assert network.classifier_input(lower, upper, arithmetic).margin(label) == pytest.approx(least, rel=1e-8, abs=1e-8)
+        assert network.classifier_input(lower, upper, arithmetic).margin(label) == pytest.approx(
+            least, rel=1e-8, abs=1e-8
+        )
 
 
 def test_the_checker_needs_neither_torch_nor_the_verifier(certified):

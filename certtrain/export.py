@@ -1,0 +1,158 @@
+"""A trained network for other tools: the network as ONNX, what is left to prove about it as VNN-LIB properties."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from certtrain.bounds.graph import evaluating
+from certtrain.checkpoint import write_atomically, write_text
+from certtrain.config import Config, load_config
+from certtrain.data import Dataset, to_float
+from certtrain.errors import UnsupportedOperation, UsageError, optional_module
+from certtrain.folding import fold_batch_norm
+from certtrain.precision import full_precision
+from certtrain.run import verify_run
+from certtrain.run_directory import make_folder
+from certtrain.verification import Verification
+
+OPSET = 13  # has all operations of our networks, and is old enough for most verifiers
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> None:
+    """Write `model` as ONNX: BatchNorm folded, input normalisation inside, any batch size.
+
+    Args:
+        model: maps images (B, C, H, W) in [0, 1], the ONNX input `image`, to (B, K), the output `logits`.
+        image_shape: (C, H, W).
+
+    Raises:
+        MissingDependency: the library onnx is not installed.
+        UnsupportedOperation: the network cannot be traced, or has an operation that ONNX lacks.
+    """
+    onnx = optional_module("onnx", "export")
+    example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    folded = _folded(model, example)
+    content = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            # Said to be superseded; but its graphs are plain (Flatten, not Reshape), which verifiers understand best.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                folded,
+                (example,),
+                content,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise UnsupportedOperation(f"the network cannot be written as ONNX: {str(error).splitlines()[0]}") from error
+    onnx.checker.check_model(onnx.load_model_from_string(content.getvalue()), full_check=True)
+    write_atomically(file, lambda target: target.write(content.getvalue()))
+
+
+def _folded(model: nn.Module, example: Tensor) -> nn.Module:
+    folded = fold_batch_norm(model)
+    image = example.to(next(model.parameters()).device)
+    with evaluating(model), full_precision(), torch.no_grad():
+        difference = (folded(image) - model(image)).abs().max().item()
+    if not difference < 1e-3:
+        raise UnsupportedOperation(f"with BatchNorm folded, the network's outputs differ by {difference:g}")
+    return folded.cpu()
+
+
+# --- VNN-LIB ---------------------------------------------------------------------------------------------------------
+
+
+def export_vnnlib(
+    folder: Path, config: Config, model: nn.Module, dataset: Dataset, eps: float, limit: int | None, timeout: int
+) -> Verification:
+    """Write the network, a property for each test image that is open, and instances.csv, which lists them.
+
+    Open is an image that is classified right, proved neither by IBP nor by the configuration's methods, and not
+    attacked by its PGD.
+
+    Args:
+        folder: new, or empty.
+        eps: radius of the boxes.
+        limit: only the first so many test images.
+        timeout: seconds that a verifier should spend on a property, for instances.csv.
+
+    Returns:
+        What was found out about the images; those of `open_images` have a property.
+
+    Raises:
+        UsageError: there is something in `folder`.
+        MissingDependency, UnsupportedOperation: as of `export_onnx`.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} is not an empty folder: name a new one")
+    optional_module("onnx", "export")  # known now rather than after hours of proofs
+    methods = dict.fromkeys(("ibp", *config.verification.method))
+    config = load_config(config, [f"verification.eps={eps!r}", f"verification.method='{','.join(methods)}'"])
+    (result,) = verify_run(config, model, dataset, limit)
+    make_folder(folder, overwrite=False)
+    export_onnx(model, dataset.image_shape, folder / "model.onnx")
+    rows = []
+    for index in open_images(result):
+        image, label = to_float(dataset.test.images[index]), int(dataset.test.labels[index])
+        name = f"image_{index:05}.vnnlib"
+        title = f"; test image {index}, label {label}, epsilon {eps!r}\n"
+        write_text(folder / name, title + vnnlib_property(*outer_box(image, eps), label, dataset.num_classes))
+        rows.append(f"model.onnx,{name},{timeout}\n")
+    write_text(folder / "instances.csv", "".join(rows))
+    return result
+
+
+def open_images(result: Verification) -> list[int]:
+    """Those that are classified right, and neither proved nor attacked."""
+    return (result.correct & ~result.proved & ~result.attacked).nonzero()[:, 0].tolist()
+
+
+def vnnlib_property(lower: Tensor, upper: Tensor, label: int, classes: int) -> str:
+    """VNN-LIB 1.0 text that is satisfied by the counterexamples: images of the box not classified as `label`.
+
+    Args:
+        lower, upper: float32 of any shape; element i, counted row by row, is X_i, class j is Y_j.
+    """
+    ends = list(zip(lower.flatten().tolist(), upper.flatten().tolist(), strict=True))
+    lines = [f"(declare-const X_{i} Real)" for i in range(len(ends))]
+    lines += [f"(declare-const Y_{j} Real)" for j in range(classes)]
+    for i, (low, high) in enumerate(ends):
+        lines += [f"(assert (>= X_{i} {_decimal(low)}))", f"(assert (<= X_{i} {_decimal(high)}))"]
+    others = " ".join(f"(and (>= Y_{j} Y_{label}))" for j in range(classes) if j != label)
+    return "\n".join([*lines, f"(assert (or {others}))"]) + "\n"
+
+
+def outer_box(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Float32 ends of the box of radius `eps` around float32 `images`, rounded outward, cut to [0, 1]."""
+    exact = images.double()
+    down, up = torch.full_like(exact, -torch.inf), torch.full_like(exact, torch.inf)
+    lower = _round_towards(torch.nextafter(exact - eps, down), down)
+    upper = _round_towards(torch.nextafter(exact + eps, up), up)
+    return lower.clamp(0, 1), upper.clamp(0, 1)
+
+
+def _round_towards(exact: Tensor, end: Tensor) -> Tensor:
+    """The nearest float32 that lies between `exact` (float64) and `end`."""
+    nearest = exact.float()
+    beyond = (nearest.double() - exact) * end < 0  # rounding went the other way
+    return torch.where(beyond, torch.nextafter(nearest, end.float()), nearest)
+
+
+def _decimal(value: float) -> str:
+    """Every digit of a binary number; VNN-LIB knows no exponents."""
+    text = f"{Decimal(value):f}"
+    return text if "." in text else f"{text}.0"
