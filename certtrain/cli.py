@@ -192,7 +192,7 @@ def verify_command(options: argparse.Namespace) -> int:
             overrides.append(f"verification.{key}='{value}'")
     model, config = _open(options, overrides)
     dataset = load_data(config)
-    if options.radius:
+    if options.radius is not None:
         return _verify_radii(options, model, config, dataset)
     results = verify_run(config, model, dataset, limit=options.limit)
     if options.certificates:
@@ -213,6 +213,8 @@ def _verify_radii(options: argparse.Namespace, model: nn.Module, config: Config,
 
     folder = _folder(options.run)
     largest = 2 * max(config.test_radii) if options.radius is True else options.radius
+    if largest <= 0:
+        raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
     content = radii_of(config, model, dataset, largest, limit=options.limit).summary()
     write_json(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
     curves = {

@@ -17,6 +17,8 @@ RUN_FILES = (
     "model.json",
     "summary.json",
     "verify.json",
+    "radius.json",
+    "radius.png",
     "model.onnx",
     "report.html",
 )

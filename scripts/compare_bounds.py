@@ -37,7 +37,8 @@ CIFAR_IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 10, "alpha-crown": 2}  # 
 AT_ONCE = 10
 
 
-def compare_methods(data: Path, runs: Path) -> None:
+def compare_methods(data: Path, runs: Path, memory: float) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30),) * 2)
     file = RESULTS / "methods.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     known = {(row["network"], row["method"], row["engine"]) for row in rows}
@@ -49,7 +50,13 @@ def compare_methods(data: Path, runs: Path) -> None:
                 if (name, method, engine) in known:
                     continue
                 row = {"network": name, "eps": eps, "method": method, "engine": engine}
-                rows.append(row | measure(make(model, images[:AT_ONCE]), images, labels, eps, method))
+                try:
+                    found = measure(make(model, images[:AT_ONCE]), images, labels, eps, method)
+                except RuntimeError as error:
+                    if "can't allocate memory" not in str(error):
+                        raise
+                    found = {"images": count, "failed": f"needs more than {memory:g} GiB"}
+                rows.append(row | found)
                 print(json.dumps(rows[-1]), flush=True)
                 write_json(file, {"versions": versions(), "rows": rows})
 
@@ -123,6 +130,7 @@ def main() -> None:
     parser.add_argument("part", choices=("methods", "fusion", "step"))
     parser.add_argument("--data", type=Path, help="folder with train.npz and test.npz")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--memory", type=float, default=16, help="address space, GiB; what needs more has failed")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--form", choices=("ibp", "margins", "fused"), default="fused")
     options = parser.parse_args()
@@ -133,7 +141,7 @@ def main() -> None:
     elif options.data is None:
         parser.error("--data is needed")
     else:
-        compare_methods(options.data, options.runs)
+        compare_methods(options.data, options.runs, options.memory)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def methods_table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---|---|---:|---:|---:|---:|---:|")
     for mine in (row for row in rows if row["engine"] == "certtrain"):
         (other,) = (row for row in rows if row["engine"] != "certtrain" and same_question(row, mine))
-        errors = (f"{100 * row['verified_error']:.1f} %" for row in (mine, other))
-        seconds = (f"{row['seconds_per_image']:.3g}" for row in (mine, other))
+        errors = (row.get("failed") or f"{100 * row['verified_error']:.1f} %" for row in (mine, other))
+        seconds = ("–" if "failed" in row else f"{row['seconds_per_image']:.3g}" for row in (mine, other))
         lines.append(f"| {mine['network']} | {mine['method']} | {mine['images']} | {' | '.join([*errors, *seconds])} |")
     return "\n".join(lines)
 
