@@ -25,6 +25,8 @@ def main() -> None:
     fill(RESULTS / "methods.md", methods=methods_table(read("methods")["rows"]))
     if (RESULTS / "fusion.json").exists():
         fill(RESULTS / "methods.md", fusion=fusion_table(read("fusion")["rows"]))
+    if (RESULTS / "soundness.json").exists():
+        fill(ROOT / "docs" / "soundness.md", soundness=soundness_table(read("soundness")["networks"]))
     fill(ROOT / "README.md", digits=seeds_table(read("digits")))
 
 
@@ -63,6 +65,18 @@ def methods_table(rows: list[dict[str, Any]]) -> str:
 
 def same_question(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(one[key] == other[key] for key in ("network", "method", "images"))
+
+
+def soundness_table(networks: list[dict[str, Any]]) -> str:
+    names = [row["bounds"] for row in networks[0]["rows"]]
+    lines = ["| network | images | " + " | ".join(names) + " | points | outside | checked | s per image |"]
+    lines.append("|---|---:|" + "---:|" * (len(names) + 4))
+    for network in networks:
+        cells = [f"{100 * row['verified_error']:.2f} % ({row['seconds']:.1f} s)" for row in network["rows"]]
+        tail = f"{network['points']:,} | {network['outside']} | {network['checked']} | "
+        tail += f"{network['checker_seconds_per_image']:.3f}"
+        lines.append(f"| {network['network']} | {network['images']:,} | {' | '.join(cells)} | {tail} |")
+    return "\n".join(lines)
 
 
 def fusion_table(rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,129 @@
+"""What bounds that cover rounding cost, and whether anything was ever seen outside them.
+
+    python scripts/soundness.py --data CIFAR      # docs/results/soundness.json
+
+CIFAR is a folder with train.npz and test.npz. The networks are those of compare_bounds.py, trained on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare_bounds import RESULTS, trained_networks
+from torch import Tensor, nn
+
+import certtrain
+from certtrain.bounds import BoundedModel
+from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box
+from certtrain.certificates import read_certificates, write_certificates
+from certtrain.checker import SavedNetwork, check_row
+from certtrain.checkpoint import write_json
+from certtrain.data import Split, evaluation_batches
+from certtrain.folding import fold_batch_norm
+from certtrain.run import versions
+from certtrain.verification import Verification, verify
+
+
+def price(model: nn.Module, data: Split, eps: float) -> list[dict[str, Any]]:
+    """Verified error and seconds: plain bounds in float32 and float64, then those that cover rounding."""
+    double = fold_batch_norm(model).double()  # only the arithmetic changes
+    rows = []
+    for name, result in (
+        ("plain, float32", verify(model, data, eps)[0]),
+        ("plain, float64", verify_double(double, data, eps)),
+        *((f"sound, {name}", verify(model, data, eps, arithmetic=name)[0]) for name in ARITHMETICS),
+    ):
+        rows.append({"bounds": name, "verified_error": result.verified_error, "seconds": result.seconds})
+    return rows
+
+
+def verify_double(model: nn.Module, data: Split, eps: float) -> Verification:
+    """IBP of the network as real mathematics, in float64."""
+    started = time.perf_counter()
+    net = BoundedModel(model, next(evaluation_batches(data, 1))[0].double())
+    found = []
+    with torch.no_grad():
+        for images, labels in evaluation_batches(data, 256):
+            margins = net.margins(enclosing_linf_box(images, eps), labels)
+            prediction = model(images.double()).argmax(1)
+            least = margins.scatter(1, labels[:, None], torch.inf).amin(1)
+            found.append((prediction, prediction == labels, least))
+    prediction, correct, least = (torch.cat(part) for part in zip(*found, strict=True))
+    nothing = torch.zeros_like(correct)
+    seconds = time.perf_counter() - started
+    return Verification(
+        eps, (), None, prediction, correct, nothing, data.images[:0], correct & (least > 0), least, seconds
+    )  # fmt: skip
+
+
+def sample(model: nn.Module, data: Split, eps: float, points: int) -> dict[str, Any]:
+    """Logits of random points of the boxes, half of them corners, as the network and as the folded one compute them."""
+    generator = torch.Generator().manual_seed(0)
+    net, folded = BoundedModel(model, next(evaluation_batches(data, 1))[0]), fold_batch_norm(model)
+    tried = outside = 0
+    with torch.no_grad():
+        for images, labels in evaluation_batches(data, 128):
+            box = enclosing_linf_box(images, eps)
+            bounds = net.ibp(box, arithmetic="float32")
+            margins = net.margins(box, labels, arithmetic="float32")
+            for round_ in range(-(-points // (2 * len(data)))):
+                share = torch.rand(images.shape, generator=generator, dtype=torch.float64)
+                share = share.round() if round_ % 2 else share
+                point = inside(box.lower + share * (box.upper - box.lower), box.lower, box.upper)
+                for deployed in (model, folded):
+                    logits = deployed(point).double()
+                    in_box = bounds.output.contains(logits).all(1)
+                    above = (logits.gather(1, labels[:, None]) - logits >= margins).all(1)
+                    tried, outside = tried + len(labels), outside + int((~(in_box & above)).sum())
+    return {"points": tried, "outside": outside}
+
+
+def inside(point: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The nearest float32 that lies between the ends."""
+    nearest = point.float()
+    infinity = torch.full_like(nearest, torch.inf)
+    nearest = torch.where(nearest < lower, torch.nextafter(nearest, infinity), nearest)
+    return torch.where(nearest > upper, torch.nextafter(nearest, -infinity), nearest)
+
+
+def agreement(folder: Path, model: nn.Module, data: Split, eps: float) -> dict[str, Any]:
+    """The independent checker on the verifier's certificates: one that does not hold ends the program."""
+    results = verify(model, data, eps, arithmetic="float32")
+    network = SavedNetwork.read(folder / "model.safetensors")
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "certificates.parquet"
+        write_certificates(file, results, data, folder / "model.safetensors", {}, versions())
+        rows = read_certificates(file).rows
+    started = time.perf_counter()
+    for row in rows:
+        check_row(row, network, data.images.numpy(), data.labels.numpy())
+    seconds = (time.perf_counter() - started) / len(rows)
+    return {"checked": len(rows), "disagreements": 0, "checker_seconds_per_image": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--images", type=int, default=10_000, help="of each test set, at the most")
+    parser.add_argument("--checked", type=int, default=500, help="of each test set, by the checker")
+    parser.add_argument("--points", type=int, default=350_000, help="of each network")
+    options = parser.parse_args()
+    found = []
+    for name, folder, split, eps, _ in trained_networks(options.data, options.runs):
+        model, data = certtrain.load_model(folder), split.take(slice(options.images))
+        few = data.take(slice(options.checked))
+        row = {"network": name, "eps": eps, "images": len(data), "rows": price(model, data, eps)}
+        row |= sample(model, few, eps, options.points) | agreement(folder, model, few, eps)
+        found.append(row)
+        print(row, flush=True)
+        write_json(RESULTS / "soundness.json", {"versions": versions(), "networks": found})
+
+
+if __name__ == "__main__":
+    main()
