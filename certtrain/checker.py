@@ -127,7 +127,7 @@ class Propagation:
 
     def _sum_error(self, terms: int) -> float:
         a = self.arithmetic
-        theirs = (1 + OPERANDS[a]) * (1 + STORED[a]) * growth(UNIT[a], terms + 1 + FOLDING_ROUNDINGS) - 1
+        theirs = (1 + OPERANDS[a]) * (1 + STORED[a]) ** 2 * growth(UNIT[a], terms + 1 + FOLDING_ROUNDINGS) - 1
         return theirs + growth(UNIT["float64"], terms + 1 + NUMPY_ROUNDINGS) - 1
 
     def _elementwise(self, roundings: int) -> float:

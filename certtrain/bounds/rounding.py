@@ -105,7 +105,7 @@ def sum_error(arithmetic: Arithmetic, terms: int) -> float:
     ours = _compound(OURS.unit, terms + 1 + SPARE_ROUNDINGS)
     if theirs is None or ours is None:
         return math.inf
-    return _rounded_up((1 + arithmetic.operands) * (1 + arithmetic.stored) * theirs - 1 + ours - 1)
+    return _rounded_up((1 + arithmetic.operands) * (1 + arithmetic.stored) ** 2 * theirs - 1 + ours - 1)
 
 
 @lru_cache(maxsize=1024)
