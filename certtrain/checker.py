@@ -8,9 +8,10 @@ e = k·u / (1 - k·u) for k roundings of relative size u, and goes into the radi
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -163,39 +164,65 @@ def _patches(image: Array, kernel: tuple[int, ...], stride: int, padding: int) -
     return windows.transpose(1, 2, 0, 3, 4).reshape(*windows.shape[1:3], -1)
 
 
-# --- the architectures of certtrain.models, layer by layer ------------------------------------------------------------
+# --- the architectures of certtrain.models, layer by layer -------------------------------------------------------------
+
+Stride = Callable[[Array], int]  # of a convolution, by its kernels
 
 
-def _feedforward(p: Propagation, x: Interval, strides: Iterator[int]) -> Interval:
-    """Layers in a row up to the last linear one, by their position; what has no weights is a ReLU or a flattening."""
-    for position in range(_last_layer(p)):
-        name = f"network.{position}"
-        weight = p.weights.get(f"{name}.weight")
-        if weight is None:
-            dense = p.weights.get(f"network.{position + 1}.weight", np.zeros(1)).ndim == 2 and x.center.ndim == 3
-            x = Interval(x.center.ravel(), x.radius.ravel()) if dense else p.relu(x)
+def _layers(p: Propagation, x: Interval, name: str, positions: Iterable[int], stride: Stride) -> Interval:
+    """Layers in a row, by their position; what has no weights is a ReLU, or a flattening before a linear layer."""
+    for position in positions:
+        layer = f"{name}.{position}"
+        weight = p.weights.get(f"{layer}.weight")
+        if f"{layer}.branch.0.weight" in p.weights:
+            x = _block(p, x, layer, stride(p.weights[f"{layer}.branch.0.weight"]))
+        elif weight is None:
+            following = p.weights.get(f"{name}.{position + 1}.weight")
+            flattens = x.center.ndim == 3 and following is not None and following.ndim == 2
+            x = Interval(x.center.ravel(), x.radius.ravel()) if flattens else p.relu(x)
         elif weight.ndim == 4:
-            x = p.convolution(x, name, next(strides))
+            x = p.convolution(x, layer, stride(weight), weight.shape[2] // 2, len(x.center) // weight.shape[1])
         elif weight.ndim == 2:
-            x = p.linear(x, name)
+            x = p.linear(x, layer)
         else:
-            x = p.batch_norm(x, name)
+            x = p.batch_norm(x, layer)
     return x
 
 
-def _last_layer(p: Propagation) -> int:
-    return max(int(name.split(".")[1]) for name in p.weights if name.startswith("network."))
+def _block(p: Propagation, x: Interval, name: str, stride: int) -> Interval:
+    """relu(branch + shortcut): the branch's first 3×3 convolution has the stride, and so has the shortcut's."""
+    strides = itertools.chain([stride], itertools.repeat(1))
+    positions = range(_last_position(p, f"{name}.branch") + 1)
+    branch = _layers(p, x, f"{name}.branch", positions, lambda kernels: next(strides) if kernels.shape[2] == 3 else 1)
+    shortcut = _layers(p, x, f"{name}.shortcut", range(_last_position(p, f"{name}.shortcut") + 1), lambda _: stride)
+    return p.relu(p.add(branch, shortcut))
 
 
-def _cnn7_strides(image_shape: tuple[int, int, int]) -> Iterator[int]:
-    return iter((1, 1, 2, 1, 2 if image_shape[1] >= 64 else 1))
+def _last_position(p: Propagation, name: str) -> int:
+    """Of the layers with weights below `name`; -1 without any."""
+    inside = (key.removeprefix(f"{name}.") for key in p.weights if key.startswith(f"{name}."))
+    return max((int(key.split(".")[0]) for key in inside), default=-1)
 
 
-STRIDES: dict[str, Callable[[tuple[int, int, int]], Iterator[int]]] = {
-    "cnn7": _cnn7_strides,
-    "cnn-small": lambda _: iter((1, 2)),
-    "mlp": lambda _: iter(()),
+def _cnn7(image_shape: Sequence[int], options: Mapping[str, Any]) -> tuple[int, ...]:
+    return (1, 1, 2, 1, 2 if image_shape[1] >= 64 else 1)
+
+
+def _resnext(image_shape: Sequence[int], options: Mapping[str, Any]) -> tuple[int, ...]:
+    per_stage = options.get("blocks") or (2 if image_shape[1] >= 64 else 1)
+    return (1, *(stride for first in (1, 2, 2) for stride in (first, *[1] * (per_stage - 1))))
+
+
+STRIDES: dict[str, Callable[[Sequence[int], Mapping[str, Any]], tuple[int, ...]]] = {
+    "cnn7": _cnn7,
+    "cnn7-wide": _cnn7,
+    "cnn-large": lambda *_: (1, 1, 2, 1, 1),
+    "cnn-small": lambda *_: (1, 2),
+    "mlp": lambda *_: (),
+    "wide-resnet": lambda *_: (1, 1, 2, 2),
+    "resnext": _resnext,
 }
+"""Of the convolutions and blocks of a network, in order."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +261,10 @@ class SavedNetwork:
             x = p.image(lower, upper)
             if "normalize.mean" in self.weights:
                 x = p.normalize(x, "normalize.mean", "normalize.std")
-            x = _feedforward(p, x, STRIDES[self.architecture["name"]](tuple(self.architecture["image_shape"])))
-            return ClassifierInput(p, x, f"network.{_last_layer(p)}", self.architecture["num_classes"])
+            a, last = self.architecture, _last_position(p, "network")
+            strides = iter(STRIDES[a["name"]](a["image_shape"], a.get("options", {})))
+            x = _layers(p, x, "network", range(last), lambda _: next(strides))
+            return ClassifierInput(p, x, f"network.{last}", a["num_classes"])
 
 
 @dataclass(frozen=True)

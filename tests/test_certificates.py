@@ -196,6 +196,8 @@ MODELS = {
     "cnn7": {"width": 3, "linear_width": 10},
     "cnn-small": {"width": 3, "linear_width": 10},
     "mlp": {"widths": (12, 9)},
+    "wide-resnet": {"base_width": 2, "widen_factor": 2, "linear_width": 10},
+    "resnext": {"stem_width": 4, "bottleneck_width": 2, "linear_width": 10, "blocks": 2},
 }
 
 
@@ -204,12 +206,12 @@ MODELS = {
 @pytest.mark.parametrize("arithmetic", ["float32", "tf32", "bf16", "float64"])
 def test_verifier_and_checker_derive_the_same_margins(name, batch_norm, arithmetic, tmp_path):
     torch.manual_seed(0)
-    architecture = {"name": name, "image_shape": [3, 9, 9], "num_classes": 4, "mean": [0.4, 0.5, 0.6],
+    architecture = {"name": name, "image_shape": [3, 8, 8], "num_classes": 4, "mean": [0.4, 0.5, 0.6],
                     "std": [0.2, 0.3, 0.25], "options": {**MODELS[name], "batch_norm": batch_norm}}  # fmt: skip
     model = randomized(build_model(**architecture)).eval()
     save_model(tmp_path, model, architecture)
     network = SavedNetwork.read(tmp_path / "model.safetensors")
-    images, labels = torch.rand(3, 3, 9, 9), torch.tensor([0, 3, 1])
+    images, labels = torch.rand(3, 3, 8, 8), torch.tensor([0, 3, 1])
     box = enclosing_linf_box(images, 1 / 255)
     ours = BoundedModel(model, images).margins(box, labels, arithmetic=arithmetic)
     for row, lower, upper, label in zip(ours, box.lower.numpy(), box.upper.numpy(), labels.tolist(), strict=True):
