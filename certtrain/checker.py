@@ -124,7 +124,7 @@ class Propagation:
         lower[label] = 0.0
         return lower
 
-    # --- errors ---
+    # --- errors -----------------------------------------------------------------------------------------------------------
 
     def _sum_error(self, terms: int) -> float:
         a = self.arithmetic
@@ -164,7 +164,7 @@ def _patches(image: Array, kernel: tuple[int, ...], stride: int, padding: int) -
     return windows.transpose(1, 2, 0, 3, 4).reshape(*windows.shape[1:3], -1)
 
 
-# --- the architectures of certtrain.models, layer by layer -------------------------------------------------------------
+# --- the architectures of certtrain.models, layer by layer ------------------------------------------------------------
 
 Stride = Callable[[Array], int]  # of a convolution, by its kernels
 

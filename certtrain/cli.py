@@ -201,6 +201,8 @@ def verify_command(options: argparse.Namespace) -> int:
         )
     summaries = [result.summary() for result in results]
     _show(Console(), summaries)
+    if options.certificates:
+        print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     content = {**summaries[0], "model": str(options.run), "radii": summaries, "versions": versions()}
     write_json(options.json or folder / "verify.json", content)
     return 0
