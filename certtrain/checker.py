@@ -124,7 +124,7 @@ class Propagation:
         lower[label] = 0.0
         return lower
 
-    # --- errors -----------------------------------------------------------------------------------------------------------
+    # --- errors
 
     def _sum_error(self, terms: int) -> float:
         a = self.arithmetic

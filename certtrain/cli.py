@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import certtrain
-from certtrain.errors import CerttrainError, UsageError
+from certtrain.errors import CerttrainError, CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -173,7 +173,10 @@ def _open(options: argparse.Namespace, overrides: Sequence[str] = ()) -> tuple[n
     from certtrain.run import resolve_device
 
     model = load_model(options.run, resolve_device(options.device))
-    return model, load_config(_folder(options.run) / "config.yaml", [*options.overrides, *overrides])
+    file = _folder(options.run) / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(f"{_folder(options.run)} is not a run directory: it has no config.yaml")
+    return model, load_config(file, [*options.overrides, *overrides])
 
 
 def verify_command(options: argparse.Namespace) -> int:

@@ -277,3 +277,10 @@ def test_the_wheel_holds_models_and_configs(tmp_path):
     expected |= {f"certtrain/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
     assert expected | {"certtrain/report.html"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"certtrain"}
+
+
+def test_a_model_without_its_run_is_told_apart_from_a_config(run, cli):
+    (run / "config.yaml").unlink()
+    outcome = cli("verify", run)
+    assert outcome.code == 1
+    assert outcome.error == f"{run} is not a run directory: it has no config.yaml"

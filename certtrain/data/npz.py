@@ -10,6 +10,8 @@ import torch
 from certtrain.data.dataset import Dataset, Split, identity_normalization
 from certtrain.errors import DataError
 
+MOST_CLASSES = 100_000  # a greater label is a mistake, not a class
+
 
 def load_npz(path: Path, download: bool) -> Dataset:
     """`<path>/train.npz` and `<path>/test.npz`, each with two arrays:
@@ -21,6 +23,10 @@ def load_npz(path: Path, download: bool) -> Dataset:
     """
     train, test = _read(path / "train.npz"), _read(path / "test.npz")
     num_classes = 1 + max(int(split.labels.max()) for split in (train, test))
+    if num_classes > MOST_CLASSES:
+        raise DataError(
+            f"{path} has a label {num_classes - 1}; labels count the classes from 0, up to {MOST_CLASSES:,}"
+        )
     return Dataset(
         train, test, classes=tuple(map(str, range(num_classes))), **identity_normalization(train.images.shape[1])
     )
