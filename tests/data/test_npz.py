@@ -46,7 +46,7 @@ def test_grey_images_need_no_channel_axis(tmp_path):
         (rgb(2)[0, 0], np.array([0, 1]), r"\(5, 3\)"),
         (rgb(2), np.array([0.0, 1.0]), "labels must be integers"),
         (rgb(2), np.array([0, -1]), "labels must not be negative, the smallest is -1"),
-        (rgb(2), np.array([0, 10**12]), "has a label 1000000000000"),
+        (rgb(2), np.array([0, 10**12]), "a label is 1000000000000"),
         (rgb(2), np.array([0, 1, 2]), "2 images but 3 labels"),
         (rgb(2), np.array([[0], [1]]), r"\(2, 1\)"),
         (rgb(0), np.array([], dtype=np.int64), "no images"),
