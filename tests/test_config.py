@@ -142,7 +142,11 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
         ("epsilon.warmup_epochs", "11", "epsilon: warmup would end after 11 epochs .*the run has 10"),
         ("epsilon", "{max: 0.1, start_epoch: 4, warmup_epochs: 8}", "epsilon: warmup would end after 11 epochs"),
         ("model.name", "cnn8", "model.name: unknown model 'cnn8': did you mean cnn7"),
-        ("model.name", "resnet", "model.name: unknown model 'resnet': choose from cnn-small, cnn7, mlp"),
+        (
+            "model.name",
+            "transformer",
+            "model.name: unknown model 'transformer': choose from cnn-large, .*wide-resnet",
+        ),
         ("data.name", "cifar", "data.name: unknown data set 'cifar': did you mean cifar10.*\\?"),
         ("optimizer.name", "adam", "optimizer.name: unknown optimizer 'adam': did you mean .*Adam.*\\?"),
         ("training.initialization", "kaming", "training.initialization: unknown initialization .*kaiming"),
