@@ -1,4 +1,4 @@
-"""certtrain train | verify."""
+"""certtrain train | verify | config | models."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may follow options, which argparse leaves over."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if strangers := [word for word in rest if word.startswith("-")]:
+    if strangers := [word for word in rest if word.startswith("-") or "overrides" not in options]:
         parser.error(f"unrecognized arguments: {' '.join(strangers)}")
-    options.overrides = [*options.overrides, *rest]
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -64,13 +65,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
+
+    config = _command(
+        commands,
+        "config",
+        "a config with all its values, or the names of those there are",
+        config_command,
+        device=False,
+    )
+    config.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one; without it, their names")
+    config.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
+
+    models = _command(
+        commands, "models", "the networks that can be named, and their size", models_command, device=False
+    )
+    models.add_argument("--input", type=_image_shape, default=(3, 32, 32), help="image shape (default: 3x32x32)")
+    models.add_argument("--classes", type=_positive, default=10, help="number of classes (default: 10)")
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, text: str, run: object) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, text: str, run: object, device: bool = True
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(command=run)
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    if device:
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     command.add_argument("--debug", action="store_true", help="show tracebacks")
     return command
 
@@ -80,6 +100,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
+
+
+def _image_shape(text: str) -> tuple[int, ...]:
+    sizes = text.lower().replace("×", "x").split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image shape: write channels x height x width, as 3x32x32")
+    return tuple(map(int, sizes))
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -124,6 +151,35 @@ def verify_command(options: argparse.Namespace) -> int:
     _show(Console(), results)
     content = {**results[0], "model": str(options.run), "radii": results, "versions": versions()}
     write_json(options.json or folder / "verify.json", content)
+    return 0
+
+
+def config_command(options: argparse.Namespace) -> int:
+    from certtrain.config import load_config, runnable_configs
+
+    if options.config is None:
+        print("\n".join(runnable_configs()))
+    else:
+        print(load_config(options.config, options.overrides).to_yaml(), end="")
+    return 0
+
+
+def models_command(options: argparse.Namespace) -> int:
+    from certtrain.cost import network_size
+    from certtrain.errors import UsageError
+    from certtrain.models import MODELS
+
+    table = Table(title=f"networks for {options.classes} classes of {'×'.join(map(str, options.input))} images")
+    table.add_column("model")
+    for column in ("parameters", "multiply-accumulates"):
+        table.add_column(column, justify="right")
+    for name in MODELS:
+        try:
+            size = network_size(name, options.input, options.classes)
+            table.add_row(name, f"{size.parameters:,}", f"{size.macs:,}")
+        except UsageError as error:
+            table.add_row(name, "–", str(error))
+    Console().print(table)
     return 0
 
 
