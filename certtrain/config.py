@@ -242,7 +242,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of every configuration that certtrain ships, parts that are no whole run among them."""
     folder = Path(str(importlib.resources.files("certtrain.configs")))
-    return {file.stem: file for file in sorted(folder.rglob("*.yaml"))}
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
+    return {file.stem: file for file in files}
 
 
 def runnable_configs() -> list[str]:
