@@ -136,6 +136,14 @@ def test_config_without_a_file_lists_what_can_be_run(cli):
     assert not {"parts", "crown_ibp", "wide_resnet"} & set(names)
 
 
+def test_a_reader_who_leaves_early_is_no_error():
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    command = [sys.executable, "-u", "-m", "certtrain.cli", "config"]
+    outcome = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    assert (outcome.returncode, outcome.stderr) == (141, "")
+
+
 def test_config_refuses_what_train_would(cli):
     assert cli("config", "digits", "training.epoch=3").error == "unknown key training.epoch: did you mean epochs?"
     outcome = cli("config", "crown_ibp")
