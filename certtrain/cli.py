@@ -1,10 +1,11 @@
-"""certtrain train | verify | check | export | report."""
+"""certtrain train | verify | check | export | report | config | models."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         return options.command(options)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (CerttrainError, OSError) as error:
         if options.debug:
             raise
@@ -45,9 +49,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may follow options, which argparse leaves over."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if strangers := [word for word in rest if word.startswith("-")]:
+    if strangers := [word for word in rest if word.startswith("-") or "overrides" not in options]:
         parser.error(f"unrecognized arguments: {' '.join(strangers)}")
-    options.overrides = [*options.overrides, *rest]
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     return options
 
 
@@ -84,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
 
-    check = _command(commands, "check", "prove certificates again, by an independent program", check_command)
+    check = _command(
+        commands, "check", "prove certificates again, by an independent program", check_command, device=False
+    )
     check.add_argument("certificates", type=Path, help="a Parquet file that `verify --certificates` wrote")
     check.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
     check.add_argument("--model", type=Path, required=True, metavar="RUN", help="the run directory they are about")
@@ -104,6 +111,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(report)
     report.add_argument("--out", type=Path, help="where to write the page (default: report.html in the run)")
     report.add_argument("--limit", type=_positive, default=200, help="how many test images to look at (default: 200)")
+
+    config = _command(
+        commands,
+        "config",
+        "a config with all its values, or the names of those there are",
+        config_command,
+        device=False,
+    )
+    config.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one; without it, their names")
+    config.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
+
+    models = _command(
+        commands, "models", "the networks that can be named, and their size", models_command, device=False
+    )
+    models.add_argument("--input", type=_image_shape, default=(3, 32, 32), help="image shape (default: 3x32x32)")
+    models.add_argument("--classes", type=_positive, default=10, help="number of classes (default: 10)")
     return parser
 
 
@@ -112,10 +135,13 @@ def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
 
 
-def _command(commands: argparse._SubParsersAction, name: str, text: str, run: object) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, text: str, run: object, device: bool = True
+) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(command=run)
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    if device:
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     command.add_argument("--debug", action="store_true", help="show tracebacks")
     return command
 
@@ -134,6 +160,13 @@ def _radius(text: str) -> float:
         return parse_radius(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _image_shape(text: str) -> tuple[int, ...]:
+    sizes = text.lower().replace("×", "x").split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image shape: write channels x height x width, as 3x32x32")
+    return tuple(map(int, sizes))
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -287,6 +320,34 @@ def report_command(options: argparse.Namespace) -> int:
     file = options.out or _folder(options.run) / "report.html"
     write_report(_folder(options.run), config, model, load_data(config), file, options.limit)
     print(f"wrote {file}")
+
+
+def config_command(options: argparse.Namespace) -> int:
+    from certtrain.config import load_config, runnable_configs
+
+    if options.config is None:
+        print("\n".join(runnable_configs()))
+    else:
+        print(load_config(options.config, options.overrides).to_yaml(), end="")
+    return 0
+
+
+def models_command(options: argparse.Namespace) -> int:
+    from certtrain.cost import network_size
+    from certtrain.errors import UsageError
+    from certtrain.models import MODELS
+
+    table = Table(title=f"networks for {options.classes} classes of {'×'.join(map(str, options.input))} images")
+    table.add_column("model")
+    for column in ("parameters", "multiply-accumulates"):
+        table.add_column(column, justify="right")
+    for name in MODELS:
+        try:
+            size = network_size(name, options.input, options.classes)
+            table.add_row(name, f"{size.parameters:,}", f"{size.macs:,}")
+        except UsageError as error:
+            table.add_row(name, "–", str(error))
+    Console().print(table)
     return 0
 
 

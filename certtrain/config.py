@@ -6,6 +6,7 @@ import importlib.resources
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from fractions import Fraction
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -220,37 +221,89 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     """Read and check a configuration.
 
     Args:
-        source: a YAML file, the name of one that certtrain ships (such as "digits"), a mapping, or a Config.
+        source: a YAML file, the name of one that certtrain ships (such as "digits"), a mapping, or a Config. A file or
+            mapping may name others under `base`, whose values it overrules section by section.
         overrides: "section.key=value", the value written as in YAML.
 
     Raises:
-        UsageError: one line per thing that is wrong, each naming the key.
+        UsageError: one line per thing that is wrong, each naming the key, and the file where that is a base.
     """
     if isinstance(source, Config):
         source = source.model_dump(mode="json")
-    values = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    layers = _with_bases(None, source) if isinstance(source, Mapping) else _layers(config_path(source))
+    values = reduce(_merged, [layer for _, layer in layers], {})
     for override in overrides:
         _apply(override, values)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UsageError("\n".join(_describe(problem) for problem in error.errors())) from error
+        lines = [_origin(problem["loc"], values, layers) + _describe(problem) for problem in error.errors()]
+        raise UsageError("\n".join(lines)) from error
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name -> file of every configuration that certtrain ships, parts that are no whole run among them."""
+    folder = Path(str(importlib.resources.files("certtrain.configs")))
+    files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
+    return {file.stem: file for file in files}
+
+
+def runnable_configs() -> list[str]:
+    """The names of the shipped configurations that are a whole run."""
+    return [name for name, file in shipped_configs().items() if file.parent.name != "parts"]
 
 
 def config_path(name: str | Path) -> Path:
     """The file `name`, or else the configuration of that name that certtrain ships."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = Path(str(importlib.resources.files("certtrain.configs")))
-    candidate = shipped / f"{path.stem}.yaml"
-    if candidate.is_file() and path.parent in (Path(), Path("configs")):
-        return candidate
-    raise unknown("config file", str(name), [f"configs/{file.name}" for file in shipped.glob("*.yaml")])
+    return Path(name) if Path(name).is_file() else _shipped(Path(name))
+
+
+def _shipped(name: Path) -> Path:
+    shipped = shipped_configs()
+    folder = Path(str(importlib.resources.files("certtrain.configs")))
+    places = {stem: "configs" / file.relative_to(folder) for stem, file in shipped.items()}
+    if name.stem in shipped and name.parent in (Path(), places[name.stem].parent):
+        return shipped[name.stem]
+    choices = places if name == Path(name.stem) else map(str, places.values())
+    raise unknown("config file", str(name), choices, "`certtrain config` lists those that can be run")
+
+
+Layer = tuple[Path | None, Mapping[str, Any]]  # values, and the file they stand in
+
+
+def _layers(path: Path, asked_by: tuple[Path, ...] = ()) -> list[Layer]:
+    """The file, behind those it is based on: each overrules the ones before it."""
+    chain = (*asked_by, path)
+    if path.resolve() in [file.resolve() for file in asked_by]:
+        raise UsageError(f"configs are based on each other: {' → '.join(map(str, chain))}")
+    return _with_bases(path, _read(path), chain)
+
+
+def _with_bases(path: Path | None, values: Mapping[str, Any], chain: tuple[Path, ...] = ()) -> list[Layer]:
+    where = f"{path}: " if path else ""
+    bases = values.get("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
+        raise UsageError(f"{where}base is the name of a config file, or a list of names, not {bases!r}")
+    layers: list[Layer] = []
+    for name in bases:
+        beside = path.parent / name if path else Path(name)
+        try:
+            file = beside if beside.is_file() else _shipped(Path(name))
+        except UsageError as error:
+            raise UsageError(f"{where}base: {error}") from error
+        layers += _layers(file, chain)
+    return [*layers, (path, {key: value for key, value in values.items() if key != "base"})]
+
+
+def _merged(low: Any, high: Any) -> Any:
+    """`high` over `low`: mappings key by key, anything else whole."""
+    if not (isinstance(low, Mapping) and isinstance(high, Mapping)):
+        return high
+    return {**low, **{key: _merged(low.get(key), value) for key, value in high.items()}}
 
 
 def _read(path: Path) -> dict[str, Any]:
-    path = config_path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -274,6 +327,22 @@ def _apply(override: str, values: dict[str, Any]) -> None:
         values[section] = dict(inner) if isinstance(inner, Mapping) else {}
         values = values[section]
     values[name] = value
+
+
+def _origin(location: Sequence[str | int], values: Mapping[str, Any], layers: Sequence[Layer]) -> str:
+    """The base, as a prefix to a message, that a value was written in; nothing where it was written by who asked."""
+    writer = next((layer for layer in reversed(layers) if _at(location, layer[1]) is not None), layers[-1])
+    if writer is layers[-1] or _at(location, writer[1]) != _at(location, values):
+        return ""
+    return f"{writer[0]}: "
+
+
+def _at(location: Sequence[str | int], values: Any) -> Any:
+    """The value at `location` in nested mappings, or None; what lies inside a list stands for the list."""
+    for part in location:
+        if isinstance(values, Mapping):
+            values = values.get(part)
+    return values
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

@@ -48,11 +48,14 @@ class MissingDependency(CerttrainError, ImportError):
     """An optional library is needed and not installed."""
 
 
-def unknown(kind: str, name: str, choices: Iterable[str]) -> UsageError:
-    """The error for a name that is not among `choices`, with the nearest ones (or all, when none is near)."""
+def unknown(kind: str, name: str, choices: Iterable[str], otherwise: str | None = None) -> UsageError:
+    """The error for a name that is not among `choices`, with the nearest ones.
+
+    Where none is near, all are listed, or `otherwise` says where they are.
+    """
     choices = sorted(choices)
     near = get_close_matches(name, choices, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(choices)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else otherwise or f"choose from {', '.join(choices)}"
     return UsageError(f"unknown {kind} {name!r}: {hint}")
 
 

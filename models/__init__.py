@@ -6,15 +6,25 @@ import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from certtrain.errors import UsageError, unknown
-from certtrain.models.feedforward import cnn7, cnn_small, mlp
+from certtrain.models.feedforward import cnn7, cnn_large, cnn_small, mlp
 from certtrain.models.normalize import Normalize
+from certtrain.models.residual import Residual, resnext, wide_resnet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"cnn7": cnn7, "cnn-small": cnn_small, "mlp": mlp}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "cnn7": cnn7,
+    "cnn7-wide": partial(cnn7, width=128),
+    "wide-resnet": wide_resnet,
+    "resnext": resnext,
+    "cnn-large": cnn_large,
+    "cnn-small": cnn_small,
+    "mlp": mlp,
+}
 
 
 def build_model(
@@ -63,4 +73,15 @@ def _find(name: str) -> Callable[..., nn.Module]:
         raise UsageError(f"model {name}: {error}") from error
 
 
-__all__ = ["MODELS", "Normalize", "build_model", "cnn7", "cnn_small", "mlp"]
+__all__ = [
+    "MODELS",
+    "Normalize",
+    "Residual",
+    "build_model",
+    "cnn7",
+    "cnn_large",
+    "cnn_small",
+    "mlp",
+    "resnext",
+    "wide_resnet",
+]

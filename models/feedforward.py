@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from certtrain.models.layers import classifier, convolution, divided, is_large
+
 
 def cnn7(
     image_shape: tuple[int, int, int],
@@ -19,9 +21,17 @@ def cnn7(
 
     For images of 64 pixels and more the fifth convolution has stride 2 as well.
     """
-    last_stride = 2 if image_shape[1] >= 64 else 1
+    last_stride = 2 if is_large(image_shape) else 1
     convolutions = [(width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, last_stride)]
     return _cnn(image_shape, num_classes, convolutions, [linear_width], batch_norm)
+
+
+def cnn_large(
+    image_shape: tuple[int, int, int], num_classes: int, *, width: int = 64, linear_width: int = 512
+) -> nn.Sequential:
+    """The "large" network of the IBP and CROWN-IBP papers, without BatchNorm. (Gowal et al. 2018.)"""
+    convolutions = [(width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, 1)]
+    return _cnn(image_shape, num_classes, convolutions, [linear_width], batch_norm=False)
 
 
 def cnn_small(
@@ -54,17 +64,10 @@ def _cnn(
     hidden: Sequence[int],
     batch_norm: bool,
 ) -> nn.Sequential:
-    """3×3 convolutions of (channels, stride), padding 1, then hidden linear layers, then the classifier."""
+    """3×3 convolutions of (channels, stride), then hidden linear layers, then the classifier."""
     channels, height, width = image_shape
     layers: list[nn.Module] = []
     for out_channels, stride in convolutions:
-        layers.append(nn.Conv2d(channels, out_channels, 3, stride, padding=1, bias=not batch_norm))
-        layers += [nn.BatchNorm2d(out_channels)] * batch_norm + [nn.ReLU()]
-        channels, height, width = out_channels, -(-height // stride), -(-width // stride)
-    layers.append(nn.Flatten())
-    features = channels * height * width
-    for out_features in hidden:
-        layers.append(nn.Linear(features, out_features, bias=not batch_norm))
-        layers += [nn.BatchNorm1d(out_features)] * batch_norm + [nn.ReLU()]
-        features = out_features
-    return nn.Sequential(*layers, nn.Linear(features, num_classes))
+        layers += [*convolution(channels, out_channels, 3, stride, batch_norm=batch_norm), nn.ReLU()]
+        channels, height, width = out_channels, divided(height, stride), divided(width, stride)
+    return nn.Sequential(*layers, *classifier((channels, height, width), hidden, num_classes, batch_norm=batch_norm))

@@ -20,6 +20,17 @@ def narrow_cnn7(batch_norm: bool = True) -> nn.Module:
     )
 
 
+def narrow_wide_resnet(batch_norm: bool = True) -> nn.Module:
+    options = {"base_width": 2, "widen_factor": 2, "linear_width": 16, "batch_norm": batch_norm}
+    return build_model("wide-resnet", (3, 16, 16), 5, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), options=options)
+
+
+def narrow_resnext(batch_norm: bool = True) -> nn.Module:
+    """Two blocks a stage, the second with an identity for a shortcut, as for TinyImageNet."""
+    options = {"stem_width": 3, "bottleneck_width": 2, "blocks": 2, "linear_width": 16, "batch_norm": batch_norm}
+    return build_model("resnext", (3, 16, 16), 5, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), options=options)
+
+
 class Block(nn.Module):
     """A basic block; the shortcut is a convolution where the shapes change."""
 

@@ -14,6 +14,7 @@ from torch import nn
 import certtrain
 import certtrain.models
 from certtrain.checkpoint import save_model
+from certtrain.config import load_config
 from certtrain.models import build_model
 from tests.commands import TINY, contents
 
@@ -84,6 +85,11 @@ def test_a_wrong_config_is_one_line_and_leaves_no_trace(train, tmp_path, overrid
         ["verify"],
         ["verify", "run", "--limit", "0"],
         ["verify", "run", "--limit", "few"],
+        ["models", "cnn7"],
+        ["models", "--input", "3x32"],
+        ["models", "--input", "3x0x32"],
+        ["models", "--classes", "0"],
+        ["config", "digits", "--epochs", "3"],
     ],
 )
 def test_wrong_arguments_are_shown_with_the_usage(cli, arguments):
@@ -110,6 +116,57 @@ def test_verify_refuses_a_wrong_radius(cli, run, eps):
     outcome = cli("verify", run, f"--eps={eps}")
     assert outcome.code == 2
     assert "eps" in outcome.error
+
+
+# --- what there is: configs and models --------------------------------------------------------------------------------
+
+
+def test_config_prints_the_whole_which_reads_back_the_same(cli, tmp_path):
+    outcome = cli("config", "cifar10_8_255_wide_resnet_crown_ibp_long", "seed=3", "model.options.base_width=8")
+    assert outcome.code == 0
+    (tmp_path / "printed.yaml").write_text(outcome.out)
+    config = load_config(tmp_path / "printed.yaml")
+    assert config == load_config("cifar10_8_255_wide_resnet_crown_ibp_long", ["seed=3", "model.options.base_width=8"])
+    assert cli("config", tmp_path / "printed.yaml").out == outcome.out
+
+
+def test_config_without_a_file_lists_what_can_be_run(cli):
+    names = cli("config").out.splitlines()
+    assert {"digits", "mnist", "cifar10_8_255", "tinyimagenet_1_255_resnext_vanilla_ibp_no_bn"} < set(names)
+    assert not {"parts", "crown_ibp", "wide_resnet"} & set(names)
+
+
+def test_a_reader_who_leaves_early_is_no_error():
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    command = [sys.executable, "-u", "-m", "certtrain.cli", "config"]
+    outcome = subprocess.run(command, stdout=reader.stdin, stderr=subprocess.PIPE, text=True)
+    assert (outcome.returncode, outcome.stderr) == (141, "")
+
+
+def test_config_refuses_what_train_would(cli):
+    assert cli("config", "digits", "training.epoch=3").error == "unknown key training.epoch: did you mean epochs?"
+    outcome = cli("config", "crown_ibp")
+    assert (outcome.code, outcome.err.splitlines()[0]) == (2, "error: data is missing")
+    assert "`certtrain config` lists" in cli("config", "xyz").error
+
+
+def test_models_lists_every_name_with_its_size_or_why_not(cli, monkeypatch):
+    def picky(image_shape, num_classes):
+        raise ValueError("only squares")
+
+    monkeypatch.setitem(certtrain.models.MODELS, "picky", picky)
+    outcome = cli("models", "--input", "1x28x28", "--classes", "4")
+    assert outcome.code == 0
+    rows = {line.split("│")[1].strip(): line for line in outcome.out.splitlines() if line.startswith("│")}
+    assert certtrain.models.MODELS.keys() <= rows.keys()
+    for name in ("cnn7", "wide-resnet", "resnext"):
+        parameters = sum(p.numel() for p in build_model(name, (1, 28, 28), 4).parameters())
+        assert f"{parameters:,}" in rows[name]
+    macs = 784 * 256 + 256 * 256 + 256 * 4
+    assert f"{macs:,}" in rows["mlp"]
+    assert "model picky" in rows["picky"]
+    assert "only" in outcome.out
 
 
 # --- what failed: exit code 1 ----------------------------------------------------------------------------------------

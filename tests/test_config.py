@@ -142,7 +142,11 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
         ("epsilon.warmup_epochs", "11", "epsilon: warmup would end after 11 epochs .*the run has 10"),
         ("epsilon", "{max: 0.1, start_epoch: 4, warmup_epochs: 8}", "epsilon: warmup would end after 11 epochs"),
         ("model.name", "cnn8", "model.name: unknown model 'cnn8': did you mean cnn7"),
-        ("model.name", "resnet", "model.name: unknown model 'resnet': choose from cnn-small, cnn7, mlp"),
+        (
+            "model.name",
+            "transformer",
+            "model.name: unknown model 'transformer': choose from cnn-large, .*wide-resnet",
+        ),
         ("data.name", "cifar", "data.name: unknown data set 'cifar': did you mean cifar10.*\\?"),
         ("optimizer.name", "adam", "optimizer.name: unknown optimizer 'adam': did you mean .*Adam.*\\?"),
         ("training.initialization", "kaming", "training.initialization: unknown initialization .*kaiming"),
@@ -181,6 +185,124 @@ def test_a_file_that_holds_no_config_is_named(tmp_path, content):
 def test_an_unknown_config_file_comes_with_the_nearest_shipped_one():
     with pytest.raises(UsageError, match=r"unknown config file 'configs/cifar10\.yaml': did you mean .*cifar10_"):
         load_config("configs/cifar10.yaml")
+
+
+# --- configs that are based on others --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write files of YAML below a folder; returns the last one's path."""
+
+    def write(**texts):
+        for name, text in texts.items():
+            file = tmp_path / f"{name}.yaml"
+            file.write_text(text)
+        return file
+
+    return write
+
+
+def test_a_base_is_overruled_section_by_section(write):
+    file = write(
+        first=yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.1, "milestones": [3]}}),
+        second="base: first.yaml\ntraining: {epochs: 5}\noptimizer: {milestones: [4]}\n",
+        mine="base: [second.yaml]\nseed: 3\ntraining: {batch_size: 7}\n",
+    )
+    config = load_config(file, ["optimizer.factor=0.5"])
+    assert (config.seed, config.training.epochs, config.training.batch_size) == (3, 5, 7)
+    assert (config.optimizer.lr, config.optimizer.milestones, config.optimizer.factor) == (0.1, (4,), 0.5)
+    assert config.data.name == "digits"
+
+
+def test_of_several_bases_the_last_wins_and_the_file_itself_over_all(write):
+    file = write(
+        one="training: {batch_size: 1, epochs: 1}\nseed: 1\n",
+        two="training: {batch_size: 2}\nseed: 2\n",
+        mine="base: [digits, one.yaml, two.yaml]\nseed: 3\noptimizer: {milestones: []}\nepsilon: {warmup_epochs: 0}\n",
+    )
+    config = load_config(file, ["epsilon.start_epoch=1"])
+    assert (config.training.batch_size, config.training.epochs, config.seed) == (2, 1, 3)
+    assert config.model.name == "cnn-small"
+
+
+def test_options_of_a_model_are_merged_and_a_null_overrules(write):
+    file = write(
+        first="base: digits\nmodel: {options: {width: 3}}\n",
+        mine="base: first.yaml\nmodel: {options: {batch_norm: false}}\noptimizer: {clip: null}\n",
+    )
+    config = load_config(file)
+    assert config.model.options == {"width": 3, "batch_norm": False}
+    assert config.optimizer.clip is None
+
+
+def test_a_base_is_looked_for_beside_the_file_then_among_the_shipped(write, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "cifar10_8_255").write_text("seed: 9")  # of the folder one happens to be in: not meant
+    mine = write(mnist="base: digits\nseed: 5\n", mine="base: mnist.yaml\n")
+    assert load_config(mine).seed == 5
+    assert load_config(write(mine="base: mnist\n")).data.name == "mnist"
+    assert load_config(write(mine="base: cifar10_8_255\n")).seed == 0
+
+
+def test_a_mapping_has_bases_too():
+    assert load_config({"base": "digits", "seed": 4}) == load_config("digits", ["seed=4"])
+
+
+def test_a_circle_of_bases_is_shown(write):
+    file = write(one="base: two.yaml", two="base: [digits, three.yaml]", three="base: one.yaml")
+    chain = " → ".join(str(file.with_name(f"{name}.yaml")) for name in ("one", "two", "three", "one"))
+    with pytest.raises(UsageError, match=f"^configs are based on each other: {chain}$"):
+        load_config(file.with_name("one.yaml"))
+    with pytest.raises(UsageError, match=r"one\.yaml → .*one\.yaml$"):
+        load_config(write(one="base: one.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("digts", "base: unknown config file 'digts': did you mean digits"),
+        ("parts/none_of_these.yaml", "base: unknown config file 'parts/none_of_these.yaml'"),
+        ("[digits, 3]", "base is the name of a config file, or a list of names, not \\['digits', 3\\]"),
+        ("{a: b}", "base is the name of a config file"),
+        ("null", "base is the name of a config file"),
+    ],
+)
+def test_a_wrong_base_is_reported_with_the_file_that_asks_for_it(write, base, message):
+    file = write(middle=f"base: {base}", mine="base: middle.yaml")
+    with pytest.raises(UsageError, match=f"^{file.with_name('middle.yaml')}: {message}") as caught:
+        load_config(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_base_that_is_no_config_is_named(write):
+    with pytest.raises(UsageError, match=r"first\.yaml is not valid YAML"):
+        load_config(write(first="data: [", mine="base: first.yaml"))
+
+
+def test_what_is_wrong_in_a_base_is_reported_with_that_file(write):
+    file = write(
+        first="base: digits\ntraining: {epocs: 3}\noptimizer: {lr: fast}\n",
+        second="base: first.yaml\nseed: -1\n",
+        mine="base: second.yaml\nmodel: {nam: mlp}\n",
+    )
+    with pytest.raises(UsageError) as caught:
+        load_config(file, ["data.limit=1"])
+    first, second = file.with_name("first.yaml"), file.with_name("second.yaml")
+    assert set(str(caught.value).splitlines()) == {
+        f"{first}: unknown key training.epocs: did you mean epochs?",
+        f"{first}: optimizer.lr: Input should be a valid number, unable to parse string as a number (got 'fast')",
+        f"{second}: seed: Input should be greater than or equal to 0 (got -1)",
+        "unknown key model.nam: did you mean name?",
+        "data.limit: Input should be greater than or equal to 2 (got 1)",
+    }
+
+
+def test_a_base_is_not_blamed_for_what_overrules_it(write):
+    file = write(first="base: digits\nseed: 1\n", mine="base: first.yaml\n")
+    with pytest.raises(UsageError, match=r"^seed: "):
+        load_config(file, ["seed=-2"])
 
 
 def test_optimizers_that_cannot_train_a_network_by_steps_are_not_offered():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import certtrain.models
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.errors import UsageError
 from certtrain.initialization import ibp_init_, initialize_
@@ -74,6 +75,79 @@ def test_weights_behind_a_relu_of_a_sum_are_halved():
     weights = dict(model.named_parameters())
     for name, factor in {"stem": 1, "block.conv1": 1, "block.conv2": 1, "after": 0.5, "hidden": 0.5}.items():
         torch.testing.assert_close(weights[f"{name}.weight"], factor * plain[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["no-bn", "full-bn"])
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "halved"),
+    [
+        # The first block looks at the ReLU of one convolution, all later ones and the linear layer at that of a sum.
+        (
+            "wide-resnet",
+            (3, 32, 32),
+            {},
+            {"block2.branch.conv1", "block2.shortcut", "block3.branch.conv1", "block3.shortcut", "linear"},
+        ),
+        (
+            "resnext",
+            (3, 32, 32),
+            {},
+            {"block2.branch.conv1", "block2.shortcut", "block3.branch.conv1", "block3.shortcut", "linear"},
+        ),
+        (
+            "resnext",  # of TinyImageNet: in every stage a second block, whose shortcut is an identity
+            (3, 64, 64),
+            {},
+            {f"block{i}.branch.conv1" for i in (2, 3, 4, 5, 6)} | {"block3.shortcut", "block5.shortcut", "linear"},
+        ),
+        ("cnn7", (3, 32, 32), {}, set()),
+    ],
+    ids=["wide-resnet", "resnext", "resnext-64", "cnn7"],
+)
+def test_exactly_the_layers_behind_a_sum_are_halved(name, shape, options, halved, batch_norm):
+    model = build_model(name, shape, 10, options=options | {"linear_width": 64, "batch_norm": batch_norm})
+    torch.manual_seed(0)
+    ibp_init_(model)
+    found = set()
+    for layer_name, layer in named_affine_layers(model.network)[:-1]:
+        weight = layer.weight.detach().double()
+        ratio = (weight.std() / (math.sqrt(2 * math.pi) / weight[0].numel())).item()
+        assert min(abs(ratio - 1), abs(ratio - 0.5)) < 6 / math.sqrt(weight.numel())
+        if ratio < 0.75:
+            found.add(layer_name)
+    assert found == halved
+
+
+def named_affine_layers(network: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """Convolutions and linear layers, from the stem to the classifier, called after their place in the network."""
+    found, block = [], 0
+    for module in network:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            found.append(("linear" if isinstance(module, nn.Linear) else "conv", module))
+        elif isinstance(module, certtrain.models.Residual):
+            block += 1
+            convolutions = [m for m in module.branch if isinstance(m, nn.Conv2d)]
+            found += [(f"block{block}.branch.conv{i}", m) for i, m in enumerate(convolutions, start=1)]
+            found += [(f"block{block}.shortcut", m) for m in module.shortcut.modules() if isinstance(m, nn.Conv2d)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "relus"), [("wide-resnet", 8), ("resnext", 11)])
+def test_the_radius_of_residual_networks_neither_grows_nor_shrinks_with_depth(name, relus):
+    """Without BatchNorm; before the ReLU of a sum it is that of two branches. Under Kaiming it explodes."""
+    torch.manual_seed(0)
+    model = build_model(name, (3, 16, 16), 10, options={"batch_norm": False})
+    x = torch.rand(2, 3, 16, 16)
+
+    def growth() -> list[float]:
+        boxes = BoundedModel(model, x).ibp(linf_box(x, 1 / 255)).relu_inputs
+        assert len(boxes) == relus
+        return [(box.radius.mean() / boxes[0].radius.mean()).item() for box in boxes]
+
+    initialize_(model, "ibp")
+    assert all(0.4 < value < 2.5 for value in growth())
+    initialize_(model, "kaiming")
+    assert growth()[-1] > 1e4
 
 
 def test_a_network_that_cannot_be_traced_is_initialized_with_a_warning():

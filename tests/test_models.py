@@ -8,7 +8,7 @@ from torch import nn
 
 import certtrain.models
 from certtrain.errors import UsageError
-from certtrain.models import build_model
+from certtrain.models import Residual, build_model
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,85 @@ def test_cnn7_has_the_published_shape(shape, batch_norm, parameters):
     model = build_model("cnn7", shape, 10, options={"batch_norm": batch_norm})
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model.eval()(torch.rand(2, *shape)).shape == (2, 10)
+
+
+def weights(*layers: tuple[int, int, int]) -> int:
+    """Weights of convolutions (kernel, channels in per group, channels out)."""
+    return sum(kernel**2 * channels * out for kernel, channels, out in layers)
+
+
+# By hand, layer by layer: weights of the convolutions, and how many features all hidden layers have together.
+WIDE_RESNET_8 = [(3, 16, 128), (3, 128, 128), (1, 16, 128), (3, 128, 256), (3, 256, 256), (1, 128, 256),
+                 (3, 256, 512), (3, 512, 512), (1, 256, 512)]  # fmt: skip
+WIDE_RESNET_10 = [(3, 16, 160), (3, 160, 160), (1, 16, 160), (3, 160, 320), (3, 320, 320), (1, 160, 320),
+                  (3, 320, 640), (3, 640, 640), (1, 320, 640)]  # fmt: skip
+RESNEXT_32 = [(1, 64, 64), (3, 32, 64), (1, 64, 128), (1, 64, 128), (1, 128, 128), (3, 64, 128), (1, 128, 256),
+              (1, 128, 256), (1, 256, 256), (3, 128, 256), (1, 256, 512), (1, 256, 512)]  # fmt: skip
+RESNEXT_8 = [(1, 64, 16), (3, 8, 16), (1, 16, 32), (1, 64, 32), (1, 32, 16), (3, 8, 16), (1, 16, 32),
+             (1, 32, 32), (3, 16, 32), (1, 32, 64), (1, 32, 64), (1, 64, 32), (3, 16, 32), (1, 32, 64),
+             (1, 64, 64), (3, 32, 64), (1, 64, 128), (1, 64, 128), (1, 128, 64), (3, 32, 64), (1, 64, 128)]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_norm", [False, True], ids=["no-bn", "full-bn"])
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "convolutions", "flat"),
+    [
+        ("wide-resnet", (3, 32, 32), 10, [(3, 3, 16), *WIDE_RESNET_8], 512 * 8 * 8),
+        ("wide-resnet", (1, 28, 28), 10, [(3, 1, 16), *WIDE_RESNET_8], 512 * 7 * 7),
+        ("wide-resnet", (3, 64, 64), 200, [(3, 3, 16), *WIDE_RESNET_10], 640 * 16 * 16),
+        ("resnext", (3, 32, 32), 10, [(3, 3, 64), *RESNEXT_32], 512 * 8 * 8),
+        ("resnext", (1, 28, 28), 10, [(3, 1, 64), *RESNEXT_32], 512 * 7 * 7),
+        ("resnext", (3, 64, 64), 200, [(3, 3, 64), *RESNEXT_8], 128 * 16 * 16),
+    ],
+)
+def test_residual_networks_have_the_published_shapes(name, shape, classes, convolutions, flat, batch_norm):
+    model = build_model(name, shape, classes, options={"batch_norm": batch_norm})
+    features = sum(out for _, _, out in convolutions) + 512
+    each = 2 if batch_norm else 1  # scale and shift of a BatchNorm, or a bias
+    expected = weights(*convolutions) + flat * 512 + each * features + 512 * classes + classes
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert model.eval()(torch.rand(1, *shape)).shape == (1, classes)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 64, 64), (1, 28, 28)])
+def test_the_large_cnn_is_cnn7_without_batch_norm_whose_fifth_convolution_keeps_the_size(shape):
+    expected = shape[0] * 9 * 64 + (576 + 2 * 576 + 2 * 1152 + 2 * 1152) * 64 + 2 * 64 + 3 * 128
+    flat = 128 * (shape[1] // 2) ** 2
+    model = build_model("cnn-large", shape, 10)
+    assert sum(p.numel() for p in model.parameters()) == expected + flat * 512 + 512 + 5130
+    assert not any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
+
+
+def test_the_wide_cnn7_is_cnn7_of_width_128():
+    wide, same = build_model("cnn7-wide", (3, 32, 32), 10), build_model("cnn7", (3, 32, 32), 10, options={"width": 128})
+    assert [p.shape for p in wide.parameters()] == [p.shape for p in same.parameters()]
+    assert wide.network[0].out_channels == 128
+
+
+@pytest.mark.parametrize("name", ["wide-resnet", "resnext"])
+def test_full_batch_norm_of_a_residual_network_follows_every_affine_layer_but_the_last(name):
+    modules = list(build_model(name, (3, 64, 64), 10).modules())
+    affine = [i for i, m in enumerate(modules) if isinstance(m, (nn.Conv2d, nn.Linear))]
+    for i in affine[:-1]:
+        layer, norm = modules[i], modules[i + 1]
+        assert type(norm) is (nn.BatchNorm2d if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d)
+        assert norm.num_features == len(layer.weight)
+    assert sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules) == len(affine) - 1
+
+
+@pytest.mark.parametrize("name", ["wide-resnet", "resnext", "cnn7", "cnn-large"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 11), (2, 1, 1)])
+def test_images_of_any_size_fit(name, shape):
+    assert build_model(name, shape, 3).eval()(torch.rand(2, *shape)).shape == (2, 3)
+
+
+def test_a_residual_block_adds_branch_and_shortcut():
+    block = Residual([nn.Conv2d(2, 2, 1)], 2, 2, 1, batch_norm=True)
+    x = torch.randn(1, 2, 3, 3)
+    torch.testing.assert_close(block(x), torch.relu(block.branch[0](x) + x))
+    strided = Residual([nn.Conv2d(2, 2, 1, 2)], 2, 2, 2, batch_norm=False)
+    expected = torch.relu(strided.branch[0](x) + strided.shortcut[0](x))
+    torch.testing.assert_close(strided(x), expected)
 
 
 def test_full_batch_norm_stands_after_every_affine_layer_but_the_last():

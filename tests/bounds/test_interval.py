@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,20 +14,26 @@ from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.errors import UsageError
 from certtrain.regularizers import relu_balance_loss, tightness_loss
-from tests.networks import narrow_cnn7, randomized, residual_network
+from tests.networks import narrow_cnn7, narrow_resnext, narrow_wide_resnet, randomized, residual_network
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
-@pytest.fixture(params=["cnn7", "cnn7-no-bn", "residual"])
+BUILDERS = {
+    "cnn7": narrow_cnn7,
+    "cnn7-no-bn": partial(narrow_cnn7, batch_norm=False),
+    "wide-resnet": narrow_wide_resnet,
+    "wide-resnet-no-bn": partial(narrow_wide_resnet, batch_norm=False),
+    "resnext": narrow_resnext,
+    "resnext-no-bn": partial(narrow_resnext, batch_norm=False),
+    "residual": residual_network,
+}
+
+
+@pytest.fixture(params=BUILDERS)
 def network(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
-    builders = {
-        "cnn7": narrow_cnn7,
-        "cnn7-no-bn": lambda: narrow_cnn7(batch_norm=False),
-        "residual": residual_network,
-    }
-    return randomized(builders[request.param]())
+    return randomized(BUILDERS[request.param]())
 
 
 def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,121 @@
+"""How bounds grow through the untrained networks, and what every shipped configuration computes.
+
+    python scripts/architectures.py growth --data CIFAR    # radius of every layer's box; a minute
+    python scripts/architectures.py costs                  # multiply-accumulates, counted and not measured; minutes
+
+CIFAR is a folder with train.npz and test.npz (images uint8 N×H×W×C, labels). Both write JSON to docs/results;
+scripts/tables.py makes the page of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablation import CIFAR10_MEAN, CIFAR10_STD, EPSILON, RESULTS
+
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.checkpoint import write_json
+from certtrain.config import Config, load_config, runnable_configs
+from certtrain.cost import network_size, step_macs
+from certtrain.data import load_dataset, to_float
+from certtrain.initialization import initialize_
+from certtrain.models import MODELS, build_model
+from certtrain.objectives import Objective, Phase
+from certtrain.run import versions
+
+NETWORKS = ("cnn7", "wide-resnet", "resnext")
+DATA = {  # image shape, classes, training images
+    "digits": ((1, 8, 8), 10, 1_437),
+    "mnist": ((1, 28, 28), 10, 60_000),
+    "cifar10": ((3, 32, 32), 10, 50_000),
+    "tinyimagenet": ((3, 64, 64), 200, 100_000),
+}
+
+
+def measure_growth(data: Path, images: int = 32) -> None:
+    """Mean radius before every ReLU, relative to that of the box that enters the network, without BatchNorm."""
+    x = to_float(load_dataset("npz", path=data).test.images[:images])
+    rows = []
+    for name in NETWORKS:
+        model = build_model(name, (3, 32, 32), 10, mean=CIFAR10_MEAN, std=CIFAR10_STD, options={"batch_norm": False})
+        for scheme in ("default", "kaiming", "xavier", "orthogonal", "ibp"):
+            torch.manual_seed(0)
+            for module in model.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()
+            with torch.no_grad():
+                bounds = BoundedModel(initialize_(model, scheme).eval(), x[:1]).ibp(linf_box(x, EPSILON))
+            start = bounds.affine_input.radius.mean()
+            growth = [(box.radius.mean() / start).item() for box in bounds.relu_inputs]
+            rows.append({"model": name, "initialization": scheme, "growth": growth})
+            print(json.dumps(rows[-1]), flush=True)
+    content = {"eps": EPSILON, "images": images, "seed": 0, "versions": versions(), "rows": rows}
+    write_json(RESULTS / "growth_residual.json", content)
+
+
+def count_costs() -> None:
+    sizes = [
+        {"model": name, "data": data, **network_size(name, shape, classes)._asdict()}
+        for name in MODELS
+        for data, (shape, classes, _) in DATA.items()
+    ]
+    rows = []
+    for name in runnable_configs():
+        rows.append({"config": name, **costs_of(load_config(name))})
+        print(json.dumps(rows[-1]), flush=True)
+    write_json(RESULTS / "costs.json", {"versions": versions(), "models": sizes, "rows": rows})
+
+
+def costs_of(config: Config) -> dict[str, Any]:
+    """Multiply-accumulates of an epoch before, in and after warmup (0 where there is none), and of the whole run."""
+    training, epsilon, images = config.training, config.epsilon, DATA[config.data.name][2]
+    before, warmup = epsilon.start_epoch - 1, epsilon.warmup_epochs
+    epochs = {"before": before, "warmup": warmup, "full": training.epochs - before - warmup}
+    first = Phase.BEFORE if config.regularizers.weight else Phase.NATURAL
+    phases = {"before": first, "warmup": Phase.WARMUP, "full": Phase.FULL}
+    options = tuple(config.model.options.items())
+    method = (training.method, training.loss_fusion, config.regularizers.weight)
+    macs = {
+        part: images * macs_per_image(config.data.name, config.model.name, options, *method, phase)
+        if epochs[part]
+        else 0
+        for part, phase in phases.items()
+    }
+    return {"epochs": epochs, "macs_per_epoch": macs, "macs": sum(epochs[part] * macs[part] for part in epochs)}
+
+
+@cache
+def macs_per_image(
+    data: str, model: str, options: tuple, method: str, fusion: bool, weight: float, phase: Phase
+) -> float:
+    shape = DATA[data][0]
+    objective = Objective(bounded(data, model, options), method, fusion, weight)
+    return step_macs(objective, shape, phase)
+
+
+@cache
+def bounded(data: str, model: str, options: tuple) -> BoundedModel:
+    shape, classes, _ = DATA[data]
+    return BoundedModel(build_model(model, shape, classes, options=dict(options)).train(), torch.rand(2, *shape))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("growth", "costs"))
+    parser.add_argument("--data", type=Path, help="folder with train.npz and test.npz, for growth")
+    options = parser.parse_args()
+    if options.part == "costs":
+        count_costs()
+    elif options.data is None:
+        parser.error("--data is needed")
+    else:
+        measure_growth(options.data)
+
+
+if __name__ == "__main__":
+    main()
