@@ -27,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CerttrainError, OSError) as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        from certtrain.distributed import is_first_process
+
+        if is_first_process():
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, CerttrainError) else 1
     except KeyboardInterrupt:
         return 130
@@ -83,9 +86,10 @@ def _positive(text: str) -> int:
 
 
 def train_command(options: argparse.Namespace) -> int:
+    from certtrain.distributed import is_first_process
     from certtrain.run import train
 
-    console = Console()
+    console = Console(quiet=not is_first_process())
     run = train(
         options.config,
         options.out,
@@ -110,20 +114,24 @@ def train_command(options: argparse.Namespace) -> int:
 def verify_command(options: argparse.Namespace) -> int:
     from certtrain.checkpoint import load_model, write_json
     from certtrain.config import load_config
+    from certtrain.distributed import joined
     from certtrain.run import load_data, resolve_device, verify_run, versions
 
     folder = options.run if options.run.is_dir() else options.run.parent
-    device = resolve_device(options.device)
-    model = load_model(options.run, device)
     overrides = list(options.overrides)
     for key in ("eps", "method"):
         if getattr(options, key):
             overrides.append(f"verification.{key}='{getattr(options, key)}'")
-    config = load_config(folder / "config.yaml", overrides)
-    results = [result.summary() for result in verify_run(config, model, load_data(config), limit=options.limit)]
-    _show(Console(), results)
-    content = {**results[0], "model": str(options.run), "radii": results, "versions": versions()}
-    write_json(options.json or folder / "verify.json", content)
+    with joined() as ranks:
+        with ranks.together():
+            model = load_model(options.run, resolve_device(options.device, ranks))
+            config = load_config(folder / "config.yaml", overrides)
+        data = ranks.one_per_machine_first(lambda: load_data(config))
+        results = [result.summary() for result in verify_run(config, model, data, options.limit, ranks)]
+        if ranks.is_first:
+            _show(Console(), results)
+            content = {**results[0], "model": str(options.run), "radii": results, "versions": versions()}
+            write_json(options.json or folder / "verify.json", content)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.graph import evaluating
 from certtrain.data import Split, evaluation_batches
+from certtrain.data.seeding import generator
+from certtrain.distributed import ALONE, Ranks
+from certtrain.errors import UsageError
 from certtrain.objectives import proved
 from certtrain.precision import full_precision
 
@@ -25,7 +29,12 @@ class Stage:
     method: str
     images: int = 0
     proved: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of all processes together
+
+    @classmethod
+    def merged(cls, parts: Sequence[Stage]) -> Stage:
+        totals = (sum(getattr(part, name) for part in parts) for name in ("images", "proved", "seconds"))
+        return cls(parts[0].method, *totals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +67,15 @@ class Verification:
         """Share of images that are not proved."""
         return _share(~self.proved)
 
+    @classmethod
+    def merged(cls, parts: Sequence[Verification]) -> Verification:
+        """What several processes found, each for consecutive images; it lasted as long as the slowest."""
+        stages = tuple(Stage.merged(stages) for stages in zip(*(part.stages for part in parts), strict=True))
+        of_each_image = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("correct", "attacked", "proved", "margin")
+        )
+        return cls(parts[0].eps, stages, *of_each_image, seconds=max(part.seconds for part in parts))
+
     def summary(self) -> dict[str, Any]:
         """What goes into a JSON file; errors are fractions."""
         return {
@@ -83,6 +101,7 @@ def verify(
     batch_size: int = 256,
     seed: int = 0,
     backend: str = "native",
+    ranks: Ranks = ALONE,
 ) -> list[Verification]:
     """Natural, PGD and verified error of `model` on `data`, at one epsilon or several.
 
@@ -96,27 +115,43 @@ def verify(
         attack: None for none; the PGD error is then a lower bound, the natural error.
         limit: only the first so many images.
         backend: of `BoundedModel`.
+        ranks: the processes that share the images.
 
     Returns:
-        A Verification per radius.
+        A Verification per radius, of all images in every process.
+
+    Raises:
+        UsageError: there are fewer images than processes.
     """
     device = next(model.parameters()).device
-    data = data.take(slice(limit)).to(device)
+    images = range(len(data))[:limit]
+    if len(images) < ranks.size:
+        raise UsageError(f"{len(images)} test images for {ranks.size} processes: take more images, or fewer processes")
+    mine = ranks.share(images)
+    data = data.take(slice(mine.start, mine.stop)).to(device)
     radii = [eps] if isinstance(eps, int | float) else list(eps)
     methods = [method] if isinstance(method, str) else list(method)
     with evaluating(model), full_precision():
         net = BoundedModel(model, next(evaluation_batches(data, 1))[0], backend)
-        return [_verify_at(net, data, radius, methods, attack, batch_size, seed) for radius in radii]
+        found = [_verify_at(net, data, radius, methods, attack, batch_size, seed, mine.start) for radius in radii]
+    return [Verification.merged(parts) for parts in zip(*ranks.gather(found), strict=True)]
 
 
 def _verify_at(
-    net: BoundedModel, data: Split, eps: float, methods: Sequence[str], attack: PGD | None, batch_size: int, seed: int
+    net: BoundedModel,
+    data: Split,
+    eps: float,
+    methods: Sequence[str],
+    attack: PGD | None,
+    batch_size: int,
+    seed: int,
+    first: int,
 ) -> Verification:
+    """`first`: the position of `data` among all images; an image's attack follows from `seed` and its own position."""
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
     stages = tuple(Stage(method) for method in methods)
     found: list[tuple[Tensor, ...]] = []
-    for images, labels in evaluation_batches(data, batch_size):
+    for start, (images, labels) in zip(itertools.count(first, batch_size), evaluation_batches(data, batch_size)):
         with torch.no_grad():
             correct = net.model(images).argmax(1) == labels
             margins = _cascade(net, images, labels, eps, correct, stages)
@@ -124,7 +159,8 @@ def _verify_at(
         attacked = torch.zeros_like(correct)
         open_ = (correct & ~holds).nonzero()[:, 0]
         if attack is not None and len(open_) > 0:
-            _, attacked[open_] = attack(net.model, images[open_], labels[open_], eps, generator)
+            generators = [generator(seed, start + i) for i in open_.tolist()]
+            _, attacked[open_] = attack(net.model, images[open_], labels[open_], eps, generators)
         smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
         found.append((correct, attacked, holds, smallest))
     parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
