@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import certtrain
-from certtrain.errors import CerttrainError
+from certtrain.errors import CerttrainError, ProcessLost
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
 # the machine. Read when torch is imported, which the commands do; the user's own setting wins.
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from certtrain.distributed import is_first_process
 
-        if is_first_process():
+        if is_first_process() or isinstance(error, ProcessLost):  # it may be the first that was lost
             print(f"error: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, CerttrainError) else 1
     except KeyboardInterrupt:
