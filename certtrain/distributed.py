@@ -87,6 +87,10 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.largest(0)
+
     def gather(self, thing: T) -> list[T]:
         """Every rank's `thing`, in order."""
         things: list[Any] = [thing] * self.size

@@ -70,67 +70,52 @@ def train(
         DataError, CheckpointError, DivergedError, ProcessLost: as they say; the last good checkpoint stays.
     """
     with joined() as ranks:
-        return _train(ranks, config, out, device, resume, overwrite, overrides, console)
-
-
-def _train(
-    ranks: Ranks,
-    config: str | Path | Mapping[str, Any] | Config,
-    out: str | Path | None,
-    device: str,
-    resume: bool,
-    overwrite: bool,
-    overrides: Sequence[str],
-    console: Console | None,
-) -> Run:
-    console = console or Console(quiet=not ranks.is_first)
-    with ranks.together():
-        folder = Path(out) if out is not None else default_folder(config)
-        config = load_config(config, overrides)
-        resumed = ranks.is_first and check_folder(folder, config, resume, overwrite)
-        place = resolve_device(device, ranks)
-    dataset = ranks.one_per_machine_first(lambda: load_data(config))
-    with ranks.together():
-        torch.manual_seed(config.seed)
-        model, architecture = build(config, dataset)
-        model.to(place)
-        dataset = dataset.to(place)
-        state = load_checkpoint(folder / "last.ckpt") if resumed else None
-    trainer = assemble(config, model, dataset, ranks)
-    state = ranks.from_first(state)
-    if state is not None:
-        restore(model, state["model"], folder / "last.ckpt")
-        _require_same_length(folder, trainer, state["trainer"]["steps_per_epoch"])
-        trainer.load_state_dict(state["trainer"])
-        _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
-    elif ranks.is_first:
-        make_folder(folder, overwrite)
-        write_text(folder / "config.yaml", config.to_yaml())
-        write_json(folder / "model.json", {"format": 1, "model": architecture})
-    with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
-        if ranks.is_first:
-            remove_temporaries(folder)
-            probe, _ = next(training_batches(config, dataset)(0, 0))
-            seconds_before = 0.0 if state is None else state["seconds"]
-            observer = Recorder(
-                folder, config.training.checkpoint_seconds, trainer, probe, display, ranks, seconds_before
-            )
-        else:
+        console = console or Console(quiet=not ranks.is_first)
+        with ranks.together():
+            folder = Path(out) if out is not None else default_folder(config)
+            config = load_config(config, overrides)
+            resumed = ranks.is_first and check_folder(folder, config, resume, overwrite)
+            place = resolve_device(device, ranks)
+        dataset = ranks.one_per_machine_first(lambda: load_data(config))
+        with ranks.together():
+            torch.manual_seed(config.seed)
+            model, architecture = build(config, dataset)
+            model.to(place)
+            dataset = dataset.to(place)
+            state = load_checkpoint(folder / "last.ckpt") if resumed else None
+        trainer = assemble(config, model, dataset, ranks)
+        state = ranks.from_first(state)
+        if state is not None:
+            restore(model, state["model"], folder / "last.ckpt")
+            _require_same_length(folder, trainer, state["trainer"]["steps_per_epoch"])
+            trainer.load_state_dict(state["trainer"])
+            _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
+        elif ranks.is_first:
+            make_folder(folder, overwrite)
+            write_text(folder / "config.yaml", config.to_yaml())
+            write_json(folder / "model.json", {"format": 1, "model": architecture})
+        with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
             observer = Follower(ranks)
-        with observer.until_signalled():
-            finished = trainer.run(observer)
-        observer.save(trainer)
-    if not finished:
-        _tell(console, f"saved {folder} at step {trainer.step}; continue with --resume")
-        return Run(folder, model, None, interrupted_by=observer.signal)
-    if ranks.is_first:
-        save_model(folder, model, architecture)
-    results = verify_run(config, model, dataset, ranks=ranks)
-    summary = None
-    if ranks.is_first:
-        summary = summarize(config, results, observer.seconds, trainer.step, observer.images_per_second, ranks.size)
-        write_json(folder / "summary.json", summary)
-    return Run(folder, model, ranks.from_first(summary))
+            if ranks.is_first:
+                remove_temporaries(folder)
+                probe, _ = next(training_batches(config, dataset)(0, 0))
+                every, before = config.training.checkpoint_seconds, 0.0 if state is None else state["seconds"]
+                observer = Recorder(folder, every, trainer, probe, display, ranks, before)
+            with observer.until_signalled():
+                finished = trainer.run(observer)
+            observer.save(trainer)
+        if not finished:
+            _tell(console, f"saved {folder} at step {trainer.step}; continue with --resume")
+            ranks.wait()  # torchrun ends all as soon as one has ended
+            return Run(folder, model, None, interrupted_by=observer.signal)
+        if ranks.is_first:
+            save_model(folder, model, architecture)
+        results = verify_run(config, model, dataset, ranks=ranks)
+        summary = None
+        if ranks.is_first:
+            summary = summarize(config, results, observer.seconds, trainer.step, observer.images_per_second, ranks.size)
+            write_json(folder / "summary.json", summary)
+        return Run(folder, model, ranks.from_first(summary))
 
 
 # --- pieces, in the order they are needed ----------------------------------------------------------------------------

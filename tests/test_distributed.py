@@ -238,7 +238,9 @@ def train_and_signal(number, rank, step, *arguments):
         return after_step(self, trainer)
 
     Follower.after_step = replacement
-    return train_here(*arguments)
+    code = train_here(*arguments)
+    assert (arguments[0] / "last.ckpt").is_file(), "torchrun ends all processes when one has ended"
+    return code
 
 
 @pytest.mark.parametrize("rank", [0, 1])
