@@ -174,7 +174,7 @@ def joined() -> Iterator[Ranks]:
         if not _is_of_a_lost_process(error):
             raise
         raise ProcessLost(
-            f"another of the {os.environ['WORLD_SIZE']} processes has ended, and so do all; "
+            f"another of the {os.environ['WORLD_SIZE']} processes has ended or hangs, and so all end; "
             "a run continues from its last checkpoint with --resume"
         ) from error
     if ours:  # after an error not: it could wait for a process that is no more
