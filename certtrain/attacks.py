@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,12 @@ class PGD:
     step_size: float = 0.25
 
     def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, generator: torch.Generator | None = None
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        eps: float,
+        generators: Sequence[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Look for a misclassified point near each image.
 
@@ -32,7 +38,7 @@ class PGD:
             model: in eval mode.
             images: (B, C, H, W) in [0, 1]; labels: (B,).
             eps: radius of the box, cut to [0, 1], that no point leaves.
-            generator: on the CPU; where the restarts begin.
+            generators: on the CPU, one for each image; where its restarts begin, whatever images are beside it.
 
         Returns:
             points (B, C, H, W), and (B,) bool: is the point misclassified? Where none was found the point is the image.
@@ -46,7 +52,8 @@ class PGD:
             box = inscribed_linf_box(images[left], eps)
             start = images[left]
             if restart > 0:
-                share = torch.rand(start.shape, generator=generator).to(start)
+                drawn = [torch.rand(start.shape[1:], generator=generators and generators[i]) for i in left.tolist()]
+                share = torch.stack(drawn).to(start)
                 start = box.lower + share * (box.upper - box.lower)
             candidates = self._descend(model, start, labels[left], box.lower, box.upper, eps)
             broken = _predictions(model, candidates) != labels[left]

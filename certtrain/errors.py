@@ -40,6 +40,10 @@ class DivergedError(CerttrainError):
         self.eps = eps
 
 
+class ProcessLost(CerttrainError):
+    """Another process of a distributed run has died or been silent for too long."""
+
+
 class UnsupportedOperation(CerttrainError, NotImplementedError):
     """A network uses an operation that has no rule for the bound that was asked for."""
 

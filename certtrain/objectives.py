@@ -6,10 +6,11 @@ loss, the regularizers and the step's metrics. Everything stays on the device; n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.tracing import Coefficients
 from certtrain.compilation import Compiled
+from certtrain.distributed import ALONE, Ranks
 from certtrain.initialization import AFFINE_MODULES
 from certtrain.precision import Precision, training_precision
 from certtrain.regularizers import Moments, l1_penalty, moments, relu_balance_of, tightness_of
@@ -52,7 +54,8 @@ class Objective:
         l1: weight of the sum of absolute values of all convolution and linear weights.
         accumulation: number of parts a batch is worked through in; the gradient is the whole batch's in any case.
         precision: of the products.
-        compile_for: batches of this size take a compiled step, others an eager one (as does any batch in parts).
+        compile_for: (whole) batches of this size take a compiled step, others an eager one, as does any in parts.
+        ranks: the processes that have a share of each batch; `net` must have been given their `sum`.
     """
 
     net: BoundedModel
@@ -66,10 +69,14 @@ class Objective:
     accumulation: int = 1
     precision: Precision = "float32"
     compile_for: int | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         # A compiled method belongs to one objective: its graph holds this network's parameters.
         object.__setattr__(self, "_compiled_terms", Compiled(self._terms) if self.compile_for else None)
+        in_parts = self.accumulation > 1
+        step = self._eager_or_compiled_terms
+        object.__setattr__(self, "_step", None if in_parts else self.ranks.synchronized(self.net.model, step))
 
     def phase(self, eps: float, max_eps: float) -> Phase:
         if self.method == "natural":
@@ -78,29 +85,36 @@ class Objective:
             return Phase.BEFORE if self._regularizes else Phase.NATURAL
         return Phase.WARMUP if eps < max_eps else Phase.FULL
 
-    def backward(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase) -> Metrics:
+    def backward(
+        self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase, size: int | None = None
+    ) -> Metrics:
         """Add the gradient of the batch's loss to the parameters' `.grad`; updates BatchNorm's running statistics.
 
         Args:
-            images: (B, C, H, W) in [0, 1]; labels: (B,).
+            images: (B, C, H, W) in [0, 1]; labels: (B,). Of a batch that other ranks have a share of, this rank's.
             eps: the radius now, a scalar tensor; progress: eps / max_eps.
+            size: images in the whole batch, if not B.
 
         Returns:
-            `loss`, its terms, `natural_error` and (where margins are bounded) `verified_error` of the batch.
+            `loss`, its terms, `natural_error` and (where margins are bounded) `verified_error` of the whole batch.
         """
+        size = size or len(images)
         with training_precision(self.precision, images.device):
             if self.accumulation == 1:
-                terms = self._evaluator(len(images))(images, labels, eps, progress, phase)
+                terms = _scaled(self._step(size, images, labels, eps, progress, phase), len(images) / size)
                 _total(terms).backward()
             else:
-                terms = self._backward_in_parts(images, labels, eps, progress, phase)
-        return {name: value.detach() for name, value in {"loss": _total(terms), **terms}.items()}
+                terms = self._backward_in_parts(images, labels, eps, progress, phase, size)
+                self.ranks.sum_gradients(self.net.model)
+        metrics = {"loss": _total(terms), **terms}
+        values = self.ranks.sum(torch.stack([value.detach() for value in metrics.values()]))
+        return dict(zip(metrics, values.unbind(), strict=True))
 
-    def _evaluator(self, batch_size: int) -> Callable[..., Metrics]:
-        if batch_size != self.compile_for:
-            return self._terms
+    def _eager_or_compiled_terms(self, size: int, *arguments: Any) -> Metrics:
+        if size != self.compile_for:
+            return self._terms(*arguments)
         _ = self.net.graph  # recorded, if need be, before anything is compiled
-        return self._compiled_terms
+        return self._compiled_terms(*arguments)
 
     def _terms(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase) -> Metrics:
         if phase is Phase.NATURAL:
@@ -109,11 +123,10 @@ class Objective:
         terms = self._clean_terms(bounds.clean, labels, phase) | self._robust_terms(bounds, labels, progress, phase)
         if phase is Phase.FULL or not self._regularizes:
             return terms
-        sums = BatchSums.of(bounds)
-        return terms | self._regularizer_terms(sums, sums, progress)
+        return terms | self._regularizer_terms(BatchSums.of(bounds).over(self.ranks), progress)
 
     def _backward_in_parts(
-        self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase
+        self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase, size: int
     ) -> Metrics:
         """The gradient of `_terms`, in less memory.
 
@@ -122,7 +135,7 @@ class Objective:
         at the end. The regularizers are functions of sums over the batch, which a first walk gathers.
         """
         clean = self.net.clean_pass(images)
-        terms = self._clean_terms(clean.output, labels, phase)
+        terms = _scaled(self._clean_terms(clean.output, labels, phase), len(images) / size)
         pending = [(_total(terms), None)] if terms.keys() & LOSS_TERMS else []
         if phase is not Phase.NATURAL:
             copies = {i: tuple(c.detach().requires_grad_() for c in pair) for i, pair in clean.coefficients.items()}
@@ -132,12 +145,13 @@ class Objective:
             for part, part_labels in parts:
                 box = _box(part, eps, phase)
                 bounds = self.net.ibp(box, coefficients=copies, record=self._goes_backward(phase))
-                share = len(part) / len(images)
-                robust = self._robust_terms(bounds, part_labels, progress, phase)
-                mine = {name: share * value for name, value in robust.items()}
-                regularizers = {} if whole is None else self._regularizer_terms(BatchSums.of(bounds), whole, progress)
-                _total(mine | regularizers).backward()
-                terms |= {k: terms.get(k, 0) + v.detach() for k, v in mine.items()} | regularizers
+                share = len(part) / size
+                robust = _scaled(self._robust_terms(bounds, part_labels, progress, phase), share)
+                sums = None if whole is None else BatchSums.of(bounds).completed_by(whole)
+                regularizers = {} if sums is None else self._regularizer_terms(sums, progress)
+                _total(robust | regularizers).backward()
+                mine = robust | _scaled(regularizers, share)
+                terms |= {name: terms.get(name, 0) + value.detach() for name, value in mine.items()}
             for index, pair in clean.coefficients.items():
                 pending += [(c, copy.grad) for c, copy in zip(pair, copies[index], strict=True) if c.requires_grad]
         tensors, gradients = zip(*pending, strict=True)
@@ -153,7 +167,7 @@ class Objective:
     ) -> BatchSums:
         with torch.no_grad():
             sums = [BatchSums.of(self.net.ibp(_box(part, eps, phase), coefficients=coefficients)) for part, _ in parts]
-        return reduce(BatchSums.plus, sums)
+            return reduce(BatchSums.plus, sums).over(self.ranks)
 
     @property
     def _regularizes(self) -> bool:
@@ -182,9 +196,7 @@ class Objective:
             loss = F.cross_entropy(-margins, labels)
         return {"robust_loss": loss, "verified_error": 1 - proved(margins).to(margins.dtype).mean()}
 
-    def _regularizer_terms(self, own: BatchSums, whole: BatchSums, progress: Tensor) -> Metrics:
-        """The regularizers of the whole batch, with gradient through the sums of its part `own`."""
-        sums = own.completed_by(whole)
+    def _regularizer_terms(self, sums: BatchSums, progress: Tensor) -> Metrics:
         weight = self.regularization * (1 - progress)
         terms: Metrics = {}
         if self.tightness:
@@ -213,14 +225,27 @@ class BatchSums:
         layers = zip(self.layers, other.layers, strict=True)
         return BatchSums(tuple(a.plus(b) for a, b in layers), self.first.plus(other.first))
 
-    def completed_by(self, whole: BatchSums) -> BatchSums:
-        if whole is self:
+    def over(self, ranks: Ranks) -> BatchSums:
+        """The sums over all ranks' shares of the batch, with gradient."""
+        if ranks.size == 1:
             return self
+        each = (*self.layers, self.first)
+        sums = ranks.sum(torch.stack([value for one in each for value in one])).unflatten(0, (len(each), -1))
+        *layers, first = (Moments(*one.unbind()) for one in sums)
+        return BatchSums(tuple(layers), first)
+
+    def completed_by(self, whole: BatchSums) -> BatchSums:
+        """`whole`, with gradient through this part of it only."""
         layers = zip(self.layers, whole.layers, strict=True)
         return BatchSums(tuple(a.completed_by(b) for a, b in layers), self.first.completed_by(whole.first))
 
 
 LOSS_TERMS = {"natural_loss", "robust_loss", "tightness_loss", "relu_balance_loss", "l1_loss"}
+
+
+def _scaled(terms: Metrics, share: float) -> Metrics:
+    """Means over a part as terms of the whole batch's mean, of which the part is this share."""
+    return terms if share == 1 else {name: share * value for name, value in terms.items()}
 
 
 def _total(terms: Metrics) -> Tensor:

@@ -18,17 +18,18 @@ from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel
 from certtrain.checkpoint import load_checkpoint, restore, save_model, write_json, write_text
 from certtrain.config import Config, load_config
-from certtrain.data import Augmentation, Dataset, Split, epoch_batches, load_dataset, steps_per_epoch, to_float
+from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
+from certtrain.distributed import ALONE, Ranks, joined
 from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.objectives import Objective
 from certtrain.radius import Radii, certified_radii
-from certtrain.recorder import Recorder
+from certtrain.recorder import Follower, Recorder
 from certtrain.reporting import ProgressDisplay
 from certtrain.run_directory import check_folder, make_folder, remove_temporaries
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
-from certtrain.trainer import Trainer
+from certtrain.trainer import Batches, Trainer
 from certtrain.verification import Verification, verify
 
 
@@ -63,46 +64,67 @@ def train(
         overrides: "section.key=value".
         console: where progress goes.
 
+    Under torchrun every process calls this with the same arguments, and they train one network together.
+
     Raises:
         UsageError: the configuration is wrong, or `out` holds a run and neither resume nor overwrite was said.
-        DataError, CheckpointError, DivergedError: as they say; the last good checkpoint stays.
+        DataError, CheckpointError, DivergedError, ProcessLost: as they say; the last good checkpoint stays.
     """
-    folder = Path(out) if out is not None else default_folder(config)
-    config = load_config(config, overrides)
-    console = console or Console()
-    resumed = check_folder(folder, config, resume, overwrite)
-    place = resolve_device(device)
-    dataset = load_data(config)
-    torch.manual_seed(config.seed)
-    model, architecture = build(config, dataset)
-    model.to(place)
-    trainer = assemble(config, model, dataset.to(place))
-    if resumed:
-        state = load_checkpoint(folder / "last.ckpt", place)
-        restore(model, state["model"], folder / "last.ckpt")
-        _require_same_length(folder, trainer, state["trainer"]["steps_per_epoch"])
-        trainer.load_state_dict(state["trainer"])
-        seconds_before = state["seconds"]
-        _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
-    else:
-        seconds_before = 0.0
-        make_folder(folder, overwrite)
-        write_text(folder / "config.yaml", config.to_yaml())
-        write_json(folder / "model.json", {"format": 1, "model": architecture})
-    remove_temporaries(folder)
-    with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
-        recorder = Recorder(folder, config.training.checkpoint_seconds, trainer, display, seconds_before)
-        with recorder.until_signalled():
-            finished = trainer.run(recorder)
-        recorder.save(trainer)
-    if not finished:
-        _tell(console, f"saved {folder} at step {trainer.step}; continue with --resume")
-        return Run(folder, model, None, interrupted_by=recorder.signal)
-    save_model(folder, model, architecture)
-    results = verify_run(config, model, dataset)
-    summary = summarize(config, results, recorder.seconds, trainer.step, recorder.images_per_second)
-    write_json(folder / "summary.json", summary)
-    return Run(folder, model, summary)
+    with joined() as ranks:
+        console = console or Console(quiet=not ranks.is_first)
+        with ranks.together():
+            folder = Path(out) if out is not None else default_folder(config)
+            config = load_config(config, overrides)
+            resumed = ranks.is_first and check_folder(folder, config, resume, overwrite)
+            place = resolve_device(device, ranks)
+        dataset = ranks.one_per_machine_first(lambda: load_data(config))
+        with ranks.together():
+            torch.manual_seed(config.seed)
+            model, architecture = build(config, dataset)
+            model.to(place)
+            dataset = dataset.to(place)
+            state = load_checkpoint(folder / "last.ckpt") if resumed else None
+        trainer = assemble(config, model, dataset, ranks)
+        state = ranks.from_first(state)
+        if state is not None:
+            restore(model, state["model"], folder / "last.ckpt")
+            _require_same_length(folder, trainer, state["trainer"]["steps_per_epoch"])
+            trainer.load_state_dict(state["trainer"])
+            _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
+        elif ranks.is_first:
+            make_folder(folder, overwrite)
+            write_text(folder / "config.yaml", config.to_yaml())
+            write_json(folder / "model.json", {"format": 1, "model": architecture})
+        with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
+            observer = Follower(ranks)
+            if ranks.is_first:
+                remove_temporaries(folder)
+                probe, _ = next(training_batches(config, dataset)(0, 0))
+                every, before = config.training.checkpoint_seconds, 0.0 if state is None else state["seconds"]
+                observer = Recorder(folder, every, trainer, probe, display, ranks, before)
+            with observer.until_signalled():
+                finished = trainer.run(observer)
+            observer.save(trainer)
+        if not finished:
+            _tell(console, f"saved {folder} at step {trainer.step}; continue with --resume")
+            ranks.wait()  # torchrun ends all as soon as one has ended
+            return Run(folder, model, None, interrupted_by=observer.signal)
+        if ranks.is_first:
+            save_model(folder, model, architecture)
+        results = verify_run(config, model, dataset, ranks=ranks)
+        held_out = [] if dataset.validation is None else verify_run(config, model, _on_validation(dataset), ranks=ranks)
+        summary = None
+        if ranks.is_first:
+            summary = {
+                **summarize(config, results),
+                "validation": [result.summary() for result in held_out],
+                "train_seconds": round(observer.seconds, 2),
+                "images_per_second": round(observer.images_per_second, 1),
+                "steps": trainer.step,
+                "processes": ranks.size,
+            }
+            write_json(folder / "summary.json", summary)
+        return Run(folder, model, ranks.from_first(summary))
 
 
 # --- pieces, in the order they are needed ----------------------------------------------------------------------------
@@ -118,11 +140,11 @@ def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
     return Path("runs") / Path(config).stem
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = ranks.own_device(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
@@ -174,15 +196,32 @@ def _output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]
         raise DataError(f"model {name} cannot take {size} images: {reason}") from error
 
 
-def assemble(config: Config, model: nn.Module, dataset: Dataset) -> Trainer:
+def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
+    augmentation = Augmentation(config.data.flip, config.data.crop)
+    return lambda epoch, first: epoch_batches(
+        dataset.train,
+        config.training.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        augmentation=augmentation,
+        start_step=first,
+        share=ranks.share,
+    )
+
+
+def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = ALONE) -> Trainer:
     """The trainer for a configuration; model and data are on their device."""
     training, epsilon, optimizer = config.training, config.epsilon, config.optimizer
     split = dataset.train
-    per_epoch = steps_per_epoch(len(split), training.batch_size)
+    sizes = batch_sizes(len(split), training.batch_size)
+    per_epoch = len(sizes)
     _check_last_batch(model, len(split), training.batch_size)
+    _check_shares(config, dataset, sizes, ranks)
     regularizers = config.regularizers
     objective = Objective(
-        BoundedModel(model, to_float(split.images[:1]), config.backend),
+        BoundedModel(
+            model, to_float(split.images[:1]), config.backend, batch_sum=None if ranks.size == 1 else ranks.sum
+        ),
         method=training.method,
         loss_fusion=training.loss_fusion,
         regularization=regularizers.weight,
@@ -193,17 +232,15 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset) -> Trainer:
         accumulation=training.accumulation,
         precision=training.precision,
         compile_for=training.batch_size if _compiles(config, split.images.device) else None,
+        ranks=ranks,
     )
     start = (epsilon.start_epoch - 1) * per_epoch
-    augmentation = Augmentation(config.data.flip, config.data.crop)
     return Trainer(
         model=model,
         objective=objective,
         optimizer=build_optimizer(config, model),
-        batches=lambda epoch, first: epoch_batches(
-            split, training.batch_size, seed=config.seed, epoch=epoch, augmentation=augmentation, start_step=first
-        ),
-        steps_per_epoch=per_epoch,
+        batches=training_batches(config, dataset, ranks),
+        batch_sizes=sizes,
         epochs=training.epochs,
         eps=SmoothedEpsilon(
             epsilon.max, start, start + epsilon.warmup_epochs * per_epoch, mid=epsilon.mid, beta=epsilon.beta
@@ -230,7 +267,9 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         raise UsageError(f"optimizer {section.name}: {error}") from error
 
 
-def verify_run(config: Config, model: nn.Module, dataset: Dataset, limit: int | None = None) -> list[Verification]:
+def verify_run(
+    config: Config, model: nn.Module, dataset: Dataset, limit: int | None = None, ranks: Ranks = ALONE
+) -> list[Verification]:
     section = config.verification
     return verify(
         model,
@@ -242,6 +281,7 @@ def verify_run(config: Config, model: nn.Module, dataset: Dataset, limit: int | 
         seed=config.seed,
         backend=config.backend,
         arithmetic=section.arithmetic,
+        ranks=ranks,
     )
 
 
@@ -269,17 +309,17 @@ def _attack(config: Config) -> PGD:
     return PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size)
 
 
-def summarize(
-    config: Config, results: Sequence[Verification], seconds: float, steps: int, images_per_second: float
-) -> dict[str, Any]:
-    """summary.json; the three errors on top are those at epsilon.max, or else at the largest radius tested."""
+def _on_validation(dataset: Dataset) -> Dataset:
+    """The validation split in the place of the test images."""
+    return replace(dataset, test=dataset.validation)
+
+
+def summarize(config: Config, results: Sequence[Verification]) -> dict[str, Any]:
+    """Of summary.json; the three errors on top are those at epsilon.max, or else at the largest radius tested."""
     chosen = next((r for r in results if r.eps == config.epsilon.max), max(results, key=lambda r: r.eps))
     return {
         **chosen.summary(),
-        "train_seconds": round(seconds, 2),
         "verify_seconds": round(sum(r.seconds for r in results), 2),
-        "images_per_second": round(images_per_second, 1),
-        "steps": steps,
         "seed": config.seed,
         "radii": [r.summary() for r in results],
         "versions": versions(),
@@ -304,6 +344,29 @@ def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
             f"training.batch_size: {images} images in batches of {batch_size} leave one alone, "
             "which BatchNorm cannot normalise: choose another size"
         )
+
+
+def _check_shares(config: Config, dataset: Dataset, sizes: Sequence[int], ranks: Ranks) -> None:
+    """Every process must have a share of every batch, and one of the test images."""
+    if ranks.size == 1:
+        return
+    training = config.training
+    if min(sizes) < ranks.size:
+        raise UsageError(
+            f"{ranks.size} processes: {sum(sizes)} training images in batches of {training.batch_size} leave one of "
+            f"{min(sizes)}, not enough for a share each: choose another training.batch_size, or fewer processes"
+        )
+    unit = ranks.size * training.accumulation
+    if training.batch_size % unit:
+        below = training.batch_size // unit * unit
+        nearest = " or ".join(str(size) for size in (below, below + unit) if size)
+        raise UsageError(
+            f"training.batch_size: {training.batch_size} cannot be shared evenly by {ranks.size} processes "
+            f"x {training.accumulation} parts: choose {nearest}"
+        )
+    tested = min(len(dataset.test), config.verification.limit or len(dataset.test))
+    if tested < ranks.size:
+        raise UsageError(f"{tested} test images for {ranks.size} processes: start fewer")
 
 
 def _require_same_length(folder: Path, trainer: Trainer, steps_per_epoch: int) -> None:

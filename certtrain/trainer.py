@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,6 +50,10 @@ class Sums:
         here = torch.where(torch.isfinite(metrics["loss"]), torch.inf, float(step))
         self.first_bad_step = here if self.first_bad_step is None else torch.minimum(self.first_bad_step, here)
 
+    def to(self, device: torch.device) -> Sums:
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return Sums(values, self.weights, None if self.first_bad_step is None else self.first_bad_step.to(device))
+
     def means(self) -> dict[str, float]:
         return {name: value.item() / self.weights[name] for name, value in self.values.items()}
 
@@ -60,8 +64,9 @@ class Trainer:
 
     Args:
         model, objective, optimizer: what is trained, on what, and how.
-        batches: the batches of an epoch, from any step of it on.
-        steps_per_epoch, epochs: the length of the run.
+        batches: the batches of an epoch, from any step of it on, or this process's share of each.
+        batch_sizes: images in each batch of an epoch, over all processes.
+        epochs: the length of the run.
         eps, max_eps: the radius as a function of the step, and where it ends.
         lr: the learning rate as a function of the step.
         clip: bound on the gradient's norm, None for none.
@@ -71,7 +76,7 @@ class Trainer:
     objective: Objective
     optimizer: torch.optim.Optimizer
     batches: Batches
-    steps_per_epoch: int
+    batch_sizes: Sequence[int]
     epochs: int
     eps: Callable[[int], float]
     max_eps: float
@@ -79,6 +84,10 @@ class Trainer:
     clip: float | None = None
     step: int = 0
     sums: Sums = field(default_factory=Sums)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.batch_sizes)
 
     @property
     def total_steps(self) -> int:
@@ -99,9 +108,10 @@ class Trainer:
             first = self.step % self.steps_per_epoch
             started, images_seen = time.perf_counter(), 0
             radii = self._radii_until_the_epochs_end()
-            for (images, labels), (eps, progress) in zip(self.batches(self.epoch, first), radii, strict=True):
-                self._take_step(images, labels, eps, progress)
-                images_seen += len(images)
+            sizes = self.batch_sizes[first:]
+            for batch, size, radius in zip(self.batches(self.epoch, first), sizes, radii, strict=True):
+                self._take_step(*batch, size, *radius)
+                images_seen += size
                 if observer.after_step(self) and self.step < self.total_steps:
                     self.check_finite()
                     return False
@@ -121,17 +131,17 @@ class Trainer:
         radii = torch.tensor([self.eps(step) for step in steps], device=next(self.model.parameters()).device)
         return torch.stack([radii, radii / self.max_eps if self.max_eps else torch.ones_like(radii)], dim=1)
 
-    def _take_step(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor) -> None:
+    def _take_step(self, images: Tensor, labels: Tensor, size: int, eps: Tensor, progress: Tensor) -> None:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step)
         phase = self.objective.phase(self.eps(self.step), self.max_eps)
-        metrics = self.objective.backward(images, labels, eps, progress, phase)
+        metrics = self.objective.backward(images, labels, eps, progress, phase, size)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.sums.add(metrics, len(images), self.step)
+        self.sums.add(metrics, size, self.step)
         self.step += 1
 
     def check_finite(self) -> None:
@@ -166,7 +176,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
-        self.sums = Sums(**state["sums"])
+        self.sums = Sums(**state["sums"]).to(next(self.model.parameters()).device)
         torch.set_rng_state(state["random"]["cpu"].cpu())
         if state["random"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["random"]["cuda"]])
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["random"]["cuda"]][: torch.cuda.device_count()])

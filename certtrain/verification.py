@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.graph import evaluating
 from certtrain.bounds.rounding import arithmetic_named, enclosing_linf_box
 from certtrain.data import Split, evaluation_batches
+from certtrain.data.seeding import generator
+from certtrain.distributed import ALONE, Ranks
 from certtrain.errors import UsageError
 from certtrain.objectives import proved
 from certtrain.precision import full_precision
@@ -27,7 +30,12 @@ class Stage:
     method: str
     images: int = 0
     proved: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of all processes together
+
+    @classmethod
+    def merged(cls, parts: Sequence[Stage]) -> Stage:
+        totals = (sum(getattr(part, name) for part in parts) for name in ("images", "proved", "seconds"))
+        return cls(parts[0].method, *totals)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +73,18 @@ class Verification:
         """Share of images that are not proved."""
         return _share(~self.proved)
 
+    @classmethod
+    def merged(cls, parts: Sequence[Verification]) -> Verification:
+        """What several processes found, each for consecutive images; it lasted as long as the slowest."""
+        stages = tuple(Stage.merged(stages) for stages in zip(*(part.stages for part in parts), strict=True))
+        of_each_image = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
+        )
+        return cls(
+            parts[0].eps, stages, parts[0].arithmetic, *of_each_image, seconds=max(part.seconds for part in parts)
+        )
+
     def summary(self) -> dict[str, Any]:
         """What goes into a JSON file; errors are fractions."""
         return {
@@ -92,6 +112,7 @@ def verify(
     seed: int = 0,
     backend: str = "native",
     arithmetic: str | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Verification]:
     """Natural, PGD and verified error of `model` on `data`, at one epsilon or several.
 
@@ -107,91 +128,100 @@ def verify(
         backend: of `BoundedModel`.
         arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
             `bounds.rounding`, in any order of its sums; for method ibp. None: the network as real mathematics.
+        ranks: the processes that share the images.
 
     Returns:
-        A Verification per radius.
+        A Verification per radius, of all images in every process.
 
     Raises:
-        UsageError: an arithmetic that is unknown, or that method or backend cannot cover.
+        UsageError: an arithmetic that is unknown, or that method or backend cannot cover; fewer images than processes.
     """
     device = next(model.parameters()).device
-    data = data.take(slice(limit)).to(device)
+    images = range(len(data))[:limit]
+    if len(images) < ranks.size:
+        raise UsageError(f"{len(images)} test images for {ranks.size} processes: take more images, or fewer processes")
+    mine = ranks.share(images)
+    data = data.take(slice(mine.start, mine.stop)).to(device)
     radii = [eps] if isinstance(eps, int | float) else list(eps)
-    methods = [method] if isinstance(method, str) else list(method)
+    methods = (method,) if isinstance(method, str) else tuple(method)
     if arithmetic is not None:
         _require_sound(methods, backend, arithmetic)
+    question = _Question(methods, arithmetic, attack, batch_size, seed, mine.start)
     with evaluating(model), full_precision():
         net = BoundedModel(model, next(evaluation_batches(data, 1))[0], backend)
-        return [_verify_at(net, data, radius, methods, attack, batch_size, seed, arithmetic) for radius in radii]
+        found = [question.answer(net, data, radius) for radius in radii]
+    return [Verification.merged(parts) for parts in zip(*ranks.gather(found), strict=True)]
 
 
 def _require_sound(methods: Sequence[str], backend: str, arithmetic: str) -> None:
     arithmetic_named(arithmetic)
-    if list(methods) != ["ibp"] or backend != "native":
+    if methods != ("ibp",) or backend != "native":
         raise UsageError(
             f"bounds that cover the rounding of {arithmetic} are those of method ibp and backend native, "
             f"not of method {','.join(methods)} and backend {backend}"
         )
 
 
-def _verify_at(
-    net: BoundedModel,
-    data: Split,
-    eps: float,
-    methods: Sequence[str],
-    attack: PGD | None,
-    batch_size: int,
-    seed: int,
-    arithmetic: str | None,
-) -> Verification:
-    started = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
-    stages = tuple(Stage(method) for method in methods)
-    found: list[tuple[Tensor, ...]] = []
-    for images, labels in evaluation_batches(data, batch_size):
-        with torch.no_grad():
-            prediction = net.model(images).argmax(1)
-            correct = prediction == labels
-            margins = _cascade(net, images, labels, eps, correct, stages, arithmetic)
-        holds = proved(margins) & correct
-        attacked, points = torch.zeros_like(correct), images[:0]
-        open_ = (correct & ~holds).nonzero()[:, 0]
-        if attack is not None and len(open_) > 0:
-            points, attacked[open_] = attack(net.model, images[open_], labels[open_], eps, generator)
-            points = points[attacked[open_]]
-        smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
-        found.append((prediction, correct, attacked, points, holds, smallest))
-    parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
-    return Verification(eps, stages, arithmetic, *parts, seconds=time.perf_counter() - started)
+@dataclass(frozen=True)
+class _Question:
+    """What `verify` asks of each radius; `first` is the position of its data's first image among all processes'."""
 
+    methods: tuple[str, ...]
+    arithmetic: str | None
+    attack: PGD | None
+    batch_size: int
+    seed: int
+    first: int
 
-def _cascade(
-    net: BoundedModel,
-    images: Tensor,
-    labels: Tensor,
-    eps: float,
-    correct: Tensor,
-    stages: Sequence[Stage],
-    arithmetic: str | None,
-) -> Tensor:
-    """Margins (B, K) by the first stage, then by one after another for those right and open."""
-    if arithmetic is None:
-        box, options = linf_box(images, eps), {}
-    else:
-        box, options = enclosing_linf_box(images, eps), {"arithmetic": arithmetic}
-    margins = torch.full((len(images), net.classes), -torch.inf, dtype=box.like.dtype, device=images.device)
-    margins.scatter_(1, labels[:, None], 0.0)
-    for position, stage in enumerate(stages):
-        left = (torch.ones_like(correct) if position == 0 else correct & ~proved(margins)).nonzero()[:, 0]
-        if len(left) == 0:
-            break
+    def answer(self, net: BoundedModel, data: Split, eps: float) -> Verification:
         started = time.perf_counter()
-        mine = box.map(lambda values, left=left: values[left])
-        margins[left] = torch.maximum(margins[left], net.margins(mine, labels[left], stage.method, **options))
-        stage.images += len(left)
-        stage.proved += int((proved(margins[left]) & correct[left]).sum())
-        stage.seconds += time.perf_counter() - started
-    return margins
+        stages = tuple(Stage(method) for method in self.methods)
+        found: list[tuple[Tensor, ...]] = []
+        positions = itertools.count(self.first, self.batch_size)
+        for position, (images, labels) in zip(positions, evaluation_batches(data, self.batch_size)):  # noqa: B905
+            with torch.no_grad():
+                prediction = net.model(images).argmax(1)
+                correct = prediction == labels
+                margins = self._cascade(net, images, labels, eps, correct, stages)
+            holds = proved(margins) & correct
+            attacked, points = self._attacks(net.model, images, labels, eps, correct & ~holds, position)
+            smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
+            found.append((prediction, correct, attacked, points, holds, smallest))
+        parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
+        return Verification(eps, stages, self.arithmetic, *parts, seconds=time.perf_counter() - started)
+
+    def _attacks(
+        self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, left: Tensor, position: int
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) bool, and the points found; an image's attack follows from the seed and its own position alone."""
+        attacked, points = torch.zeros_like(left), images[:0]
+        chosen = left.nonzero()[:, 0]
+        if self.attack is not None and len(chosen) > 0:
+            generators = [generator(self.seed, position + i) for i in chosen.tolist()]
+            points, broken = self.attack(model, images[chosen], labels[chosen], eps, generators)
+            attacked[chosen], points = broken, points[broken]
+        return attacked, points
+
+    def _cascade(
+        self, net: BoundedModel, images: Tensor, labels: Tensor, eps: float, correct: Tensor, stages: Sequence[Stage]
+    ) -> Tensor:
+        """Margins (B, K) by the first stage, then by one after another for those right and open."""
+        box, options = linf_box(images, eps), {}
+        if self.arithmetic is not None:
+            box, options = enclosing_linf_box(images, eps), {"arithmetic": self.arithmetic}
+        margins = torch.full((len(images), net.classes), -torch.inf, dtype=box.like.dtype, device=images.device)
+        margins.scatter_(1, labels[:, None], 0.0)
+        for position, stage in enumerate(stages):
+            left = (torch.ones_like(correct) if position == 0 else correct & ~proved(margins)).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            started = time.perf_counter()
+            mine = box.map(lambda values, left=left: values[left])
+            margins[left] = torch.maximum(margins[left], net.margins(mine, labels[left], stage.method, **options))
+            stage.images += len(left)
+            stage.proved += int((proved(margins[left]) & correct[left]).sum())
+            stage.seconds += time.perf_counter() - started
+        return margins
 
 
 def _share(flags: Tensor) -> float:

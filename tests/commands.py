@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import socket
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -88,6 +89,19 @@ def start(arguments, log, prepare=None):
     return child
 
 
+def start_ranks(size, work, log):
+    """Children that call `work()` as `size` processes that torchrun started; what it returns is their exit code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [
+        _processes.Process(target=_run_rank, args=(rank, size, port, work, log), daemon=True) for rank in range(size)
+    ]
+    for child in children:
+        child.start()
+    return children
+
+
 def exit_code(child):
     """Waits for the child: its exit code, or minus the signal that ended it."""
     child.join()
@@ -103,10 +117,22 @@ def wait_until(condition, child):
 
 
 def _run(arguments, log, prepare):
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    _write_to(log)
     torch.set_num_threads(1)
     if prepare is not None:
         prepare()
     raise SystemExit(main(arguments))
+
+
+def _run_rank(rank, size, port, work, log):
+    _write_to(log)
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    raise SystemExit(work())
+
+
+def _write_to(log):
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)

@@ -7,6 +7,7 @@ from torch import nn
 from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import Split
+from certtrain.data.seeding import generator
 from certtrain.diagnostics import layer_statistics
 from certtrain.verification import verify
 from tests.networks import narrow_cnn7
@@ -68,6 +69,10 @@ def test_verify_leaves_the_models_mode_and_statistics_alone():
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
 
 
+def seeded(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [generator(seed, image) for image in range(count)]
+
+
 class TestPGD:
     def test_finds_the_known_adversarial_points_and_stays_inside(self):
         images, labels = pixels([130, 120, 0, 255], [1, 0, 0, 1]).images / 255.0, torch.tensor([1, 0, 0, 1])
@@ -81,19 +86,25 @@ class TestPGD:
         torch.manual_seed(0)
         images, labels = torch.rand(16, 3, 16, 16), torch.randint(0, 5, (16,))
         model = narrow_cnn7().eval()
-        points, found = PGD(5, 3)(model, images, labels, 0.1, torch.Generator().manual_seed(0))
+        points, found = PGD(5, 3)(model, images, labels, 0.1, seeded(len(images)))
         assert found.any()
         assert (points - images).abs().max() <= 0.1 + 1e-7
         assert points.min() >= 0
         assert points.max() <= 1
         assert ((model(points).argmax(1) != labels) == found).all()
 
-    def test_the_seed_decides_the_restarts(self):
-        torch.manual_seed(0)
-        images, labels = torch.rand(8, 3, 16, 16), torch.randint(0, 5, (8,))
-        model = narrow_cnn7().eval()
-        runs = [PGD(2, 3)(model, images, labels, 0.05, torch.Generator().manual_seed(s))[0] for s in (1, 1)]
-        assert torch.equal(*runs)
+    def test_an_images_own_seed_decides_its_restarts(self):
+        """With no steps an attack is where its restart begins, which is found where it crosses the threshold."""
+        data = pixels([130] * 16, [1] * 16)
+        images, labels = data.images / 255.0, data.labels
+
+        def attacked(seed, mine=slice(None)):
+            return PGD(0, 2)(Threshold(), images[mine], labels[mine], 0.1, seeded(16, seed)[mine])[0]
+
+        assert len(attacked(1).unique()) > 4
+        assert torch.equal(attacked(1), attacked(1))
+        assert not torch.equal(attacked(1), attacked(2))
+        assert torch.equal(attacked(1)[5:7], attacked(1, slice(5, 7))), "whatever images are beside it"
 
 
 def test_layer_statistics_of_a_network_known_by_hand():

@@ -17,7 +17,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins
-from certtrain.bounds.tracing import SETTLED_BY_CLEAN, Call, Coefficients, Graph, leaves, scale_shift, trace
+from certtrain.bounds.tracing import SETTLED_BY_CLEAN, BatchSum, Call, Coefficients, Graph, leaves, scale_shift, trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
@@ -44,23 +44,33 @@ class BoundedModel:
         model: takes one batch of inputs (B, ...), returns logits (B, K).
         example_input: any valid batch; the recorded operations are checked against the module on it.
         backend: "native", or "lirpa" to have auto_LiRPA answer, for networks with operations that have no rule here.
+        batch_sum: completes sums over a batch (with gradient), where each call sees only a part of it, so that
+            BatchNorm in training mode still has the statistics of all of it.
 
     Raises:
         UnsupportedOperation: the network cannot be traced, or an operation in it has no rule.
+        UsageError: unknown backend, or one that cannot do what was asked.
     """
 
-    def __new__(cls, model: nn.Module, example_input: Tensor, backend: str = "native") -> Any:
+    def __new__(
+        cls, model: nn.Module, example_input: Tensor, backend: str = "native", batch_sum: BatchSum | None = None
+    ) -> Any:
         """With another backend, another class's instance: one with the same methods."""
         if backend not in BACKENDS:
             raise unknown("backend", backend, BACKENDS)
         if backend == "lirpa":
+            if batch_sum is not None:
+                raise UsageError("backend lirpa takes whole batches: train in one process")
             from certtrain.bounds.lirpa import LirpaModel  # here, since it imports this file
 
             return LirpaModel(model, example_input)
         return super().__new__(cls)
 
-    def __init__(self, model: nn.Module, example_input: Tensor, backend: str = "native") -> None:
+    def __init__(
+        self, model: nn.Module, example_input: Tensor, backend: str = "native", batch_sum: BatchSum | None = None
+    ) -> None:
         self.model = model
+        self._batch_sum = batch_sum
         self._graphs: dict[bool, Graph[Any]] = {}
         self._check_on(example_input)
 
@@ -68,7 +78,7 @@ class BoundedModel:
     def graph(self) -> Graph[Any]:
         mode = self.model.training
         if mode not in self._graphs:
-            graph = trace(self.model)
+            graph = trace(self.model, self._batch_sum)
             _require_rules(graph)
             self._graphs[mode] = graph
         return self._graphs[mode]

@@ -21,6 +21,7 @@ from certtrain.errors import UnsupportedOperation, UsageError
 
 V = TypeVar("V")
 Coefficients = tuple[Tensor, Tensor]  # scale and shift of one BatchNorm
+BatchSum = Callable[[Tensor], Tensor]  # of sums over a part of the batch: the sums over all of it, with gradient
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -101,21 +102,19 @@ def batch_norm_coefficients(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    batch_sum: BatchSum | None = None,
 ) -> Coefficients:
     """Scale and shift, each (1, C, 1, ...), of a BatchNorm.
 
     In training mode the statistics are those of `clean`, with gradient, and the running ones are updated as
-    PyTorch does; otherwise they are the running ones.
+    PyTorch does; otherwise they are the running ones. `batch_sum`: where `clean` is a part of the batch.
     """
     if not training:
         mean, var = running_mean, running_var
     elif clean is None:
         raise UsageError("BatchNorm is in training mode: its statistics are those of the clean input, pass clean=")
     else:
-        count = clean.numel() // clean.shape[1]
-        if count < 2:
-            raise UsageError(f"BatchNorm in training mode needs more than one value per channel, got {count}")
-        var, mean = torch.var_mean(clean, dim=[0, *range(2, clean.dim())], correction=0)
+        mean, var, count = _batch_statistics(clean, batch_sum)
         if running_mean is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
@@ -127,17 +126,43 @@ def batch_norm_coefficients(
     return scale, shift
 
 
-def _settle_batch_norm(x: Ref, clean: Tensor | None, dims: int, *args: Any, **kwargs: Any) -> tuple[Callable, tuple]:
-    scale, shift = batch_norm_coefficients(clean, *args, **kwargs)
+def _batch_statistics(clean: Tensor, batch_sum: BatchSum | None) -> tuple[Tensor, Tensor, int | Tensor]:
+    """Mean and (biased) variance of each channel, and the number of values they were taken over."""
+    count = clean.numel() // clean.shape[1]
+    if batch_sum is None and count < 2:
+        raise UsageError(f"BatchNorm in training mode needs more than one value per channel, got {count}")
+    var, mean = torch.var_mean(clean, dim=[0, *range(2, clean.dim())], correction=0)
+    if batch_sum is None:
+        return mean, var, count
+    # In two sums, since E[x²] - E[x]² would lose digits.
+    sums = batch_sum(torch.cat([count * mean, torch.full_like(mean[:1], count)]))
+    whole_count = sums[-1]
+    whole_mean = sums[:-1] / whole_count
+    whole_var = batch_sum(count * (var + (mean - whole_mean).square())) / whole_count
+    return whole_mean, whole_var, whole_count
+
+
+def _settle_batch_norm(
+    x: Ref, clean: Tensor | None, dims: int, batch_sum: BatchSum | None, *args: Any, **kwargs: Any
+) -> tuple[Callable, tuple]:
+    scale, shift = batch_norm_coefficients(clean, *args, **kwargs, batch_sum=batch_sum)
     channelwise = (1, -1) + (1,) * (dims - 2)
     return scale_shift, (x, scale.view(channelwise), shift.view(channelwise))
 
 
 def _settle_dropout(
-    x: Ref, clean: Tensor | None, dims: int, p: float = 0.5, training: bool = True, inplace: bool = False
+    x: Ref,
+    clean: Tensor | None,
+    dims: int,
+    batch_sum: BatchSum | None,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
 ) -> tuple[Callable, tuple]:
     if not training or p == 0:
         return torch.mul, (x, 1.0)
+    if batch_sum is not None:
+        raise UsageError("Dropout would draw the same for every part of a batch: train in one process, or without it")
     if clean is None:
         raise UsageError("Dropout is active in training mode: pass clean=, or call model.eval()")
     return torch.mul, (x, F.dropout(torch.ones_like(clean), p, True))
@@ -414,12 +439,14 @@ class Transform(Protocol[V]):
 class Graph(Generic[V]):
     """The operations of a network in order; operation 0 is its input, the one at `output` its result.
 
-    `tail` has the indices of the affine operations that end the network, one after the other.
+    `tail` has the indices of the affine operations that end the network, one after the other. `batch_sum` adds up
+    BatchNorm's sums, where the inputs are only a part of the batch.
     """
 
     operations: tuple[Operation, ...]
     output: int
     tail: frozenset[int]
+    batch_sum: BatchSum | None = None
 
     def run(self, value: V, transform: Transform[V], coefficients: Mapping[int, Coefficients] | None = None) -> V:
         """Walk through the network from `value`; intermediate values are freed after their last use.
@@ -460,7 +487,8 @@ class Graph(Generic[V]):
         if settle is None:
             return Call(index, operation.function, args, kwargs, operation.where)
         value = values[args[0].index]
-        function, args = settle(args[0], transform.clean(value), transform.like(value).dim(), *args[1:], **kwargs)
+        clean, dims = transform.clean(value), transform.like(value).dim()
+        function, args = settle(args[0], clean, dims, self.batch_sum, *args[1:], **kwargs)
         return Call(index, function, args, {}, operation.where)
 
 
@@ -478,7 +506,7 @@ def record_forward(model: nn.Module) -> fx.Graph:
         ) from error
 
 
-def trace(model: nn.Module) -> Graph:
+def trace(model: nn.Module, batch_sum: BatchSum | None = None) -> Graph:
     """Record `model`'s forward in its present mode (train or eval).
 
     Raises:
@@ -497,7 +525,7 @@ def trace(model: nn.Module) -> Graph:
             if not isinstance(result, fx.Node):
                 raise UnsupportedOperation("the network must return one tensor")
             output = current[result].index
-            return Graph(_with_last_uses(operations, output), output, _affine_tail(operations, output))
+            return Graph(_with_last_uses(operations, output), output, _affine_tail(operations, output), batch_sum)
         if node.op == "placeholder":
             operation = Operation(Tensor.contiguous, (), {}, "input", True)
         else:

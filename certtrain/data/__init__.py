@@ -8,6 +8,7 @@ from pathlib import Path
 from certtrain.data.batches import (
     NO_AUGMENTATION,
     Augmentation,
+    batch_sizes,
     epoch_batches,
     evaluation_batches,
     steps_per_epoch,
@@ -27,6 +28,7 @@ __all__ = [
     "Augmentation",
     "Dataset",
     "Split",
+    "batch_sizes",
     "epoch_batches",
     "evaluation_batches",
     "load_dataset",

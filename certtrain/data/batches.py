@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,11 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return -(-n // batch_size)
 
 
+def batch_sizes(n: int, batch_size: int) -> list[int]:
+    """Images in each batch of an epoch of `n`."""
+    return [min(batch_size, n - first) for first in range(0, n, batch_size)]
+
+
 def epoch_batches(
     split: Split,
     batch_size: int,
@@ -55,11 +60,13 @@ def epoch_batches(
     epoch: int,
     augmentation: Augmentation = NO_AUGMENTATION,
     start_step: int = 0,
+    share: Callable[[range], range] = lambda batch: batch,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of training batches: every image once, in random order; the last, incomplete batch is kept.
 
     Order and augmentation follow from (seed, epoch) alone, on every device and for every batch size; starting at
-    `start_step` = k yields what an uninterrupted epoch yields from its k-th batch on.
+    `start_step` = k yields what an uninterrupted epoch yields from its k-th batch on. With `share`, which picks
+    consecutive positions from a batch's, only those of its images are yielded.
 
     Yields:
         images float32 (B, C, H, W) in [0, 1] and labels int64 (B,), on the split's device.
@@ -81,7 +88,8 @@ def epoch_batches(
     shifts = torch.randint(-augmentation.crop, augmentation.crop + 1, (n, 2), generator=stream).to(device)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        here = slice(step * batch_size, (step + 1) * batch_size)
+        mine = share(range(step * batch_size, min((step + 1) * batch_size, n)))
+        here = slice(mine.start, mine.stop)
         chosen = order[here]
         if augmentation == NO_AUGMENTATION:
             images = split.images[chosen]
