@@ -306,7 +306,7 @@ INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, torch
            torch.tanh_}  # fmt: skip
 
 
-def _table_entry(module: nn.Module) -> type[nn.Module] | None:
+def table_entry(module: nn.Module) -> type[nn.Module] | None:
     """The class in MODULES whose computation `module` really runs: itself, or a base it inherits `forward` from."""
     for base in type(module).__mro__:
         if base in MODULES:
@@ -340,7 +340,7 @@ class _Proxy(fx.Proxy):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _table_entry(m) is not None or (
+        return table_entry(m) is not None or (
             type(m).__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList))
         )
 
@@ -373,7 +373,7 @@ def _record(node: fx.Node, model: nn.Module, args: tuple, kwargs: dict) -> Opera
         where = f"{_spelling(node, module)} {_location(node)}"
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedOperation(f"{where} has forward hooks, which bounds would not see; remove them")
-        entry = _table_entry(module)
+        entry = table_entry(module)
         if entry is None:
             return Operation(type(module), args, kwargs, where, True)
         function, arguments = MODULES[entry]
@@ -458,6 +458,20 @@ class Graph(Generic[V]):
         return Call(index, function, args, {}, operation.where)
 
 
+def record_forward(model: nn.Module) -> fx.Graph:
+    """What `model`'s forward does in its present mode, as torch.fx writes it down.
+
+    Raises:
+        UnsupportedOperation: control flow that depends on the input's values.
+    """
+    try:
+        return _Tracer().trace(model)
+    except (fx.proxy.TraceError, TypeError) as error:
+        raise UnsupportedOperation(
+            f"{type(model).__name__} cannot be traced: its forward must not branch or loop on the input ({error})"
+        ) from error
+
+
 def trace(model: nn.Module) -> Graph:
     """Record `model`'s forward in its present mode (train or eval).
 
@@ -465,12 +479,7 @@ def trace(model: nn.Module) -> Graph:
         UnsupportedOperation: control flow that depends on the input's values, an in-place write into a view, forward
             hooks, a result that is not one tensor.
     """
-    try:
-        nodes = list(_Tracer().trace(model).nodes)
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise UnsupportedOperation(
-            f"{type(model).__name__} cannot be traced: its forward must not branch or loop on the input ({error})"
-        ) from error
+    nodes = list(record_forward(model).nodes)
     operations: list[Operation] = []
     current: dict[fx.Node, Ref] = {}  # what a name means now: an in-place operation gives it a new meaning
     inputs = [node for node in nodes if node.op == "placeholder"]
