@@ -14,6 +14,7 @@ from certtrain.attacks import PGD
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.graph import evaluating
 from certtrain.data import Split, evaluation_batches
+from certtrain.folding import fold_batch_norm
 from certtrain.objectives import proved
 from certtrain.precision import full_precision
 
@@ -105,7 +106,8 @@ def verify(
     radii = [eps] if isinstance(eps, int | float) else list(eps)
     methods = [method] if isinstance(method, str) else list(method)
     with evaluating(model), full_precision():
-        net = BoundedModel(model, next(evaluation_batches(data, 1))[0], backend)
+        network = fold_batch_norm(model) if backend == "native" else model  # the same map in fewer operations
+        net = BoundedModel(network, next(evaluation_batches(data, 1))[0], backend)
         return [_verify_at(net, data, radius, methods, attack, batch_size, seed) for radius in radii]
 
 
