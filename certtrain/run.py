@@ -23,6 +23,7 @@ from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.objectives import Objective
+from certtrain.precision import layout_for
 from certtrain.recorder import Recorder
 from certtrain.reporting import ProgressDisplay
 from certtrain.run_directory import check_folder, make_folder, remove_temporaries
@@ -74,7 +75,7 @@ def train(
     dataset = load_data(config)
     torch.manual_seed(config.seed)
     model, architecture = build(config, dataset)
-    model.to(place)
+    model.to(place, memory_format=_layout(config, place))
     trainer = assemble(config, model, dataset.to(place))
     if resumed:
         state = load_checkpoint(folder / "last.ckpt", place)
@@ -211,6 +212,13 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset) -> Trainer:
         lr=StepwiseRate(optimizer.lr, [m * per_epoch for m in optimizer.milestones], optimizer.factor),
         clip=optimizer.clip,
     )
+
+
+def _layout(config: Config, device: torch.device) -> torch.memory_format:
+    training = config.training
+    if training.channels_last == "auto":
+        return layout_for(training.precision, device)
+    return torch.channels_last if training.channels_last else torch.contiguous_format
 
 
 def _compiles(config: Config, device: torch.device) -> bool:
