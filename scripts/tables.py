@@ -25,11 +25,15 @@ def main() -> None:
     fill(RESULTS / "methods.md", methods=methods_table(read("methods")["rows"]))
     if (RESULTS / "fusion.json").exists():
         fill(RESULTS / "methods.md", fusion=fusion_table(read("fusion")["rows"]))
-    fill(ROOT / "README.md", digits=seeds_table(read("digits")))
+    fill(ROOT / "README.md", digits=seeds_table([run for run in reproduced() if run["setting"] == "digits"]))
 
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def reproduced() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / "reproduce.jsonl").read_text().splitlines()]
 
 
 def fill(page: Path, **tables: str) -> None:
