@@ -19,11 +19,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import certtrain
-from certtrain.checkpoint import write_text
-from certtrain.config import Config, load_config
+
+# PyTorch, behind the other modules, is imported where it is needed: when the budget already counts.
+if TYPE_CHECKING:
+    from certtrain.config import Config
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "reproduce.jsonl"
 LONGEST_RESERVE = 60.0  # seconds of a budget that are kept for the step under way and the checkpoint
@@ -93,6 +95,8 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 def milestones(folder: Path) -> dict[str, float]:
     """Seconds, interruptions left out, until the end of warmup, each milestone, training, and verification."""
+    from certtrain.config import load_config
+
     config = load_config(folder / "config.yaml")
     summary = json.loads((folder / "summary.json").read_text())
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -123,6 +127,8 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def record(results: Path, line: dict[str, Any]) -> None:
+    from certtrain.checkpoint import write_text
+
     write_text(results, "".join(json.dumps(one) + "\n" for one in [*read(results), line]))
 
 
