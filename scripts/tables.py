@@ -26,6 +26,8 @@ def main() -> None:
     if (RESULTS / "fusion.json").exists():
         fill(RESULTS / "methods.md", fusion=fusion_table(read("fusion")["rows"]))
     fill(RESULTS / "profile.md", parts=profile_table(read("profile")["rows"]))
+    if (RESULTS / "authors-epochs.json").exists():
+        fill(RESULTS / "benchmark.md", authors=authors_table(read("authors-epochs")))
     for device in ("cpu", "cuda"):
         if (RESULTS / f"benchmark-{device}.json").exists():
             measured = read(f"benchmark-{device}")
@@ -111,6 +113,13 @@ def benchmark_growth_table(rows: list[dict[str, Any]]) -> str:
         size = " | ".join(str(rows[i][key]) for key in ("batch", "width", "classes"))
         lines.append(f"| {size} | " + " | ".join(f"{1000 * r['seconds']:.4g}" for r in rows[i : i + len(steps)]) + " |")
     return "\n".join(lines)
+
+
+def authors_table(measured: dict[str, Any]) -> str:
+    seconds = " | ".join(f"{value:.1f}" for value in measured["seconds"])
+    columns = range(1, len(measured["seconds"]) + 1)
+    head = f"| {measured['versions']['device']} | " + " | ".join(f"epoch {i}, s" for i in columns) + " |"
+    return "\n".join([head, "|---|" + "---:|" * len(columns), f"| the authors' code | {seconds} |"])
 
 
 def shown(value: float | None, form: str) -> str:
