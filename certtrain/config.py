@@ -146,6 +146,7 @@ class TrainingSection(Section):
     accumulation: int = Field(1, ge=1)  # parts a batch is worked through in, to save memory
     precision: Precision = "float32"  # of products while training: float32, tf32 or bf16; verification is float32
     compile: bool | Literal["auto"] = "auto"  # the step as one compiled graph; auto: on CUDA
+    channels_last: bool | Literal["auto"] = "auto"  # layout of images; auto: on CUDA, below float32 precision
     checkpoint_seconds: float = Field(60.0, ge=0)  # at least this long between two saves
 
 

@@ -24,6 +24,12 @@ def training_precision(precision: Precision, device: torch.device) -> Iterator[N
         yield
 
 
+def layout_for(precision: Precision, device: torch.device) -> torch.memory_format:
+    """How convolutions' weights should lie, and with them everything between: tensor cores read channels last."""
+    tensor_cores = device.type == "cuda" and precision != "float32"
+    return torch.channels_last if tensor_cores else torch.contiguous_format
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 products as such: no TF32, no bfloat16 splits, no autocast; the process's settings come back after."""

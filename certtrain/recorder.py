@@ -103,7 +103,7 @@ class Recorder(Follower):
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
         self.images_per_second = report.images_per_second
         layers = layer_statistics(trainer.objective.net, self._probe, max(report.eps, SMALLEST_RADIUS))
-        record = epoch_record(report, layers)
+        record = epoch_record(report, layers, self.seconds)
         self._metrics.add(record)
         self._tensorboard.add(record)
         self._display.after_epoch(report)

@@ -74,7 +74,8 @@ class TensorBoard:
             raise CheckpointError(f"could not write {self._file}: {error}") from error
 
 
-def epoch_record(report: EpochReport, layers: list[LayerStatistics]) -> dict[str, Any]:
+def epoch_record(report: EpochReport, layers: list[LayerStatistics], seconds: float) -> dict[str, Any]:
+    """`seconds`: of training until now, those before an interruption included."""
     return {
         "epoch": report.epoch,
         "step": report.step,
@@ -82,6 +83,7 @@ def epoch_record(report: EpochReport, layers: list[LayerStatistics]) -> dict[str
         "lr": report.lr,
         **report.metrics,
         "images_per_second": round(report.images_per_second, 1),
+        "seconds": round(seconds, 2),
         "layers": [vars(layer) for layer in layers],
     }
 

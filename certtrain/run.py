@@ -24,6 +24,7 @@ from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.objectives import Objective
+from certtrain.precision import layout_for
 from certtrain.radius import Radii, certified_radii
 from certtrain.recorder import Follower, Recorder
 from certtrain.reporting import ProgressDisplay
@@ -81,7 +82,7 @@ def train(
         with ranks.together():
             torch.manual_seed(config.seed)
             model, architecture = build(config, dataset)
-            model.to(place)
+            model.to(place, memory_format=_layout(config, place))
             dataset = dataset.to(place)
             state = load_checkpoint(folder / "last.ckpt") if resumed else None
         trainer = assemble(config, model, dataset, ranks)
@@ -249,6 +250,13 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         lr=StepwiseRate(optimizer.lr, [m * per_epoch for m in optimizer.milestones], optimizer.factor),
         clip=optimizer.clip,
     )
+
+
+def _layout(config: Config, device: torch.device) -> torch.memory_format:
+    training = config.training
+    if training.channels_last == "auto":
+        return layout_for(training.precision, device)
+    return torch.channels_last if training.channels_last else torch.contiguous_format
 
 
 def _compiles(config: Config, device: torch.device) -> bool:

@@ -5,16 +5,23 @@
     python scripts/benchmark.py --grow                       # also how time grows with batch, width and classes
 
 One process, one run: the variants take turns, so that a machine that changes speed changes it for all of them, and each
-figure is the median over the rounds; a ratio is the median of the rounds' ratios. Results go to docs/results.
+figure is the median over the rounds; a ratio is the median of the rounds' ratios. Peak memory is what a step takes
+beyond what is held between steps, on a CPU in a fresh process for each variant. The JSON in docs/results is complete
+after every part; scripts/tables.py makes docs/results/benchmark.md of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +37,12 @@ from certtrain.checkpoint import write_json
 from certtrain.errors import MissingDependency
 from certtrain.models import build_model
 from certtrain.objectives import Objective, Phase
+from certtrain.precision import layout_for
 from certtrain.run import resolve_device, versions
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+GROWING = ["natural, eager", "certtrain, eager", "auto_LiRPA"]
+COUNTED = ("natural, eager", "certtrain, eager")  # PyTorch's counter does not go with auto_LiRPA's tensors
 Step = Callable[[], None]
 
 
@@ -46,8 +56,8 @@ class Setting:
     phase: Phase = Phase.FULL
 
 
-def steps_of(setting: Setting, names: list[str] | None = None) -> tuple[dict[str, Step], float]:
-    """The variants' steps, each on a network of its own, and the floating-point operations of a natural one."""
+def makers_of(setting: Setting) -> dict[str, Callable[[], Step]]:
+    """The variants by name: calling one gives its step, on a network of its own."""
     torch.manual_seed(0)
     images = torch.rand(setting.batch, 3, 32, 32, device=setting.device)
     labels = torch.randint(0, setting.classes, (setting.batch,), device=setting.device)
@@ -63,7 +73,7 @@ def steps_of(setting: Setting, names: list[str] | None = None) -> tuple[dict[str
 
     def certified(backend: str = "native", **options: Any) -> Callable[[], Step]:
         def make() -> Step:
-            model, optimizer = network(setting)
+            model, optimizer = network(setting, layout_for(options.get("precision", "float32"), setting.device))
             objective = Objective(BoundedModel(model, images[:1], backend), **options)
             eps, progress = torch.tensor([8 / 255, 0.5], device=setting.device)
 
@@ -85,22 +95,33 @@ def steps_of(setting: Setting, names: list[str] | None = None) -> tuple[dict[str
     }
     if setting.device.type == "cuda":
         makers["certtrain, compiled, tf32"] = certified(**compiled, precision="tf32")
-    steps = {}
+    return makers
+
+
+def steps_of(setting: Setting, names: list[str] | None) -> dict[str, Step]:
+    makers, steps = makers_of(setting), {}
     for name in names or makers:
         try:
             steps[name] = makers[name]()
         except MissingDependency as error:
             print(error)
+    return steps
+
+
+def operations_of(step: Step) -> float:
+    """Floating-point operations of an eager step: those of its products."""
     with FlopCounterMode(display=False) as counter:
-        natural()()
-    return steps, float(counter.get_total_flops())
+        step()
+    return float(counter.get_total_flops())
 
 
-def network(setting: Setting) -> tuple[nn.Module, torch.optim.Optimizer]:
+def network(
+    setting: Setting, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     options = {"width": setting.width}
     normalisation = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
     model = build_model("cnn7", (3, 32, 32), setting.classes, **normalisation, options=options)
-    model.to(setting.device).train()
+    model.to(setting.device, memory_format=layout).train()
     return model, torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
 
 
@@ -132,15 +153,16 @@ def matrix_product_rate(device: torch.device) -> float:
 
 
 def measure(setting: Setting, names: list[str] | None = None) -> list[dict[str, Any]]:
-    steps, natural_operations = steps_of(setting, names)
-    memory = {}
+    steps, memory = steps_of(setting, names), {}
+    operations = {name: operations_of(step) for name, step in steps.items() if name in COUNTED}
     for name, step in steps.items():  # warm-up, compilation included
+        step()
         if setting.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(setting.device)
-        for _ in range(2):
-            step()
+            held = torch.cuda.memory_allocated(setting.device)
+        step()
         if setting.device.type == "cuda":
-            memory[name] = torch.cuda.max_memory_allocated(setting.device)
+            memory[name] = torch.cuda.max_memory_allocated(setting.device) - held
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for _ in range(setting.rounds):
@@ -151,7 +173,7 @@ def measure(setting: Setting, names: list[str] | None = None) -> list[dict[str, 
     rows = []
     for name, mine in times.items():
         seconds = statistics.median(mine)
-        operations = natural_operations * (1 if name.startswith("natural") else 3)
+        work = operations.get("certtrain, eager" if name.startswith("certtrain") else name)
         rows.append(
             {
                 "step": name,
@@ -162,12 +184,36 @@ def measure(setting: Setting, names: list[str] | None = None) -> list[dict[str, 
                 "images_per_second": setting.batch / seconds,
                 "of_natural": ratio(mine, times.get("natural, eager")),
                 "of_auto_lirpa": ratio(mine, times.get("auto_LiRPA")),
-                "of_matrix_product_rate": operations / seconds / rate,
+                "of_matrix_product_rate": work and work / seconds / rate,
                 "peak_bytes": memory.get(name),
                 "all_seconds": mine,
             }
         )
     return rows
+
+
+def cpu_memory(setting: Setting, name: str) -> int:
+    """Peak bytes of a step, found in a fresh process."""
+    size = ("--width", setting.width, "--batch", setting.batch, "--device", setting.device)
+    command = [sys.executable, __file__, "--memory-of", name, *map(str, size)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def own_memory(setting: Setting, name: str) -> int:
+    """Bytes by which this process grows for the second step, beyond what it holds after the first (Linux only)."""
+    (step,) = steps_of(setting, [name]).values()
+    step()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the compiler and the first step have freed goes back
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+    before = resident_bytes("VmHWM")
+    step()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
 
 
 def ratio(mine: list[float], other: list[float] | None) -> float | None:
@@ -186,13 +232,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def growth(setting: Setting) -> list[Setting]:
-    def changed(**changes: int) -> Setting:
-        return Setting(**{**vars(setting), "rounds": 3, **changes})
-
+    rounds, batch, width = min(3, setting.rounds), setting.batch, setting.width
     return [
-        *(changed(batch=batch) for batch in (16, 32, 64)),
-        *(changed(width=width, batch=16) for width in (16, 32, 64)),
-        *(changed(classes=classes, batch=16, width=16) for classes in (10, 50, 200)),
+        *(replace(setting, rounds=rounds, batch=part) for part in (batch // 4, batch // 2, batch)),
+        *(replace(setting, rounds=rounds, batch=batch // 4, width=part) for part in (width // 4, width // 2, width)),
+        *(
+            replace(setting, rounds=rounds, batch=batch // 4, width=width // 4, classes=classes)
+            for classes in (10, 50, 200)
+        ),
     ]
 
 
@@ -203,18 +250,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--grow", action="store_true", help="also measure growth with batch, width and classes")
+    parser.add_argument("--memory-of", metavar="STEP", help="only print what a step takes, in bytes")
     parser.add_argument("--out", type=Path, help="default: docs/results/benchmark-DEVICE.json")
     options = parser.parse_args()
     device = resolve_device(options.device)
     setting = Setting(device, options.width, batch=options.batch, rounds=options.rounds)
-    rows = measure(setting)
-    show(rows)
-    content: dict[str, Any] = {"versions": versions(), "rows": rows}
+    if options.memory_of:
+        print(own_memory(setting, options.memory_of))
+        return
+    out = options.out or RESULTS / f"benchmark-{device.type}.json"
+    content: dict[str, Any] = {"versions": versions(), "rows": measure(setting), "growth": []}
+    write_json(out, content)
+    show(content["rows"])
+    if device.type == "cpu":
+        for row in content["rows"]:
+            row["peak_bytes"] = cpu_memory(setting, row["step"])
+            write_json(out, content)
     if options.grow:
-        names = ["natural, eager", "certtrain, eager"]
-        content["growth"] = [row for changed in growth(setting) for row in measure(changed, names)]
+        for changed in growth(setting):
+            content["growth"] += measure(changed, GROWING)
+            write_json(out, content)
         show(content["growth"])
-    write_json(options.out or RESULTS / f"benchmark-{device.type}.json", content)
 
 
 if __name__ == "__main__":

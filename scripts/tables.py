@@ -31,11 +31,23 @@ def main() -> None:
     plot_residual_growth(residual)
     fill(RESULTS / "models.md", sizes=sizes_table(costs["models"]), growth=residual_growth_table(residual),
          costs=costs_table(costs["rows"]))  # fmt: skip
-    fill(ROOT / "README.md", digits=seeds_table(read("digits")))
+    fill(RESULTS / "profile.md", parts=profile_table(read("profile")["rows"]))
+    if (RESULTS / "authors-epochs.json").exists():
+        fill(RESULTS / "benchmark.md", authors=authors_table(read("authors-epochs")))
+    for device in ("cpu", "cuda"):
+        if (RESULTS / f"benchmark-{device}.json").exists():
+            measured = read(f"benchmark-{device}")
+            tables = {device: benchmark_table(measured), f"{device}-growth": benchmark_growth_table(measured["growth"])}
+            fill(RESULTS / "benchmark.md", **tables)
+    fill(ROOT / "README.md", digits=seeds_table([run for run in reproduced() if run["setting"] == "digits"]))
 
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def reproduced() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / "reproduce.jsonl").read_text().splitlines()]
 
 
 def fill(page: Path, **tables: str) -> None:
@@ -87,6 +99,49 @@ def fusion_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| classes | loss | seconds per step | peak memory, MiB |", "|---:|---|---:|---:|"]
     lines += [f"| {r['classes']} | {r['form']} | {r['seconds']:.2f} | {r['peak_mebibytes']} |" for r in rows]
     return "\n".join(lines)
+
+
+def profile_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| part | seconds | share |", "|---|---:|---:|"]
+    return "\n".join(lines + [f"| {row['part']} | {row['seconds']:.2f} | {row['share']:.1%} |" for row in rows])
+
+
+def benchmark_table(measured: dict[str, Any]) -> str:
+    first = measured["rows"][0]
+    versions = measured["versions"]
+    title = f"{versions['device']}, PyTorch {versions['torch']}; width {first['width']}, batch {first['batch']}."
+    lines = ["| step | ms | images/s | of natural | of auto_LiRPA | of the matrix-product rate | peak memory |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for row in measured["rows"]:
+        cells = [f"{1000 * row['seconds']:.4g}", f"{row['images_per_second']:.4g}"]
+        cells += [shown(row["of_natural"], "{:.2f}×"), shown(row["of_auto_lirpa"], "{:.2f}×")]
+        cells += [shown(row["of_matrix_product_rate"], "{:.0%}")]
+        cells += [shown(row["peak_bytes"] and row["peak_bytes"] / 2**20, "{:.0f} MiB")]
+        lines.append(f"| {row['step']} | {' | '.join(cells)} |")
+    return "\n".join([title, "", *lines])
+
+
+def benchmark_growth_table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "Not measured."
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    lines = [f"| batch | width | classes | {' | '.join(f'ms: {step}' for step in steps)} |"]
+    lines.append("|---:|---:|---:|" + "---:|" * len(steps))
+    for i in range(0, len(rows), len(steps)):
+        size = " | ".join(str(rows[i][key]) for key in ("batch", "width", "classes"))
+        lines.append(f"| {size} | " + " | ".join(f"{1000 * r['seconds']:.4g}" for r in rows[i : i + len(steps)]) + " |")
+    return "\n".join(lines)
+
+
+def authors_table(measured: dict[str, Any]) -> str:
+    seconds = " | ".join(f"{value:.1f}" for value in measured["seconds"])
+    columns = range(1, len(measured["seconds"]) + 1)
+    head = f"| {measured['versions']['device']} | " + " | ".join(f"epoch {i}, s" for i in columns) + " |"
+    return "\n".join([head, "|---|" + "---:|" * len(columns), f"| the authors' code | {seconds} |"])
+
+
+def shown(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
 
 
 def growth_table(rows: list[dict[str, Any]]) -> str:

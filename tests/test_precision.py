@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.precision import full_precision, training_precision
-from tests.networks import narrow_cnn7
+from certtrain.objectives import Objective, Phase
+from certtrain.precision import full_precision, layout_for, training_precision
+from tests.networks import narrow_cnn7, pooling_network, residual_network
 
 
 def test_full_precision_holds_inside_and_gives_back_what_was_set():
@@ -58,3 +59,31 @@ def test_training_precision_gives_back_what_was_set(precision):
         assert (a @ a).dtype is (torch.bfloat16 if precision == "bf16" else torch.float32)
     assert torch.backends.cudnn.allow_tf32 == before
     assert (a @ a).dtype is torch.float32
+
+
+@pytest.mark.parametrize("network", [narrow_cnn7, residual_network, pooling_network])
+def test_channels_last_weights_bring_everything_into_their_layout_and_change_no_value(network):
+    found, images, labels = [], torch.rand(8, 3, 16, 16).double(), torch.arange(8) % 5
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = network().double().train().to(memory_format=layout)
+        net = BoundedModel(model, images)
+        bounds = net.ibp(linf_box(images, 0.01), clean=images)
+        images_between = [part for box in bounds.relu_inputs for part in (box.center, box.radius) if part.dim() == 4]
+        assert all(part.is_contiguous(memory_format=layout) for part in images_between)
+        metrics = Objective(net).backward(images, labels, torch.tensor(0.01), torch.tensor(0.5), Phase.WARMUP)
+        found.append([*metrics.values(), *(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "layout"),
+    [
+        ("cpu", "bf16", torch.contiguous_format),
+        ("cuda", "float32", torch.contiguous_format),
+        ("cuda", "tf32", torch.channels_last),
+        ("cuda", "bf16", torch.channels_last),
+    ],
+)
+def test_channels_last_is_for_tensor_cores(device, precision, layout):
+    assert layout_for(precision, torch.device(device)) is layout

@@ -10,7 +10,7 @@ from certtrain.data import Split
 from certtrain.data.seeding import generator
 from certtrain.diagnostics import layer_statistics
 from certtrain.verification import verify
-from tests.networks import narrow_cnn7
+from tests.networks import narrow_cnn7, randomized
 
 
 class Threshold(nn.Module):
@@ -45,6 +45,18 @@ def test_errors_of_a_network_whose_robustness_is_known():
     torch.testing.assert_close(
         small.margin, 2 * (torch.tensor([127.5, 77.5, 7.5, 2.5, -22.5]) - 5) / 255, atol=1e-6, rtol=0
     )
+
+
+def test_margins_are_the_given_networks_whatever_is_folded_on_the_way():
+    torch.manual_seed(0)
+    model, images = randomized(narrow_cnn7()).eval(), torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    labels = model(images / 255).argmax(1)
+    (result,) = verify(model, Split(images, labels), 1 / 255)
+    exact = images.double() / 255
+    margins = BoundedModel(model.double(), exact).margins(linf_box(exact, 1 / 255), labels)
+    expected = margins.scatter(1, labels[:, None], torch.inf).amin(1)
+    torch.testing.assert_close(result.margin.double(), expected, rtol=1e-4, atol=1e-4)
+    assert result.natural_error == 0
 
 
 def test_the_order_of_errors_and_the_limit():
