@@ -144,9 +144,10 @@ class TrainingSection(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
     accumulation: int = Field(1, ge=1)  # parts a batch is worked through in, to save memory
+    activation_checkpointing: bool = False  # compute the boxes again on the way back, to save memory (ibp)
     precision: Precision = "float32"  # of products while training: float32, tf32 or bf16; verification is float32
     compile: bool | Literal["auto"] = "auto"  # the step as one compiled graph; auto: on CUDA
-    channels_last: bool | Literal["auto"] = "auto"  # layout of images; auto: on CUDA, below float32 precision
+    channels_last: bool | Literal["auto"] = "auto"  # layout of images; auto: where that is faster
     checkpoint_seconds: float = Field(60.0, ge=0)  # at least this long between two saves
 
 
@@ -198,10 +199,15 @@ class Config(Section):
             raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
         if self.training.loss_fusion and self.training.method != "crown-ibp":
             raise ValueError("training.loss_fusion is for training.method crown-ibp")
-        if self.backend == "lirpa" and (
-            self.training.loss_fusion or self.training.accumulation > 1 or self.training.compile is True
-        ):
-            raise ValueError("backend lirpa supports none of training.loss_fusion, accumulation, compile")
+        saves_memory = self.training.accumulation > 1 or self.training.activation_checkpointing
+        if self.training.compile is True and saves_memory:
+            raise ValueError("training.compile is for whole steps: not with accumulation or activation_checkpointing")
+        if self.training.activation_checkpointing and self.training.method != "ibp":
+            raise ValueError(f"training.activation_checkpointing is for method ibp, not {self.training.method}")
+        if self.backend == "lirpa" and (self.training.loss_fusion or saves_memory or self.training.compile is True):
+            raise ValueError(
+                "backend lirpa supports none of training.loss_fusion, accumulation, activation_checkpointing, compile"
+            )
         end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
         if self.training.method != "natural" and end > epochs:
             raise ValueError(

@@ -52,6 +52,7 @@ class Objective:
         tightness, relu_balance: which of the two to use.
         tolerance: their τ.
         l1: weight of the sum of absolute values of all convolution and linear weights.
+        activation_checkpointing: backward computes the boxes again instead of keeping them (ibp).
         accumulation: number of parts a batch is worked through in; the gradient is the whole batch's in any case.
         precision: of the products.
         compile_for: (whole) batches of this size take a compiled step, others an eager one, as does any in parts.
@@ -66,6 +67,7 @@ class Objective:
     relu_balance: bool = True
     tolerance: float = 0.5
     l1: float = 0.0
+    activation_checkpointing: bool = False
     accumulation: int = 1
     precision: Precision = "float32"
     compile_for: int | None = None
@@ -119,11 +121,24 @@ class Objective:
     def _terms(self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase) -> Metrics:
         if phase is Phase.NATURAL:
             return self._clean_terms(self.net.clean_pass(images).output, labels, phase)
-        bounds = self.net.ibp(_box(images, eps, phase), clean=images, record=self._goes_backward(phase))
-        terms = self._clean_terms(bounds.clean, labels, phase) | self._robust_terms(bounds, labels, progress, phase)
+        box = _box(images, eps, phase)
+        if self.activation_checkpointing:
+            clean = self.net.clean_pass(images)
+            logits, bounds = clean.output, self._bounds(box, clean.coefficients, phase)
+        else:
+            bounds = self.net.ibp(box, clean=images, record=self._goes_backward(phase))
+            logits = bounds.clean
+        terms = self._clean_terms(logits, labels, phase) | self._robust_terms(bounds, labels, progress, phase)
         if phase is Phase.FULL or not self._regularizes:
             return terms
         return terms | self._regularizer_terms(BatchSums.of(bounds).over(self.ranks), progress)
+
+    def _bounds(self, box: Box, coefficients: Mapping[int, Coefficients], phase: Phase) -> Bounds:
+        """Of a box whose clean input has gone ahead."""
+        if self.activation_checkpointing:
+            observe = moments if self._regularizes and phase is not Phase.FULL else _nothing
+            return self.net.ibp_in_segments(box, coefficients, observe)
+        return self.net.ibp(box, coefficients=coefficients, record=self._goes_backward(phase))
 
     def _backward_in_parts(
         self, images: Tensor, labels: Tensor, eps: Tensor, progress: Tensor, phase: Phase, size: int
@@ -144,7 +159,7 @@ class Objective:
             whole = self._sums_over(parts, copies, eps, phase) if regularizes else None
             for part, part_labels in parts:
                 box = _box(part, eps, phase)
-                bounds = self.net.ibp(box, coefficients=copies, record=self._goes_backward(phase))
+                bounds = self._bounds(box, copies, phase)
                 share = len(part) / size
                 robust = _scaled(self._robust_terms(bounds, part_labels, progress, phase), share)
                 sums = None if whole is None else BatchSums.of(bounds).completed_by(whole)
@@ -215,7 +230,7 @@ class BatchSums:
 
     @classmethod
     def of(cls, bounds: Bounds) -> BatchSums:
-        return cls(tuple(moments(box) for box in bounds.relu_inputs), moments(bounds.affine_input))
+        return cls(tuple(_moments(seen) for seen in bounds.relu_inputs), _moments(bounds.affine_input))
 
     @property
     def input_radius(self) -> Tensor:
@@ -259,6 +274,14 @@ def proved(margins: Tensor) -> Tensor:
 
 def affine_weights(model: nn.Module) -> list[Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, AFFINE_MODULES)]
+
+
+def _moments(seen: Box | Moments) -> Moments:
+    return seen if isinstance(seen, Moments) else moments(seen)
+
+
+def _nothing(box: Box) -> None:
+    return None
 
 
 def _box(images: Tensor, eps: Tensor, phase: Phase) -> Box:

@@ -230,6 +230,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         relu_balance=regularizers.relu_balance,
         tolerance=regularizers.tolerance,
         l1=regularizers.l1,
+        activation_checkpointing=training.activation_checkpointing,
         accumulation=training.accumulation,
         precision=training.precision,
         compile_for=training.batch_size if _compiles(config, split.images.device) else None,
@@ -255,14 +256,15 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
 def _layout(config: Config, device: torch.device) -> torch.memory_format:
     training = config.training
     if training.channels_last == "auto":
-        return layout_for(training.precision, device)
+        return layout_for(training.precision, device, _compiles(config, device))
     return torch.channels_last if training.channels_last else torch.contiguous_format
 
 
 def _compiles(config: Config, device: torch.device) -> bool:
     training = config.training
     wanted = device.type == "cuda" if training.compile == "auto" else training.compile
-    return wanted and training.accumulation == 1 and config.backend == "native"
+    whole = training.accumulation == 1 and not training.activation_checkpointing
+    return wanted and whole and config.backend == "native"
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

@@ -73,7 +73,8 @@ def makers_of(setting: Setting) -> dict[str, Callable[[], Step]]:
 
     def certified(backend: str = "native", **options: Any) -> Callable[[], Step]:
         def make() -> Step:
-            model, optimizer = network(setting, layout_for(options.get("precision", "float32"), setting.device))
+            precision, compiled = options.get("precision", "float32"), "compile_for" in options
+            model, optimizer = network(setting, layout_for(precision, setting.device, compiled))
             objective = Objective(BoundedModel(model, images[:1], backend), **options)
             eps, progress = torch.tensor([8 / 255, 0.5], device=setting.device)
 
@@ -228,7 +229,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_column(column.replace("_", " "), justify="left" if column == "step" else "right")
     for row in rows:
         table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c] or "–") for c in columns))
-    Console().print(table)
+    Console(width=None if Console().is_terminal else 160).print(table)
 
 
 def growth(setting: Setting) -> list[Setting]:

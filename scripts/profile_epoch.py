@@ -1,4 +1,4 @@
-"""Where an epoch's time goes: inside the training step, or beside it.
+"""Where an epoch's time goes, inside the training step or beside it; and how it grows with the number of images.
 
     python scripts/profile_epoch.py --data CIFAR      # docs/results/profile.json
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
+import json
 import tempfile
 import time
 from collections import defaultdict
@@ -31,6 +33,7 @@ from certtrain.recorder import Recorder
 from certtrain.run import epoch_batches, versions
 from certtrain.trainer import Trainer
 
+SIZES = (1280, 2560, 5120)  # whole batches
 STEP = ("forward and backward", "gradient clipping", "optimizer")
 
 
@@ -92,6 +95,16 @@ def profile(config: dict[str, Any]) -> dict[str, float]:
     return dict(watch.seconds)
 
 
+def seconds_by_epoch(config: dict[str, Any], images: int) -> list[float]:
+    """Of epochs at full epsilon, the first left out, in which the machine warms up."""
+    config = {**config, "data": {**config["data"], "limit": images}, "epsilon": {"max": 8 / 255}}
+    with tempfile.TemporaryDirectory() as folder:
+        certtrain.train(config, Path(folder) / "run")
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    ends = [json.loads(line)["seconds"] for line in lines]
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.npz and test.npz")
@@ -108,11 +121,14 @@ def main() -> None:
     rows = [{"part": part, "seconds": mine, "share": mine / whole} for part, mine in seconds.items()]
     rows.sort(key=lambda row: -row["seconds"])
     inside = sum(row["share"] for row in rows if row["part"] in STEP)
+    sizes = [{"images": size, "seconds_by_epoch": seconds_by_epoch(config, size)} for size in SIZES]
     del config["data"]["path"]
-    content = {"versions": versions(), "config": config, "inside_the_step": inside, "rows": rows}
+    content = {"versions": versions(), "config": config, "inside_the_step": inside, "rows": rows, "sizes": sizes}
     write_json(options.out, content)
     for row in rows:
         print(f"{row['part']:24} {row['seconds']:8.2f} s {row['share']:7.2%}")
+    for row in sizes:
+        print(f"{row['images']:6} images: " + ", ".join(f"{value:.2f}" for value in row["seconds_by_epoch"]) + " s")
     print(f"inside the step: {inside:.1%}")
 
 

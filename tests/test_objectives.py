@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.models import build_model
 from certtrain.objectives import Metrics, Objective, Phase, proved
 from certtrain.regularizers import relu_balance_loss, tightness_loss
-from tests.networks import narrow_cnn7, randomized
+from tests.networks import narrow_cnn7, randomized, residual_network
 
 EPS, PROGRESS = torch.tensor(2 / 255, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
 
@@ -117,6 +118,45 @@ def test_accumulation_gives_the_whole_batchs_gradient_and_statistics(phase, part
         assert ((mine.grad - other.grad).abs().max() / scale).item() < 1e-9
     for mine, other in zip(divided.buffers(), whole.buffers(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def assert_same_step(model: nn.Module, metrics: Metrics, other: nn.Module, expected: Metrics) -> None:
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12)
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-9, atol=1e-12)
+    for mine, its in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("make", [narrow_cnn7, residual_network], ids=["cnn7", "residual"])
+def test_activation_checkpointing_changes_nothing(make, phase, parts):
+    def fresh() -> nn.Module:
+        torch.manual_seed(0)
+        return randomized(make()).double().train()
+
+    kept, recomputed = fresh(), fresh()
+    expected = step(kept, phase, l1=1e-4)
+    metrics = step(recomputed, phase, l1=1e-4, activation_checkpointing=True, accumulation=parts)
+    assert_same_step(recomputed, metrics, kept, expected)
+
+
+@pytest.mark.parametrize("phase", [Phase.WARMUP, Phase.FULL])
+def test_activation_checkpointing_keeps_less_for_the_way_back(phase):
+    """What a forward pass leaves allocated, as the allocator counts it, is the memory that backward needs."""
+    model = build_model("cnn7", (3, 32, 32), 10, options={"width": 8, "linear_width": 32}).train()
+    images, labels = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
+    kept = []
+    for checkpointing in (False, True):
+        objective = Objective(BoundedModel(model, images[:1]), activation_checkpointing=checkpointing)
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            terms = objective._terms(images, labels, EPS.float(), PROGRESS.float(), phase)
+        kept.append(sum(event.self_cpu_memory_usage for event in profiler.events() if event.name != "[memory]"))
+        assert terms  # alive until the sum was taken
+    assert kept[1] < 0.6 * kept[0]
 
 
 def test_metrics_count_errors():

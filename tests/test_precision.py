@@ -77,13 +77,14 @@ def test_channels_last_weights_bring_everything_into_their_layout_and_change_no_
 
 
 @pytest.mark.parametrize(
-    ("device", "precision", "layout"),
+    ("device", "precision", "compiled", "layout"),
     [
-        ("cpu", "bf16", torch.contiguous_format),
-        ("cuda", "float32", torch.contiguous_format),
-        ("cuda", "tf32", torch.channels_last),
-        ("cuda", "bf16", torch.channels_last),
+        ("cpu", "bf16", False, torch.contiguous_format),
+        ("cpu", "float32", True, torch.channels_last),
+        ("cuda", "float32", True, torch.contiguous_format),
+        ("cuda", "tf32", False, torch.channels_last),
+        ("cuda", "bf16", True, torch.channels_last),
     ],
 )
-def test_channels_last_is_for_tensor_cores(device, precision, layout):
-    assert layout_for(precision, torch.device(device)) is layout
+def test_channels_last_is_for_tensor_cores_and_compiled_steps_on_cpus(device, precision, compiled, layout):
+    assert layout_for(precision, torch.device(device), compiled) is layout

@@ -132,6 +132,7 @@ def test_another_seed_gives_another_network(train, reference, tmp_path):
         ["epsilon.warmup_epochs=0"],
         ["training.method=natural"],
         ["training.accumulation=2", "regularizers.l1=1e-4"],
+        ["training.activation_checkpointing=true"],
         ["optimizer.name=SGD", "optimizer.arguments.momentum=0.9", "optimizer.clip=null"],
         ["data.validation=0.5", "data.flip=true"],
         ["training.channels_last=true", "training.precision=bf16"],

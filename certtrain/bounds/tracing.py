@@ -454,10 +454,22 @@ class Graph(Generic[V]):
         `coefficients` (by operation index) overrides the BatchNorms' own, see `clean_pass`.
         """
         values: dict[int, Any] = {0: value}
-        for index, operation in enumerate(self.operations[1:], start=1):
+        self.advance(values, range(1, len(self.operations)), transform, coefficients or {})
+        return values[self.output]
+
+    def advance(
+        self,
+        values: dict[int, Any],
+        indices: range,
+        transform: Transform[V],
+        coefficients: Mapping[int, Coefficients],
+    ) -> None:
+        """A part of the walk: the operations at `indices`, which read `values` and put their results there."""
+        for index in indices:
+            operation = self.operations[index]
             args, kwargs = map_leaves((operation.args, operation.kwargs), Ref, lambda ref: self._constant(ref, values))
             if operation.tracked:
-                call = self._settle(index, operation, args, kwargs, values, transform, coefficients or {})
+                call = self._settle(index, operation, args, kwargs, values, transform, coefficients)
                 args, kwargs = map_leaves((call.args, call.kwargs), Ref, lambda ref: values[ref.index])
                 values[index] = transform.apply(call, args, kwargs)
             else:
@@ -465,7 +477,6 @@ class Graph(Generic[V]):
                 values[index] = operation.function(*args, *operation.arguments(), **kwargs)
             for dead in operation.last_uses:
                 del values[dead]
-        return values[self.output]
 
     def _constant(self, ref: Ref, values: Mapping[int, Any]) -> Any:
         return ref if self.operations[ref.index].tracked else values[ref.index]
