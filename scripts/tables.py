@@ -31,13 +31,16 @@ def main() -> None:
     plot_residual_growth(residual)
     fill(RESULTS / "models.md", sizes=sizes_table(costs["models"]), growth=residual_growth_table(residual),
          costs=costs_table(costs["rows"]))  # fmt: skip
-    fill(RESULTS / "profile.md", parts=profile_table(read("profile")["rows"]))
+    profile = read("profile")
+    fill(RESULTS / "profile.md", parts=profile_table(profile["rows"]), sizes=epochs_table(profile["sizes"]))
     if (RESULTS / "authors-epochs.json").exists():
         fill(RESULTS / "benchmark.md", authors=authors_table(read("authors-epochs")))
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", "cpu-upstream", "cuda"):
         if (RESULTS / f"benchmark-{device}.json").exists():
             measured = read(f"benchmark-{device}")
-            tables = {device: benchmark_table(measured), f"{device}-growth": benchmark_growth_table(measured["growth"])}
+            tables = {device: benchmark_table(measured)}
+            if measured["growth"]:
+                tables[f"{device}-growth"] = benchmark_growth_table(measured["growth"])
             fill(RESULTS / "benchmark.md", **tables)
     fill(ROOT / "README.md", digits=seeds_table([run for run in reproduced() if run["setting"] == "digits"]))
 
@@ -106,6 +109,14 @@ def profile_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines + [f"| {row['part']} | {row['seconds']:.2f} | {row['share']:.1%} |" for row in rows])
 
 
+def epochs_table(rows: list[dict[str, Any]]) -> str:
+    epochs = range(2, 2 + len(rows[0]["seconds_by_epoch"]))
+    lines = ["| images | " + " | ".join(f"epoch {epoch}, s" for epoch in epochs) + " |"]
+    lines.append("|---:|" + "---:|" * len(epochs))
+    lines += [f"| {r['images']:,} | " + " | ".join(f"{s:.2f}" for s in r["seconds_by_epoch"]) + " |" for r in rows]
+    return "\n".join(lines)
+
+
 def benchmark_table(measured: dict[str, Any]) -> str:
     first = measured["rows"][0]
     versions = measured["versions"]
@@ -122,8 +133,6 @@ def benchmark_table(measured: dict[str, Any]) -> str:
 
 
 def benchmark_growth_table(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return "Not measured."
     steps = list(dict.fromkeys(row["step"] for row in rows))
     lines = [f"| batch | width | classes | {' | '.join(f'ms: {step}' for step in steps)} |"]
     lines.append("|---:|---:|---:|" + "---:|" * len(steps))
