@@ -18,6 +18,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins
+from certtrain.bounds.segments import propagate_in_segments
 from certtrain.bounds.tracing import SETTLED_BY_CLEAN, BatchSum, Call, Coefficients, Graph, leaves, scale_shift, trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 
@@ -127,7 +128,7 @@ class BoundedModel:
             segments: between which values are kept; by default the root of the number of operations, which takes least.
         """
         count = segments or math.isqrt(len(self.graph.operations))
-        return interval.propagate_in_segments(self.graph, box, coefficients, observe, count)
+        return propagate_in_segments(self.graph, box, coefficients, observe, count)
 
     def clean_pass(self, x: Tensor) -> CleanPass:
         """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with."""

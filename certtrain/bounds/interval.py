@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.tracing import (
@@ -204,7 +203,7 @@ def _itself(box: Box) -> Box:
     return box
 
 
-class _JointPass:
+class JointPass:
     """Walks clean input and box through the network side by side (a `tracing.Transform`), and gathers the Bounds."""
 
     settled = SETTLED_BY_CLEAN
@@ -255,7 +254,7 @@ def propagate(
     record: bool = False,
 ) -> Bounds:
     """One joint pass of `clean` and `box` through `graph`; see `BoundedModel.ibp`."""
-    walk = _JointPass(graph, record)
+    walk = JointPass(graph, record)
     result = graph.run(Joint(clean, box), walk, coefficients)
     return Bounds(
         result.clean,
@@ -266,43 +265,3 @@ def propagate(
         walk.tail_input or result.box,
         Record(tuple(walk.calls), {0: box, **walk.boxes}, graph.output) if record else None,
     )
-
-
-def propagate_in_segments(
-    graph: Graph[Joint], box: Box, coefficients: Mapping[int, Coefficients], observe: Observe, segments: int
-) -> Bounds:
-    """Bounds of `box` alone, of which backward computes again what lies between the ends of the segments.
-
-    What is kept for backward is then what passes from one segment to the next, and one segment's inside at a time.
-    (Chen et al. 2016, arXiv 1604.06174.) A segment may be walked twice: nothing in it may depend on how often, which is
-    why the BatchNorms' `coefficients` must be known.
-
-    Args:
-        observe: what is kept, as `relu_inputs` and `affine_input`, of the boxes themselves: a few numbers, as a rule.
-        segments: into how many parts of equally many operations the network is cut.
-    """
-
-    def walked(entering: Mapping[int, Any], indices: range) -> tuple[dict[int, Any], _JointPass]:
-        values = map_leaves(dict(entering), Joint, _anew)
-        walk = _JointPass(graph, observe=observe)
-        graph.advance(values, indices, walk, coefficients)
-        return values, walk
-
-    size = -(-(len(graph.operations) - 1) // segments)
-    values: dict[int, Any] = {0: Joint(None, box)}
-    walks: list[_JointPass] = []
-    for start in range(1, len(graph.operations), size):
-        indices = range(start, min(start + size, len(graph.operations)))
-        values, walk = checkpoint(walked, values, indices, use_reentrant=False)
-        walks.append(walk)
-    result = values[graph.output].box
-    first = next((walk.affine_input for walk in walks if walk.affine_input is not None), None)
-    tail_input = next((walk.tail_input for walk in walks if walk.tail_input is not None), result)
-    observed = tuple(seen for walk in walks for seen in walk.relu_inputs)
-    tail = tuple(call for walk in walks for call in walk.tail)
-    return Bounds(None, result, observed, observe(box) if first is None else first, tail, tail_input)
-
-
-def _anew(value: Joint) -> Joint:
-    """Without what the box has derived of itself: a second walk must derive it again."""
-    return Joint(value.clean, value.box.map(lambda part: part))
