@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.rounding import down, up
+from certtrain.bounds.rounding import down, nearest_above, nearest_below, up
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,7 @@ class PGD:
 def inscribed_linf_box(x: Tensor, eps: float) -> Box:
     """`linf_box` in the type of `x`, from which rounding lets nothing stick out: an attack counts only inside."""
     lower, upper = up(x.double() - eps).clamp(min=0), down(x.double() + eps).clamp(max=1)
-    nearest_lower, nearest_upper = lower.to(x.dtype), upper.to(x.dtype)
-    inner_lower = torch.where(nearest_lower < lower, up(nearest_lower), nearest_lower)
-    inner_upper = torch.where(nearest_upper > upper, down(nearest_upper), nearest_upper)
-    return Box(torch.minimum(inner_lower, x), torch.maximum(inner_upper, x))
+    return Box(torch.minimum(nearest_above(lower, x.dtype), x), torch.maximum(nearest_below(upper, x.dtype), x))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.graph import evaluating
+from certtrain.bounds.rounding import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.checkpoint import write_atomically, write_text
 from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
@@ -138,18 +139,8 @@ def vnnlib_property(lower: Tensor, upper: Tensor, label: int, classes: int) -> s
 
 def outer_box(images: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Float32 ends of the box of radius `eps` around float32 `images`, rounded outward, cut to [0, 1]."""
-    exact = images.double()
-    down, up = torch.full_like(exact, -torch.inf), torch.full_like(exact, torch.inf)
-    lower = _round_towards(torch.nextafter(exact - eps, down), down)
-    upper = _round_towards(torch.nextafter(exact + eps, up), up)
-    return lower.clamp(0, 1), upper.clamp(0, 1)
-
-
-def _round_towards(exact: Tensor, end: Tensor) -> Tensor:
-    """The nearest float32 that lies between `exact` (float64) and `end`."""
-    nearest = exact.float()
-    beyond = (nearest.double() - exact) * end < 0  # rounding went the other way
-    return torch.where(beyond, torch.nextafter(nearest, end.float()), nearest)
+    box = enclosing_linf_box(images, eps)
+    return nearest_below(box.lower, images.dtype), nearest_above(box.upper, images.dtype)
 
 
 def _decimal(value: float) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import certtrain
 from certtrain.bounds import BoundedModel
-from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box
+from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box, nearest_above, nearest_below
 from certtrain.certificates import read_certificates, write_certificates
 from certtrain.checker import SavedNetwork, check_row
 from certtrain.checkpoint import write_json
@@ -86,9 +86,8 @@ def sample(model: nn.Module, data: Split, eps: float, points: int) -> dict[str, 
 def inside(point: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """The nearest float32 that lies between the ends."""
     nearest = point.float()
-    infinity = torch.full_like(nearest, torch.inf)
-    nearest = torch.where(nearest < lower, torch.nextafter(nearest, infinity), nearest)
-    return torch.where(nearest > upper, torch.nextafter(nearest, -infinity), nearest)
+    nearest = torch.where(nearest < lower, nearest_above(lower, torch.float32), nearest)
+    return torch.where(nearest > upper, nearest_below(upper, torch.float32), nearest)
 
 
 def agreement(folder: Path, model: nn.Module, data: Split, eps: float) -> dict[str, Any]:

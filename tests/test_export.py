@@ -19,7 +19,7 @@ from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.export import export_onnx, export_vnnlib, open_images, outer_box, vnnlib_property
 from certtrain.models import Normalize
 from tests.commands import contents
-from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network
+from tests.networks import Threshold, narrow_cnn7, pooling_network, randomized, residual_network
 
 STANDARD = {"Sub", "Div", "Conv", "Gemm", "Relu", "Add", "Flatten", "AveragePool", "MaxPool", "Concat"}
 
@@ -108,20 +108,6 @@ def test_no_real_number_of_the_box_is_rounded_away(eps, tmp_path):
         assert true_low - low <= ulp
         assert high - true_high <= ulp
         assert {low, high} == {Fraction(float(np.float32(float(end)))) for end in (low, high)}
-
-
-class Threshold(nn.Module):
-    """One pixel: class 1 above 0.5, class 0 below; IBP is exact."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(1, 2)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.tensor([[-1.0], [1.0]]))
-            self.linear.bias.copy_(torch.tensor([0.5, -0.5]))
-
-    def forward(self, x):
-        return self.linear(x.flatten(1))
 
 
 def one_pixel_images(values, labels):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from certtrain import plots
 from certtrain.bounds import linf_box
@@ -22,6 +21,7 @@ from certtrain.data import Dataset, Split, load_dataset
 from certtrain.gallery import fates, judge
 from certtrain.html_report import error_curves, write_report
 from tests.commands import contents
+from tests.networks import Threshold
 
 VOID = {"meta", "br", "img"}
 
@@ -93,20 +93,6 @@ def test_class_names_are_text_not_markup(run):
     write_report(run, config, load_model(run), replace(dataset, classes=names), run / "report.html", limit=60)
     page = Page((run / "report.html").read_text())
     assert any(name in page.text for name in names)
-
-
-class Threshold(nn.Module):
-    """One pixel: class 1 above 0.5, class 0 below. What holds at every radius is known exactly."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(1, 2)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.tensor([[-1.0], [1.0]]))
-            self.linear.bias.copy_(torch.tensor([0.5, -0.5]))
-
-    def forward(self, x):
-        return self.linear(x.flatten(1))
 
 
 def threshold_images(restarts, limit=9, most=9):

@@ -4,26 +4,12 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
 from certtrain.attacks import PGD
 from certtrain.data import Split
 from certtrain.radius import certified_radii
 from certtrain.verification import verify
-
-
-class Threshold(nn.Module):
-    """Class 1 where the image's one pixel is above a half: its robust radius is its distance from there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(1, 2)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.tensor([[-1.0], [1.0]]))
-            self.linear.bias.copy_(torch.tensor([0.5, -0.5]))
-
-    def forward(self, x):
-        return self.linear(x.flatten(1))
+from tests.networks import Threshold
 
 
 @pytest.fixture

@@ -10,21 +10,7 @@ from certtrain.data import Split
 from certtrain.data.seeding import generator
 from certtrain.diagnostics import layer_statistics
 from certtrain.verification import verify
-from tests.networks import narrow_cnn7, randomized
-
-
-class Threshold(nn.Module):
-    """One pixel: class 1 above 0.5, class 0 below. What holds at every radius is known exactly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(1, 2)
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.tensor([[-1.0], [1.0]]))
-            self.linear.bias.copy_(torch.tensor([0.5, -0.5]))
-
-    def forward(self, x):
-        return self.linear(x.flatten(1))
+from tests.networks import Threshold, narrow_cnn7, randomized
 
 
 def pixels(values: list[int], labels: list[int]) -> Split:

@@ -134,6 +134,17 @@ def up(x: Tensor) -> Tensor:
     return torch.nextafter(x, torch.full_like(x, torch.inf))
 
 
+def nearest_below(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The greatest numbers of a coarser type that are not above `x`."""
+    nearest = x.to(dtype)
+    return torch.where(nearest > x, down(nearest), nearest)
+
+
+def nearest_above(x: Tensor, dtype: torch.dtype) -> Tensor:
+    nearest = x.to(dtype)
+    return torch.where(nearest < x, up(nearest), nearest)
+
+
 class OutwardBox(Box):
     """A float64 box whose other form encloses the one it was made in, in exact arithmetic."""
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box
-from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box, sum_error
+from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box, nearest_above, nearest_below, sum_error
 from certtrain.errors import UnsupportedOperation, UsageError
 from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network
 
@@ -236,7 +236,8 @@ def test_sampled_points_stay_inside_and_float64_adds_next_to_nothing(name, arith
     bounds, margins = net.ibp(box, arithmetic=arithmetic), net.margins(box, labels, arithmetic=arithmetic)
     deployed = model if arithmetic == "float32" else nn.Sequential(model).bfloat16()
     for _ in range(50):
-        point = torch.where(torch.rand_like(x) < 0.5, box.lower, box.upper).float().clamp(*_inside(box))
+        corner = torch.rand_like(x) < 0.5
+        point = torch.where(corner, nearest_above(box.lower, x.dtype), nearest_below(box.upper, x.dtype))
         with torch.no_grad():
             logits = deployed(point.to(next(deployed.parameters()).dtype)).double()
         if arithmetic == "float32" or name == "cnn7 without BatchNorm":  # bf16 keeps BatchNorm's parameters in float32
@@ -250,14 +251,6 @@ def test_sampled_points_stay_inside_and_float64_adds_next_to_nothing(name, arith
     assert (fine <= plain + 1e-12).all()
     if name != "pooling":  # whose logits come from a linear layer behind pooling
         torch.testing.assert_close(fine, plain, rtol=1e-9, atol=1e-9)
-
-
-def _inside(box: Box) -> tuple[Tensor, Tensor]:
-    """float32 ends that do not stick out of a float64 box."""
-    lower, upper = box.lower.float(), box.upper.float()
-    infinity = torch.full_like(lower, torch.inf)
-    lower = torch.where(lower.double() < box.lower, torch.nextafter(lower, infinity), lower)
-    return lower, torch.where(upper.double() > box.upper, torch.nextafter(upper, -infinity), upper)
 
 
 # --- a network made to fool a plain verifier --------------------------------------------------------------------------
