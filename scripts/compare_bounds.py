@@ -34,10 +34,9 @@ from certtrain.run import versions
 
 DIGITS_IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 20, "alpha-crown": 20}
 CIFAR_IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 10, "alpha-crown": 2}  # half a minute an image and more
-AT_ONCE = 10
 
 
-def compare_methods(data: Path, runs: Path, memory: float) -> None:
+def compare_methods(data: Path, runs: Path, memory: float, at_once: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (int(memory * 2**30),) * 2)
     file = RESULTS / "methods.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
@@ -51,7 +50,7 @@ def compare_methods(data: Path, runs: Path, memory: float) -> None:
                     continue
                 row = {"network": name, "eps": eps, "method": method, "engine": engine}
                 try:
-                    found = measure(make(model, images[:AT_ONCE]), images, labels, eps, method)
+                    found = measure(make(model, images[:at_once]), images, labels, eps, method, at_once)
                 except RuntimeError as error:
                     if "can't allocate memory" not in str(error):
                         raise
@@ -79,18 +78,19 @@ def train_once(config: Any, folder: Path) -> None:
         certtrain.train(config, folder, resume=True)
 
 
-def measure(net: Any, images: Tensor, labels: Tensor, eps: float, method: str) -> dict[str, Any]:
+def measure(net: Any, images: Tensor, labels: Tensor, eps: float, method: str, at_once: int) -> dict[str, Any]:
     """Verified error by one method, raw, and the median seconds per image over portions of the images."""
     holds, seconds = [], []
-    for part in range(0, len(images), AT_ONCE):
-        x, y = images[part : part + AT_ONCE], labels[part : part + AT_ONCE]
+    for part in range(0, len(images), at_once):
+        x, y = images[part : part + at_once], labels[part : part + at_once]
         with torch.no_grad():
             started = time.perf_counter()
             margins = net.margins(linf_box(x, eps), y, method, intersect=False)
             seconds.append((time.perf_counter() - started) / len(x))
         holds.append(proved(margins))
     error = 1 - torch.cat(holds).double().mean().item()
-    return {"images": len(images), "verified_error": error, "seconds_per_image": statistics.median(seconds)}
+    found = {"images": len(images), "at_once": at_once, "verified_error": error}
+    return found | {"seconds_per_image": statistics.median(seconds)}
 
 
 def compare_fusion() -> None:
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train.npz and test.npz")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--memory", type=float, default=16, help="address space, GiB; what needs more has failed")
+    parser.add_argument("--at-once", type=int, default=10, help="images in a portion")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--form", choices=("ibp", "margins", "fused"), default="fused")
     options = parser.parse_args()
@@ -141,7 +142,7 @@ def main() -> None:
     elif options.data is None:
         parser.error("--data is needed")
     else:
-        compare_methods(options.data, options.runs, options.memory)
+        compare_methods(options.data, options.runs, options.memory, options.at_once)
 
 
 if __name__ == "__main__":

@@ -61,26 +61,27 @@ def verify_double(model: nn.Module, data: Split, eps: float) -> Verification:
     )  # fmt: skip
 
 
-def sample(model: nn.Module, data: Split, eps: float, points: int) -> dict[str, Any]:
+def sample(model: nn.Module, data: Split, eps: float, wanted: int) -> dict[str, Any]:
     """Logits of random points of the boxes, half of them corners, as the network and as the folded one compute them."""
     generator = torch.Generator().manual_seed(0)
     net, folded = BoundedModel(model, next(evaluation_batches(data, 1))[0]), fold_batch_norm(model)
-    tried = outside = 0
+    points = outside = 0
     with torch.no_grad():
         for images, labels in evaluation_batches(data, 128):
             box = enclosing_linf_box(images, eps)
             bounds = net.ibp(box, arithmetic="float32")
             margins = net.margins(box, labels, arithmetic="float32")
-            for round_ in range(-(-points // (2 * len(data)))):
+            for round_ in range(-(-wanted // len(data))):
                 share = torch.rand(images.shape, generator=generator, dtype=torch.float64)
                 share = share.round() if round_ % 2 else share
                 point = inside(box.lower + share * (box.upper - box.lower), box.lower, box.upper)
+                points += len(labels)
                 for deployed in (model, folded):
                     logits = deployed(point).double()
                     in_box = bounds.output.contains(logits).all(1)
                     above = (logits.gather(1, labels[:, None]) - logits >= margins).all(1)
-                    tried, outside = tried + len(labels), outside + int((~(in_box & above)).sum())
-    return {"points": tried, "outside": outside}
+                    outside += int((~(in_box & above)).sum())
+    return {"points": points, "outside": outside}
 
 
 def inside(point: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

@@ -51,8 +51,7 @@ def test_every_certificate_holds_and_the_counts_are_the_verifiers(cli, certified
     outcome = cli("check", file, "--model", run)
     assert outcome.code == 0, outcome.err
     rows = read_certificates(file).rows
-    verdicts = {row["verdict"] for row in rows}
-    assert verdicts == {"proved", "attacked", "open"} or verdicts == {"proved", "attacked"}
+    assert {"proved", "attacked"} <= {row["verdict"] for row in rows}
     radii = json.loads((run / "verify.json").read_text())["radii"]
     for radius in radii:
         mine = [row for row in rows if row["epsilon"] == radius["eps"]]

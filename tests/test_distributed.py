@@ -60,9 +60,13 @@ def test_dropout_is_refused_where_batches_are_shared():
 
 # --- gradients and proofs, in float64 --------------------------------------------------------------------------------
 
-METHODS = {"ibp": {"method": "ibp"}, "fusion": {"method": "crown-ibp", "loss_fusion": True}}
+METHODS = {
+    "ibp": {"method": "ibp"},
+    "fusion": {"method": "crown-ibp", "loss_fusion": True},
+    "checkpointing": {"method": "ibp", "activation_checkpointing": True},
+}
 CASES = [(phase, "ibp", parts) for phase in Phase for parts in (1, 2, 4)]
-CASES += [(Phase.WARMUP, "fusion", parts) for parts in (1, 2)]
+CASES += [(Phase.WARMUP, method, parts) for method in ("fusion", "checkpointing") for parts in (1, 2)]
 BATCH = 10  # not divisible by 4: shares of 2 and 3 images
 
 

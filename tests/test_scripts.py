@@ -80,9 +80,13 @@ def test_reproduce_ends_in_time_and_goes_on_where_it_was(reproduce, tmp_path, mo
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGALRM, 75), (signal.SIGINT, 130)])
 def test_reproduce_verifies_later_what_it_had_no_time_for(reproduce, tmp_path, monkeypatch, capsys, sent, code):
-    with monkeypatch.context() as patch:
-        patch.setattr(certtrain_run, "verify", lambda *arguments, **options: signal.raise_signal(sent))
-        assert reproduce("--budget", 1000) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(certtrain_run, "verify", lambda *arguments, **options: signal.raise_signal(sent))
+            assert reproduce("--budget", 1000) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "run the same command again to continue" in capsys.readouterr().out
     assert reproduce() == 0
     assert len(lines(tmp_path)) == 1
