@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from certtrain.errors import CheckpointError, UsageError
+from certtrain.errors import CheckpointError, UsageError, optional_module
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,6 +111,7 @@ def _verify_radii(options: argparse.Namespace) -> int:
     from certtrain.plots import errors_over_eps_png
     from certtrain.run import load_data, radii_of, versions
 
+    optional_module("matplotlib", "report")  # known now rather than after all proofs
     folder = _folder(options.run)
     model, config = _open(options, _verification_overrides(options))
     largest = 2 * max(config.test_radii) if options.radius is True else options.radius
