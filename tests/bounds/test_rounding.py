@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from fractions import Fraction
 from functools import cache
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box, nearest_above, nearest_below, sum_error
 from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.folding import fold_batch_norm
 from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network
 
 # --- an emulator that rounds rationals: (bits of the significand, smallest exponent) ----------------------------------
@@ -234,23 +236,66 @@ def test_sampled_points_stay_inside_and_float64_adds_next_to_nothing(name, arith
     box = enclosing_linf_box(x, 2 / 255)
     net = BoundedModel(model, x)
     bounds, margins = net.ibp(box, arithmetic=arithmetic), net.margins(box, labels, arithmetic=arithmetic)
-    deployed = model if arithmetic == "float32" else nn.Sequential(model).bfloat16()
+    if arithmetic == "float32":
+        deployed = [model, fold_batch_norm(model)]
+    else:  # whose BatchNorm keeps its parameters in float32, which PyTorch's does not
+        deployed = [copy.deepcopy(model).bfloat16()] if name == "cnn7 without BatchNorm" else []
     for _ in range(50):
         corner = torch.rand_like(x) < 0.5
         point = torch.where(corner, nearest_above(box.lower, x.dtype), nearest_below(box.upper, x.dtype))
-        with torch.no_grad():
-            logits = deployed(point.to(next(deployed.parameters()).dtype)).double()
-        if arithmetic == "float32" or name == "cnn7 without BatchNorm":  # bf16 keeps BatchNorm's parameters in float32
+        for network in deployed:
+            with torch.no_grad():
+                logits = network(point.to(next(network.parameters()).dtype)).double()
             assert bounds.output.contains(logits).all()
             assert (logits.gather(1, labels[:, None]) - logits >= margins).all()
-    reference = BoundedModel(NETWORKS[name]().double(), x.double())
-    reference.model.load_state_dict({key: value for key, value in nn.Module.state_dict(model.double()).items()})
-    reference.model.eval()
+    reference = BoundedModel(copy.deepcopy(model).double(), x.double())
     plain = reference.margins(linf_box(x.double(), 2 / 255), labels)
     fine = reference.margins(box, labels, arithmetic="float64")
     assert (fine <= plain + 1e-12).all()
     if name != "pooling":  # whose logits come from a linear layer behind pooling
         torch.testing.assert_close(fine, plain, rtol=1e-9, atol=1e-9)
+
+
+class Arithmetics(nn.Module):
+    """Sums, products and quotients with constants and with another branch, padding, slices and means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("scale", torch.tensor([0.3, -0.7, 1.9, 0.1]).view(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (self.conv(x) - self.scale) / self.scale + 0.1 * x
+        y = F.pad(F.leaky_relu(-y, 0.3), (1, 0, 0, 1))[:, 1:] * 3.7
+        return torch.cat([y.mean((2, 3)), y.sum(3).flatten(1)], 1)
+
+
+OPERATIONS = {
+    "arithmetic": (Arithmetics, (4, 6, 6)),
+    "grouped convolution": (lambda: nn.Conv2d(4, 6, 3, 2, 1, groups=2), (4, 6, 6)),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, groups=2, bias=False), (4, 5, 5)),
+    "convolution 1d": (lambda: nn.Sequential(nn.Conv1d(4, 3, 3), nn.AvgPool1d(2), nn.BatchNorm1d(3)), (4, 9)),
+    "adaptive pooling": (lambda: nn.AdaptiveAvgPool2d((3, 2)), (4, 7, 5)),
+    "pooling with padding": (lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True), (4, 6, 6)),
+    "BatchNorm alone": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), (4, 5, 5)),
+    "BatchNorm without parameters": (lambda: nn.BatchNorm2d(4, affine=False), (4, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_holds_what_float32_computes_and_little_more(name):
+    """Boxes that are a point: all that they may hold is rounding, which is small beside the values."""
+    make, shape = OPERATIONS[name]
+    torch.manual_seed(0)
+    model = randomized(nn.Sequential(make(), nn.Flatten())).eval()
+    x = torch.randn(50, *shape) * 10.0 ** torch.randint(-3, 4, (50, *[1] * len(shape)))
+    output = BoundedModel(model, x).ibp(enclosing_linf_box(x, 0.0, clip=None), arithmetic="float32").output
+    with torch.no_grad():
+        for computed in (model(x), model(x.flip(0)).flip(0), torch.cat([model(one[None]) for one in x])):
+            assert output.contains(computed.double()).all()
+        truth = model.double()(x.double())
+    assert output.contains(truth).all()
+    assert ((output.upper - output.lower).amax(1) < 1e-3 * truth.abs().amax(1) + 1e-3).all()
 
 
 # --- a network made to fool a plain verifier --------------------------------------------------------------------------
