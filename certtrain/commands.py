@@ -92,7 +92,7 @@ def verify_command(options: argparse.Namespace) -> int:
     summaries = [result.summary() for result in results]
     show_results(Console(), summaries)
     if options.certificates:
-        settings = config.model_dump(mode="json")
+        settings = config.model_dump(mode="json", exclude={"data": {"root", "path"}})  # where this machine keeps data
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     content = {**summaries[0], "model": str(options.run), "radii": summaries, "versions": versions()}
