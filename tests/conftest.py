@@ -4,9 +4,14 @@ import shutil
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; certtrain/cli.py says why
 
 import pytest
+from hypothesis import settings
 
 from certtrain.cli import main
 from tests.commands import Outcome, one_thread, train_arguments
+
+# The same examples every time, so that what the suite says depends on the code alone; "default" explores.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ FLATTENS: list[Layer] = [
     nn.Flatten(),
     lambda x: torch.flatten(x, 1),
     lambda x: x.flatten(1),
-    lambda x: x.view(x.size(0), -1),
+    lambda x: x.contiguous().view(x.size(0), -1),
     lambda x: x.reshape(x.shape[0], -1),
     lambda x: x.mean((2, 3)),
     lambda x: x.mean(dim=(-1, -2), keepdim=True).flatten(1),
