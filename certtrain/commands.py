@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 
 def train_command(options: argparse.Namespace) -> int:
+    from certtrain.allocation import keep_freed_memory
     from certtrain.distributed import is_first_process
     from certtrain.run import train
 
+    keep_freed_memory()
     console = Console(quiet=not is_first_process())
     run = train(
         options.config,

@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from certtrain.allocation import keep_freed_memory
 from certtrain.bounds import BoundedModel
 from certtrain.checkpoint import write_json
 from certtrain.errors import MissingDependency
@@ -254,6 +255,7 @@ def main() -> None:
     parser.add_argument("--memory-of", metavar="STEP", help="only print what a step takes, in bytes")
     parser.add_argument("--out", type=Path, help="default: docs/results/benchmark-DEVICE.json")
     options = parser.parse_args()
+    keep_freed_memory()  # as `certtrain train` does; for all variants
     device = resolve_device(options.device)
     setting = Setting(device, options.width, batch=options.batch, rounds=options.rounds)
     if options.memory_of:
