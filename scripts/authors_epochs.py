@@ -7,11 +7,15 @@ CIFAR is the folder that holds torchvision's cifar-10-batches-py. The code needs
 the interpreter of an environment that has them, PYTHONPATH is passed on. Nothing is written to the checkout, and its
 logging service is replaced by one that keeps nothing. The epochs are the first ones of its CIFAR-10 setting at 8/255;
 the first is natural training, bounds follow from the second on.
+
+--beside adds the epochs of certtrain runs on the same machine and data: NAME=RUN, a run directory.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import re
 import subprocess
@@ -53,6 +57,12 @@ def authors_epochs(repo: Path, data: Path, python: str, device: str, epochs: int
     return seconds
 
 
+def our_epochs(run: Path) -> list[float]:
+    """Seconds of each epoch of a certtrain run that was never interrupted, everything included."""
+    ends = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [after - before for before, after in itertools.pairwise([0.0, *ends])]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path, required=True, help="checkout of the authors' repository")
@@ -61,10 +71,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--out", type=Path, default=RESULTS / "authors-epochs.json")
+    parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=RUN", help="certtrain runs to show beside")
     options, more = parser.parse_known_args()
     seconds = authors_epochs(options.repo, options.data, options.python, options.device, options.epochs, more)
-    write_json(options.out, {"versions": versions(), "device": options.device, "options": more, "seconds": seconds})
-    print(f"seconds per epoch: {', '.join(map(str, seconds))}")
+    rows = [{"loop": "authors'", "seconds": seconds}]
+    for name, run in (pair.split("=", 1) for pair in options.beside):
+        rows.append({"loop": f"certtrain, {name}", "seconds": our_epochs(Path(run))[: options.epochs]})
+    write_json(options.out, {"versions": versions(), "device": options.device, "options": more, "rows": rows})
+    for row in rows:
+        print(f"{row['loop']}: " + ", ".join(f"{value:.1f}" for value in row["seconds"]) + " seconds per epoch")
 
 
 if __name__ == "__main__":

@@ -143,10 +143,12 @@ def benchmark_growth_table(rows: list[dict[str, Any]]) -> str:
 
 
 def authors_table(measured: dict[str, Any]) -> str:
-    seconds = " | ".join(f"{value:.1f}" for value in measured["seconds"])
-    columns = range(1, len(measured["seconds"]) + 1)
-    head = f"| {measured['versions']['device']} | " + " | ".join(f"epoch {i}, s" for i in columns) + " |"
-    return "\n".join([head, "|---|" + "---:|" * len(columns), f"| the authors' code | {seconds} |"])
+    epochs = range(1, 1 + len(measured["rows"][0]["seconds"]))
+    lines = [f"| {measured['versions']['device']} | " + " | ".join(f"epoch {epoch}, s" for epoch in epochs) + " |"]
+    lines.append("|---|" + "---:|" * len(epochs))
+    for row in measured["rows"]:
+        lines.append(f"| {row['loop']} | " + " | ".join(f"{seconds:.1f}" for seconds in row["seconds"]) + " |")
+    return "\n".join(lines)
 
 
 def shown(value: float | None, form: str) -> str:
