@@ -1,7 +1,7 @@
 """Seconds per epoch of the authors' published training code, run as it is from a checkout, beside certtrain's.
 
     git clone https://github.com/shizhouxing/Fast-Certified-Robust-Training AUTHORS
-    python scripts/authors_epochs.py --repo AUTHORS --data CIFAR         # docs/results/authors-epochs.json
+    python scripts/authors_epochs.py --repo AUTHORS --data CIFAR         # docs/results/authors-epochs-cuda.json
 
 CIFAR is the folder that holds torchvision's cifar-10-batches-py. The code needs auto_LiRPA and the like: --python names
 the interpreter of an environment that has them, PYTHONPATH is passed on. Nothing is written to the checkout, and its
@@ -70,14 +70,15 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="interpreter that has what the code needs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=RESULTS / "authors-epochs.json")
+    parser.add_argument("--out", type=Path, help="default: docs/results/authors-epochs-DEVICE.json")
     parser.add_argument("--beside", nargs="*", default=[], metavar="NAME=RUN", help="certtrain runs to show beside")
     options, more = parser.parse_known_args()
     seconds = authors_epochs(options.repo, options.data, options.python, options.device, options.epochs, more)
     rows = [{"loop": "authors'", "seconds": seconds}]
     for name, run in (pair.split("=", 1) for pair in options.beside):
         rows.append({"loop": f"certtrain, {name}", "seconds": our_epochs(Path(run))[: options.epochs]})
-    write_json(options.out, {"versions": versions(), "device": options.device, "options": more, "rows": rows})
+    file = options.out or RESULTS / f"authors-epochs-{options.device}.json"
+    write_json(file, {"versions": versions(), "device": options.device, "options": more, "rows": rows})
     for row in rows:
         print(f"{row['loop']}: " + ", ".join(f"{value:.1f}" for value in row["seconds"]) + " seconds per epoch")
 

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 results=docs/results
 
 [[ -e $results/benchmark-cuda.json ]] || uv run python scripts/benchmark.py --device cuda --batch 128 --rounds 30 --grow
-[[ -e $results/authors-epochs.json ]] || uv run python scripts/authors_epochs.py --repo "$authors" --data "$cifar" ||
+[[ -e $results/authors-epochs-cuda.json ]] || uv run python scripts/authors_epochs.py --repo "$authors" --data "$cifar" ||
     echo "the authors' code did not run here; going on without"
 uv run python scripts/reproduce.py cifar10_8_255 "data.root=$cifar" "$@" --device cuda \
     --budget $((${HOUR:-3600} - SECONDS)) || [[ $? == 75 ]] # out of time, to be continued

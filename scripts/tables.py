@@ -33,8 +33,9 @@ def main() -> None:
          costs=costs_table(costs["rows"]))  # fmt: skip
     profile = read("profile")
     fill(RESULTS / "profile.md", parts=profile_table(profile["rows"]), sizes=epochs_table(profile["sizes"]))
-    if (RESULTS / "authors-epochs.json").exists():
-        fill(RESULTS / "benchmark.md", authors=authors_table(read("authors-epochs")))
+    for device in ("cpu", "cuda"):
+        if (RESULTS / f"authors-epochs-{device}.json").exists():
+            fill(RESULTS / "benchmark.md", **{f"authors-{device}": authors_table(read(f"authors-epochs-{device}"))})
     for device in ("cpu", "cpu-upstream", "cuda"):
         if (RESULTS / f"benchmark-{device}.json").exists():
             measured = read(f"benchmark-{device}")
