@@ -119,7 +119,7 @@ def export_vnnlib(
 
 def open_images(result: Verification) -> list[int]:
     """Those that are classified right, and neither proved nor attacked."""
-    return (result.correct & ~result.proved & ~result.attacked).nonzero()[:, 0].tolist()
+    return result.open.nonzero()[:, 0].tolist()
 
 
 def vnnlib_property(lower: Tensor, upper: Tensor, label: int, classes: int) -> str:

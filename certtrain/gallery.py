@@ -59,5 +59,4 @@ def judge(
 
 def fates(result: Verification) -> dict[str, Tensor]:
     """A flag (N,) per image for each thing that can become of it; every image has one fate."""
-    left_open = result.correct & ~result.proved & ~result.attacked
-    return {"proved": result.proved, "open": left_open, "attacked": result.attacked, "misclassified": ~result.correct}
+    return {"proved": result.proved, "open": result.open, "attacked": result.attacked, "misclassified": ~result.correct}

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.attacks import PGD
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel
 from certtrain.bounds.graph import evaluating
-from certtrain.bounds.rounding import enclosing_linf_box
 from certtrain.data import Split, evaluation_batches
 from certtrain.objectives import proved
 from certtrain.precision import full_precision
-from certtrain.verification import verify
+from certtrain.verification import perturbation_box, verify
 
 CURVE_POINTS = 101
 ATTACKED_POINTS = 9
@@ -88,9 +87,8 @@ def _bisect(
 ) -> Tensor:
     def holds(eps: Tensor) -> Tensor:
         per_image = eps.view(-1, *[1] * (images.dim() - 1))
-        sound = arithmetic is not None
-        box = enclosing_linf_box(images, per_image) if sound else linf_box(images, per_image.to(images.dtype))
-        return proved(net.margins(box, labels, arithmetic=arithmetic))
+        radius = per_image.to(images.dtype) if arithmetic is None else per_image
+        return proved(net.margins(perturbation_box(images, radius, arithmetic), labels, arithmetic=arithmetic))
 
     correct = net.model(images).argmax(1) == labels
     low = torch.zeros(len(labels), dtype=torch.float64, device=images.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.attacks import PGD
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.graph import evaluating
 from certtrain.bounds.rounding import arithmetic_named, enclosing_linf_box
 from certtrain.data import Split, evaluation_batches
@@ -60,6 +60,11 @@ class Verification:
     proved: Tensor
     margin: Tensor
     seconds: float
+
+    @property
+    def open(self) -> Tensor:
+        """(N,) bool: classified right, neither proved nor attacked."""
+        return self.correct & ~self.proved & ~self.attacked
 
     @property
     def natural_error(self) -> float:
@@ -217,9 +222,8 @@ class _Question:
         self, net: BoundedModel, images: Tensor, labels: Tensor, eps: float, correct: Tensor, stages: Sequence[Stage]
     ) -> Tensor:
         """Margins (B, K) by the first stage, then by one after another for those right and open."""
-        box, options = linf_box(images, eps), {}
-        if self.arithmetic is not None:
-            box, options = enclosing_linf_box(images, eps), {"arithmetic": self.arithmetic}
+        box = perturbation_box(images, eps, self.arithmetic)
+        options = {} if self.arithmetic is None else {"arithmetic": self.arithmetic}
         margins = torch.full((len(images), net.classes), -torch.inf, dtype=box.like.dtype, device=images.device)
         margins.scatter_(1, labels[:, None], 0.0)
         for position, stage in enumerate(stages):
@@ -233,6 +237,11 @@ class _Question:
             stage.proved += int((proved(margins[left]) & correct[left]).sum())
             stage.seconds += time.perf_counter() - started
         return margins
+
+
+def perturbation_box(images: Tensor, eps: float | Tensor, arithmetic: str | None) -> Box:
+    """What is asked about: a box that rounding has not made smaller where the bounds cover rounding."""
+    return linf_box(images, eps) if arithmetic is None else enclosing_linf_box(images, eps)
 
 
 def _share(flags: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ class Box:
         box._lower = box._upper = None
         box._center, box._radius = center, radius
         return box
+
+    @classmethod
+    def cat(cls, parts: Sequence[Box | Tensor], dim: int = 0) -> Box:
+        """The boxes one behind the other along `dim`; a tensor among them is a single point."""
+        boxes = [part if isinstance(part, Box) else cls(part, part) for part in parts]
+        return cls.around(torch.cat([b.center for b in boxes], dim), torch.cat([b.radius for b in boxes], dim))
 
     @property
     def lower(self) -> Tensor:

@@ -110,11 +110,6 @@ def _div(x: Any, y: Any) -> Box:
     return Box.around(x.center / y, x.radius / abs(y))
 
 
-def _cat(boxes: list[Any], dim: int = 0) -> Box:
-    boxes = [box if isinstance(box, Box) else Box(box, box) for box in boxes]
-    return Box.around(torch.cat([b.center for b in boxes], dim), torch.cat([b.radius for b in boxes], dim))
-
-
 MONOTONE = (F.relu, torch.sigmoid, torch.tanh, F.max_pool1d, F.max_pool2d, F.pad)
 
 RULES: dict[Callable, Rule] = {
@@ -128,7 +123,7 @@ RULES: dict[Callable, Rule] = {
     torch.mul: _mul,
     torch.div: _div,
     torch.neg: _neg,
-    torch.cat: _cat,
+    torch.cat: Box.cat,
 }
 
 

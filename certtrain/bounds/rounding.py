@@ -378,11 +378,6 @@ def _pad(a: Arithmetic, x: OutwardBox, pad: Any, mode: str = "constant", value: 
     return _monotone(F.pad)(a, x, pad, mode)
 
 
-def _cat(a: Arithmetic, boxes: list[Any], dim: int = 0) -> OutwardBox:
-    boxes = [box if isinstance(box, Box) else OutwardBox(box, box) for box in boxes]
-    return OutwardBox.around(torch.cat([b.center for b in boxes], dim), torch.cat([b.radius for b in boxes], dim))
-
-
 def _center(value: Any) -> Any:
     return value.center if isinstance(value, Box) else value
 
@@ -406,7 +401,7 @@ RULES: dict[Callable, Rule] = {
     torch.mul: _mul,
     torch.div: _div,
     torch.neg: _neg,
-    torch.cat: _cat,
+    torch.cat: lambda a, parts, dim=0: OutwardBox.cat(parts, dim),
 }
 
 
