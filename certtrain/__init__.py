@@ -11,17 +11,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from certtrain.checkpoint import load_model
-    from certtrain.run import Run, train
-    from certtrain.verification import Verification, verify
+    from certtrain.runs.checkpoint import load_model
+    from certtrain.runs.train import Run, train
+    from certtrain.verification.verify import Verification, verify
 
 __version__ = "0.1.0"
 __all__ = ["Run", "Verification", "load_model", "train", "verify"]
 
 _HOMES = {
-    "load_model": "certtrain.checkpoint",
-    "train": "certtrain.run",
-    "Run": "certtrain.run",
+    "load_model": "certtrain.runs.checkpoint",
+    "train": "certtrain.runs.train",
+    "Run": "certtrain.runs.train",
     "verify": "certtrain.verification",
     "Verification": "certtrain.verification",
 }

@@ -18,12 +18,12 @@ import torch
 
 import certtrain
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.checkpoint import write_json
 from certtrain.data import load_dataset, to_float
 from certtrain.errors import DivergedError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
-from certtrain.run import versions
+from certtrain.runs.train import versions
+from certtrain.runtime.files import write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 EPSILON = 8 / 255

@@ -19,14 +19,15 @@ import torch
 from ablation import CIFAR10_MEAN, CIFAR10_STD, EPSILON, RESULTS
 
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.checkpoint import write_json
-from certtrain.config import Config, load_config, runnable_configs
-from certtrain.cost import network_size, step_macs
+from certtrain.config import Config, load_config
+from certtrain.config.loading import runnable_configs
 from certtrain.data import load_dataset, to_float
 from certtrain.initialization import initialize_
 from certtrain.models import MODELS, build_model
-from certtrain.objectives import Objective, Phase
-from certtrain.run import versions
+from certtrain.runs.train import versions
+from certtrain.runtime.files import write_json
+from certtrain.training.cost import network_size, step_macs
+from certtrain.training.objectives import Objective, Phase
 
 NETWORKS = ("cnn7", "wide-resnet", "resnext")
 DATA = {  # image shape, classes, training images

@@ -25,8 +25,8 @@ from pathlib import Path
 
 from ablation import RESULTS
 
-from certtrain.checkpoint import write_json
-from certtrain.run import versions
+from certtrain.runs.train import versions
+from certtrain.runtime.files import write_json
 
 SILENT_LOGGING = "def ignore(*args, **kwargs): pass\ninit = log = finish = ignore\n"
 

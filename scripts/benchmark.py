@@ -32,14 +32,14 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from certtrain.allocation import keep_freed_memory
 from certtrain.bounds import BoundedModel
-from certtrain.checkpoint import write_json
 from certtrain.errors import MissingDependency
 from certtrain.models import build_model
-from certtrain.objectives import Objective, Phase
-from certtrain.precision import layout_for
-from certtrain.run import resolve_device, versions
+from certtrain.runs.train import resolve_device, versions
+from certtrain.runtime.allocation import keep_freed_memory
+from certtrain.runtime.files import write_json
+from certtrain.runtime.precision import layout_for
+from certtrain.training.objectives import Objective, Phase
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 GROWING = ["natural, eager", "certtrain, eager", "auto_LiRPA"]

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.lirpa import LirpaModel
-from certtrain.checkpoint import write_json
 from certtrain.data import Split, load_dataset, to_float
 from certtrain.models import build_model
-from certtrain.objectives import Objective, Phase, proved
-from certtrain.run import versions
+from certtrain.runs.train import versions
+from certtrain.runtime.files import write_json
+from certtrain.training.objectives import Objective, Phase, proved
 
 DIGITS_IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 20, "alpha-crown": 20}
 CIFAR_IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 10, "alpha-crown": 2}  # half a minute an image and more

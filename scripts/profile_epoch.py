@@ -27,11 +27,11 @@ from ablation import RESULTS, variant_config
 from torch import nn
 
 import certtrain
-from certtrain.checkpoint import write_json
-from certtrain.objectives import Objective
-from certtrain.recorder import Recorder
-from certtrain.run import epoch_batches, versions
-from certtrain.trainer import Trainer
+from certtrain.runs.callbacks import Recorder
+from certtrain.runs.train import epoch_batches, versions
+from certtrain.runtime.files import write_json
+from certtrain.training.objectives import Objective
+from certtrain.training.trainer import Trainer
 
 SIZES = (1280, 2560, 5120)  # whole batches
 STEP = ("forward and backward", "gradient clipping", "optimizer")
@@ -88,7 +88,7 @@ def profile(config: dict[str, Any]) -> dict[str, float]:
         (Recorder, "save", "checkpoint"),
     ]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        stack.enter_context(patch("certtrain.run.epoch_batches", watch.timed_iterator("batches", epoch_batches)))
+        stack.enter_context(patch("certtrain.runs.train.epoch_batches", watch.timed_iterator("batches", epoch_batches)))
         for owner, name, part in parts:
             stack.enter_context(patch.object(owner, name, watch.timed(part, getattr(owner, name))))
         certtrain.train(config, Path(folder) / "run")

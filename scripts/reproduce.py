@@ -127,7 +127,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def record(results: Path, line: dict[str, Any]) -> None:
-    from certtrain.checkpoint import write_text
+    from certtrain.runtime.files import write_text
 
     write_text(results, "".join(json.dumps(one) + "\n" for one in [*read(results), line]))
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 import certtrain
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box, nearest_above, nearest_below
-from certtrain.certificates import read_certificates, write_certificates
-from certtrain.checker import SavedNetwork, check_row
-from certtrain.checkpoint import write_json
 from certtrain.data import Split, evaluation_batches
-from certtrain.folding import fold_batch_norm
-from certtrain.run import versions
-from certtrain.verification import Verification, verify
+from certtrain.runs.train import versions
+from certtrain.runtime.files import write_json
+from certtrain.verification.certificates import read_certificates, write_certificates
+from certtrain.verification.checker import SavedNetwork, check_row
+from certtrain.verification.folding import fold_batch_norm
+from certtrain.verification.verify import Verification, verify
 
 
 def price(model: nn.Module, data: Split, eps: float) -> list[dict[str, Any]]:

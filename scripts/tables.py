@@ -12,7 +12,7 @@ from typing import Any
 
 from ablation import RESULTS, VARIANTS
 
-from certtrain.checkpoint import write_text
+from certtrain.runtime.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 

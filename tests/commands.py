@@ -78,7 +78,7 @@ def disk_with_room_for(size):
 # A server that has imported everything forks the children, so that a fresh process costs milliseconds.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
-    ["certtrain.run", "sklearn.datasets", "torch._dynamo", "tensorboard.summary.writer.record_writer"]
+    ["certtrain.runs.train", "sklearn.datasets", "torch._dynamo", "tensorboard.summary.writer.record_writer"]
 )
 
 

@@ -187,5 +187,5 @@ def test_initialization_and_regularizers_load_neither_trainer_nor_data(module):
     program = f"import sys, {module}; print([m for m in sys.modules if m.startswith('certtrain') or m == 'pydantic'])"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert "certtrain" in loaded
-    for heavy in ("trainer", "certtrain.data", "certtrain.run", "pydantic", "certtrain.models"):
+    for heavy in ("trainer", "certtrain.data", "certtrain.runs.train", "pydantic", "certtrain.models"):
         assert heavy not in loaded

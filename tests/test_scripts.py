@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from certtrain import run as certtrain_run
-from certtrain.checkpoint import load_checkpoint
-from certtrain.reporting import ProgressDisplay
+from certtrain.runs import train as certtrain_run
+from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.runs.progress import ProgressDisplay
 from tests.commands import TINY, contents, one_thread
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.graph import CleanPass
 from certtrain.bounds.interval import Bounds
+from certtrain.bounds.model import CleanPass
 from certtrain.bounds.tracing import Coefficients
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 

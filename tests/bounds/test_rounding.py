@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box, nearest_above, nearest_below, sum_error
 from certtrain.errors import UnsupportedOperation, UsageError
-from certtrain.folding import fold_batch_norm
+from certtrain.verification.folding import fold_batch_norm
 from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network
 
 # --- an emulator that rounds rationals: (bits of the significand, smallest exponent) ----------------------------------

@@ -1,0 +1,5 @@
+import sys
+
+from certtrain.cli import main
+
+sys.exit(main())

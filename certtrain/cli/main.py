@@ -1,0 +1,164 @@
+"""certtrain train | verify | check | export | report | config | models."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import certtrain
+from certtrain.cli import commands
+from certtrain.errors import CerttrainError, ProcessLost
+
+# Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
+# the machine. Read when torch is imported, which the commands do; the user's own setting wins.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (failed), 2 (written wrong), 128 + n (ended by signal n)."""
+    options = _parse(arguments)
+    try:
+        return options.command(options)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (CerttrainError, OSError) as error:
+        if options.debug:
+            raise
+        from certtrain.runtime.distributed import is_first_process
+
+        if is_first_process() or isinstance(error, ProcessLost):  # it may be the first that was lost
+            print(f"error: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, CerttrainError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may follow options, which argparse leaves over."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if strangers := [word for word in rest if word.startswith("-") or "overrides" not in options]:
+        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="certtrain", description="Train networks whose robustness is proved.")
+    parser.add_argument("--version", action="version", version=f"certtrain {certtrain.__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = _command(subparsers, "train", "train a network from a YAML config, and verify it", commands.train_command)
+    train.add_argument("config", help="a YAML file, or the name of a shipped one, such as digits")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
+    train.add_argument("--out", type=Path, help="run directory (default: runs/NAME)")
+    train.add_argument("--resume", action="store_true", help="continue the run in that directory")
+    train.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
+
+    verify = _command(
+        subparsers, "verify", "natural, PGD and verified error of a trained network", commands.verify_command
+    )
+    _add_run(verify)
+    verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
+    verify.add_argument(
+        "--method", help="bounds, each for what those before left open: ibp,crown-ibp,crown,alpha-crown"
+    )
+    verify.add_argument("--limit", type=_positive, help="only the first N test images")
+    verify.add_argument(
+        "--sound", metavar="ARITHMETIC", help="bounds that cover the rounding of float32, tf32, bf16 or float64"
+    )
+    verify.add_argument("--certificates", type=Path, metavar="FILE", help="write a Parquet file that `check` reads")
+    verify.add_argument(
+        "--radius",
+        nargs="?",
+        const=True,
+        type=_radius,
+        metavar="MAX",
+        help="instead: the largest radius proved for each image, up to MAX (default: twice the largest tested)",
+    )
+    verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
+
+    check = _command(
+        subparsers, "check", "prove certificates again, by an independent program", commands.check_command, device=False
+    )
+    check.add_argument("certificates", type=Path, help="a Parquet file that `verify --certificates` wrote")
+    check.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
+    check.add_argument("--model", type=Path, required=True, metavar="RUN", help="the run directory they are about")
+    check.add_argument("--dataset", metavar="NAME", help="where the images are read from (default: the run's data set)")
+
+    export = _command(subparsers, "export", "write a trained network for other tools", commands.export_command)
+    _add_run(export)
+    export.add_argument(
+        "--onnx", nargs="?", type=Path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
+    )
+    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each image left open")
+    export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
+    export.add_argument("--limit", type=_positive, help="only the first N test images")
+    export.add_argument("--timeout", type=_positive, default=300, help="of a property, in instances.csv (default: 300)")
+
+    report = _command(subparsers, "report", "show a run as an HTML page", commands.report_command)
+    _add_run(report)
+    report.add_argument("--out", type=Path, help="where to write the page (default: report.html in the run)")
+    report.add_argument("--limit", type=_positive, default=200, help="how many test images to look at (default: 200)")
+
+    config = _command(
+        subparsers,
+        "config",
+        "a config with all its values, or the names of those there are",
+        commands.config_command,
+        device=False,
+    )
+    config.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one; without it, their names")
+    config.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
+
+    models = _command(
+        subparsers, "models", "the networks that can be named, and their size", commands.models_command, device=False
+    )
+    models.add_argument("--input", type=_image_shape, default=(3, 32, 32), help="image shape (default: 3x32x32)")
+    models.add_argument("--classes", type=_positive, default=10, help="number of classes (default: 10)")
+    return parser
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", type=Path, help="a run directory, or its model.safetensors or last.ckpt")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
+
+
+def _command(
+    subparsers: argparse._SubParsersAction, name: str, text: str, run: object, device: bool = True
+) -> argparse.ArgumentParser:
+    command = subparsers.add_parser(name, help=text, description=text)
+    command.set_defaults(command=run)
+    if device:
+        command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return command
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def _radius(text: str) -> float:
+    from certtrain.config.schema import parse_radius
+
+    try:
+        return parse_radius(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _image_shape(text: str) -> tuple[int, ...]:
+    sizes = text.lower().replace("×", "x").split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image shape: write channels x height x width, as 3x32x32")
+    return tuple(map(int, sizes))

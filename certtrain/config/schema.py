@@ -1,0 +1,219 @@
+"""The YAML schema: one section per subsystem, every value checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from certtrain.bounds.model import METHODS
+from certtrain.bounds.rounding import ARITHMETICS
+from certtrain.data import DATASETS
+from certtrain.errors import unknown
+from certtrain.initialization import INITIALIZATIONS
+from certtrain.models import MODELS
+from certtrain.runtime.precision import Precision
+
+
+def parse_radius(value: Any) -> float:
+    """A perturbation radius in pixel units of [0, 1], written as a number or as a fraction like "8/255".
+
+    Raises:
+        ValueError: not a number, or outside [0, 1].
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        radius = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+    except (ValueError, TypeError, ZeroDivisionError):
+        raise ValueError(f"{value!r} is not a radius: write a number or a fraction such as 8/255") from None
+    if not 0 <= radius <= 1:
+        raise ValueError(f"a radius lies between 0 and 1 (pixels are scaled to [0, 1]), not {value}")
+    return radius
+
+
+Radius = Annotated[float, BeforeValidator(parse_radius)]
+
+
+OPTIMIZERS = {
+    name: value
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type)
+    and issubclass(value, torch.optim.Optimizer)
+    # the base class; one whose step needs the loss again; one for sparse gradients only
+    and value not in (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+}
+
+
+def one_of(kind: str, choices: Collection[str]) -> AfterValidator:
+    """A name among `choices`, or an error with the nearest ones."""
+
+    def check(name: str) -> str:
+        if name not in choices:
+            raise unknown(kind, name, choices)
+        return name
+
+    return AfterValidator(check)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataSection(Section):
+    """What is trained and tested on."""
+
+    name: Annotated[str, one_of("data set", DATASETS)]
+    root: str = "data"
+    path: str | None = None  # of one's own data: npz, folder
+    download: bool = False
+    limit: int | None = Field(None, ge=2)  # only the first so many training images
+    validation: float | int = Field(0, ge=0)  # held out of the training set: a share, or a number of images
+    flip: bool = False
+    crop: int = Field(0, ge=0)  # random shifts of up to this many pixels
+    mean: tuple[float, ...] | None = None  # input normalisation; null: the data set's own
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+
+
+class ModelSection(Section):
+    """The architecture: a name of certtrain.models, or "module:callable"."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if ":" not in name and name not in MODELS:
+            raise unknown("model", name, MODELS)
+        return name
+
+
+class EpsilonSection(Section):
+    """The perturbation radius and its warmup: 0 until `start_epoch` (counted from 1) begins, `max` when it ends."""
+
+    max: Radius
+    start_epoch: int = Field(1, ge=1)
+    warmup_epochs: int = Field(0, ge=0)
+    mid: float = Field(0.25, ge=0, le=1)
+    beta: float = Field(4.0, ge=1)
+
+
+class RegularizerSection(Section):
+    """Bound tightness and ReLU balance during warmup, and an L1 weight penalty throughout."""
+
+    weight: float = Field(0.5, ge=0)
+    tolerance: float = Field(0.5, gt=0)
+    tightness: bool = True
+    relu_balance: bool = True
+    l1: float = Field(0.0, ge=0)
+
+
+class OptimizerSection(Section):
+    """Any optimizer of torch.optim, by name, with its arguments; the learning rate falls at each milestone."""
+
+    name: Annotated[str, one_of("optimizer", OPTIMIZERS)] = "Adam"
+    lr: float = Field(5e-4, gt=0)
+    milestones: tuple[Annotated[int, Field(ge=0)], ...] = ()  # epochs done when the rate is multiplied by `factor`
+    factor: float = Field(0.2, gt=0)
+    clip: float | None = Field(10.0, gt=0)  # of the gradient's norm
+    arguments: dict[str, Any] = {}
+
+
+class TrainingSection(Section):
+    method: Literal["natural", "ibp", "crown-ibp"] = "ibp"
+    loss_fusion: bool = False  # of crown-ibp: one backward row instead of one for each class
+    initialization: Annotated[str, one_of("initialization", INITIALIZATIONS)] = "ibp"
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(128, ge=1)
+    accumulation: int = Field(1, ge=1)  # parts a batch is worked through in, to save memory
+    activation_checkpointing: bool = False  # compute the boxes again on the way back, to save memory (ibp)
+    precision: Precision = "float32"  # of products while training: float32, tf32 or bf16; verification is float32
+    compile: bool | Literal["auto"] = "auto"  # the step as one compiled graph; auto: on CUDA
+    channels_last: bool | Literal["auto"] = "auto"  # layout of images; auto: where that is faster
+    checkpoint_seconds: float = Field(60.0, ge=0)  # at least this long between two saves
+
+
+class VerificationSection(Section):
+    """What is measured on the test set at the end, and by `certtrain verify`."""
+
+    eps: tuple[Radius, ...] | None = None  # null: epsilon.max
+    method: tuple[str, ...] = ("ibp",)  # a cascade: each sees what those before left open
+    arithmetic: Annotated[str, one_of("arithmetic", ARITHMETICS)] | None = None  # whose rounding the bounds cover
+    limit: int | None = Field(None, ge=1)  # only the first so many test images
+    batch_size: int = Field(256, ge=1)
+    pgd_steps: int = Field(40, ge=0)
+    pgd_restarts: int = Field(2, ge=0)
+    pgd_step_size: float = Field(0.25, gt=0)  # as a share of epsilon
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _known_methods(cls, value: Any) -> Any:
+        methods = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        for name in methods if isinstance(methods, Sequence) else ():
+            if name not in METHODS:
+                raise unknown("bound method", str(name), METHODS)
+        return methods
+
+    @field_validator("eps", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+
+
+class Config(Section):
+    """A whole training run."""
+
+    seed: int = Field(0, ge=0)
+    data: DataSection
+    model: ModelSection
+    epsilon: EpsilonSection
+    training: TrainingSection
+    optimizer: OptimizerSection = OptimizerSection()
+    regularizers: RegularizerSection = RegularizerSection()
+    verification: VerificationSection = VerificationSection()
+    backend: Literal["native", "lirpa"] = "native"  # who computes bounds; lirpa is auto_LiRPA, where installed
+
+    @model_validator(mode="after")
+    def _fits_the_run(self) -> Config:
+        epochs, epsilon = self.training.epochs, self.epsilon
+        late = [milestone for milestone in self.optimizer.milestones if milestone >= epochs]
+        if late:
+            raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
+        if self.training.loss_fusion and self.training.method != "crown-ibp":
+            raise ValueError("training.loss_fusion is for training.method crown-ibp")
+        saves_memory = self.training.accumulation > 1 or self.training.activation_checkpointing
+        if self.training.compile is True and saves_memory:
+            raise ValueError("training.compile is for whole steps: not with accumulation or activation_checkpointing")
+        if self.training.activation_checkpointing and self.training.method != "ibp":
+            raise ValueError(f"training.activation_checkpointing is for method ibp, not {self.training.method}")
+        if self.backend == "lirpa" and (self.training.loss_fusion or saves_memory or self.training.compile is True):
+            raise ValueError(
+                "backend lirpa supports none of training.loss_fusion, accumulation, activation_checkpointing, compile"
+            )
+        end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
+        if self.training.method != "natural" and end > epochs:
+            raise ValueError(
+                f"epsilon: warmup would end after {end} epochs "
+                f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"
+            )
+        return self
+
+    @property
+    def test_radii(self) -> tuple[float, ...]:
+        return self.verification.eps or (self.epsilon.max,)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

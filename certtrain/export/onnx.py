@@ -1,0 +1,64 @@
+"""A trained network for other tools, as ONNX."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from certtrain.bounds.model import evaluating
+from certtrain.errors import UnsupportedOperation, optional_module
+from certtrain.runtime.files import write_atomically
+from certtrain.runtime.precision import full_precision
+from certtrain.verification.folding import fold_batch_norm
+
+OPSET = 13  # has all operations of our networks, and is old enough for most verifiers
+
+
+def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> None:
+    """Write `model` as ONNX: BatchNorm folded, input normalisation inside, any batch size.
+
+    Args:
+        model: maps images (B, C, H, W) in [0, 1], the ONNX input `image`, to (B, K), the output `logits`.
+        image_shape: (C, H, W).
+
+    Raises:
+        MissingDependency: the library onnx is not installed.
+        UnsupportedOperation: the network cannot be traced, or has an operation that ONNX lacks.
+    """
+    onnx = optional_module("onnx", "export")
+    example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    folded = _folded(model, example)
+    content = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            # Said to be superseded; but its graphs are plain (Flatten, not Reshape), which verifiers understand best.
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                folded,
+                (example,),
+                content,
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise UnsupportedOperation(f"the network cannot be written as ONNX: {str(error).splitlines()[0]}") from error
+    onnx.checker.check_model(onnx.load_model_from_string(content.getvalue()), full_check=True)
+    write_atomically(file, lambda target: target.write(content.getvalue()))
+
+
+def _folded(model: nn.Module, example: Tensor) -> nn.Module:
+    folded = fold_batch_norm(model)
+    image = example.to(next(model.parameters()).device)
+    with evaluating(model), full_precision(), torch.no_grad():
+        difference = (folded(image) - model(image)).abs().max().item()
+    if not difference < 1e-3:
+        raise UnsupportedOperation(f"with BatchNorm folded, the network's outputs differ by {difference:g}")
+    return folded.cpu()

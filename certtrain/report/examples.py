@@ -1,0 +1,62 @@
+"""What became of single test images: proved, attacked, left open, or misclassified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from certtrain.bounds.model import evaluating
+from certtrain.config import Config, load_config
+from certtrain.data import Dataset, to_float
+from certtrain.runs.train import verify_run
+from certtrain.runtime.precision import full_precision
+from certtrain.verification.verify import Verification
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A test image (C, H, W) and what was found out about it.
+
+    point: the image, or where it was attacked the adversarial point, within [0, 1] and in the shape of the image;
+    prediction: the class of the point; margin: smallest lower bound of z_y - z_j around the image.
+    """
+
+    index: int
+    image: Tensor
+    label: int
+    point: Tensor
+    prediction: int
+    margin: float
+
+
+def judge(
+    config: Config, model: nn.Module, dataset: Dataset, eps: float, limit: int, most: int
+) -> tuple[Verification, Mapping[str, Sequence[Example]]]:
+    """Verify the first `limit` test images as the configuration says, at radius `eps`.
+
+    Returns:
+        What was found, and under each of the names of `fates` the first `most` examples.
+    """
+    (result,) = verify_run(load_config(config, [f"verification.eps={eps!r}"]), model, dataset, limit)
+    split = dataset.test.take(slice(len(result.correct)))
+    images = to_float(split.images)
+    points = images.clone()
+    points[result.attacked] = result.adversarial
+
+    def example(index: int) -> Example:
+        point = points[index]
+        with evaluating(model), full_precision(), torch.no_grad():
+            prediction = model(point[None].to(next(model.parameters()).device)).argmax(1).item()
+        margin = result.margin[index].item()
+        return Example(index, images[index], int(split.labels[index]), point, int(prediction), margin)
+
+    chosen = {name: flags.nonzero()[:most, 0].tolist() for name, flags in fates(result).items()}
+    return result, {name: [example(index) for index in indices] for name, indices in chosen.items()}
+
+
+def fates(result: Verification) -> dict[str, Tensor]:
+    """A flag (N,) per image for each thing that can become of it; every image has one fate."""
+    return {"proved": result.proved, "open": result.open, "attacked": result.attacked, "misclassified": ~result.correct}

@@ -1,0 +1,45 @@
+"""How tight the bounds of each layer are, and in which states its ReLUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds.model import evaluating
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One ReLU's input box: mean radius, tightness (mean(r_0) / mean(r_i)), and shares of its neurons over a batch.
+
+    dead: neurons that are inactive for every image of the batch.
+    """
+
+    radius: float
+    tightness: float
+    active: float
+    inactive: float
+    unstable: float
+    dead: float
+
+
+@torch.no_grad()
+def layer_statistics(net: BoundedModel, images: Tensor, eps: float) -> list[LayerStatistics]:
+    """Statistics of every ReLU, in eval mode, for the boxes of radius `eps` around `images` (B, C, H, W)."""
+    with evaluating(net.model):
+        bounds = net.ibp(linf_box(images, eps))
+    first = bounds.affine_input.radius.mean()
+    return [_statistics(box, first) for box in bounds.relu_inputs]
+
+
+def _statistics(box: Box, input_radius: Tensor) -> LayerStatistics:
+    active, inactive = box.lower > 0, box.upper < 0
+    radius = box.radius.mean()
+    shares = torch.stack([active.float().mean(), inactive.float().mean(), inactive.all(0).float().mean()])
+    act, inact, dead = shares.tolist()
+    return LayerStatistics(
+        radius.item(), (input_radius / radius.clamp(min=1e-12)).item(), act, inact, 1 - act - inact, dead
+    )

@@ -1,0 +1,235 @@
+"""A run as one HTML page: what was trained, how, and what is proved of it; with nothing to be fetched."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from certtrain.config import Config
+from certtrain.data import Dataset
+from certtrain.errors import CheckpointError
+from certtrain.report import plots
+from certtrain.report.examples import Example, fates, judge
+from certtrain.runtime.files import write_text
+
+EXAMPLES = 12  # of each fate
+MEANING = {
+    "proved": "no perturbation within epsilon changes the prediction",
+    "open": "classified right, neither proved nor attacked",
+    "attacked": "PGD found a misclassified point within epsilon",
+    "misclassified": "wrong without any perturbation",
+}
+Curve = tuple[list[float], list[float]]  # epsilons, errors
+SHOWN = ("proved", "attacked", "open")
+
+
+def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, file: Path, limit: int) -> None:
+    """Write the page of the finished run in the folder `run`; its first `limit` test images are verified again.
+
+    Raises:
+        CheckpointError: the run is not finished, or one of its files is missing or corrupt.
+        MissingDependency: matplotlib is not installed.
+    """
+    summary, epochs = _read_summary(run), _read_epochs(run)
+    try:
+        shown, curves = _show(config, summary), error_curves(run, summary)
+        drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*curves)}
+    except KeyError as error:
+        raise CheckpointError(f"the run in {run} was written by another version: its files lack {error}") from error
+    result, examples = judge(config, model, dataset, summary["eps"], limit, EXAMPLES)
+    counts = {name: int(flags.sum()) for name, flags in fates(result).items()}
+    methods = ", ".join(config.verification.method)
+    content = {
+        "title": escape(run.resolve().name),
+        "gallery_intro": f"The first {len(result.correct)} test images, bounds by {methods}. "
+        "The margin is the smallest lower bound of the label's logit minus another's.",
+        "bar": _bar(counts),
+        "gallery": "\n".join(
+            _gallery(name, counts[name], examples[name], dataset.classes, result.eps) for name in SHOWN
+        ),
+        "config": escape(config.to_yaml()),
+    }
+    template = importlib.resources.files("certtrain.report").joinpath("page.html").read_text(encoding="utf-8")
+    write_text(file, Template(template).substitute(drawn | shown | content))
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def error_curves(run: Path, summary: Mapping[str, Any]) -> tuple[float, dict[str, Curve]]:
+    """Natural error, and PGD and verified error over epsilon: of radius.json, else verify.json, else the summary."""
+    if (run / "radius.json").exists():
+        radius = _read_json(run / "radius.json")
+        natural = radius["natural_error"]
+        curves = {
+            "pgd": (radius["pgd_eps"], radius["pgd_error"]),
+            "verified": (radius["eps"], radius["verified_error"]),
+        }
+    else:
+        source = _read_json(run / "verify.json") if (run / "verify.json").exists() else summary
+        radii = sorted(source["radii"], key=lambda result: result["eps"])
+        natural, eps = radii[0]["natural_error"], [result["eps"] for result in radii]
+        curves = {key: (eps, [result[f"{key}_error"] for result in radii]) for key in ("pgd", "verified")}
+    return natural, {key: _from_zero(natural, *curve) for key, curve in curves.items()}
+
+
+def _from_zero(natural: float, eps: Sequence[float], errors: Sequence[float]) -> Curve:
+    return (list(eps), list(errors)) if 0 in eps else ([0.0, *eps], [natural, *errors])
+
+
+def _read_summary(run: Path) -> dict[str, Any]:
+    if not (run / "summary.json").is_file():
+        raise CheckpointError(f"{run} holds no finished run (it has no summary.json): continue it with train --resume")
+    return _read_json(run / "summary.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    with _described(file):
+        return dict(json.loads(file.read_text()))
+
+
+def _read_epochs(run: Path) -> list[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    with _described(file):
+        epochs = [json.loads(line) for line in file.read_text().splitlines()]
+    if not epochs:
+        raise CheckpointError(f"{file} is empty: there is nothing to plot")
+    return epochs
+
+
+@contextmanager
+def _described(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def _draw(epochs: plots.Epochs) -> dict[str, str]:
+    drawings = (plots.errors, plots.losses, plots.schedules, plots.tightness, plots.relu_states)
+    return {draw.__name__: draw(epochs) for draw in drawings}
+
+
+def _show(config: Config, summary: Mapping[str, Any]) -> dict[str, str]:
+    radii = summary["radii"]
+    return {
+        "subtitle": escape(_subtitle(config, summary)),
+        "tiles": _tiles(summary),
+        "results": _table(("epsilon", "natural", "PGD", "verified", "images"), map(_result_row, radii)),
+        "stages": _table(("epsilon", "method", "images", "proved", "seconds"), _stage_rows(radii)),
+        "eps": _radius(summary["eps"]),
+        "versions": _table(("", ""), summary["versions"].items()),
+    }
+
+
+def _subtitle(config: Config, summary: Mapping[str, Any]) -> str:
+    parts = (config.model.name, config.data.name, f"trained by {config.training.method}", f"seed {config.seed}")
+    return f"{', '.join(parts)}; {summary['images']} test images, bounds by {summary['method'].replace(',', ', ')}"
+
+
+def _tiles(summary: Mapping[str, Any]) -> str:
+    tiles = {
+        "epsilon": _radius(summary["eps"]),
+        "natural error": f"{summary['natural_error']:.2%}",
+        "PGD error": f"{summary['pgd_error']:.2%}",
+        "verified error": f"{summary['verified_error']:.2%}",
+        "training": _duration(summary["train_seconds"]),
+        "images per second": f"{summary['images_per_second']:.0f}",
+    }
+    return "".join(
+        f'<div class="tile"><b>{value}</b><span class="soft">{name}</span></div>' for name, value in tiles.items()
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    def line(cells: Iterable[Any], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    names = line(head, "th") if any(head) else ""
+    return f"<table>{names}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _result_row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    errors = (f"{result[f'{key}_error']:.2%}" for key in ("natural", "pgd", "verified"))
+    return (_radius(result["eps"]), *errors, str(result["images"]))
+
+
+def _stage_rows(results: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    return [
+        (_radius(result["eps"]), stage["method"], stage["images"], stage["proved"], stage["seconds"])
+        for result in results
+        for stage in result["stages"]
+    ]
+
+
+def _radius(eps: float) -> str:
+    """In steps of 8-bit pixels, where it is a whole number of them."""
+    steps = round(eps * 255)
+    return f"{steps}/255" if steps > 0 and abs(eps * 255 - steps) < 1e-6 else f"{eps:.5g}"
+
+
+def _bar(counts: Mapping[str, int]) -> str:
+    parts = "".join(f'<span class="{name}" style="flex:{count}"></span>' for name, count in counts.items() if count)
+    key = "".join(f'<li><i class="{name}"></i>{count} {name}: {MEANING[name]}</li>' for name, count in counts.items())
+    return f'<div class="bar">{parts}</div><ul class="key">{key}</ul>'
+
+
+def _gallery(fate: str, count: int, examples: Sequence[Example], classes: Sequence[str], eps: float) -> str:
+    if not examples:
+        return ""
+    figures = "".join(_figure(example, classes, eps) for example in examples)
+    return f'<h3>{fate.capitalize()} ({len(examples)} of {count})</h3><div class="gallery">{figures}</div>'
+
+
+def _figure(example: Example, classes: Sequence[str], eps: float) -> str:
+    pictures = "".join(f'<img src="{_data_uri(picture)}" alt="">' for picture in _pictures(example, eps))
+    label, prediction = (escape(_name(index, classes)) for index in (example.label, example.prediction))
+    verdict = f"<b>{label}</b>" if example.prediction == example.label else f"<b>{label}</b> → <b>{prediction}</b>"
+    text = f"{verdict}<br>margin {example.margin:.2g}<br>image {example.index}"
+    return f'<figure class="example"><div>{pictures}</div><figcaption>{text}</figcaption></figure>'
+
+
+def _pictures(example: Example, eps: float) -> list[Tensor]:
+    """The image; where it was attacked the adversarial point too, and how they differ: grey where they do not."""
+    difference = example.point - example.image
+    if not difference.any():
+        return [example.image]
+    return [example.image, example.point, 0.5 + 0.5 * difference / eps]
+
+
+def _name(index: int, classes: Sequence[str]) -> str:
+    return classes[index] if index < len(classes) else f"class {index}"
+
+
+def _data_uri(image: Tensor) -> str:
+    """A PNG of an image (C, H, W) in [0, 1]; grey unless it has three channels."""
+    pixels = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
+    file = io.BytesIO()
+    Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(file, format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

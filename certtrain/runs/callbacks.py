@@ -1,0 +1,117 @@
+"""The observers of a run: the first process saves, logs and shows; each listens for signals."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from torch import Tensor
+
+from certtrain.runs.checkpoint import save_checkpoint
+from certtrain.report.layer_statistics import layer_statistics
+from certtrain.runtime.distributed import Ranks
+from certtrain.training.objectives import SMALLEST_RADIUS
+from certtrain.runs.progress import MetricsFile, ProgressDisplay, TensorBoard, epoch_record
+from certtrain.training.trainer import EpochReport, Trainer
+
+PROBE_IMAGES = 256  # of the training set, on which each layer's statistics are taken
+
+
+class Follower:
+    """Ends the run when a signal has come, to this process or another: all of them after the same step.
+
+    What every process but the first does, and nothing else.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._noted = 0
+        self.signal: int | None = None
+
+    def after_step(self, trainer: Trainer) -> bool:
+        self._agree()
+        within_epoch = trainer.step % trainer.steps_per_epoch != 0  # at its end, after_epoch ends the run
+        return self.signal is not None and within_epoch
+
+    def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
+        self._agree()
+        return self.signal is not None
+
+    def save(self, trainer: Trainer) -> None:
+        """The first process does."""
+
+    def _agree(self) -> None:
+        self.signal = self._ranks.largest(self._noted) or None
+
+    @contextmanager
+    def until_signalled(self) -> Iterator[None]:
+        """Let the first SIGINT or SIGTERM end the run after the present step; a second one acts as usual."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._noted = number
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+
+        previous = {}
+        try:
+            for name in (signal.SIGINT, signal.SIGTERM):
+                previous[name] = signal.signal(name, note)
+        except ValueError:  # not the main thread: whoever called handles signals
+            pass
+        try:
+            yield
+        finally:
+            for name, handler in previous.items():
+                signal.signal(name, handler)
+
+
+class Recorder(Follower):
+    """The first process's observer: saves, logs and shows besides."""
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint_seconds: float,
+        trainer: Trainer,
+        probe: Tensor,
+        display: ProgressDisplay,
+        ranks: Ranks,
+        seconds_before: float = 0.0,
+    ) -> None:
+        super().__init__(ranks)
+        self._folder, self._display = folder, display
+        self._checkpoint_seconds = checkpoint_seconds
+        self._metrics = MetricsFile(folder / "metrics.jsonl", trainer.epoch)
+        self._tensorboard = TensorBoard(folder / "tensorboard", trainer.epoch)
+        self._probe = probe[:PROBE_IMAGES]
+        self._seconds_before, self._started = seconds_before, time.monotonic()
+        self._saved_at = self._started
+        self.images_per_second = self._metrics.last.get("images_per_second", 0.0)
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def after_step(self, trainer: Trainer) -> bool:
+        self._display.after_step(trainer)
+        return super().after_step(trainer)
+
+    def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
+        self.images_per_second = report.images_per_second
+        layers = layer_statistics(trainer.objective.net, self._probe, max(report.eps, SMALLEST_RADIUS))
+        record = epoch_record(report, layers, self.seconds)
+        self._metrics.add(record)
+        self._tensorboard.add(record)
+        self._display.after_epoch(report)
+        if time.monotonic() - self._saved_at >= self._checkpoint_seconds:
+            self.save(trainer)
+        return super().after_epoch(trainer, report)
+
+    def save(self, trainer: Trainer) -> None:
+        state = {"model": trainer.model.state_dict(), "trainer": trainer.state_dict(), "seconds": self.seconds}
+        save_checkpoint(self._folder / "last.ckpt", state)
+        self._saved_at = time.monotonic()

@@ -1,0 +1,139 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from certtrain.runtime.files import write_text
+from certtrain.report.layer_statistics import LayerStatistics
+from certtrain.errors import CheckpointError
+from certtrain.training.trainer import EpochReport, Trainer
+
+
+class MetricsFile:
+    """metrics.jsonl: one line per epoch. A resumed run drops the lines of epochs that it will train again."""
+
+    def __init__(self, path: Path, keep_epochs: int) -> None:
+        self._path = path
+        old = path.read_text().splitlines() if path.exists() else []
+        self._lines = [line for line in old if json.loads(line)["epoch"] <= keep_epochs]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The record of the latest epoch, empty before the first."""
+        return json.loads(self._lines[-1]) if self._lines else {}
+
+    def add(self, record: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(record))
+        write_text(self._path, "\n".join(self._lines) + "\n")
+
+
+class TensorBoard:
+    """The same numbers, and every layer's, as TensorBoard scalars over epochs.
+
+    Written without torch's SummaryWriter, whose thread keeps epochs back that a kill then loses, and which prints a
+    traceback of its own when the disk is full. A file of one's own per process; a resumed run tells TensorBoard to
+    forget the epochs that it will train again.
+    """
+
+    def __init__(self, folder: Path, keep_epochs: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self._file = folder / f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        start = SessionLog(status=SessionLog.START)
+        self._append(Event(file_version="brain.Event:2"), Event(step=keep_epochs + 1, session_log=start))
+
+    def add(self, record: dict[str, Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = {f"train/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "epoch"}
+        for number, layer in enumerate(record["layers"], start=1):
+            scalars |= {f"relu{number}/{name}": value for name, value in layer.items()}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._append(Event(step=record["epoch"], summary=Summary(value=values)))
+
+    def _append(self, *events: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        try:
+            self._file.parent.mkdir(exist_ok=True)
+            with open(self._file, "ab") as file:
+                for event in events:
+                    event.wall_time = time.time()
+                    RecordWriter(file).write(event.SerializeToString())
+        except OSError as error:
+            raise CheckpointError(f"could not write {self._file}: {error}") from error
+
+
+def epoch_record(report: EpochReport, layers: list[LayerStatistics], seconds: float) -> dict[str, Any]:
+    """`seconds`: of training until now, those before an interruption included."""
+    return {
+        "epoch": report.epoch,
+        "step": report.step,
+        "eps": report.eps,
+        "lr": report.lr,
+        **report.metrics,
+        "images_per_second": round(report.images_per_second, 1),
+        "seconds": round(seconds, 2),
+        "layers": [vars(layer) for layer in layers],
+    }
+
+
+class ProgressDisplay:
+    """A bar with the time remaining on a terminal, a line per epoch elsewhere. Use as a context manager."""
+
+    def __init__(self, console: Console, total_steps: int, epochs: int, done: int = 0) -> None:
+        self._console, self._epochs = console, epochs
+        self._started, self._steps_before, self._total = time.monotonic(), done, total_steps
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=total_steps, completed=done)
+
+    def __enter__(self) -> ProgressDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def after_step(self, trainer: Trainer) -> None:
+        if not self._bar.disable:
+            epoch = min(trainer.epoch + 1, self._epochs)
+            self._bar.update(self._task, completed=trainer.step, description=f"epoch {epoch}/{self._epochs}")
+
+    def after_epoch(self, report: EpochReport) -> None:
+        m = report.metrics
+        errors = [f"natural {m['natural_error']:7.2%}"]
+        if "verified_error" in m:
+            errors.append(f"verified {m['verified_error']:7.2%}")
+        parts = [
+            f"epoch {report.epoch:>{len(str(self._epochs))}}/{self._epochs}",
+            f"eps {report.eps:.5f}",
+            f"loss {m['loss']:.4f}",
+            *errors,
+            f"{report.images_per_second:.0f} images/s",
+            f"{self._remaining(report.step)} left",
+        ]
+        self._console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+    def _remaining(self, step: int) -> str:
+        pace = (time.monotonic() - self._started) / max(1, step - self._steps_before)
+        seconds = round(pace * (self._total - step))
+        hours, minutes = divmod(seconds // 60, 60)
+        return f"{hours}:{minutes:02}:{seconds % 60:02}"

@@ -1,0 +1,1 @@
+"""What a training step minimises, and the loop that takes steps."""

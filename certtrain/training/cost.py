@@ -1,0 +1,67 @@
+"""What a network and a training step compute, in multiply-accumulates: counted, without computing any of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from certtrain.errors import UsageError
+from certtrain.models import build_model
+from certtrain.training.objectives import Objective, Phase
+
+
+class Size(NamedTuple):
+    """Of a network: its parameters, and the multiply-accumulates of its products for one image."""
+
+    parameters: int
+    macs: int
+
+
+def network_size(
+    name: str, image_shape: Sequence[int], num_classes: int, options: Mapping[str, Any] | None = None
+) -> Size:
+    """The size of the network `name` (`build_model`), built without memory for its weights.
+
+    Raises:
+        UsageError: the network cannot be built, or refuses images of that shape (C, H, W).
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model(name, image_shape, num_classes, options=options).eval()
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(1, *image_shape))
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"model {name} cannot take {'×'.join(map(str, image_shape))} images: {reason}") from error
+    return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+
+
+def step_macs(objective: Objective, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:
+    """Multiply-accumulates of one training step in a phase, forward and backward, for each image of its batch.
+
+    Elementwise work (ReLU, BatchNorm, |W|) is not counted. The network's weights stay; BatchNorm counts the step.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images, labels = torch.empty(batch_size, *image_shape), torch.zeros(batch_size, dtype=torch.int64)
+        eps = torch.tensor(0.0)
+        with FlopCounterMode(display=False, custom_mapping={_CONVOLUTION_BACKWARD: _convolution_backward}) as counter:
+            objective.backward(images, labels, eps, eps, phase)
+    objective.net.model.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / 2 / batch_size
+
+
+_CONVOLUTION_BACKWARD = torch.ops.aten.convolution_backward
+
+
+def _convolution_backward(
+    output: torch.Size, x: torch.Size, weight: torch.Size, bias: Any, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, wanted: Sequence[bool], out_shape: Any = None,
+) -> int:  # fmt: skip
+    """Each gradient costs what the convolution does; torch's own count takes a grouped one for dense."""
+    positions = math.prod((x if transposed else output)[2:]) * x[0]
+    return 2 * positions * math.prod(weight) * sum(wanted[:2])

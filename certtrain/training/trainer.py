@@ -1,0 +1,182 @@
+"""The loop, and nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from certtrain.errors import DivergedError
+from certtrain.training.objectives import Objective
+
+Batches = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]  # (epoch, first step of it) -> images, labels
+
+
+@dataclass
+class EpochReport:
+    """One finished epoch (from 1): means of the metrics, and where the schedules stood at its end."""
+
+    epoch: int
+    step: int
+    eps: float
+    lr: float
+    metrics: dict[str, float]
+    images_per_second: float
+
+
+class Observer(Protocol):
+    """What is told of a run's progress; it may save, draw or log, and ends the run by returning True."""
+
+    def after_step(self, trainer: Trainer) -> bool: ...
+    def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool: ...
+
+
+@dataclass
+class Sums:
+    """Running sums of an epoch's metrics, on the device: nothing waits for them until the epoch ends."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
+    first_bad_step: Tensor | None = None
+
+    def add(self, metrics: dict[str, Tensor], weight: int, step: int) -> None:
+        for name, value in metrics.items():
+            self.values[name] = self.values.get(name, 0) + value * weight
+            self.weights[name] = self.weights.get(name, 0) + weight
+        here = torch.where(torch.isfinite(metrics["loss"]), torch.inf, float(step))
+        self.first_bad_step = here if self.first_bad_step is None else torch.minimum(self.first_bad_step, here)
+
+    def to(self, device: torch.device) -> Sums:
+        values = {name: value.to(device) for name, value in self.values.items()}
+        return Sums(values, self.weights, None if self.first_bad_step is None else self.first_bad_step.to(device))
+
+    def means(self) -> dict[str, float]:
+        return {name: value.item() / self.weights[name] for name, value in self.values.items()}
+
+
+@dataclass
+class Trainer:
+    """Takes steps until the last; its whole state is in `state_dict`, and the batches follow from the step alone.
+
+    Args:
+        model, objective, optimizer: what is trained, on what, and how.
+        batches: the batches of an epoch, from any step of it on, or this process's share of each.
+        batch_sizes: images in each batch of an epoch, over all processes.
+        epochs: the length of the run.
+        eps, max_eps: the radius as a function of the step, and where it ends.
+        lr: the learning rate as a function of the step.
+        clip: bound on the gradient's norm, None for none.
+    """
+
+    model: nn.Module
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    batch_sizes: Sequence[int]
+    epochs: int
+    eps: Callable[[int], float]
+    max_eps: float
+    lr: Callable[[int], float]
+    clip: float | None = None
+    step: int = 0
+    sums: Sums = field(default_factory=Sums)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.batch_sizes)
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs."""
+        return self.step // self.steps_per_epoch
+
+    def run(self, observer: Observer) -> bool:
+        """Train to the last step, or until `observer` ends it; returns whether the last step was reached.
+
+        Raises:
+            DivergedError: the loss was not finite; noticed at the end of the epoch.
+        """
+        while self.step < self.total_steps:
+            first = self.step % self.steps_per_epoch
+            started, images_seen = time.perf_counter(), 0
+            radii = self._radii_until_the_epochs_end()
+            sizes = self.batch_sizes[first:]
+            for batch, size, radius in zip(self.batches(self.epoch, first), sizes, radii, strict=True):
+                self._take_step(*batch, size, *radius)
+                images_seen += size
+                if observer.after_step(self) and self.step < self.total_steps:
+                    self.check_finite()
+                    return False
+            self.check_finite()
+            means = self.sums.means()
+            speed = images_seen / (time.perf_counter() - started)
+            self.sums = Sums()
+            last = self.step - 1
+            report = EpochReport(self.epoch, self.step, self.eps(last), self.lr(last), means, speed)
+            if observer.after_epoch(self, report) and self.step < self.total_steps:
+                return False
+        return True
+
+    def _radii_until_the_epochs_end(self) -> Tensor:
+        """(steps, 2) on the device, epsilon and its share of the maximum: sent once, so that no step waits for it."""
+        steps = range(self.step, (self.epoch + 1) * self.steps_per_epoch)
+        radii = torch.tensor([self.eps(step) for step in steps], device=next(self.model.parameters()).device)
+        return torch.stack([radii, radii / self.max_eps if self.max_eps else torch.ones_like(radii)], dim=1)
+
+    def _take_step(self, images: Tensor, labels: Tensor, size: int, eps: Tensor, progress: Tensor) -> None:
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.step)
+        phase = self.objective.phase(self.eps(self.step), self.max_eps)
+        metrics = self.objective.backward(images, labels, eps, progress, phase, size)
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.sums.add(metrics, size, self.step)
+        self.step += 1
+
+    def check_finite(self) -> None:
+        """Raises DivergedError if the loss of any step of this epoch, or now a weight, is NaN or infinite."""
+        bad = torch.inf if self.sums.first_bad_step is None else self.sums.first_bad_step.item()
+        if bad == torch.inf and not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            bad = self.step - 1  # the last step's loss was finite, its gradient was not
+        if bad < torch.inf:
+            step = int(bad)
+            raise DivergedError(
+                f"the loss is not finite in epoch {step // self.steps_per_epoch + 1}, "
+                f"step {step % self.steps_per_epoch + 1} of {self.steps_per_epoch}, "
+                f"at epsilon {self.eps(step):.6g} (step {step} of the run)",
+                eps=self.eps(step),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sums": vars(self.sums),
+            "random": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state` was taken; the model's weights must have been checked to fit."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.sums = Sums(**state["sums"]).to(next(self.model.parameters()).device)
+        torch.set_rng_state(state["random"]["cpu"].cpu())
+        if state["random"]["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["random"]["cuda"]][: torch.cuda.device_count()])

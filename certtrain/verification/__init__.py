@@ -1,0 +1,1 @@
+"""What is proved of a trained network, and proofs that others can check."""

@@ -1,0 +1,380 @@
+"""A second opinion on certificates: plain numpy in float64, one image at a time, from the saved files alone.
+
+Nothing of the program that proved them takes part: no tracing, no torch, no bound of `certtrain.bounds`. Each operation
+of a network is written out below as what it does to an interval [center - radius, center + radius] of one image's
+values, in float64. The error of every sum, the deployed network's and numpy's own, is at most e·(Σ|w||x| + |b|) with
+e = k·u / (1 - k·u) for k roundings of relative size u, and goes into the radius (docs/soundness.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from rich.console import Console
+from rich.progress import track
+
+from certtrain.errors import CertificateError
+from certtrain.verification.certificates import Certificates, digest
+
+Array = np.ndarray
+
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "tf32": 2.0**-22, "bf16": 2.0**-22}
+OPERANDS = {"float64": 0.0, "float32": 0.0, "tf32": (1 + 2.0**-10) ** 2 - 1, "bf16": 2.0**-8}
+STORED = {"float64": 0.0, "float32": 0.0, "tf32": 0.0, "bf16": 2.0**-8}
+TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "tf32": 2.0**-126, "bf16": 2.0**-126}
+LARGEST = {"float64": 2.0**1023, "float32": 2.0**127, "tf32": 2.0**127, "bf16": 2.0**127}
+NUMPY_ROUNDINGS = 24  # around any sum of ours, at the most
+FOLDING_ROUNDINGS = 16  # from BatchNorm's parameters to a weight it may be folded into
+AGREEMENT = 1e-7  # relative; two derivations of one margin in float64 differ by less
+
+
+class Interval(NamedTuple):
+    """All values within `radius` of `center`; `terms` is the length of the sums that made them, 1 if none did."""
+
+    center: Array
+    radius: Array
+    terms: int = 1
+
+    @property
+    def magnitude(self) -> Array:
+        return np.abs(self.center) + self.radius
+
+
+def growth(unit: float, roundings: int) -> float:
+    """No less than (1 ± unit)^±roundings."""
+    return (1 + 2.0**-40) / (1 - roundings * unit) if roundings * unit < 1 else np.inf
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What each kind of layer does to an interval, in one arithmetic; layers are named as in model.safetensors."""
+
+    weights: Mapping[str, Array]
+    arithmetic: str
+
+    def image(self, lower: Array, upper: Array) -> Interval:
+        center = (lower + upper) / 2
+        radius = np.nextafter(np.maximum(upper - center, center - lower), np.inf)
+        x, stored = Interval(center, radius), STORED[self.arithmetic]
+        return self._widened(x, stored, x.magnitude) if stored else x
+
+    def normalize(self, x: Interval, mean: str, std: str) -> Interval:
+        mean_, std_ = self.weights[mean], self.weights[std]
+        shifted = self._widened(Interval(x.center - mean_, x.radius), self._elementwise(2), x.magnitude + np.abs(mean_))
+        scaled = Interval(shifted.center / std_, shifted.radius / std_)
+        return self._widened(scaled, self._elementwise(4), shifted.magnitude / std_)
+
+    def convolution(self, x: Interval, name: str, stride: int = 1, padding: int = 1, groups: int = 1) -> Interval:
+        kernels = self.weights[f"{name}.weight"]
+        parts = []
+        for kernel, center, radius in zip(*(np.split(v, groups) for v in (kernels, *x[:2])), strict=True):
+            patches = (_patches(part, kernel.shape[2:], stride, padding) for part in (center, radius))
+            parts.append(self._sums(*patches, kernel.reshape(len(kernel), -1), 0.0))
+        center, radius = (np.concatenate([part[i] for part in parts], axis=-1) for i in (0, 1))
+        bias = self.weights.get(f"{name}.bias", np.zeros(len(kernels)))
+        terms = kernels[0].size
+        radius = radius + self._sum_error(terms) * np.abs(bias)
+        return Interval((center + bias).transpose(2, 0, 1), radius.transpose(2, 0, 1) * (1 + 2.0**-40), terms)
+
+    def linear(self, x: Interval, name: str) -> Interval:
+        weight = self.weights[f"{name}.weight"]
+        bias = self.weights.get(f"{name}.bias", np.zeros(len(weight)))
+        return Interval(*self._sums(x.center, x.radius, weight, bias), weight.shape[1])
+
+    def batch_norm(self, x: Interval, name: str) -> Interval:
+        mean, variance, weight, bias = (
+            self.weights[f"{name}.{part}"].reshape(-1, *[1] * (x.center.ndim - 1))
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        scale = weight / np.sqrt(variance + 1e-5)
+        parameters = np.abs(mean * scale) + np.abs(bias)
+        moved = Interval((x.center - mean) * scale + bias, x.radius * np.abs(scale))
+        magnitude = np.abs(scale) * x.magnitude + parameters
+        moved = self._widened(moved, self._elementwise(FOLDING_ROUNDINGS), magnitude)
+        return self._widened(moved, self._sum_error(x.terms), parameters)
+
+    def relu(self, x: Interval) -> Interval:
+        lower = np.maximum(np.nextafter(x.center - x.radius, -np.inf), 0)
+        upper = np.maximum(np.nextafter(x.center + x.radius, np.inf), 0)
+        center = (lower + upper) / 2
+        return Interval(center, np.nextafter(np.maximum(upper - center, center - lower), np.inf))
+
+    def add(self, x: Interval, y: Interval) -> Interval:
+        total = Interval(x.center + y.center, x.radius + y.radius)
+        return self._widened(total, self._elementwise(2), x.magnitude + y.magnitude)
+
+    def margins(self, x: Interval, name: str, label: int) -> Array:
+        """(K,): lower bounds of every z_label - z_j that the last layer can compute; 0 for the label itself."""
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        rows = weight[label] - weight
+        sizes = np.abs(weight) @ x.magnitude + np.abs(bias)
+        error = self._sum_error(weight.shape[1]) * (sizes[label] + sizes) + 2 * self._underflow(x.magnitude, weight)
+        reach = (np.abs(rows) @ x.radius + error) * growth(UNIT["float64"], weight.shape[1] + NUMPY_ROUNDINGS)
+        lower = np.nextafter(rows @ x.center + (bias[label] - bias) - reach, -np.inf)
+        known = self._fits(x.magnitude, weight, bias) & ~np.isnan(lower)
+        lower = np.where(known, lower, -np.inf)
+        lower[label] = 0.0
+        return lower
+
+    # --- errors
+
+    def _sum_error(self, terms: int) -> float:
+        a = self.arithmetic
+        theirs = (1 + OPERANDS[a]) * (1 + STORED[a]) ** 2 * growth(UNIT[a], terms + 1 + FOLDING_ROUNDINGS) - 1
+        return theirs + growth(UNIT["float64"], terms + 1 + NUMPY_ROUNDINGS) - 1
+
+    def _elementwise(self, roundings: int) -> float:
+        theirs = (1 + STORED[self.arithmetic]) ** 2 * growth(UNIT[self.arithmetic], roundings) - 1
+        return theirs + growth(UNIT["float64"], roundings + NUMPY_ROUNDINGS) - 1
+
+    def _sums(self, center: Array, radius: Array, weight: Array, bias: Array | float) -> tuple[Array, Array]:
+        magnitude = np.abs(center) + radius
+        error = self._sum_error(weight.shape[1])
+        spread = (radius + error * magnitude) @ np.abs(weight).T
+        slack = error * np.abs(bias) + self._underflow(magnitude, weight)
+        inflated = (spread + slack) * growth(UNIT["float64"], weight.shape[1] + NUMPY_ROUNDINGS)
+        fits = self._fits(magnitude, weight, np.atleast_1d(bias))
+        return center @ weight.T + bias, inflated if fits else np.full_like(inflated, np.inf)
+
+    def _underflow(self, magnitude: Array, weight: Array) -> float:
+        terms = weight.shape[1]
+        return 8 * TINY[self.arithmetic] * (2 * terms + 2 + np.abs(weight).sum() + terms * magnitude.max())
+
+    def _fits(self, magnitude: Array, weight: Array, bias: Array) -> bool:
+        return bool(2 * (np.abs(weight).sum() * magnitude.max() + np.abs(bias).max()) <= LARGEST[self.arithmetic])
+
+    def _widened(self, x: Interval, error: float, magnitude: Array) -> Interval:
+        underflow = 2.0**60 * TINY[self.arithmetic]
+        radius = (x.radius + error * magnitude + underflow) * (1 + 2.0**-40)
+        return Interval(x.center, np.where(2 * (magnitude + radius) <= LARGEST[self.arithmetic], radius, np.inf))
+
+
+def _patches(image: Array, kernel: tuple[int, ...], stride: int, padding: int) -> Array:
+    """(H', W', C·kh·kw): what each output position of a convolution sees of a (C, H, W) image."""
+    padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
+    windows = sliding_window_view(padded, kernel, axis=(1, 2))[:, ::stride, ::stride]
+    return windows.transpose(1, 2, 0, 3, 4).reshape(*windows.shape[1:3], -1)
+
+
+# --- the architectures of certtrain.models, layer by layer ------------------------------------------------------------
+
+Stride = Callable[[Array], int]  # of a convolution, by its kernels
+
+
+def _layers(p: Propagation, x: Interval, name: str, positions: Iterable[int], stride: Stride) -> Interval:
+    """Layers in a row, by their position; what has no weights is a ReLU, or a flattening before a linear layer."""
+    for position in positions:
+        layer = f"{name}.{position}"
+        weight = p.weights.get(f"{layer}.weight")
+        if f"{layer}.branch.0.weight" in p.weights:
+            x = _block(p, x, layer, stride(p.weights[f"{layer}.branch.0.weight"]))
+        elif weight is None:
+            following = p.weights.get(f"{name}.{position + 1}.weight")
+            flattens = x.center.ndim == 3 and following is not None and following.ndim == 2
+            x = Interval(x.center.ravel(), x.radius.ravel()) if flattens else p.relu(x)
+        elif weight.ndim == 4:
+            x = p.convolution(x, layer, stride(weight), weight.shape[2] // 2, len(x.center) // weight.shape[1])
+        elif weight.ndim == 2:
+            x = p.linear(x, layer)
+        else:
+            x = p.batch_norm(x, layer)
+    return x
+
+
+def _block(p: Propagation, x: Interval, name: str, stride: int) -> Interval:
+    """relu(branch + shortcut): the branch's first 3×3 convolution has the stride, and so has the shortcut's."""
+    strides = itertools.chain([stride], itertools.repeat(1))
+    positions = range(_last_position(p, f"{name}.branch") + 1)
+    branch = _layers(p, x, f"{name}.branch", positions, lambda kernels: next(strides) if kernels.shape[2] == 3 else 1)
+    shortcut = _layers(p, x, f"{name}.shortcut", range(_last_position(p, f"{name}.shortcut") + 1), lambda _: stride)
+    return p.relu(p.add(branch, shortcut))
+
+
+def _last_position(p: Propagation, name: str) -> int:
+    """Of the layers with weights below `name`; -1 without any."""
+    inside = (key.removeprefix(f"{name}.") for key in p.weights if key.startswith(f"{name}."))
+    return max((int(key.split(".")[0]) for key in inside), default=-1)
+
+
+def _cnn7(image_shape: Sequence[int], options: Mapping[str, Any]) -> tuple[int, ...]:
+    return (1, 1, 2, 1, 2 if image_shape[1] >= 64 else 1)
+
+
+def _resnext(image_shape: Sequence[int], options: Mapping[str, Any]) -> tuple[int, ...]:
+    per_stage = options.get("blocks") or (2 if image_shape[1] >= 64 else 1)
+    return (1, *(stride for first in (1, 2, 2) for stride in (first, *[1] * (per_stage - 1))))
+
+
+STRIDES: dict[str, Callable[[Sequence[int], Mapping[str, Any]], tuple[int, ...]]] = {
+    "cnn7": _cnn7,
+    "cnn7-wide": _cnn7,
+    "cnn-large": lambda *_: (1, 1, 2, 1, 1),
+    "cnn-small": lambda *_: (1, 2),
+    "mlp": lambda *_: (),
+    "wide-resnet": lambda *_: (1, 1, 2, 2),
+    "resnext": _resnext,
+}
+"""Of the convolutions and blocks of a network, in order."""
+
+
+@dataclass(frozen=True)
+class SavedNetwork:
+    """A network as its files describe it."""
+
+    architecture: Mapping[str, Any]
+    weights: Mapping[str, Array]
+    sha256: str
+
+    @classmethod
+    def read(cls, file: Path) -> SavedNetwork:
+        """From model.safetensors, with model.json beside it.
+
+        Raises:
+            CertificateError: they cannot be read, or the checker does not know the architecture.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            content = file.read_bytes()
+            architecture = json.loads((file.parent / "model.json").read_text())["model"]
+            weights = {name: value.astype(np.float64) for name, value in load(content).items()}
+            name = architecture["name"]
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise CertificateError(f"{file} or its model.json cannot be read ({error})") from error
+        if name not in STRIDES:
+            raise CertificateError(f"the checker does not know the network {name}; it knows {', '.join(STRIDES)}")
+        return cls(architecture, weights, digest(content))
+
+    def classifier_input(self, lower: Array, upper: Array, arithmetic: str) -> ClassifierInput:
+        """What can enter the last layer for any (C, H, W) image between the two."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            p = Propagation(self.weights, arithmetic)
+            x = p.image(lower, upper)
+            if "normalize.mean" in self.weights:
+                x = p.normalize(x, "normalize.mean", "normalize.std")
+            a, last = self.architecture, _last_position(p, "network")
+            strides = iter(STRIDES[a["name"]](a["image_shape"], a.get("options", {})))
+            x = _layers(p, x, "network", range(last), lambda _: next(strides))
+            return ClassifierInput(p, x, f"network.{last}", a["num_classes"])
+
+
+@dataclass(frozen=True)
+class ClassifierInput:
+    """What enters the last layer, and so which classes may come out."""
+
+    propagation: Propagation
+    x: Interval
+    last_layer: str
+    classes: int
+
+    def margin(self, label: int) -> float:
+        """Lower bound of the least z_label - z_j, j ≠ label; above 0 nothing but `label` can be predicted."""
+        return float(np.delete(self._margins(label), label).min())
+
+    def can_predict(self, label: int) -> bool:
+        """False where another class is certainly above `label`."""
+        return all(self._margins(other)[label] <= 0 for other in range(self.classes))
+
+    def _margins(self, label: int) -> Array:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return self.propagation.margins(self.x, self.last_layer, label)
+
+
+# --- the check --------------------------------------------------------------------------------------------------------
+
+
+def check(
+    certificates: Certificates, network: SavedNetwork, images: Array, labels: Array, console: Console
+) -> dict[str, int]:
+    """Check every certificate; returns how many there are of each verdict.
+
+    Args:
+        images: uint8 (N, C, H, W); labels: (N,): the test set.
+        console: where progress goes.
+
+    Raises:
+        CertificateError: the first thing that does not hold.
+    """
+    check_header(certificates, network)
+    for row in track(certificates.rows, "checking", console=console, transient=True, disable=not console.is_terminal):
+        check_row(row, network, images, labels)
+    return dict(Counter(row["verdict"] for row in certificates.rows))
+
+
+def check_header(certificates: Certificates, network: SavedNetwork) -> None:
+    """Raises CertificateError if the certificates are about another network."""
+    if certificates.metadata.get("model_sha256") != network.sha256:
+        raise CertificateError("these certificates are about another model: its model.safetensors has another SHA-256")
+    if certificates.metadata.get("model") != network.architecture:
+        raise CertificateError("these certificates are about another model: its model.json differs")
+
+
+def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labels: Array) -> None:
+    """Does one certificate hold?
+
+    Args:
+        row: of `certificates.read_certificates`.
+        images: uint8 (N, C, H, W); labels: (N,): the test set.
+
+    Raises:
+        CertificateError: what does not hold.
+    """
+    index, label, eps = row["index"], row["label"], row["epsilon"]
+    if not 0 <= index < len(images):
+        raise CertificateError(f"index {index}: the data set has {len(images)} images")
+    if digest(images[index].tobytes()) != row["sha256"]:
+        raise CertificateError(f"index {index}: another image than the data set's")
+    if int(labels[index]) != label:
+        raise CertificateError(f"index {index}: label {label}, the data set says {int(labels[index])}")
+    if row["method"] != "ibp" or row["arithmetic"] not in UNIT:
+        raise CertificateError(f"index {index}: bounds by {row['method']} in {row['arithmetic']} cannot be checked")
+    if not (np.isfinite(eps) and eps >= 0):
+        raise CertificateError(f"index {index}: epsilon is {eps}")
+    image = (images[index].astype(np.float32) / np.float32(255)).astype(np.float64)
+    lower = np.clip(np.nextafter(image - eps, -np.inf), 0, 1)
+    upper = np.clip(np.nextafter(image + eps, np.inf), 0, 1)
+    margin = network.classifier_input(lower, upper, row["arithmetic"]).margin(label)
+    if margin != row["margin"] and not abs(margin - row["margin"]) <= AGREEMENT * max(1.0, abs(margin)):
+        raise CertificateError(f"index {index}: the margin is {margin:.9g}, the certificate says {row['margin']:.9g}")
+    if (row["verdict"] == "proved") != (margin > 0):
+        raise CertificateError(f"index {index}: verdict {row['verdict']}, but the margin is {margin:.9g}")
+    if not (0 <= row["prediction"] < network.architecture["num_classes"] and _predicts(network, image, row)):
+        raise CertificateError(f"index {index}: the prediction is not {row['prediction']}")
+    _check_verdict(row, network, image, (lower, upper))
+
+
+def _check_verdict(row: Mapping[str, Any], network: SavedNetwork, image: Array, box: tuple[Array, Array]) -> None:
+    index, label, verdict, adversarial = (row[key] for key in ("index", "label", "verdict", "adversarial"))
+    correct = row["prediction"] == label
+    if verdict not in ("proved", "attacked", "open"):
+        raise CertificateError(f"index {index}: unknown verdict {verdict!r}")
+    if verdict != "attacked" and not correct:
+        raise CertificateError(f"index {index}: verdict {verdict}, but the prediction is not the label")
+    if (adversarial is not None) != (verdict == "attacked" and correct):
+        raise CertificateError(f"index {index}: an adversarial image belongs where a right prediction was attacked")
+    if adversarial is None:
+        return
+    point = np.array(adversarial, dtype=np.float64)
+    if point.size != image.size or not _inside(point.reshape(image.shape), *box):
+        raise CertificateError(f"index {index}: the adversarial image is not within epsilon of the image")
+    point = point.reshape(image.shape)
+    if network.classifier_input(point, point, row["arithmetic"]).margin(label) > 0:
+        raise CertificateError(f"index {index}: the adversarial image is classified as the label")
+
+
+def _predicts(network: SavedNetwork, image: Array, row: Mapping[str, Any]) -> bool:
+    proved = row["verdict"] == "proved" and row["prediction"] == row["label"]  # which the margin has shown
+    return proved or network.classifier_input(image, image, row["arithmetic"]).can_predict(row["prediction"])
+
+
+def _inside(point: Array, lower: Array, upper: Array) -> bool:
+    return bool(((lower <= point) & (point <= upper)).all())

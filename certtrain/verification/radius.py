@@ -1,0 +1,109 @@
+"""The largest radius proved for each image, and the errors it draws as a function of epsilon."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certtrain.bounds import BoundedModel
+from certtrain.bounds.model import evaluating
+from certtrain.data import Split, evaluation_batches
+from certtrain.runtime.precision import full_precision
+from certtrain.training.objectives import proved
+from certtrain.verification.attacks import PGD
+from certtrain.verification.verify import perturbation_box, verify
+
+CURVE_POINTS = 101
+ATTACKED_POINTS = 9
+
+
+@dataclass(frozen=True)
+class Radii:
+    """Per image the largest radius proved (N,), -1 where the image is misclassified; no more than `max_eps`."""
+
+    proved: Tensor
+    max_eps: float
+    pgd_eps: tuple[float, ...]
+    pgd_error: tuple[float, ...]
+    arithmetic: str | None
+
+    @property
+    def natural_error(self) -> float:
+        return (self.proved < 0).double().mean().item()
+
+    def verified_error(self, eps: float) -> float:
+        """Share of images that are not proved at `eps`."""
+        return (self.proved < eps).double().mean().item()
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into radius.json; errors are fractions."""
+        grid = torch.linspace(0, self.max_eps, CURVE_POINTS, dtype=torch.float64).tolist()
+        return {
+            "images": len(self.proved),
+            "arithmetic": self.arithmetic,
+            "eps": grid,
+            "natural_error": self.natural_error,
+            "verified_error": [self.verified_error(eps) for eps in grid],
+            "pgd_eps": list(self.pgd_eps),
+            "pgd_error": list(self.pgd_error),
+            "radii": self.proved.tolist(),
+        }
+
+
+def certified_radii(
+    model: nn.Module,
+    data: Split,
+    max_eps: float,
+    *,
+    attack: PGD | None = None,
+    arithmetic: str | None = None,
+    batch_size: int = 256,
+    halvings: int = 14,
+    seed: int = 0,
+) -> Radii:
+    """The largest radius that IBP proves for each image, by bisection: IBP's margins only fall as a box grows.
+
+    Args:
+        model, data, attack, arithmetic, seed: as of `verify`; the PGD error is taken at a few radii, 0 among them.
+        max_eps: where the search ends; a radius found is at most max_eps / 2^halvings too small, and never too large.
+    """
+    device = next(model.parameters()).device
+    data = data.to(device)
+    with evaluating(model), full_precision(), torch.no_grad():
+        net = BoundedModel(model, next(evaluation_batches(data, 1))[0])
+        batches = evaluation_batches(data, batch_size)
+        found = [_bisect(net, images, labels, max_eps, arithmetic, halvings) for images, labels in batches]
+    grid = torch.linspace(0, max_eps, ATTACKED_POINTS, dtype=torch.float64).tolist() if attack else []
+    errors = _pgd_errors(model, data, grid, attack, batch_size, seed)
+    return Radii(torch.cat(found).cpu(), max_eps, tuple(grid), errors, arithmetic)
+
+
+def _bisect(
+    net: BoundedModel, images: Tensor, labels: Tensor, max_eps: float, arithmetic: str | None, halvings: int
+) -> Tensor:
+    def holds(eps: Tensor) -> Tensor:
+        per_image = eps.view(-1, *[1] * (images.dim() - 1))
+        radius = per_image.to(images.dtype) if arithmetic is None else per_image
+        return proved(net.margins(perturbation_box(images, radius, arithmetic), labels, arithmetic=arithmetic))
+
+    correct = net.model(images).argmax(1) == labels
+    low = torch.zeros(len(labels), dtype=torch.float64, device=images.device)
+    high = torch.full_like(low, max_eps)
+    everywhere, somewhere = holds(high), holds(low)
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        inside = holds(middle)
+        low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
+    low = torch.where(everywhere, max_eps, low)
+    return torch.where(correct & somewhere, low, -1.0)
+
+
+def _pgd_errors(
+    model: nn.Module, data: Split, radii: Sequence[float], attack: PGD | None, batch_size: int, seed: int
+) -> tuple[float, ...]:
+    results = verify(model, data, radii, attack=attack, batch_size=batch_size, seed=seed) if radii else []
+    return tuple(result.pgd_error for result in results)

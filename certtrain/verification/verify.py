@@ -1,0 +1,248 @@
+"""How many images are classified right, withstand an attack, and are proved."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds.model import evaluating
+from certtrain.bounds.rounding import arithmetic_named, enclosing_linf_box
+from certtrain.data import Split, evaluation_batches
+from certtrain.data.seeding import generator
+from certtrain.errors import UsageError
+from certtrain.runtime.distributed import ALONE, Ranks
+from certtrain.runtime.precision import full_precision
+from certtrain.training.objectives import proved
+from certtrain.verification.attacks import PGD
+from certtrain.verification.folding import fold_batch_norm
+
+
+@dataclass
+class Stage:
+    """One method of a cascade: how many images it was asked about, how many of them it proved, and its price."""
+
+    method: str
+    images: int = 0
+    proved: int = 0
+    seconds: float = 0.0  # of all processes together
+
+    @classmethod
+    def merged(cls, parts: Sequence[Stage]) -> Stage:
+        totals = (sum(getattr(part, name) for part in parts) for name in ("images", "proved", "seconds"))
+        return cls(parts[0].method, *totals)
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """What was found at one epsilon; per-image tensors (N,) on the CPU, in the order of the split.
+
+    prediction: the class of the unperturbed image; correct: it is the label; attacked: right, but PGD found a
+    misclassified point; adversarial: those points (M, C, H, W), in order; proved: no perturbation of at most eps in any
+    pixel changes the prediction, which is right; margin: smallest lower bound of z_y - z_j, j ≠ y.
+    stages: the methods of the cascade, in order; arithmetic: that of the deployed network for which the bounds hold,
+    None for real mathematics; seconds: all of it, the attack included.
+    """
+
+    eps: float
+    stages: tuple[Stage, ...]
+    arithmetic: str | None
+    prediction: Tensor
+    correct: Tensor
+    attacked: Tensor
+    adversarial: Tensor
+    proved: Tensor
+    margin: Tensor
+    seconds: float
+
+    @property
+    def open(self) -> Tensor:
+        """(N,) bool: classified right, neither proved nor attacked."""
+        return self.correct & ~self.proved & ~self.attacked
+
+    @property
+    def natural_error(self) -> float:
+        return _share(~self.correct)
+
+    @property
+    def pgd_error(self) -> float:
+        return _share(~self.correct | self.attacked)
+
+    @property
+    def verified_error(self) -> float:
+        """Share of images that are not proved."""
+        return _share(~self.proved)
+
+    @classmethod
+    def merged(cls, parts: Sequence[Verification]) -> Verification:
+        """What several processes found, each for consecutive images; it lasted as long as the slowest."""
+        stages = tuple(Stage.merged(stages) for stages in zip(*(part.stages for part in parts), strict=True))
+        of_each_image = (
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
+        )
+        return cls(
+            parts[0].eps, stages, parts[0].arithmetic, *of_each_image, seconds=max(part.seconds for part in parts)
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into a JSON file; errors are fractions."""
+        return {
+            "eps": self.eps,
+            "method": ",".join(stage.method for stage in self.stages),
+            "arithmetic": self.arithmetic,
+            "images": len(self.correct),
+            "natural_error": self.natural_error,
+            "pgd_error": self.pgd_error,
+            "verified_error": self.verified_error,
+            "stages": [vars(stage) | {"seconds": round(stage.seconds, 3)} for stage in self.stages],
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def verify(
+    model: nn.Module,
+    data: Split,
+    eps: float | Sequence[float],
+    method: str | Sequence[str] = "ibp",
+    *,
+    attack: PGD | None = None,
+    limit: int | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    backend: str = "native",
+    arithmetic: str | None = None,
+    ranks: Ranks = ALONE,
+) -> list[Verification]:
+    """Natural, PGD and verified error of `model` on `data`, at one epsilon or several.
+
+    The model is put into eval mode and back. Products are taken in float32 without TF32, whatever the process's
+    settings are. Only images that are classified right and not proved are attacked: a proved one cannot be.
+
+    Args:
+        data: images; it is moved to the model's device.
+        eps: radius, or radii.
+        method: of `BoundedModel.margins`, or several by price: each sees only the images that those before left open.
+        attack: None for none; the PGD error is then a lower bound, the natural error.
+        limit: only the first so many images.
+        backend: of `BoundedModel`.
+        arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
+            `bounds.rounding`, in any order of its sums; for method ibp. None: the network as real mathematics.
+        ranks: the processes that share the images.
+
+    Returns:
+        A Verification per radius, of all images in every process.
+
+    Raises:
+        UsageError: an arithmetic that is unknown, or that method or backend cannot cover; fewer images than processes.
+    """
+    device = next(model.parameters()).device
+    images = range(len(data))[:limit]
+    if len(images) < ranks.size:
+        raise UsageError(f"{len(images)} test images for {ranks.size} processes: take more images, or fewer processes")
+    mine = ranks.share(images)
+    data = data.take(slice(mine.start, mine.stop)).to(device)
+    radii = [eps] if isinstance(eps, int | float) else list(eps)
+    methods = (method,) if isinstance(method, str) else tuple(method)
+    if arithmetic is not None:
+        _require_sound(methods, backend, arithmetic)
+    question = _Question(methods, arithmetic, attack, batch_size, seed, mine.start)
+    with evaluating(model), full_precision():
+        example = next(evaluation_batches(data, 1))[0]
+        network = _fewest_operations(model, example) if backend == "native" and arithmetic is None else model
+        net = BoundedModel(network, example, backend)
+        found = [question.answer(net, data, radius) for radius in radii]
+    return [Verification.merged(parts) for parts in zip(*ranks.gather(found), strict=True)]
+
+
+def _fewest_operations(model: nn.Module, example: Tensor) -> nn.Module:
+    """`model` with BatchNorm folded, if that computes the same."""
+    folded = fold_batch_norm(model)
+    with torch.no_grad():
+        same = torch.allclose(folded(example), model(example), rtol=1e-3, atol=1e-3)
+    return folded if same else model
+
+
+def _require_sound(methods: Sequence[str], backend: str, arithmetic: str) -> None:
+    arithmetic_named(arithmetic)
+    if methods != ("ibp",) or backend != "native":
+        raise UsageError(
+            f"bounds that cover the rounding of {arithmetic} are those of method ibp and backend native, "
+            f"not of method {','.join(methods)} and backend {backend}"
+        )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What `verify` asks of each radius; `first` is the position of its data's first image among all processes'."""
+
+    methods: tuple[str, ...]
+    arithmetic: str | None
+    attack: PGD | None
+    batch_size: int
+    seed: int
+    first: int
+
+    def answer(self, net: BoundedModel, data: Split, eps: float) -> Verification:
+        started = time.perf_counter()
+        stages = tuple(Stage(method) for method in self.methods)
+        found: list[tuple[Tensor, ...]] = []
+        positions = itertools.count(self.first, self.batch_size)
+        for position, (images, labels) in zip(positions, evaluation_batches(data, self.batch_size)):  # noqa: B905
+            with torch.no_grad():
+                prediction = net.model(images).argmax(1)
+                correct = prediction == labels
+                margins = self._cascade(net, images, labels, eps, correct, stages)
+            holds = proved(margins) & correct
+            attacked, points = self._attacks(net.model, images, labels, eps, correct & ~holds, position)
+            smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
+            found.append((prediction, correct, attacked, points, holds, smallest))
+        parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
+        return Verification(eps, stages, self.arithmetic, *parts, seconds=time.perf_counter() - started)
+
+    def _attacks(
+        self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, left: Tensor, position: int
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) bool, and the points found; an image's attack follows from the seed and its own position alone."""
+        attacked, points = torch.zeros_like(left), images[:0]
+        chosen = left.nonzero()[:, 0]
+        if self.attack is not None and len(chosen) > 0:
+            generators = [generator(self.seed, position + i) for i in chosen.tolist()]
+            points, broken = self.attack(model, images[chosen], labels[chosen], eps, generators)
+            attacked[chosen], points = broken, points[broken]
+        return attacked, points
+
+    def _cascade(
+        self, net: BoundedModel, images: Tensor, labels: Tensor, eps: float, correct: Tensor, stages: Sequence[Stage]
+    ) -> Tensor:
+        """Margins (B, K) by the first stage, then by one after another for those right and open."""
+        box = perturbation_box(images, eps, self.arithmetic)
+        options = {} if self.arithmetic is None else {"arithmetic": self.arithmetic}
+        margins = torch.full((len(images), net.classes), -torch.inf, dtype=box.like.dtype, device=images.device)
+        margins.scatter_(1, labels[:, None], 0.0)
+        for position, stage in enumerate(stages):
+            left = (torch.ones_like(correct) if position == 0 else correct & ~proved(margins)).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            started = time.perf_counter()
+            mine = box.map(lambda values, left=left: values[left])
+            margins[left] = torch.maximum(margins[left], net.margins(mine, labels[left], stage.method, **options))
+            stage.images += len(left)
+            stage.proved += int((proved(margins[left]) & correct[left]).sum())
+            stage.seconds += time.perf_counter() - started
+        return margins
+
+
+def perturbation_box(images: Tensor, eps: float | Tensor, arithmetic: str | None) -> Box:
+    """What is asked about: a box that rounding has not made smaller where the bounds cover rounding."""
+    return linf_box(images, eps) if arithmetic is None else enclosing_linf_box(images, eps)
+
+
+def _share(flags: Tensor) -> float:
+    return flags.double().mean().item()

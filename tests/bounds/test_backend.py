@@ -1,0 +1,100 @@
+"""auto_LiRPA as a second engine: the same answers, for networks that have no rules here too."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import certtrain
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.lirpa import LirpaModel
+from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError
+from tests.networks import narrow_cnn7, randomized
+
+
+class Exponential(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.exp(-x)
+
+
+def with_exponential(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    features = image_shape[0] * image_shape[1] * image_shape[2]
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(features, 8), nn.ReLU(), Exponential(), nn.Linear(8, num_classes)
+    )  # fmt: skip
+
+
+def test_backend_lirpa_is_auto_lirpa_and_an_unknown_one_is_refused():
+    x = torch.rand(2, 4)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    assert isinstance(BoundedModel(model, x, backend="lirpa"), LirpaModel)
+    with pytest.raises(UsageError, match="lirpa"):
+        BoundedModel(model, x, backend="lipra")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_both_backends_answer_alike(training):
+    torch.manual_seed(0)
+    images, labels = torch.rand(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 2, 4])
+    box, answers = linf_box(images, 2 / 255), []
+    for backend in ("native", "lirpa"):
+        torch.manual_seed(1)
+        model = randomized(narrow_cnn7()).double().train(training)
+        net = BoundedModel(model, images, backend)
+        bounds = net.ibp(box, clean=images, record=True)
+        found = [net.margins_of(bounds, labels, method) for method in ("ibp", "crown-ibp")]
+        found += [net.margins(box, labels, method, clean=images) for method in ("ibp", "crown-ibp")]
+        answers.append([*found, *(buffer.double() for buffer in model.buffers())])
+    assert net.classes == 5
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
+def test_training_gives_the_same_losses(train, tmp_path, method):
+    losses = {}
+    for backend in ("native", "lirpa"):
+        assert train(f"training.method={method}", f"backend={backend}", "--overwrite").code == 0
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        losses[backend] = [json.loads(line)["loss"] for line in lines]
+    assert losses["lirpa"] == pytest.approx(losses["native"], rel=2e-3)  # float32, nine steps of Adam
+
+
+def test_a_network_without_rules_here_trains_and_is_verified_through_it(train, tmp_path):
+    network = ["model.name=tests.bounds.test_backend:with_exponential", "model.options={}"]
+    refused = train(*network)
+    assert refused.code == 1
+    assert "exp in module 'network.3'" in refused.error
+    assert "backend: lirpa" in refused.error
+    assert train(*network, "backend=lirpa").code == 0
+    model = certtrain.load_model(tmp_path / "run")
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    box = linf_box(x, 0.05)
+    output = BoundedModel(model, x, backend="lirpa").ibp(box).output
+    for _ in range(20):
+        assert output.contains(model(box.lower + torch.rand_like(x) * (box.upper - box.lower)), 1e-5).all()
+
+
+@pytest.mark.parametrize("setting", ["training.accumulation=2", "training.loss_fusion=true"])
+def test_what_it_cannot_do_is_said_before_training(train, setting):
+    outcome = train("backend=lirpa", "training.method=crown-ibp", setting)
+    assert outcome.code == 2
+    assert "lirpa" in outcome.error
+
+
+def test_a_missing_auto_lirpa_says_how_to_install_it(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, "auto_LiRPA", None)  # which makes its import fail
+    with pytest.raises(MissingDependency, match="pip install"):
+        BoundedModel(nn.Linear(2, 2), torch.rand(1, 2), backend="lirpa")
+    outcome = train("backend=lirpa")
+    assert outcome.code == 1
+    assert "pip install" in outcome.error
+
+
+def test_dropout_is_refused_since_its_bounds_are_not_sound():
+    with pytest.raises(UnsupportedOperation, match="Dropout"):
+        BoundedModel(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), torch.rand(1, 2), backend="lirpa")

@@ -1,0 +1,311 @@
+from fractions import Fraction
+
+import pytest
+import yaml
+
+from certtrain.config import Config, load_config
+from certtrain.config.schema import OPTIMIZERS
+from certtrain.errors import UsageError
+
+SMALLEST = {
+    "data": {"name": "digits"},
+    "model": {"name": "mlp"},
+    "epsilon": {"max": 0.1},
+    "training": {"epochs": 10},
+}
+
+# The table of published settings, column by column.
+PUBLISHED = {
+    "cifar10_8_255": dict(
+        data="cifar10", epochs=160, eps=8 / 255, start=2, ramp=80, milestones=(120, 140), batch=128, crop=2
+    ),
+    "tinyimagenet_1_255": dict(
+        data="tinyimagenet", epochs=80, eps=1 / 255, start=2, ramp=20, milestones=(61, 71), batch=128, crop=4
+    ),
+    "mnist": dict(data="mnist", epochs=70, eps=0.4, start=1, ramp=20, milestones=(50, 60), batch=256, crop=0),
+}
+
+
+def changed(**overrides):
+    return load_config(SMALLEST, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_configs_hold_the_published_settings(name):
+    config, published = load_config(name), PUBLISHED[name]
+    assert config.data.name == published["data"]
+    assert config.training.epochs == published["epochs"]
+    assert config.epsilon.max == pytest.approx(published["eps"], rel=1e-12)
+    assert (config.epsilon.start_epoch, config.epsilon.warmup_epochs) == (published["start"], published["ramp"])
+    assert (config.epsilon.mid, config.epsilon.beta) == (0.25, 4)
+    assert (config.optimizer.name, config.optimizer.lr) == ("Adam", 5e-4)
+    assert (config.optimizer.milestones, config.optimizer.factor) == (published["milestones"], 0.2)
+    assert config.optimizer.clip == 10
+    assert config.training.batch_size == published["batch"]
+    assert (config.data.crop, config.data.flip) == (published["crop"], published["crop"] > 0)
+    assert (config.model.name, config.training.initialization, config.training.method) == ("cnn7", "ibp", "ibp")
+    assert config.regularizers.weight == (0.2 if name.startswith("tiny") else 0.5)
+    assert (config.regularizers.tolerance, config.regularizers.l1) == (0.5, 0)
+    assert config.regularizers.tightness
+    assert config.regularizers.relu_balance
+
+
+def test_mnist_is_evaluated_at_four_radii():
+    assert load_config("mnist").test_radii == (0.1, 0.2, 0.3, 0.4)
+
+
+def test_cifar10_at_2_255_differs_from_8_255_in_the_radius_alone():
+    ours, other = load_config("cifar10_2_255"), load_config("cifar10_8_255")
+    assert ours.epsilon.max == pytest.approx(2 / 255, rel=1e-12)
+    assert ours == other.model_copy(update={"epsilon": ours.epsilon})
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "cifar10_2_255", "digits"])
+def test_a_resolved_config_is_complete_and_reads_back_as_itself(tmp_path, name):
+    config = load_config(name)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(file) == config
+    assert load_config(config) == config
+    written = yaml.safe_load(file.read_text())
+    assert written.keys() == Config.model_fields.keys()
+    for section, field in Config.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            assert written[section].keys() == field.annotation.model_fields.keys()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.yaml", "configs/digits.yaml"])
+def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).data.name == "digits"
+
+
+def test_a_file_of_the_users_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.yaml").write_text(yaml.safe_dump(SMALLEST))
+    assert load_config("digits.yaml").model.name == "mlp"
+
+
+def test_overrides_are_yaml_values_and_leave_the_source_alone():
+    config = changed(
+        seed=3, optimizer__milestones="[4, 6]", model__options__widths="[8]", data__flip="true", optimizer__clip="null"
+    )
+    assert config.seed == 3
+    assert config.optimizer.milestones == (4, 6)
+    assert config.model.options == {"widths": [8]}
+    assert config.data.flip
+    assert config.optimizer.clip is None
+    assert "seed" not in SMALLEST
+    assert "options" not in SMALLEST["model"]
+
+
+@pytest.mark.parametrize(
+    ("text", "radii"),
+    [
+        ("2/255,8/255", [Fraction(2, 255), Fraction(8, 255)]),
+        ("'2/255, 8/255'", [Fraction(2, 255), Fraction(8, 255)]),
+        ("[2/255, 0.5]", [Fraction(2, 255), 0.5]),
+        ("8/255", [Fraction(8, 255)]),
+        ("1", [1]),
+        ("null", [0.1]),
+    ],
+)
+def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
+    assert changed(verification__eps=text).test_radii == tuple(map(float, radii))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trainng", "{}", "unknown key trainng: did you mean training\\?"),
+        ("training.epoch", "3", "unknown key training.epoch: did you mean epochs\\?"),
+        ("model.colour", "red", "unknown key model.colour: model has name, options"),
+        ("colour", "red", "unknown key colour: a config has seed, data, model"),
+        ("training.epochs", "many", "training.epochs: .*integer.*'many'"),
+        ("training.epochs", "0", "training.epochs: .*greater than or equal to 1"),
+        ("training.epochs", "2.5", "training.epochs: .*integer.*2.5"),
+        ("data", "digits", "data: .*'digits'"),
+        ("data.flip", "maybe", "data.flip: .*boolean.*'maybe'"),
+        ("optimizer.lr", "fast", "optimizer.lr: .*number.*'fast'"),
+        ("optimizer.lr", "-1", "optimizer.lr: .*greater than 0"),
+        ("optimizer.lr", ".nan", "optimizer.lr: .*finite"),
+        ("optimizer.milestones", "5", "optimizer.milestones: .*tuple"),
+        ("epsilon.max", "1.5", "epsilon.max: a radius lies between 0 and 1 .*1.5"),
+        ("epsilon.max", "256/255", "epsilon.max: a radius lies between 0 and 1 .*256/255"),
+        ("epsilon.max", "-0.1", "epsilon.max: a radius lies between 0 and 1 .*-0.1"),
+        ("epsilon.max", "8/0", "epsilon.max: '8/0' is not a radius: .*such as 8/255"),
+        ("epsilon.max", "small", "epsilon.max: 'small' is not a radius"),
+        ("epsilon.max", "true", "epsilon.max: True is not a radius"),
+        ("epsilon.max", ".nan", "epsilon.max: a radius"),
+        ("epsilon.max", "null", "epsilon.max: None is not a radius"),
+        ("verification.eps", "2/255,9", "verification.eps.1: a radius lies between 0 and 1 .*9"),
+        ("optimizer.milestones", "[5, 10]", "optimizer.milestones: 10 is not before the end of the run, 10 epochs"),
+        ("epsilon.warmup_epochs", "11", "epsilon: warmup would end after 11 epochs .*the run has 10"),
+        ("epsilon", "{max: 0.1, start_epoch: 4, warmup_epochs: 8}", "epsilon: warmup would end after 11 epochs"),
+        ("model.name", "cnn8", "model.name: unknown model 'cnn8': did you mean cnn7"),
+        (
+            "model.name",
+            "transformer",
+            "model.name: unknown model 'transformer': choose from cnn-large, .*wide-resnet",
+        ),
+        ("data.name", "cifar", "data.name: unknown data set 'cifar': did you mean cifar10.*\\?"),
+        ("optimizer.name", "adam", "optimizer.name: unknown optimizer 'adam': did you mean .*Adam.*\\?"),
+        ("training.initialization", "kaming", "training.initialization: unknown initialization .*kaiming"),
+        ("training.method", "ipb", "training.method: .*'ibp'.*'ipb'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_that_names_the_key(key, value, message):
+    with pytest.raises(UsageError, match=f"^(?:{message})") as caught:
+        load_config(SMALLEST, [f"{key}={value}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_every_error_has_a_line():
+    with pytest.raises(UsageError) as caught:
+        load_config({"data": {"name": "digits"}, "model": {}, "epsilon": {"max": 2}, "colour": "red"})
+    lines = str(caught.value).splitlines()
+    assert [line.split()[0].rstrip(":") for line in lines] == ["model.name", "epsilon.max", "training", "unknown"]
+
+
+@pytest.mark.parametrize("override", ["training.epochs", "=3", "training.=3", ".epochs=3", "training.epochs=["])
+def test_an_override_that_is_none_is_shown(override):
+    with pytest.raises(UsageError) as caught:
+        load_config(SMALLEST, [override])
+    assert override in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"- a\n- b", b"data: [", b"", b"\xff\xfe\x00", b"just words"])
+def test_a_file_that_holds_no_config_is_named(tmp_path, content):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=r"mine\.yaml") as caught:
+        load_config(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_config_file_comes_with_the_nearest_shipped_one():
+    with pytest.raises(UsageError, match=r"unknown config file 'configs/cifar10\.yaml': did you mean .*cifar10_"):
+        load_config("configs/cifar10.yaml")
+
+
+# --- configs that are based on others --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write files of YAML below a folder; returns the last one's path."""
+
+    def write(**texts):
+        for name, text in texts.items():
+            file = tmp_path / f"{name}.yaml"
+            file.write_text(text)
+        return file
+
+    return write
+
+
+def test_a_base_is_overruled_section_by_section(write):
+    file = write(
+        first=yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.1, "milestones": [3]}}),
+        second="base: first.yaml\ntraining: {epochs: 5}\noptimizer: {milestones: [4]}\n",
+        mine="base: [second.yaml]\nseed: 3\ntraining: {batch_size: 7}\n",
+    )
+    config = load_config(file, ["optimizer.factor=0.5"])
+    assert (config.seed, config.training.epochs, config.training.batch_size) == (3, 5, 7)
+    assert (config.optimizer.lr, config.optimizer.milestones, config.optimizer.factor) == (0.1, (4,), 0.5)
+    assert config.data.name == "digits"
+
+
+def test_of_several_bases_the_last_wins_and_the_file_itself_over_all(write):
+    file = write(
+        one="training: {batch_size: 1, epochs: 1}\nseed: 1\n",
+        two="training: {batch_size: 2}\nseed: 2\n",
+        mine="base: [digits, one.yaml, two.yaml]\nseed: 3\noptimizer: {milestones: []}\nepsilon: {warmup_epochs: 0}\n",
+    )
+    config = load_config(file, ["epsilon.start_epoch=1"])
+    assert (config.training.batch_size, config.training.epochs, config.seed) == (2, 1, 3)
+    assert config.model.name == "cnn-small"
+
+
+def test_options_of_a_model_are_merged_and_a_null_overrules(write):
+    file = write(
+        first="base: digits\nmodel: {options: {width: 3}}\n",
+        mine="base: first.yaml\nmodel: {options: {batch_norm: false}}\noptimizer: {clip: null}\n",
+    )
+    config = load_config(file)
+    assert config.model.options == {"width": 3, "batch_norm": False}
+    assert config.optimizer.clip is None
+
+
+def test_a_base_is_looked_for_beside_the_file_then_among_the_shipped(write, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "cifar10_8_255").write_text("seed: 9")  # of the folder one happens to be in: not meant
+    mine = write(mnist="base: digits\nseed: 5\n", mine="base: mnist.yaml\n")
+    assert load_config(mine).seed == 5
+    assert load_config(write(mine="base: mnist\n")).data.name == "mnist"
+    assert load_config(write(mine="base: cifar10_8_255\n")).seed == 0
+
+
+def test_a_mapping_has_bases_too():
+    assert load_config({"base": "digits", "seed": 4}) == load_config("digits", ["seed=4"])
+
+
+def test_a_circle_of_bases_is_shown(write):
+    file = write(one="base: two.yaml", two="base: [digits, three.yaml]", three="base: one.yaml")
+    chain = " → ".join(str(file.with_name(f"{name}.yaml")) for name in ("one", "two", "three", "one"))
+    with pytest.raises(UsageError, match=f"^configs are based on each other: {chain}$"):
+        load_config(file.with_name("one.yaml"))
+    with pytest.raises(UsageError, match=r"one\.yaml → .*one\.yaml$"):
+        load_config(write(one="base: one.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("digts", "base: unknown config file 'digts': did you mean digits"),
+        ("parts/none_of_these.yaml", "base: unknown config file 'parts/none_of_these.yaml'"),
+        ("[digits, 3]", "base is the name of a config file, or a list of names, not \\['digits', 3\\]"),
+        ("{a: b}", "base is the name of a config file"),
+        ("null", "base is the name of a config file"),
+    ],
+)
+def test_a_wrong_base_is_reported_with_the_file_that_asks_for_it(write, base, message):
+    file = write(middle=f"base: {base}", mine="base: middle.yaml")
+    with pytest.raises(UsageError, match=f"^{file.with_name('middle.yaml')}: {message}") as caught:
+        load_config(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_base_that_is_no_config_is_named(write):
+    with pytest.raises(UsageError, match=r"first\.yaml is not valid YAML"):
+        load_config(write(first="data: [", mine="base: first.yaml"))
+
+
+def test_what_is_wrong_in_a_base_is_reported_with_that_file(write):
+    file = write(
+        first="base: digits\ntraining: {epocs: 3}\noptimizer: {lr: fast}\n",
+        second="base: first.yaml\nseed: -1\n",
+        mine="base: second.yaml\nmodel: {nam: mlp}\n",
+    )
+    with pytest.raises(UsageError) as caught:
+        load_config(file, ["data.limit=1"])
+    first, second = file.with_name("first.yaml"), file.with_name("second.yaml")
+    assert set(str(caught.value).splitlines()) == {
+        f"{first}: unknown key training.epocs: did you mean epochs?",
+        f"{first}: optimizer.lr: Input should be a valid number, unable to parse string as a number (got 'fast')",
+        f"{second}: seed: Input should be greater than or equal to 0 (got -1)",
+        "unknown key model.nam: did you mean name?",
+        "data.limit: Input should be greater than or equal to 2 (got 1)",
+    }
+
+
+def test_a_base_is_not_blamed_for_what_overrules_it(write):
+    file = write(first="base: digits\nseed: 1\n", mine="base: first.yaml\n")
+    with pytest.raises(UsageError, match=r"^seed: "):
+        load_config(file, ["seed=-2"])
+
+
+def test_optimizers_that_cannot_train_a_network_by_steps_are_not_offered():
+    assert {"Adam", "AdamW", "SGD", "RMSprop"} <= OPTIMIZERS.keys()
+    assert not {"Optimizer", "LBFGS", "SparseAdam"} & OPTIMIZERS.keys()

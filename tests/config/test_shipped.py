@@ -1,0 +1,130 @@
+"""The shipped configurations: each says what its name says, fits its data, and trains."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import numpy as np
+import pytest
+
+import certtrain
+from certtrain.config import load_config
+from certtrain.config.loading import runnable_configs, shipped_configs
+from certtrain.training.cost import Size, network_size
+from tests.commands import one_thread
+
+PUBLISHED = [name for name, file in shipped_configs().items() if file.parent.name == "published"]
+NAME = re.compile(
+    r"(?P<data>mnist|cifar10_8_255|tinyimagenet_1_255)_(?P<model>cnn7|wide_resnet|resnext|cnn_large)"
+    r"_(?P<method>vanilla_ibp|crown_ibp|short_warmup)(?P<no_bn>_no_bn)?(?:_(?P<schedule>short|long))?"
+)
+IMAGES = {"digits": ((1, 8, 8), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
+          "tinyimagenet": ((3, 64, 64), 200)}  # fmt: skip
+
+# epochs, start, warmup, milestones, factor, batch, clip, mid
+SCHEDULES = {
+    ("mnist", None): (70, 1, 20, (50, 60), 0.2, 256, 10, 0.25),
+    ("mnist", "long"): (200, 10, 51, (130, 190), 0.1, 256, None, 0.25),
+    ("cifar10", "short"): (70, 2, 20, (50, 60), 0.2, 128, 10, 0.25),
+    ("cifar10", None): (160, 2, 80, (120, 140), 0.2, 128, 10, 0.25),
+    ("cifar10", "long", "vanilla_ibp"): (3200, 321, 1600, (2600, 3040), 0.1, 1024, None, 0.25),
+    ("cifar10", "long", "crown_ibp"): (2000, 101, 800, (1400, 1700), 0.1, 256, 8, 0.4),
+    ("tinyimagenet", "short"): (80, 2, 10, (61, 71), 0.2, 128, 10, 0.25),
+    ("tinyimagenet", None): (80, 2, 20, (61, 71), 0.2, 128, 10, 0.25),
+    ("tinyimagenet", "long"): (800, 100, 400, (600, 700), 0.1, 100, 8, 0.4),
+}
+NARROW = {
+    "cnn7": ["width=2"],
+    "cnn-large": ["width=2"],
+    "cnn-small": ["width=2"],
+    "wide-resnet": ["base_width=2", "widen_factor=1"],
+    "resnext": ["stem_width=2", "bottleneck_width=1"],
+}
+
+
+def test_every_published_row_has_a_config():
+    expected = {
+        f"{data}_{model}_{method}{schedule}"
+        for data in ("mnist", "cifar10_8_255", "tinyimagenet_1_255")
+        for model in ("cnn7", "wide_resnet", "resnext")
+        for method in ("vanilla_ibp", "crown_ibp", "short_warmup")
+        for schedule in ("", "_short", "_long")
+        if not (data == "mnist" and schedule == "_short") and not (method == "short_warmup" and schedule == "_long")
+    }
+    assert expected < set(PUBLISHED)
+    assert all(NAME.fullmatch(name) for name in PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_says_what_its_name_says(name):
+    said, config = NAME.fullmatch(name), load_config(name)
+    data, model, method, schedule = (said[part] for part in ("data", "model", "method", "schedule"))
+    training, epsilon, optimizer = config.training, config.epsilon, config.optimizer
+    assert config.data.name == data.partition("_")[0]
+    assert config.model.name == model.replace("_", "-")
+    assert config.model.options == ({"batch_norm": False} if said["no_bn"] else {})
+    assert training.method == ("crown-ibp" if method == "crown_ibp" else "ibp")
+    assert training.loss_fusion == (method == "crown_ibp" and model != "cnn_large")
+    assert training.initialization == ("ibp" if method == "short_warmup" else "default")
+    weight = 0 if method != "short_warmup" else 0.2 if data.startswith("tiny") else 0.5
+    assert config.regularizers.weight == weight
+    if model == "cnn_large" and data != "mnist":
+        expected = SCHEDULES["cifar10", "long", "vanilla_ibp"]
+    else:
+        key = (config.data.name, schedule)
+        expected = SCHEDULES.get(key) or SCHEDULES[*key, method]
+    assert expected == (training.epochs, epsilon.start_epoch, epsilon.warmup_epochs, optimizer.milestones,
+                        optimizer.factor, training.batch_size, optimizer.clip, epsilon.mid)  # fmt: skip
+    assert (optimizer.name, optimizer.lr, epsilon.beta) == ("Adam", 5e-4, 4)
+    radius = {"mnist": 0.4, "cifar10_8_255": 8 / 255, "tinyimagenet_1_255": 1 / 255}[data]
+    assert max(config.test_radii) == pytest.approx(radius, rel=1e-12)
+    factor = 1.1 if (config.data.name, schedule) == ("cifar10", "long") else 1
+    assert epsilon.max == pytest.approx(factor * radius, rel=1e-6)
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10_8_255", "tinyimagenet_1_255"])
+def test_the_systematic_name_of_the_short_name(data):
+    assert load_config(f"{data}_cnn7_short_warmup") == load_config(data)
+
+
+@cache
+def size_of(model: str, shape: tuple[int, int, int], classes: int, batch_norm: bool) -> Size:
+    return network_size(model, shape, classes, {} if batch_norm else {"batch_norm": False})
+
+
+@pytest.mark.parametrize("name", runnable_configs())
+def test_the_network_fits_the_images_and_the_file_reads_back(name, tmp_path):
+    config = load_config(name)
+    shape, classes = IMAGES[config.data.name]
+    size = size_of(config.model.name, shape, classes, config.model.options.get("batch_norm", True))
+    assert 1e5 < size.parameters < 1e8
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Folders of a few random images in the shape of each data set, labelled with its first and its last class."""
+    folders = {}
+    for data, ((channels, height, width), classes) in IMAGES.items():
+        folders[data] = folder = tmp_path_factory.mktemp(data)
+        for part, count in (("train", 8), ("test", 2)):
+            pixels = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), dtype=np.uint8)
+            np.savez(folder / f"{part}.npz", images=pixels, labels=np.arange(count) % 2 * (classes - 1))
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", runnable_configs())
+def test_it_trains_for_an_epoch(name, images, tmp_path):
+    """As shipped, but narrow, on eight images, with the whole warmup in this one epoch."""
+    config = load_config(name)
+    narrow = [f"model.options.{option}" for option in [*NARROW[config.model.name], "linear_width=4"]]
+    small = ["training.epochs=1", "training.batch_size=4", "epsilon.start_epoch=1", "epsilon.warmup_epochs=1",
+             "optimizer.milestones=[]", "verification.pgd_steps=1", "verification.pgd_restarts=1"]  # fmt: skip
+    overrides = [*narrow, *small, "data.name=npz", f"data.path={images[config.data.name]}"]
+    with one_thread():
+        run = certtrain.train(name, tmp_path / "run", device="cpu", overrides=overrides)
+    assert run.summary["steps"] == 2
+    assert load_config(tmp_path / "run" / "config.yaml") == load_config(name, overrides)

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from certtrain.bounds import linf_box
+from certtrain.config import load_config
+from certtrain.data import Dataset, Split, load_dataset
+from certtrain.report import plots
+from certtrain.report.examples import fates, judge
+from certtrain.report.page import error_curves, write_report
+from certtrain.runs.checkpoint import load_model
+from tests.commands import contents
+from tests.networks import Threshold
+
+VOID = {"meta", "br", "img"}
+
+
+class Page(HTMLParser):
+    """What is in a page; asserts that every tag is closed where it belongs."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name.split(":")[-1] in ("href", "src")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def pixels(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))))
+
+
+def test_the_page_is_whole_needs_nothing_else_and_shows_the_run(cli, run):
+    outcome = cli("report", run, "--limit", 60)
+    assert (outcome.code, outcome.err) == (0, "")
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert "://" not in text.replace("</", "")
+    assert "url(" not in re.sub(r"url\(#", "", text)
+    assert "@import" not in text
+    assert "script" not in page.tags
+    assert page.tags.count("svg") == 6
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.links)
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("natural_error", "pgd_error", "verified_error"):
+        assert f"{summary[key]:.2%}" in page.text
+    for shown in (*summary["versions"].values(), (run / "config.yaml").read_text(), "The first 60 test images"):
+        assert shown in page.text
+
+
+def test_images_are_those_of_the_data_set(cli, run):
+    assert cli("report", run, "--limit", 60, "--out", run / "page.html").code == 0
+    text = (run / "page.html").read_text()
+    figures = re.findall(r'class="example">.*?</figure>', text)
+    assert len(figures) > 0
+    images = load_dataset("digits").test.images
+    for figure in figures:
+        first = re.search(r'src="([^"]+)"', figure)[1]
+        index = int(re.search(r"image (\d+)", figure)[1])
+        assert np.array_equal(pixels(first), images[index, 0].numpy())
+
+
+def test_class_names_are_text_not_markup(run):
+    config, dataset = load_config(run / "config.yaml"), load_dataset("digits")
+    names = tuple(f"<i>{number} & co" for number in range(10))
+    write_report(run, config, load_model(run), replace(dataset, classes=names), run / "report.html", limit=60)
+    page = Page((run / "report.html").read_text())
+    assert any(name in page.text for name in names)
+
+
+def threshold_images(restarts, limit=9, most=9):
+    """Distances from the threshold, in 1/255: 127.5, 2.5, 22.5 (wrong), 1.5; judged at 5/255, in batches of two."""
+    values = torch.tensor([0, 130, 150, 126], dtype=torch.uint8).view(-1, 1, 1, 1)
+    split = Split(values, torch.tensor([0, 1, 0, 0]))
+    config = load_config(
+        {
+            "data": {"name": "digits"},
+            "model": {"name": "mlp"},
+            "epsilon": {"max": 0.1},
+            "training": {"epochs": 1},
+            "verification": {"pgd_restarts": restarts, "batch_size": 2},
+        }
+    )
+    dataset = Dataset(split, split, ("dark", "bright"), mean=(0.0,), std=(1.0,))
+    return judge(config, Threshold(), dataset, 5 / 255, limit, most)
+
+
+def test_every_image_has_the_fate_that_is_known():
+    result, examples = threshold_images(restarts=1)
+    flags = torch.stack(list(fates(result).values()))
+    assert (flags.sum(0) == 1).all()
+    found = {name: [example.index for example in group] for name, group in examples.items()}
+    assert found == {"proved": [0], "open": [], "attacked": [1, 3], "misclassified": [2]}
+    for example in examples["attacked"]:
+        assert example.prediction != example.label
+        assert linf_box(example.image, 5 / 255).contains(example.point).all()
+        assert (Threshold()(example.point[None]).argmax(1) == example.prediction).all()
+    (proved,) = examples["proved"]
+    assert (proved.label, proved.prediction, proved.margin) == (0, 0, pytest.approx(2 * 122.5 / 255, abs=1e-6))
+    assert torch.equal(proved.image, proved.point)
+
+
+def test_without_an_attack_images_are_open_and_only_the_first_are_shown():
+    result, examples = threshold_images(restarts=0, most=1)
+    assert fates(result)["open"].tolist() == [False, True, False, True]
+    assert [example.index for example in examples["open"]] == [1]
+    result, _ = threshold_images(restarts=0, limit=1)
+    assert len(result.correct) == 1
+
+
+# --- plots -----------------------------------------------------------------------------------------------------------
+
+
+def result_at(eps, pgd, verified):
+    return {"eps": eps, "natural_error": 0.1, "pgd_error": pgd, "verified_error": verified}
+
+
+def test_error_curves_come_from_the_best_source(tmp_path):
+    assert error_curves(tmp_path, {"radii": [result_at(0.2, 0.4, 0.6), result_at(0.1, 0.2, 0.3)]}) == (
+        0.1,
+        {"pgd": ([0.0, 0.1, 0.2], [0.1, 0.2, 0.4]), "verified": ([0.0, 0.1, 0.2], [0.1, 0.3, 0.6])},
+    )
+    (tmp_path / "verify.json").write_text(json.dumps({"radii": [result_at(0.3, 0.5, 0.7)]}))
+    summary = {"radii": [result_at(0.1, 0.2, 0.3)]}
+    assert error_curves(tmp_path, summary)[1]["verified"] == ([0.0, 0.3], [0.1, 0.7])
+    radius = {
+        "natural_error": 0.05,
+        "eps": [0, 0.5],
+        "verified_error": [0.05, 0.9],
+        "pgd_eps": [0.5],
+        "pgd_error": [0.8],
+    }
+    (tmp_path / "radius.json").write_text(json.dumps(radius))
+    assert error_curves(tmp_path, summary) == (
+        0.05,
+        {"pgd": ([0.0, 0.5], [0.05, 0.8]), "verified": ([0, 0.5], [0.05, 0.9])},
+    )
+
+
+def test_what_was_not_recorded_is_not_drawn():
+    epochs = [{"epoch": 1, "loss": 2.0, "natural_loss": 2.0}, {"epoch": 2, "loss": 1.0, "robust_loss": 1.0}]
+    words = Page(plots.losses(epochs)).text.split()
+    assert {"total", "natural", "robust"} <= set(words)
+    assert not {"tightness", "balance", "L1"} & set(words)
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_every_layer_has_its_panel(layers):
+    statistics = {"tightness": 0.5, "active": 0.3, "inactive": 0.5, "unstable": 0.2}
+    epochs = [{"epoch": number, "layers": [statistics] * layers} for number in (1, 2)]
+    for draw in (plots.tightness, plots.relu_states):
+        found = re.findall(r"ReLU (\d+)", Page(draw(epochs)).text)
+        assert [int(number) for number in found] == list(range(1, layers + 1))
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", None, "no finished run"),
+        ("summary.json", "{", "summary.json is missing or corrupt"),
+        ("summary.json", "{}", "lack 'radii'"),
+        ("metrics.jsonl", None, "metrics.jsonl is missing or corrupt"),
+        ("metrics.jsonl", "", "metrics.jsonl is empty"),
+        ("metrics.jsonl", '{"epoch": 1', "metrics.jsonl is missing or corrupt"),
+        ("metrics.jsonl", '{"epoch": 1}', "lack 'layers'"),
+        ("radius.json", "{}", "lack 'natural_error'"),
+        ("model.safetensors", None, "is not finished: resume it"),
+    ],
+)
+def test_an_unfinished_or_damaged_run_is_one_line(cli, run, name, content, message):
+    if content is None:
+        (run / name).unlink()
+    else:
+        (run / name).write_text(content)
+    before = contents(run)
+    outcome = cli("report", run)
+    assert outcome.code == 1
+    assert message in outcome.error
+    assert contents(run) == before
+
+
+def test_without_matplotlib_the_way_out_is_named(cli, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    outcome = cli("report", run)
+    assert outcome.code == 1
+    assert "pip install 'certtrain[report]'" in outcome.error

@@ -1,0 +1,444 @@
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+from functools import partial
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import certtrain
+from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.runtime.files import write_text
+from certtrain.config import load_config
+from certtrain.errors import CheckpointError
+from certtrain.runs.progress import ProgressDisplay
+from certtrain.runs.directory import RUN_FILES
+from tests.commands import STEPS_PER_EPOCH, contents, disk_with_room_for, exit_code, start, train_arguments, wait_until
+
+EPOCHS = 3
+SPEED = {"images_per_second", "seconds"}  # what differs from one run to the same run again
+CHECKPOINTS_ONLY_WHEN_ASKED = "training.checkpoint_seconds=1000"
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(records):
+    return [{key: value for key, value in record.items() if key not in SPEED} for record in records]
+
+
+def scalars(folder):
+    """TensorBoard's numbers: {tag: [(epoch, value), …]}."""
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def check_same_run(folder, reference):
+    """`folder` holds what an uninterrupted run leaves, to the last bit but for times."""
+    assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    assert without_speed(metrics(folder)) == without_speed(metrics(reference))
+    ours, theirs = (
+        {tag: values for tag, values in scalars(run).items() if tag.removeprefix("train/") not in SPEED}
+        for run in (folder, reference)
+    )
+    assert ours == theirs
+    assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_holds_the_files_and_nothing_else(reference):
+    expected = {"config.yaml", "metrics.jsonl", "last.ckpt", "model.safetensors", "model.json", "summary.json"}
+    assert {path.name for path in reference.iterdir()} == expected | {"tensorboard"}
+
+
+def test_summary(reference):
+    summary = json.loads((reference / "summary.json").read_text())
+    assert summary["eps"] == 0.1
+    assert summary["images"] == 50
+    assert 0 <= summary["natural_error"] <= summary["pgd_error"] <= summary["verified_error"] <= 1
+    assert summary["steps"] == EPOCHS * STEPS_PER_EPOCH
+    assert summary["images_per_second"] == metrics(reference)[-1]["images_per_second"] > 0
+    assert summary["train_seconds"] > 0
+    assert summary["verify_seconds"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert load_config(summary["config"]) == load_config(reference / "config.yaml")
+
+
+def test_metrics_have_every_number_of_every_epoch(reference):
+    records = metrics(reference)
+    assert [(record["epoch"], record["step"]) for record in records] == [(1, 3), (2, 6), (3, 9)]
+    assert [record["lr"] for record in records] == pytest.approx([2e-3, 2e-3, 4e-4], rel=1e-12)
+    eps = [record["eps"] for record in records]
+    assert eps[0] == 0 < eps[1] < eps[2] == 0.1
+    before, warmup, full = records
+    always = {"loss", "natural_error", "images_per_second", "seconds", "layers"}
+    assert before.keys() >= always | {"natural_loss", "tightness_loss", "relu_balance_loss"}
+    assert warmup.keys() >= always | {"robust_loss", "verified_error", "tightness_loss", "relu_balance_loss"}
+    assert full.keys() >= always | {"robust_loss", "verified_error"}
+    for record in records:
+        assert len(record["layers"]) == 3, "one per ReLU"
+        for layer in record["layers"]:
+            assert 0 < layer["tightness"] < math.inf
+            assert layer["radius"] > 0
+            shares = [layer[state] for state in ("active", "inactive", "unstable")]
+            assert sum(shares) == pytest.approx(1)
+            assert min(shares) >= 0
+            assert 0 <= layer["dead"] <= layer["inactive"]
+        assert 0 <= record["natural_error"] <= record.get("verified_error", 1) <= 1
+
+
+def test_losses_add_up(reference):
+    for record in metrics(reference):
+        terms = ("natural_loss", "robust_loss", "tightness_loss", "relu_balance_loss")
+        # each is a mean over the epoch's batches in which it occurs: over all of them, save where warmup begins
+        if record["epoch"] != 2:
+            assert record["loss"] == pytest.approx(sum(record.get(term, 0) for term in terms), rel=1e-5)
+
+
+def test_tensorboard_holds_the_same_numbers(reference):
+    shown, tags = scalars(reference), set()
+    for record in metrics(reference):
+        expected = {f"train/{key}": value for key, value in record.items() if key not in ("epoch", "layers")}
+        for number, layer in enumerate(record["layers"], start=1):
+            expected |= {f"relu{number}/{key}": value for key, value in layer.items()}
+        for tag, value in expected.items():
+            assert dict(shown[tag])[record["epoch"]] == pytest.approx(value, rel=1e-6), tag
+        tags |= expected.keys()
+    assert shown.keys() == tags
+
+
+def test_training_the_resolved_config_again_gives_the_same_run(cli, reference, tmp_path):
+    assert cli("train", reference / "config.yaml", "--out", tmp_path / "again", "--device", "cpu").code == 0
+    check_same_run(tmp_path / "again", reference)
+
+
+def test_another_seed_gives_another_network(train, reference, tmp_path):
+    assert train("seed=1").code == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != (reference / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["epsilon.max=0"],
+        ["epsilon.warmup_epochs=0"],
+        ["training.method=natural"],
+        ["training.accumulation=2", "regularizers.l1=1e-4"],
+        ["training.activation_checkpointing=true"],
+        ["optimizer.name=SGD", "optimizer.arguments.momentum=0.9", "optimizer.clip=null"],
+        ["data.validation=0.5", "data.flip=true"],
+        ["training.channels_last=true", "training.precision=bf16"],
+    ],
+)
+def test_other_settings_train_to_the_end(train, tmp_path, overrides):
+    assert train(*overrides).code == 0
+    assert math.isfinite(metrics(tmp_path / "run")[-1]["loss"])
+
+
+def test_the_python_interface(tmp_path, reference):
+    config = load_config(reference / "config.yaml")
+    run = certtrain.train(config, tmp_path / "run", device="cpu")
+    assert run.folder == tmp_path / "run"
+    assert run.interrupted_by is None
+    assert run.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    loaded = certtrain.load_model(tmp_path / "run").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in run.model.state_dict().items())
+
+
+# --- a folder that is taken ------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_not_overwritten_unasked(train, run):
+    before = contents(run)
+    outcome = train("seed=1")
+    assert outcome.code == 2
+    assert "holds a run: continue it with --resume, replace it with --overwrite, or name --out" in outcome.error
+    assert contents(run) == before
+
+
+def test_overwrite_replaces_the_runs_own_files_alone(train, run, reference):
+    strangers = {"notes.txt": b"mine", "tensorboard/plot.png": b"mine too", "figures/a.txt": b"and mine"}
+    (run / "figures").mkdir()
+    for name, content in strangers.items():
+        (run / name).write_bytes(content)
+    stale = contents(run)
+    derived = set(RUN_FILES) - stale.keys()
+    for name in derived:
+        write_text(run / name, "of the network that was here before")
+    assert train("seed=1", "--overwrite").code == 0
+    now = contents(run)
+    assert strangers.items() <= now.items()
+    assert len(now) == len(stale)
+    assert all(now[name] != stale[name] for name in RUN_FILES if name not in {"model.json", *derived})
+    assert [record["epoch"] for record in metrics(run)] == [1, 2, 3]
+    epochs = {tuple(epoch for epoch, _ in values) for values in scalars(run).values()}
+    assert epochs <= {(1, 2, 3), (1, 2), (2, 3)}
+
+
+@pytest.mark.parametrize("wrong", ["--device=gpu", "data.name=mnist", "model.options.width=wide", "epsilon.max=2"])
+def test_overwrite_removes_nothing_before_the_new_run_can_start(train, run, tmp_path, wrong):
+    before = contents(run)
+    outcome = train("--overwrite", f"data.root={tmp_path / 'nowhere'}", wrong)
+    assert outcome.code in (1, 2)
+    assert outcome.error
+    assert contents(run) == before
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(train, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    for options in ([], ["--overwrite"], ["--resume"]):
+        outcome = train(*options)
+        assert outcome.code == (1 if "--resume" in options else 2)
+        assert outcome.error
+        assert contents(tmp_path) == before
+
+
+def test_a_file_is_no_folder(train, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    outcome = train("--overwrite")
+    assert (outcome.code, "is a file, not a folder" in outcome.error) == (2, True)
+
+
+def test_an_empty_folder_is_free(train, tmp_path, reference):
+    (tmp_path / "run").mkdir()
+    assert train().code == 0
+    check_same_run(tmp_path / "run", reference)
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def test_resuming_a_finished_run_changes_no_result(train, run, reference):
+    before = json.loads((run / "summary.json").read_text())
+    assert train("--resume").code == 0
+    check_same_run(run, reference)
+    after = json.loads((run / "summary.json").read_text())
+    for key in ("natural_error", "pgd_error", "verified_error", "steps", "images_per_second"):
+        assert after[key] == before[key]
+
+
+def test_resuming_where_nothing_is_starts_the_run(train, tmp_path, reference):
+    assert train("--resume").code == 0
+    check_same_run(tmp_path / "run", reference)
+
+
+def test_a_run_of_another_configuration_is_not_resumed(train, run):
+    before = contents(run)
+    outcome = train("--resume", "seed=1", "optimizer.lr=0.1")
+    assert outcome.code == 2
+    assert "holds a run of another configuration: seed, optimizer differ" in outcome.error
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[", b"- a", b"\xff\xfe"])
+def test_a_damaged_config_is_not_resumed(train, run, content):
+    (run / "config.yaml").unlink()
+    if content is not None:
+        (run / "config.yaml").write_bytes(content)
+    before = contents(run)
+    outcome = train("--resume")
+    assert outcome.code == 1
+    assert "holds no run to resume: its config.yaml cannot be read" in outcome.error
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("keep", [0, 100, 10_000, -1])
+def test_a_truncated_checkpoint_is_not_resumed(train, run, keep):
+    (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:keep])
+    before = contents(run)
+    outcome = train("--resume")
+    assert outcome.code == 1
+    assert "last.ckpt is corrupt or truncated" in outcome.error
+    assert contents(run) == before
+
+
+def test_a_checkpoint_of_another_architecture_is_not_resumed(train, cli, run, tmp_path):
+    other = train_arguments(tmp_path / "other", "model.options.width=3", "training.epochs=2", "optimizer.milestones=[]")
+    assert cli(*other).code == 0
+    shutil.copy(tmp_path / "other" / "last.ckpt", run)
+    before = contents(run)
+    outcome = train("--resume")
+    assert outcome.code == 1
+    assert "last.ckpt is of another architecture" in outcome.error
+    assert contents(run) == before
+
+
+def test_a_checkpoint_from_other_data_is_not_resumed(train, cli, run, tmp_path):
+    assert cli(*train_arguments(tmp_path / "other", "data.limit=40")).code == 0
+    shutil.copy(tmp_path / "other" / "last.ckpt", run)
+    outcome = train("--resume")
+    assert outcome.code == 1
+    assert "was saved with 2 steps per epoch, the training set now gives 3" in outcome.error
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 6, 8])
+def test_a_signal_saves_and_resume_continues_exactly(train, tmp_path, reference, monkeypatch, sent, step):
+    """After any step: inside an epoch, and at the end of one."""
+    monkeypatch.setattr(
+        ProgressDisplay, "after_step", lambda self, trainer: trainer.step == step and signal.raise_signal(sent)
+    )
+    run = tmp_path / "run"
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    outcome = train(CHECKPOINTS_ONLY_WHEN_ASKED)
+    assert outcome.code == 128 + sent
+    assert outcome.out.splitlines()[-1] == f"saved {run} at step {step}; continue with --resume"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert load_checkpoint(run / "last.ckpt")["trainer"]["step"] == step
+    with pytest.raises(CheckpointError, match=r"the run in .* is not finished"):
+        certtrain.load_model(run)
+    monkeypatch.undo()
+    outcome = train(CHECKPOINTS_ONLY_WHEN_ASKED, "--resume")
+    assert outcome.code == 0
+    assert f"resuming {run} after step {step} of 9" in outcome.out
+    check_same_run(run, reference)
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+def check_nothing_is_torn(run):
+    """Whatever is there is whole."""
+    if (run / "metrics.jsonl").exists():
+        metrics(run)
+    for name in ("model.json", "summary.json"):
+        if (run / name).exists():
+            json.loads((run / name).read_text())
+    if (run / "config.yaml").exists():
+        load_config(run / "config.yaml")
+    if (run / "last.ckpt").exists():
+        load_checkpoint(run / "last.ckpt")
+    if (run / "model.safetensors").exists():
+        certtrain.load_model(run)
+
+
+def die_at(function, call):
+    """kill -9 as this call of `function` begins."""
+    module, name = {"torch.save": (torch, "save"), "os.fsync": (os, "fsync"), "os.replace": (os, "replace")}[function]
+    original, calls = getattr(module, name), itertools.count(1)
+
+    def replacement(*arguments, **options):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(module, name, replacement)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "calls"), [("torch.save", (2, 2)), ("os.fsync", (1, 11)), ("os.replace", (1, 6))])
+def test_killed_inside_saves_and_resumed_the_run_is_the_same(tmp_path, reference, function, calls):
+    """Before a byte is written, before it is flushed, and before the new file takes the place of the old."""
+    run, rng, codes = tmp_path / "run", random.Random(0), []
+    while 0 not in codes:
+        prepare = partial(die_at, function, rng.randint(*calls))
+        codes.append(exit_code(start(train_arguments(run, "--resume"), tmp_path / "log", prepare)))
+        assert codes[-1] in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        check_nothing_is_torn(run)
+        assert len(codes) < 30
+    assert len(codes) > 2
+    check_same_run(run, reference)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed_the_run_is_the_same(cli, tmp_path):
+    run, rng, codes = tmp_path / "run", random.Random(0), []
+    longer = ["training.epochs=10", "epsilon.warmup_epochs=5"]
+
+    def saving():
+        return any(run.glob(".last.ckpt.*"))
+
+    def trained(epochs):
+        return len(metrics(run)) >= epochs
+
+    while 0 not in codes:
+        child = start(train_arguments(run, *longer, "--resume"), tmp_path / "log")
+        done = len(metrics(run)) if (run / "metrics.jsonl").exists() else 0
+        wait_until(partial(trained, done + rng.randint(1, 3)), child)
+        if rng.random() < 0.5:
+            wait_until(saving, child)
+        child.kill()
+        codes.append(exit_code(child))
+        assert codes[-1] in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        check_nothing_is_torn(run)
+        assert len(codes) < 30
+    assert len(codes) > 3
+    assert cli(*train_arguments(tmp_path / "uninterrupted", *longer)).code == 0
+    check_same_run(run, tmp_path / "uninterrupted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_outside_ends_the_run_with_its_code(tmp_path, sent):
+    run, log = tmp_path / "run", tmp_path / "log"
+    child = start(train_arguments(run, "training.epochs=100000", CHECKPOINTS_ONLY_WHEN_ASKED), log)
+    wait_until(lambda: len(metrics(run)) > 0, child)
+    os.kill(child.pid, sent)
+    assert exit_code(child) == 128 + sent, log.read_text()
+    step = load_checkpoint(run / "last.ckpt")["trainer"]["step"]
+    assert log.read_text().splitlines()[-1] == f"saved {run} at step {step}; continue with --resume"
+    assert len(metrics(run)) == step // STEPS_PER_EPOCH
+
+
+# --- what goes wrong on the way --------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(train, tmp_path, reference, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(
+        ProgressDisplay, "after_step", lambda self, trainer: trainer.step == 4 and signal.raise_signal(signal.SIGINT)
+    )
+    assert train().code == 130
+    monkeypatch.undo()
+    before = contents(run)
+    with disk_with_room_for(len(before["last.ckpt"]) // 2):
+        outcome = train("--resume")
+    assert outcome.code == 1
+    assert "could not write" in outcome.error
+    assert "last.ckpt" in outcome.error
+    assert (run / "last.ckpt").read_bytes() == before["last.ckpt"]
+    assert not list(run.glob(".*"))
+    assert train("--resume").code == 0
+    check_same_run(run, reference)
+
+
+@pytest.mark.parametrize("room", [0, 2500])
+def test_a_full_disk_is_one_line_whatever_was_being_written(train, tmp_path, room):
+    """With no room at all the config is; with little, the logs, of which TensorBoard's is written by a thread."""
+    with disk_with_room_for(room):
+        outcome = train(CHECKPOINTS_ONLY_WHEN_ASKED)
+    assert outcome.code == 1
+    assert "File too large" in outcome.error
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_a_loss_that_is_not_finite_names_epoch_step_and_epsilon(train, tmp_path):
+    outcome = train("optimizer.lr=1e30")
+    assert outcome.code == 1
+    assert re.search(r"not finite in epoch 1, step [23] of 3, at epsilon 0 ", outcome.error)
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_after_a_loss_that_is_not_finite_the_last_good_checkpoint_stays(train, tmp_path):
+    """The learning rate explodes at the end of epoch 2, when epsilon has reached its maximum."""
+    run = tmp_path / "run"
+    outcome = train("optimizer.milestones=[2]", "optimizer.factor=1e30")
+    assert outcome.code == 1
+    assert re.search(r"not finite in epoch 3, step [23] of 3, at epsilon 0\.1 ", outcome.error)
+    state = load_checkpoint(run / "last.ckpt")
+    assert state["trainer"]["step"] == 2 * STEPS_PER_EPOCH
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert [record["epoch"] for record in metrics(run)] == [1, 2]
+    assert not (run / "model.safetensors").exists()

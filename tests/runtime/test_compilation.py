@@ -1,0 +1,162 @@
+"""The compiled step: what the eager one computes, in one graph, compiled once, or not at all."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from certtrain.bounds import BoundedModel
+from certtrain.runtime.compilation import Compiled
+from certtrain.training.objectives import Metrics, Objective, Phase
+from tests.networks import randomized
+
+BATCH = 6
+METHODS = {
+    "ibp": {"method": "ibp", "l1": 1e-4},
+    "crown-ibp": {"method": "crown-ibp"},
+    "fused": {"method": "crown-ibp", "loss_fusion": True},
+}
+
+
+def network(width: int = 3) -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(1, width, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * width, 8, bias=False),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 4),
+    )
+    return randomized(layers).train()
+
+
+def objective(model: nn.Module, compiled: bool = True, **options) -> Objective:
+    return Objective(BoundedModel(model, torch.zeros(1, 1, 8, 8)), compile_for=BATCH if compiled else None, **options)
+
+
+def step(objective: Objective, phase: Phase, seed: int = 0) -> Metrics:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(BATCH, 1, 8, 8, generator=generator)
+    labels = torch.randint(0, 4, (BATCH,), generator=generator)
+    progress = torch.rand((), generator=generator)
+    return objective.backward(images, labels, 0.05 * progress, progress, phase)
+
+
+def results(model: nn.Module, metrics: Metrics) -> dict[str, Tensor]:
+    """Everything that a step leaves."""
+    return {
+        **metrics,
+        **{f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None},
+        **dict(model.named_buffers()),
+    }
+
+
+def check_equal(mine: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert mine.keys() == other.keys()
+    for name, value in other.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(mine[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.fixture
+def only_captured(monkeypatch):
+    """Graphs are captured and differentiated as ever, but run by PyTorch: seconds instead of minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "phase"), [*(("ibp", phase) for phase in Phase), ("fused", Phase.WARMUP)])
+def test_a_compiled_step_is_the_eager_one_within_rounding(method, phase):
+    found = []
+    for compiled in (True, False):
+        model = network()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found.append(results(model, step(objective(model, compiled, **METHODS[method]), phase)))
+    check_equal(*found)
+
+
+@pytest.mark.parametrize("method", ["ibp", "fused", pytest.param("crown-ibp", marks=pytest.mark.slow)])
+def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
+    """Epsilon and the regularizers' weight move with every step, the learning rate with some."""
+    mine, other = network(), network()
+    compiled, eager = objective(mine, **METHODS[method]), objective(other, compiled=False, **METHODS[method])
+    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3, fused=True) for model in (mine, other)]
+    phases = (Phase.BEFORE, Phase.WARMUP, Phase.FULL)
+    for number, phase in enumerate(phases):
+        for seed in range(3):
+            check_equal(
+                results(mine, step(compiled, phase, seed)), results(other, step(eager, phase, seed)), tolerance=1e-3
+            )
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 1e-4 / (1 + number + seed)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    assert counters["stats"]["unique_graphs"] == len(phases)
+
+
+def test_many_networks_may_be_trained_in_one_process(only_captured):
+    for width in range(1, 11):
+        linear = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 4))
+        step(objective(linear), Phase.NATURAL)
+    assert counters["stats"]["unique_graphs"] == 10
+
+
+def test_a_last_smaller_batch_is_not_compiled(only_captured):
+    model = network()
+    trained = objective(model)
+    trained.backward(
+        torch.rand(BATCH - 1, 1, 8, 8), torch.zeros(BATCH - 1).long(), torch.tensor(0.1), torch.tensor(1.0), Phase.FULL
+    )
+    assert counters["stats"]["unique_graphs"] == 0
+
+
+def test_without_a_compiler_one_warning_and_the_eager_step():
+    missing = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    mine, other = network(), network()
+    compiled, eager = objective(mine), objective(other, compiled=False)
+    with torch._inductor.config.patch(missing):
+        with pytest.warns(UserWarning, match="the training step is not compiled"):
+            first = step(compiled, Phase.FULL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            second = step(compiled, Phase.FULL, seed=1)
+    expected = step(eager, Phase.FULL)
+    assert all(torch.equal(first[name], value) for name, value in expected.items())
+    expected = results(other, step(eager, Phase.FULL, seed=1))
+    assert all(torch.equal(value, expected[name]) for name, value in results(mine, second).items())
+
+
+@pytest.mark.filterwarnings("ignore:the training step is not compiled")
+def test_an_error_of_the_users_own_is_theirs_to_see():
+    class Network(nn.Linear):
+        def loss(self, x: Tensor) -> Tensor:
+            if x.shape[0] == BATCH:
+                raise ZeroDivisionError("six images")
+            return self(x).sum()
+
+    compiled = Compiled(Network(4, 2).loss)
+    with pytest.raises(ZeroDivisionError, match="six images"):
+        compiled(torch.rand(BATCH, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the training step is not compiled")
+def test_labels_that_the_network_has_no_class_for_are_an_error():
+    trained = objective(network())
+    images, labels = torch.rand(BATCH, 1, 8, 8), torch.full((BATCH,), 9)
+    with pytest.raises((IndexError, RuntimeError)):
+        trained.backward(images, labels, torch.tensor(0.1), torch.tensor(1.0), Phase.FULL)

@@ -1,0 +1,346 @@
+"""Several processes against one: the same gradients, runs and proofs, whatever happens to a process on the way."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.cli import main
+from certtrain.data import Augmentation, Split, epoch_batches
+from certtrain.errors import UsageError
+from certtrain.runs.callbacks import Follower
+from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.runtime.distributed import ALONE, Ranks, joined
+from certtrain.training.objectives import Objective, Phase
+from certtrain.verification.attacks import PGD
+from certtrain.verification.verify import verify
+from tests.commands import contents, exit_code, one_thread, start_ranks, train_arguments
+from tests.networks import randomized
+
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+
+# --- a share of a batch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("length", [0, 1, 6, 7, 100])
+def test_shares_are_the_whole_and_even(size, length):
+    shares = [Ranks(rank, size).share(range(length)) for rank in range(size)]
+    assert [item for share in shares for item in share] == list(range(length))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_shares_of_a_batch_are_shuffled_and_augmented_as_the_batch():
+    split = Split(torch.randint(0, 256, (37, 1, 8, 8), dtype=torch.uint8), torch.arange(37))
+    draw = partial(epoch_batches, split, 16, seed=1, epoch=2, augmentation=Augmentation(flip=True, crop=2))
+    shares = zip(*(draw(share=Ranks(rank, 3).share) for rank in range(3)), strict=True)
+    for (images, labels), parts in zip(draw(), shares, strict=True):
+        assert torch.equal(torch.cat([part[0] for part in parts]), images)
+        assert torch.equal(torch.cat([part[1] for part in parts]), labels)
+
+
+def test_dropout_is_refused_where_batches_are_shared():
+    x = torch.rand(4, 3)
+    net = BoundedModel(nn.Sequential(nn.Linear(3, 2), nn.Dropout()).train(), x, batch_sum=lambda part: part)
+    with pytest.raises(UsageError, match="Dropout"):
+        net.ibp(linf_box(x, 0.1), clean=x)
+
+
+# --- gradients and proofs, in float64 --------------------------------------------------------------------------------
+
+METHODS = {
+    "ibp": {"method": "ibp"},
+    "fusion": {"method": "crown-ibp", "loss_fusion": True},
+    "checkpointing": {"method": "ibp", "activation_checkpointing": True},
+}
+CASES = [(phase, "ibp", parts) for phase in Phase for parts in (1, 2, 4)]
+CASES += [(Phase.WARMUP, method, parts) for method in ("fusion", "checkpointing") for parts in (1, 2)]
+BATCH = 10  # not divisible by 4: shares of 2 and 3 images
+
+
+class WithUnusedLayer(nn.Module):
+    """A layer that forward does not use must get no gradient, as in one process."""
+
+    def __init__(self):
+        super().__init__()
+        convolution = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        hidden = nn.Sequential(nn.Linear(64, 6), nn.BatchNorm1d(6), nn.ReLU())
+        self.network, self.unused = nn.Sequential(convolution, hidden, nn.Linear(6, 5)), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.network(x)
+
+
+def examples():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (BATCH, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(0, 5, (BATCH,), generator=generator)
+
+
+def network():
+    torch.manual_seed(0)
+    return randomized(WithUnusedLayer()).double().train()
+
+
+def steps(ranks):
+    """For each case two steps, of 10 and of 9 images: their metrics, gradients, and the buffers after them."""
+    images, labels = examples()
+    images, eps, progress = images.double() / 255, torch.tensor(0.01).double(), torch.tensor(0.25).double()
+    found = {}
+    for phase, method, parts in CASES:
+        model = network()
+        net = BoundedModel(model, images[:1], batch_sum=ranks.sum if ranks.size > 1 else None)
+        objective = Objective(net, **METHODS[method], l1=1e-4, accumulation=parts, ranks=ranks)
+        outcomes = []
+        for size in (BATCH, BATCH - 1):
+            share = [ranks.share(tensor[:size]) for tensor in (images, labels)]
+            metrics = objective.backward(*share, eps, progress, phase, size)
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            outcomes.append({"metrics": metrics, "gradients": gradients, "buffers": dict(model.named_buffers())})
+            outcomes[-1] = copy.deepcopy(outcomes[-1])
+            model.zero_grad()
+        found[phase.value, method, parts] = outcomes
+    return found
+
+
+def proofs(ranks):
+    images, labels = examples()
+    model = network().float().eval()
+    labels = torch.where(torch.arange(BATCH) < 8, model(images / 255).argmax(1), labels)
+    return verify(
+        model, Split(images, labels), [0.001, 0.3], ["ibp", "crown"], attack=PGD(1, 3), batch_size=3, ranks=ranks
+    )
+
+
+def answer(folder):
+    with joined() as ranks:
+        torch.save({"steps": steps(ranks), "proofs": list(map(vars, proofs(ranks)))}, folder / f"{ranks.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with one_thread():
+        return {"steps": steps(ALONE), "proofs": list(map(vars, proofs(ALONE)))}
+
+
+@pytest.fixture(scope="module", params=[2, FOUR])
+def together(request, tmp_path_factory):
+    """What each of several processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    children = start_ranks(request.param, partial(answer, folder), folder / "log")
+    assert [exit_code(child) for child in children] == [0] * request.param, (folder / "log").read_text()
+    assert (folder / "log").read_text() == ""
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+def test_gradients_statistics_and_metrics_are_those_of_the_whole_batch(alone, together):
+    for found in together:
+        for case, expected in alone["steps"].items():
+            for mine, other in zip(found["steps"][case], expected, strict=True):
+                for kind, values in other.items():
+                    assert mine[kind].keys() == values.keys()
+                    for name, value in values.items():
+                        torch.testing.assert_close(
+                            mine[kind][name], value, rtol=1e-8, atol=1e-11, msg=lambda m, w=(case, name): f"{w}: {m}"
+                        )
+
+
+def test_all_ranks_have_the_same_bits(together):
+    first, *others = ([o for os in found["steps"].values() for o in os] for found in together)
+    for other in others:
+        for mine, its in zip(first, other, strict=True):
+            assert all(torch.equal(mine[kind][name], its[kind][name]) for kind in mine for name in mine[kind])
+
+
+def test_proofs_are_those_of_one_process_in_order(alone, together):
+    for found in together:
+        for mine, other in zip(found["proofs"], alone["proofs"], strict=True):
+            for name in ("correct", "attacked", "proved"):
+                assert torch.equal(mine[name], other[name])
+            torch.testing.assert_close(mine["margin"], other["margin"])
+            assert [(s.method, s.images, s.proved) for s in mine["stages"]] == [
+                (s.method, s.images, s.proved) for s in other["stages"]
+            ]
+    assert not alone["proofs"][0]["correct"].all()
+    assert alone["proofs"][0]["proved"].any()
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+# Twenty steps, of 24 and of 13 images.
+TWENTY_STEPS = ["data.limit=37", "training.batch_size=24", "training.epochs=10", "epsilon.warmup_epochs=5"]
+
+
+def train_here(*arguments):
+    return main(train_arguments(*arguments))
+
+
+def train_by(size, folder, *more, work=train_here):
+    """Exit codes of `size` processes that train into `folder`, and what they printed."""
+    log = folder.with_suffix(".log")
+    children = start_ranks(size, partial(work, folder, *TWENTY_STEPS, *more), log)
+    return [exit_code(child) for child in children], log.read_text()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one") / "run"
+    with one_thread():
+        assert train_here(folder, *TWENTY_STEPS) == 0
+    return folder
+
+
+def check_same_run(folder, reference):
+    ours, theirs = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, reference)
+    )
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "natural_error", "verified_error"):
+            assert mine.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-5), (mine["epoch"], name)
+        assert [layer["radius"] for layer in mine["layers"]] == pytest.approx(
+            [layer["radius"] for layer in other["layers"]], rel=1e-3
+        )
+    weights, expected = (safetensors.torch.load_file(run / "model.safetensors") for run in (folder, reference))
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+    summary, expected = (json.loads((run / "summary.json").read_text()) for run in (folder, reference))
+    for name in ("images", "natural_error", "pgd_error", "verified_error", "steps"):
+        assert summary[name] == expected[name], name
+    assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
+
+
+@pytest.mark.parametrize("size", [2, FOUR])
+def test_a_run_by_several_processes_is_the_run_of_one(tmp_path, one, size):
+    codes, log = train_by(size, tmp_path / "run")
+    assert codes == [0] * size, log
+    assert log.count("epoch 10/10") == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["processes"] == size
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    check_same_run(tmp_path / "run", one)
+
+
+def train_and_signal(number, rank, step, *arguments):
+    """Train; this rank gets the signal as this step ends."""
+    after_step = Follower.after_step
+
+    def replacement(self, trainer):
+        if (os.environ["RANK"], trainer.step) == (str(rank), step):
+            os.kill(os.getpid(), number)
+        return after_step(self, trainer)
+
+    Follower.after_step = replacement
+    code = train_here(*arguments)
+    assert (arguments[0] / "last.ckpt").is_file(), "torchrun ends all processes when one has ended"
+    return code
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_in_one_process_a_run_ends_and_one_process_resumes_it(tmp_path, one, cli, rank):
+    run = tmp_path / "run"
+    codes, log = train_by(2, run, work=partial(train_and_signal, signal.SIGKILL, rank, 7))
+    assert codes == [-signal.SIGKILL if this == rank else 1 for this in range(2)]
+    assert log.splitlines()[-1] == (
+        "error: another of the 2 processes has ended or hangs, and so all end; "
+        "a run continues from its last checkpoint with --resume"
+    )
+    assert load_checkpoint(run / "last.ckpt")["trainer"]["step"] == 6
+    assert cli(*train_arguments(run, *TWENTY_STEPS, "--resume")).code == 0
+    check_same_run(run, one)
+
+
+@pytest.mark.parametrize(
+    ("sent", "step"), [(signal.SIGINT, 5), pytest.param(signal.SIGTERM, 8, marks=pytest.mark.slow)]
+)
+def test_a_signal_to_one_process_ends_all_at_its_step_and_others_resume(tmp_path, one, sent, step):
+    """Inside an epoch, and at the end of one."""
+    run = tmp_path / "run"
+    work = partial(train_and_signal, sent, 1, step)
+    codes, log = train_by(3, run, "training.checkpoint_seconds=1000", work=work)
+    assert codes == [128 + sent] * 3, log
+    assert log.splitlines()[-1] == f"saved {run} at step {step}; continue with --resume"
+    assert load_checkpoint(run / "last.ckpt")["trainer"]["step"] == step
+    codes, log = train_by(2, run, "training.checkpoint_seconds=1000", "--resume")
+    assert codes == [0, 0], log
+    assert f"resuming {run} after step {step} of 20" in log
+    check_same_run(run, one)
+
+
+# --- written wrong ---------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "fewer images than processes": (["data.limit=2"], "3 processes: 2 training images in batches of 24 leave one of 2"),
+    "a last batch too small": (["data.limit=50"], "50 training images in batches of 24 leave one of 2"),
+    "a batch that does not divide": (["training.batch_size=32"], "cannot be shared .* choose 30 or 33"),
+    "nor by the parts": (["training.accumulation=3"], "3 processes x 3 parts: choose 18 or 27"),
+    "fewer tests": (["verification.limit=2"], "2 test images for 3 processes"),
+    "one GPU for all": (["--device", "cuda:0"], "device .?cuda:0"),
+    "a typo": (["optimizer.nme=SGD"], "did you mean name"),
+    "a model that cannot be": (["model.options.width=wide"], "model cnn-small cannot be built"),
+    "data that is not there": (["data.name=mnist", "data.root=nowhere"], "nowhere"),
+    "auto_LiRPA": (["backend=lirpa"], "backend lirpa takes whole batches: train in one process"),
+    "only in the last process": (["data.name=npz", "data.path=not-on-this-machine"], "not-on-this-machine"),
+}
+
+
+def train_wrongly(folder):
+    codes = []
+    for name, (arguments, _) in WRONG.items():
+        here = name != "only in the last process" or os.environ["RANK"] == "2"
+        codes.append(train_here(folder, *TWENTY_STEPS, *(arguments if here else [])))
+    (folder.parent / f"{os.environ['RANK']}.json").write_text(json.dumps(codes))
+
+
+def test_what_is_wrong_is_said_once_before_anything_is_written(tmp_path):
+    log = tmp_path / "log"
+    children = start_ranks(3, partial(train_wrongly, tmp_path / "run"), log)
+    assert [exit_code(child) for child in children] == [0] * 3, log.read_text()
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(WRONG), log.read_text()
+    for line, (_, message) in zip(lines, WRONG.values(), strict=True):
+        assert line.startswith("error: ")
+        assert re.search(message, line), line
+    for rank in range(3):
+        codes = dict(zip(WRONG, json.loads((tmp_path / f"{rank}.json").read_text()), strict=True))
+        assert codes.pop("data that is not there") == codes.pop("only in the last process") == 1
+        assert set(codes.values()) == {2}
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_taken_stays(tmp_path, one):
+    before = contents(one)
+    codes, log = train_by(2, one)
+    assert codes == [2, 2]
+    assert log.count("\n") == 1
+    assert "holds a run" in log
+    assert contents(one) == before
+
+
+# --- as documented ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path, one):
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = train_arguments(run, *TWENTY_STEPS)
+    subprocess.run([*torchrun, "-m", "certtrain.cli", *arguments], check=True, capture_output=True)
+    check_same_run(run, one)
+    verified = [*torchrun, "-m", "certtrain.cli", "verify", str(run), "--device", "cpu", "--eps", "0.01,0.1"]
+    subprocess.run(verified, check=True, capture_output=True)
+    results = json.loads((run / "verify.json").read_text())
+    (expected,) = json.loads((one / "summary.json").read_text())["radii"]
+    for name in ("images", "natural_error", "pgd_error", "verified_error"):
+        assert results["radii"][1][name] == expected[name]

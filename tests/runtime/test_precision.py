@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.runtime.precision import full_precision, layout_for, training_precision
+from certtrain.training.objectives import Objective, Phase
+from tests.networks import narrow_cnn7, pooling_network, residual_network
+
+
+def test_full_precision_holds_inside_and_gives_back_what_was_set():
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+    if not hasattr(backends[0], "fp32_precision"):
+        pytest.skip("torch before 2.9 has one switch, tested below")
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        torch.set_float32_matmul_precision("medium")
+        loose = [backend.fp32_precision for backend in backends]
+        assert "ieee" not in loose
+        with full_precision():
+            assert [backend.fp32_precision for backend in backends] == ["ieee"] * 3
+        assert [backend.fp32_precision for backend in backends] == loose
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def test_full_precision_turns_autocast_off():
+    a = torch.rand(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (a @ a).dtype is torch.bfloat16
+        with full_precision():
+            assert (a @ a).dtype is torch.float32
+
+
+def test_bf16_rounds_products_alone():
+    """Everything between them, the radii too, stays float32, and the bounds move by no more than products do."""
+    torch.manual_seed(0)
+    model, images = narrow_cnn7().train(), torch.rand(8, 3, 16, 16)
+    net, box = BoundedModel(model, images), linf_box(images, 1 / 255)
+    exact = net.ibp(box, clean=images)
+    with training_precision("bf16", torch.device("cpu")):
+        rounded = net.ibp(box, clean=images)
+    assert rounded.clean.dtype is torch.float32
+    for mine, other in zip(rounded.relu_inputs, exact.relu_inputs, strict=True):
+        assert mine.radius.dtype is torch.float32
+        assert not torch.equal(mine.radius, other.radius)
+        torch.testing.assert_close(mine.radius.mean(), other.radius.mean(), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_training_precision_gives_back_what_was_set(precision):
+    a = torch.rand(4, 4)
+    before = torch.backends.cudnn.allow_tf32
+    with training_precision(precision, torch.device("cpu")):
+        assert (a @ a).dtype is (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert (a @ a).dtype is torch.float32
+
+
+@pytest.mark.parametrize("network", [narrow_cnn7, residual_network, pooling_network])
+def test_channels_last_weights_bring_everything_into_their_layout_and_change_no_value(network):
+    found, images, labels = [], torch.rand(8, 3, 16, 16).double(), torch.arange(8) % 5
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = network().double().train().to(memory_format=layout)
+        net = BoundedModel(model, images)
+        bounds = net.ibp(linf_box(images, 0.01), clean=images)
+        images_between = [part for box in bounds.relu_inputs for part in (box.center, box.radius) if part.dim() == 4]
+        assert all(part.is_contiguous(memory_format=layout) for part in images_between)
+        metrics = Objective(net).backward(images, labels, torch.tensor(0.01), torch.tensor(0.5), Phase.WARMUP)
+        found.append([*metrics.values(), *(p.grad for p in model.parameters()), *model.buffers()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "compiled", "layout"),
+    [
+        ("cpu", "bf16", False, torch.contiguous_format),
+        ("cpu", "float32", True, torch.channels_last),
+        ("cuda", "float32", True, torch.contiguous_format),
+        ("cuda", "tf32", False, torch.channels_last),
+        ("cuda", "bf16", True, torch.channels_last),
+    ],
+)
+def test_channels_last_is_for_tensor_cores_and_compiled_steps_on_cpus(device, precision, compiled, layout):
+    assert layout_for(precision, torch.device(device), compiled) is layout

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.data import Split
+from certtrain.data.seeding import generator
+from certtrain.report.layer_statistics import layer_statistics
+from certtrain.verification.attacks import PGD
+from certtrain.verification.verify import verify
+from tests.networks import Threshold, narrow_cnn7, randomized
+
+
+def pixels(values: list[int], labels: list[int]) -> Split:
+    return Split(torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1), torch.tensor(labels))
+
+
+def test_errors_of_a_network_whose_robustness_is_known():
+    """Distances to the threshold, in 1/255: 127.5, 77.5, 7.5, 2.5 (right) and 22.5 (wrong)."""
+    data = pixels([0, 50, 135, 130, 150], [0, 0, 1, 1, 0])
+    small, large = verify(Threshold(), data, [5 / 255, 30 / 255], attack=PGD(10, 2))
+    assert small.correct.tolist() == [True, True, True, True, False]
+    assert small.proved.tolist() == [True, True, True, False, False]
+    assert small.attacked.tolist() == [False, False, False, True, False]
+    assert (small.natural_error, small.pgd_error, small.verified_error) == pytest.approx((0.2, 0.4, 0.4))
+    assert large.proved.tolist() == [True, True, False, False, False]
+    assert (large.natural_error, large.pgd_error, large.verified_error) == pytest.approx((0.2, 0.6, 0.6))
+    # margins of the linear network: 2·(|x - 0.5| - ε)
+    torch.testing.assert_close(
+        small.margin, 2 * (torch.tensor([127.5, 77.5, 7.5, 2.5, -22.5]) - 5) / 255, atol=1e-6, rtol=0
+    )
+
+
+def test_margins_are_the_given_networks_whatever_is_folded_on_the_way():
+    torch.manual_seed(0)
+    model, images = randomized(narrow_cnn7()).eval(), torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    labels = model(images / 255).argmax(1)
+    (result,) = verify(model, Split(images, labels), 1 / 255)
+    exact = images.double() / 255
+    margins = BoundedModel(model.double(), exact).margins(linf_box(exact, 1 / 255), labels)
+    expected = margins.scatter(1, labels[:, None], torch.inf).amin(1)
+    torch.testing.assert_close(result.margin.double(), expected, rtol=1e-4, atol=1e-4)
+    assert result.natural_error == 0
+
+
+def test_the_order_of_errors_and_the_limit():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (20, 3, 16, 16), dtype=torch.uint8)
+    (result,) = verify(narrow_cnn7(), Split(images, torch.randint(0, 5, (20,))), 1 / 255, attack=PGD(3, 1), limit=12)
+    assert len(result.correct) == 12
+    assert 0 < result.natural_error <= result.pgd_error <= result.verified_error <= 1
+
+
+def test_without_an_attack_the_pgd_error_is_the_natural_one():
+    (result,) = verify(Threshold(), pixels([0, 130], [0, 1]), 5 / 255)
+    assert result.pgd_error == result.natural_error == 0
+    assert result.verified_error == 0.5
+
+
+def test_verify_leaves_the_models_mode_and_statistics_alone():
+    model = narrow_cnn7().train()
+    before = [buffer.clone() for buffer in model.buffers()]
+    verify(model, Split(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)), 0.1)
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def seeded(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [generator(seed, image) for image in range(count)]
+
+
+class TestPGD:
+    def test_finds_the_known_adversarial_points_and_stays_inside(self):
+        images, labels = pixels([130, 120, 0, 255], [1, 0, 0, 1]).images / 255.0, torch.tensor([1, 0, 0, 1])
+        points, found = PGD(steps=10, restarts=2)(Threshold(), images, labels, 10 / 255)
+        assert found.tolist() == [True, True, False, False]
+        assert linf_box(images, 10 / 255).contains(points).all()
+        assert (Threshold()(points).argmax(1) != labels).tolist() == found.tolist()
+        assert torch.equal(points[2:], images[2:])
+
+    def test_points_stay_inside_epsilon_and_the_pixel_range_under_restarts(self):
+        torch.manual_seed(0)
+        images, labels = torch.rand(16, 3, 16, 16), torch.randint(0, 5, (16,))
+        model = narrow_cnn7().eval()
+        points, found = PGD(5, 3)(model, images, labels, 0.1, seeded(len(images)))
+        assert found.any()
+        assert (points - images).abs().max() <= 0.1 + 1e-7
+        assert points.min() >= 0
+        assert points.max() <= 1
+        assert ((model(points).argmax(1) != labels) == found).all()
+
+    def test_an_images_own_seed_decides_its_restarts(self):
+        """With no steps an attack is where its restart begins, which is found where it crosses the threshold."""
+        data = pixels([130] * 16, [1] * 16)
+        images, labels = data.images / 255.0, data.labels
+
+        def attacked(seed, mine=slice(None)):
+            return PGD(0, 2)(Threshold(), images[mine], labels[mine], 0.1, seeded(16, seed)[mine])[0]
+
+        assert len(attacked(1).unique()) > 4
+        assert torch.equal(attacked(1), attacked(1))
+        assert not torch.equal(attacked(1), attacked(2))
+        assert torch.equal(attacked(1)[5:7], attacked(1, slice(5, 7))), "whatever images are beside it"
+
+
+def test_layer_statistics_of_a_network_known_by_hand():
+    """Four neurons: always active, always inactive, unstable, and inactive for one image of two."""
+    model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0], [1.0], [2.0], [1.0]]))
+        model[0].bias.copy_(torch.tensor([1.0, -5.0, -1.0, -0.4]))
+    images = torch.tensor([[0.5], [0.2]])
+    (layer,) = layer_statistics(BoundedModel(model, images), images, 0.05)
+    # third neuron: 2·[0.45, 0.55] - 1 unstable, 2·[0.15, 0.25] - 1 inactive; fourth: active, then inactive
+    assert (layer.active, layer.inactive, layer.unstable, layer.dead) == pytest.approx((3 / 8, 4 / 8, 1 / 8, 1 / 4))
+    assert layer.radius == pytest.approx(0.05 * (1 + 1 + 2 + 1) / 4, rel=1e-5)
+    assert layer.tightness == pytest.approx(1 / 1.25, rel=1e-5)
