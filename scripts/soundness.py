@@ -31,7 +31,7 @@ from certtrain.verification.verify import Verification, verify
 
 def price(model: nn.Module, data: Split, eps: float) -> list[dict[str, Any]]:
     """Verified error and seconds: plain bounds in float32 and float64, then those that cover rounding."""
-    double = fold_batch_norm(model).double()  # only the arithmetic changes
+    double = fold_batch_norm(model, next(evaluation_batches(data, 1))[0]).double()  # only the arithmetic changes
     rows = []
     for name, result in (
         ("plain, float32", verify(model, data, eps)[0]),
@@ -64,7 +64,8 @@ def verify_double(model: nn.Module, data: Split, eps: float) -> Verification:
 def sample(model: nn.Module, data: Split, eps: float, wanted: int) -> dict[str, Any]:
     """Logits of random points of the boxes, half of them corners, as the network and as the folded one compute them."""
     generator = torch.Generator().manual_seed(0)
-    net, folded = BoundedModel(model, next(evaluation_batches(data, 1))[0]), fold_batch_norm(model)
+    example = next(evaluation_batches(data, 1))[0]
+    net, folded = BoundedModel(model, example), fold_batch_norm(model, example)
     points = outside = 0
     with torch.no_grad():
         for images, labels in evaluation_batches(data, 128):

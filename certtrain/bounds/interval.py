@@ -3,9 +3,11 @@
 A rule takes the operation's arguments with boxes in the place of tensors and returns the box of all results.
 (Gowal et al. 2018, arXiv 1810.12715.) The rules come in three families:
 
-affine     centre through the map, radius through its absolute value
+bilinear   W x + b: centre through the map, radius through its absolute value
 monotone   both ends through the function
 reshaping  values only move or are averaged: every part of the box through the function
+
+The last two follow from an operation's traits. (`operations.py`)
 """
 
 from __future__ import annotations
@@ -15,35 +17,37 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients, scale_shift
 from certtrain.bounds.box import Box
-from certtrain.bounds.tracing import (
-    RESHAPING,
-    SETTLED_BY_CLEAN,
-    WEIGHTED,
-    Call,
-    Coefficients,
-    Graph,
-    leaves,
-    map_leaves,
-    scale_shift,
-)
+from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
+from certtrain.bounds.operations import OPERATIONS, WEIGHTED, add, cat, einsum, sub
 from certtrain.errors import UnsupportedOperation
 
 Rule = Callable[..., Box]
 
 
-def affine(function: Callable[..., Tensor]) -> Rule:
+def weighted(function: Callable[..., Tensor]) -> Rule:
     """Rule for `function(x, weight, bias, ...)`: centre W c + b, radius |W| r."""
 
-    def rule(x: Box, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Box:
-        if not isinstance(x, Box) or isinstance(weight, Box):
-            raise UnsupportedOperation(f"{function.__name__} with weights that depend on the input has no rule")
-        center = function(x.center, weight, bias, *args, **kwargs)
-        radius = function(x.radius, weight.abs(), None, *args, **kwargs)
+    def rule(x: Box, weight: Tensor, bias: Tensor | None = None, *settings: Any) -> Box:
+        center = function(x.center, weight, bias, *settings)
+        radius = function(x.radius, weight.abs(), None, *settings)
         return Box.around(center.to(x.center.dtype), radius.to(x.radius.dtype))  # autocast may have rounded the product
+
+    return rule
+
+
+def bilinear(function: Callable[..., Tensor]) -> Rule:
+    """Rule for a product of a box and a constant, in either order."""
+
+    def rule(x: Any, y: Any, *settings: Any) -> Box:
+        if isinstance(x, Box) and isinstance(y, Box):
+            raise UnsupportedOperation("the product of two values that both depend on the input has no rule")
+        center = function(*[v.center if isinstance(v, Box) else v for v in (x, y)], *settings)
+        radius = function(*[v.radius if isinstance(v, Box) else abs(v) for v in (x, y)], *settings)
+        return Box.around(center, radius)
 
     return rule
 
@@ -51,8 +55,8 @@ def affine(function: Callable[..., Tensor]) -> Rule:
 def monotone(function: Callable[..., Tensor]) -> Rule:
     """Rule for a function that grows, or stays, with every element of its first argument."""
 
-    def rule(x: Box, *args: Any, **kwargs: Any) -> Box:
-        return Box(function(x.lower, *args, **kwargs), function(x.upper, *args, **kwargs))
+    def rule(x: Box, *settings: Any) -> Box:
+        return Box(function(x.lower, *settings), function(x.upper, *settings))
 
     return rule
 
@@ -60,16 +64,10 @@ def monotone(function: Callable[..., Tensor]) -> Rule:
 def reshaping(function: Callable[..., Tensor]) -> Rule:
     """Rule for a function that moves, repeats or averages elements; it may act on either form of a box."""
 
-    def rule(x: Box, *args: Any, **kwargs: Any) -> Box:
-        return x.map(lambda part: function(part, *args, **kwargs))
+    def rule(x: Box, *settings: Any) -> Box:
+        return x.map(lambda part: function(part, *settings))
 
     return rule
-
-
-def _leaky_relu(x: Box, negative_slope: float = 0.01) -> Box:
-    if negative_slope < 0:
-        raise UnsupportedOperation(f"LeakyReLU with negative_slope={negative_slope} is not monotone and has no rule")
-    return monotone(F.leaky_relu)(x, negative_slope)
 
 
 def _scale_shift(x: Box, scale: Tensor, shift: Tensor) -> Box:
@@ -81,49 +79,46 @@ def _shifted(x: Box, center: Tensor) -> Box:
     return Box.around(center, x.radius.expand_as(center))
 
 
-def _add(x: Any, y: Any, *, alpha: float = 1) -> Box:
+def _add(x: Any, y: Any, alpha: float = 1) -> Box:
     if alpha != 1:
-        y = _mul(y, alpha) if isinstance(y, Box) else y * alpha
+        y = _scaled(y, alpha)
     if isinstance(x, Box) and isinstance(y, Box):
         return Box.around(x.center + y.center, x.radius + y.radius)
     return _shifted(x, x.center + y) if isinstance(x, Box) else _shifted(y, x + y.center)
+
+
+def _scaled(y: Any, factor: float) -> Any:
+    return Box.around(y.center * factor, y.radius * abs(factor)) if isinstance(y, Box) else y * factor
 
 
 def _neg(x: Box) -> Box:
     return Box.around(-x.center, x.radius)
 
 
-def _sub(x: Any, y: Any, *, alpha: float = 1) -> Box:
-    return _add(x, _neg(y) if isinstance(y, Box) else -y, alpha=alpha)
-
-
-def _mul(x: Any, y: Any) -> Box:
-    if isinstance(x, Box) and isinstance(y, Box):
-        raise UnsupportedOperation("the product of two values that both depend on the input has no rule")
-    box, factor = (x, y) if isinstance(x, Box) else (y, x)
-    return Box.around(box.center * factor, box.radius * abs(factor))
-
-
-def _div(x: Any, y: Any) -> Box:
-    if isinstance(y, Box):
-        raise UnsupportedOperation("division by a value that depends on the input has no rule")
+def _div(x: Box, y: Any) -> Box:
     return Box.around(x.center / y, x.radius / abs(y))
 
 
-MONOTONE = (F.relu, torch.sigmoid, torch.tanh, F.max_pool1d, F.max_pool2d, F.pad)
+def _from_traits() -> dict[Callable, Rule]:
+    rules: dict[Callable, Rule] = {}
+    for function, operation in OPERATIONS.items():
+        if operation.increasing:
+            rules[function] = monotone(function)
+        elif operation.reshaping or operation.averaging:
+            rules[function] = reshaping(function)
+    return rules
+
 
 RULES: dict[Callable, Rule] = {
-    **{function: affine(function) for function in WEIGHTED},
-    **{function: monotone(function) for function in MONOTONE},
-    **{function: reshaping(function) for function in RESHAPING},
-    F.leaky_relu: _leaky_relu,
+    **_from_traits(),
+    **{function: weighted(function) for function in WEIGHTED},
+    **{function: bilinear(function) for function in (torch.mul, torch.matmul, einsum)},
     scale_shift: _scale_shift,
-    torch.add: _add,
-    torch.sub: _sub,
-    torch.mul: _mul,
+    add: _add,
+    sub: lambda x, y, alpha=1: _add(x, y, -alpha),
     torch.div: _div,
     torch.neg: _neg,
-    torch.cat: Box.cat,
+    cat: Box.cat,
 }
 
 
@@ -144,12 +139,7 @@ class Record:
 
     def detach(self) -> Record:
         """The same boxes and weights, without gradient."""
-        calls = [
-            replace(
-                call, **{part: map_leaves(getattr(call, part), Tensor, Tensor.detach) for part in ("args", "kwargs")}
-            )
-            for call in self.calls
-        ]
+        calls = [replace(call, args=map_leaves(call.args, Tensor, Tensor.detach)) for call in self.calls]
         return Record(tuple(calls), {index: box.detach() for index, box in self.boxes.items()}, self.output)
 
 
@@ -174,21 +164,20 @@ class Bounds:
     record: Record | None = None
 
 
-def _affine_joint(
-    function: Callable[..., Tensor], x: Joint, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+def _weighted_joint(
+    function: Callable[..., Tensor], x: Joint, weight: Tensor, bias: Tensor | None = None, *settings: Any
 ) -> Joint:
-    """The affine rule with the clean input and the centre, which meet the same weights, in one call."""
-    points = function(torch.cat([x.clean, x.box.center]), weight, bias, *args, **kwargs).to(x.clean.dtype)
-    radius = function(x.box.radius, weight.abs(), None, *args, **kwargs).to(x.clean.dtype)
+    """The weighted rule with the clean input and the centre, which meet the same weights, in one call."""
+    points = function(torch.cat([x.clean, x.box.center]), weight, bias, *settings).to(x.clean.dtype)
+    radius = function(x.box.radius, weight.abs(), None, *settings).to(x.clean.dtype)
     clean, center = points.chunk(2)
     return Joint(clean, Box.around(center, radius))
 
 
-def _clean_result(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    if any(value.clean is None for value in leaves((args, kwargs), Joint)):
+def _clean_result(call: Call, args: tuple[Any, ...]) -> Tensor | None:
+    if any(value.clean is None for value in leaves(args, Joint)):
         return None
-    points, point_kwargs = map_leaves((args, kwargs), Joint, lambda value: value.clean)
-    return call.function(*points, **point_kwargs)
+    return call.function(*map_leaves(args, Joint, lambda value: value.clean))
 
 
 Observe = Callable[[Box], Any]
@@ -213,22 +202,21 @@ class JointPass:
         self._tail_indices = graph.tail
         self._record, self._observe = record, observe
 
-    def apply(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Joint:
-        boxes, box_kwargs = map_leaves((args, kwargs), Joint, lambda value: value.box)
-        if call.function is F.relu:
+    def apply(self, call: Call, args: tuple[Any, ...]) -> Joint:
+        boxes = map_leaves(args, Joint, lambda value: value.box)
+        operation = OPERATIONS.get(call.function)
+        if operation is not None and operation.rectifies:
             self.relu_inputs.append(self._observe(boxes[0]))
         if call.function in WEIGHTED and self.affine_input is None:
             self.affine_input = self._observe(boxes[0])
         if call.index in self._tail_indices:
-            (entering,) = leaves((boxes, box_kwargs), Box)
+            (entering,) = {id(box): box for box in leaves(boxes, Box)}.values()
             self.tail_input = self.tail_input or entering
             self.tail.append(call)
-        shared = isinstance(args[0], Joint) and args[0].clean is not None and not leaves((args[1:], kwargs), Joint)
-        if call.function in WEIGHTED and shared:
-            result = _affine_joint(call.function, *args, **kwargs)
+        if call.function in WEIGHTED and args[0].clean is not None:
+            result = _weighted_joint(call.function, *args)
         else:
-            box = RULES[call.function](*boxes, **box_kwargs)
-            result = Joint(_clean_result(call, args, kwargs), box)
+            result = Joint(_clean_result(call, args), RULES[call.function](*boxes))
         if self._record:
             self.calls.append(call)
             self.boxes[call.index] = result.box

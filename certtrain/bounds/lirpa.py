@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.box import Box
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.model import CleanPass
-from certtrain.bounds.tracing import Coefficients
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 
 _METHODS = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}

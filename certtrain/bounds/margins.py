@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.tracing import Call, Ref, map_leaves
+from certtrain.bounds.graph import Call, Ref, map_leaves
 
 
 def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
@@ -33,8 +33,7 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
 
 def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:
     for call in tail:
-        args, kwargs = map_leaves((call.args, call.kwargs), Ref, lambda _, h=h: h)
-        h = call.function(*args, **kwargs)
+        h = call.function(*map_leaves(call.args, Ref, lambda _, h=h: h))
     return h
 
 

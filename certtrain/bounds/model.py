@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import interval, rounding
+from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import Box
+from certtrain.bounds.graph import Call, Graph, leaves
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins
+from certtrain.bounds.recording import check_recording
 from certtrain.bounds.segments import propagate_in_segments
-from certtrain.bounds.tracing import SETTLED_BY_CLEAN, BatchSum, Call, Coefficients, Graph, leaves, scale_shift, trace
+from certtrain.bounds.tracing import structure_of, trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
@@ -73,17 +76,24 @@ class BoundedModel:
     ) -> None:
         self.model = model
         self._batch_sum = batch_sum
-        self._graphs: dict[bool, Graph[Any]] = {}
-        self._check_on(example_input)
+        self._example = example_input.detach()[:1].clone()
+        self._graphs: dict[bool, tuple[Any, Graph[Any]]] = {}
+        with evaluating(model):
+            self._sizes = _sizes_of(self.graph, self._example)
 
     @property
     def graph(self) -> Graph[Any]:
+        """The network's steps in its present mode: recorded and checked once, and again where its structure changed."""
         mode = self.model.training
-        if mode not in self._graphs:
+        if torch.compiler.is_compiling():  # looked at before, in Python
+            return self._graphs[mode][1]
+        structure = structure_of(self.model)
+        if mode not in self._graphs or self._graphs[mode][0] != structure:
             graph = trace(self.model, self._batch_sum)
             _require_rules(graph)
-            self._graphs[mode] = graph
-        return self._graphs[mode]
+            check_recording(self.model, self._example)
+            self._graphs[mode] = structure, graph
+        return self._graphs[mode][1]
 
     @property
     def classes(self) -> int:
@@ -125,9 +135,9 @@ class BoundedModel:
         Args:
             coefficients: of the BatchNorms, from `clean_pass`.
             observe: takes a box; its results stand in `relu_inputs` and `affine_input`, whose boxes would be memory.
-            segments: between which values are kept; by default the root of the number of operations, which takes least.
+            segments: between which values are kept; by default the root of the number of steps, which takes least.
         """
-        count = segments or math.isqrt(len(self.graph.operations))
+        count = segments or math.isqrt(len(self.graph.steps))
         return propagate_in_segments(self.graph, box, coefficients, observe, count)
 
     def clean_pass(self, x: Tensor) -> CleanPass:
@@ -222,21 +232,6 @@ class BoundedModel:
         images = max(1, min(len(box.like), budget // image))
         return images, max(1, budget // (COPIES * self._sizes.largest * box.like.element_size() * images))
 
-    def _check_on(self, example_input: Tensor) -> None:
-        """The recorded operations must compute what the module computes; eval mode, so that nothing is updated."""
-        with evaluating(self.model), torch.no_grad():
-            expected = self.model(example_input.clone())
-            clean = _CleanTransform()
-            recorded = self.graph.run(example_input, clean)
-        entering = example_input[0].numel()
-        self._sizes = _Sizes(max(clean.largest, entering), clean.total + entering, expected.shape[-1])
-        scale = expected.abs().max().clamp(min=1.0)
-        if recorded.shape != expected.shape or not ((recorded - expected).abs() <= 1e-3 * scale).all():
-            raise UnsupportedOperation(
-                f"the recorded operations of {type(self.model).__name__} do not reproduce its output: "
-                "its forward does something tracing does not see"
-            )
-
 
 @dataclass(frozen=True)
 class _Sizes:
@@ -245,6 +240,14 @@ class _Sizes:
     largest: int
     total: int
     classes: int
+
+
+def _sizes_of(graph: Graph[Any], image: Tensor) -> _Sizes:
+    clean = _CleanTransform()
+    with torch.no_grad():
+        output = graph.run(image, clean)
+    entering = image[0].numel()
+    return _Sizes(max(clean.largest, entering), clean.total + entering, output.shape[-1])
 
 
 @contextmanager
@@ -275,10 +278,10 @@ class _CleanTransform:
         self.coefficients: dict[int, Coefficients] = {}
         self.largest, self.total = 0, 0  # elements per image
 
-    def apply(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def apply(self, call: Call, args: tuple[Any, ...]) -> Tensor:
         if call.function is scale_shift:
             self.coefficients[call.index] = args[1:]
-        value = call.function(*args, **kwargs).to(leaves((args, kwargs), Tensor)[0].dtype)
+        value = call.function(*args).to(leaves(args, Tensor)[0].dtype)
         size = value.numel() // len(value)
         self.largest, self.total = max(self.largest, size), self.total + size
         return value
@@ -291,9 +294,9 @@ class _CleanTransform:
 
 
 def _require_rules(graph: Graph[Any]) -> None:
-    for operation in graph.operations[1:]:
-        if operation.tracked and operation.function not in interval.RULES.keys() | SETTLED_BY_CLEAN.keys():
+    for step in graph.steps[1:]:
+        if step.tracked and step.function not in interval.RULES.keys() | SETTLED_BY_CLEAN.keys():
             raise UnsupportedOperation(
-                f"{operation.where} has no interval rule; use backend: lirpa, or write it with supported operations "
-                "(certtrain/bounds/interval.py lists them)"
+                f"{step.where} has no interval rule; use backend: lirpa, or write it with supported operations "
+                "(certtrain/bounds/operations.py lists them)"
             )

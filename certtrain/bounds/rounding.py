@@ -14,9 +14,9 @@ The one idea: the computed sum of n products lies within e·Σ|w_i||x_i| of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -25,18 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
+from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
 from certtrain.bounds.interval import Bounds
-from certtrain.bounds.tracing import (
-    SETTLED_BY_CLEAN,
-    VIEWS,
-    WEIGHTED,
-    Call,
-    Graph,
-    Ref,
-    leaves,
-    map_leaves,
-)
+from certtrain.bounds.operations import OPERATIONS, WEIGHTED, add, cast, cat, einsum, sub
+from certtrain.bounds.tracing import record_of
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 
 
@@ -99,20 +93,23 @@ def _compound(unit: Fraction, count: int) -> Fraction | None:
 
 
 @lru_cache(maxsize=1024)
-def sum_error(arithmetic: Arithmetic, terms: int) -> float:
-    """Eq. 4: e with |computed - exact| ≤ e·(Σ|w_i||x_i| + |b|), for the deployed network's deviation plus ours."""
-    theirs = _compound(arithmetic.unit, terms + 1 + COEFFICIENT_ROUNDINGS)
+def sum_error(arithmetic: Arithmetic, terms: int, foldings: int = 1) -> float:
+    """Eq. 4: e with |computed - exact| ≤ e·(Σ|w_i||x_i| + |b|), for the deployed network's deviation plus ours.
+
+    `foldings`: BatchNorms that may be folded into the weights, one after the other.
+    """
+    deployed = _compound(arithmetic.unit, terms + 1 + max(1, foldings) * COEFFICIENT_ROUNDINGS)
     ours = _compound(OURS.unit, terms + 1 + SPARE_ROUNDINGS)
-    if theirs is None or ours is None:
+    if deployed is None or ours is None:
         return math.inf
-    return _rounded_up((1 + arithmetic.operands) * (1 + arithmetic.stored) ** 2 * theirs - 1 + ours - 1)
+    return _rounded_up((1 + arithmetic.operands) * (1 + arithmetic.stored) ** 2 * deployed - 1 + ours - 1)
 
 
 @lru_cache(maxsize=1024)
 def elementwise_error(arithmetic: Arithmetic, roundings: int) -> float:
     """Eq. 6: the same for a few operations on single elements, relative to the sum of the magnitudes they combine."""
-    theirs, ours = _compound(arithmetic.unit, roundings), _compound(OURS.unit, roundings + SPARE_ROUNDINGS)
-    return _rounded_up((1 + arithmetic.stored) ** 2 * theirs - 1 + ours - 1)
+    deployed, ours = _compound(arithmetic.unit, roundings), _compound(OURS.unit, roundings + SPARE_ROUNDINGS)
+    return _rounded_up((1 + arithmetic.stored) ** 2 * deployed - 1 + ours - 1)
 
 
 @lru_cache(maxsize=1024)
@@ -193,15 +190,22 @@ def enclosing_linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float]
     return OutwardBox(lower, upper)
 
 
-def _widened(box: OutwardBox, error: float, magnitude: Tensor, arithmetic: Arithmetic, terms: int = 1) -> OutwardBox:
+def _widened(
+    box: OutwardBox, error: float, magnitude: Tensor, arithmetic: Arithmetic, terms: int = 1, losses: Any = 0.0
+) -> OutwardBox:
     """`box` and whatever lies within error·magnitude of it or has lost an underflow; all reals where it may overflow.
 
-    Every factor that meets a value is below LARGEST_FACTOR, so that an underflow costs no more than that many `tiny`.
+    Every factor that meets a value is below LARGEST_FACTOR, so that an underflow costs no more than that many `tiny`;
+    `losses` adds underflows that cost more.
     """
     underflow = 8 * (terms + COEFFICIENT_ROUNDINGS) * LARGEST_FACTOR * arithmetic.tiny
-    radius = (box.radius + error * magnitude + underflow) * _inflation(1)
+    radius = (box.radius + error * magnitude + underflow + losses) * _inflation(1)
     fits = 2 * terms * (magnitude + radius) <= arithmetic.largest
     return OutwardBox.around(box.center, torch.where(fits, radius, torch.inf))
+
+
+def _unbounded(x: Tensor) -> OutwardBox:
+    return OutwardBox.around(x, torch.full_like(x, torch.inf))
 
 
 # --- one rule per operation -------------------------------------------------------------------------------------------
@@ -209,20 +213,55 @@ def _widened(box: OutwardBox, error: float, magnitude: Tensor, arithmetic: Arith
 Rule = Callable[..., OutwardBox]
 
 
+@dataclass(frozen=True)
+class Sum:
+    """The sums of products behind a value, as far as a BatchNorm that is folded into them must know.
+
+    terms: products in each; foldings: BatchNorms behind it in all; largest: (B,) no less than |x| of any of its inputs;
+    weight: no less than Σ|w| of any sum, and bias than |b|, the BatchNorms so far included; done: how many those are.
+    """
+
+    terms: int
+    foldings: int
+    largest: Tensor
+    weight: Tensor
+    bias: Tensor
+    done: int = 0
+
+
 def _weighted(function: Callable[..., Tensor]) -> Rule:
     def rule(
-        a: Arithmetic, x: OutwardBox, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+        a: Arithmetic, x: OutwardBox, weight: Tensor, bias: Tensor | None, *settings: Any, foldings: int = 1
     ) -> OutwardBox:
-        if not isinstance(x, Box) or isinstance(weight, Box):
-            raise UnsupportedOperation(f"{function.__name__} with weights that depend on the input has no sound rule")
         terms = terms_of(function, weight)
-        error, magnitude = sum_error(a, terms), x.magnitude
+        error, magnitude = sum_error(a, terms, foldings), x.magnitude
         if bias is None:
-            bias = weight.new_zeros(_out_channels(function, weight, args, kwargs))
+            bias = weight.new_zeros(_out_channels(function, weight, settings))
         underflow, fits = _sum_range(a, terms, weight, bias, magnitude)
-        center = function(x.center, weight, bias, *args, **kwargs)
+        center = function(x.center, weight, bias, *settings)
         slack = error * bias.abs() + underflow
-        radius = function(x.radius + error * magnitude, weight.abs(), slack, *args, **kwargs) * _inflation(terms)
+        radius = function(x.radius + error * magnitude, weight.abs(), slack, *settings) * _inflation(terms)
+        return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
+
+    return rule
+
+
+def _product(function: Callable[..., Tensor]) -> Rule:
+    """A matrix product with a constant, on either side."""
+
+    def rule(a: Arithmetic, x: Any, y: Any, *settings: Any) -> OutwardBox:
+        box, matrix = (x, y) if isinstance(x, Box) else (y, x)
+        if isinstance(matrix, Box):
+            raise UnsupportedOperation("the product of two values that both depend on the input has no sound rule")
+
+        def with_matrix(part: Tensor, factor: Tensor) -> Tensor:
+            return function(*((part, factor) if box is x else (factor, part)), *settings)
+
+        terms, sizes, magnitude = matrix.numel(), matrix.abs(), box.magnitude  # no sum has more terms
+        error = sum_error(a, terms)
+        underflow, fits = _sum_range(a, terms, matrix, matrix.new_zeros(1), magnitude)
+        center = with_matrix(box.center, matrix)
+        radius = (with_matrix(box.radius + error * magnitude, sizes) + underflow) * _inflation(terms)
         return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
 
     return rule
@@ -243,11 +282,10 @@ def terms_of(function: Callable[..., Tensor], weight: Tensor) -> int:
     return math.prod(weight.shape[1:])
 
 
-def _out_channels(function: Callable[..., Tensor], weight: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> int:
+def _out_channels(function: Callable[..., Tensor], weight: Tensor, settings: tuple[Any, ...]) -> int:
     if function not in (F.conv_transpose1d, F.conv_transpose2d):
         return weight.shape[0]
-    groups = kwargs.get("groups", args[3] if len(args) > 3 else 1)
-    return weight.shape[1] * groups
+    return weight.shape[1] * settings[3]
 
 
 def _per_image(flags: Tensor, like: Tensor) -> Tensor:
@@ -259,28 +297,52 @@ def _batch_norm(
     x: OutwardBox,
     mean: Tensor,
     variance: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
     *,
-    terms: int,
-) -> OutwardBox:
-    """Eq. 7: in any of the usual orders, or folded into the layer before, which summed `terms` products."""
+    behind: Sum | None,
+) -> tuple[OutwardBox, Sum | None]:
+    """Eq. 7: in any of the usual orders, or folded into the sums behind it.
+
+    Returns the box, and those sums with this BatchNorm folded into them.
+    """
     if training:
         raise UsageError("sound bounds are those of a network in eval mode: call model.eval()")
-    scale = torch.rsqrt(variance + eps) * (1.0 if weight is None else weight)
+    weight = torch.ones_like(variance) if weight is None else weight
+    scale = torch.rsqrt(variance + eps) * weight
     bias = torch.zeros_like(mean) if bias is None else bias
     shift = bias - mean * scale
-    if not _is_harmless(variance + eps, scale, mean, bias):
-        return OutwardBox.around(x.center, torch.full_like(x.center, torch.inf))
-    scale, shift, mean, bias = (v.view(1, -1, *[1] * (x.like.dim() - 2)) for v in (scale, shift, mean, bias))
-    moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
+    if not (_is_harmless(variance + eps, scale, weight) and _is_small(mean, bias)):
+        return _unbounded(x.center), None
     parameters = mean.abs() * scale.abs() + bias.abs()
+    losses: Tensor | float = 0.0
+    folded = None
+    if behind is not None:
+        most = scale.abs().amax()
+        folded = replace(
+            behind,
+            weight=behind.weight * most,
+            bias=behind.bias * most + parameters.amax(),
+            done=behind.done + 1,
+        )
+        losses = _per_image(_folding_losses(a, folded), x.like)
+    channelwise = (1, -1, *[1] * (x.like.dim() - 2))
+    scale, shift, parameters = scale.view(channelwise), shift.view(channelwise), parameters.view(channelwise)
+    moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
     magnitude = scale.abs() * x.magnitude + parameters
     moved = _widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a)
-    return _widened(moved, sum_error(a, terms), parameters, a)
+    terms, foldings = (1, 1) if behind is None else (behind.terms, behind.foldings)
+    return _widened(moved, sum_error(a, terms, foldings), parameters, a, losses=losses), folded
+
+
+def _folding_losses(a: Arithmetic, folded: Sum) -> Tensor:
+    """(B,): what underflows of folded weights cost, met by the inputs; infinite where a folded sum may overflow."""
+    lost = 8 * folded.terms * LARGEST_FACTOR**folded.done * a.tiny * (1 + folded.largest)
+    fits = 2 * (folded.weight * (1 + folded.largest) + folded.bias) <= a.largest
+    return torch.where(fits, lost, torch.inf)
 
 
 def _is_harmless(*values: Tensor) -> bool:
@@ -289,28 +351,31 @@ def _is_harmless(*values: Tensor) -> bool:
     return bool(((sizes == 0) | ((sizes > 1 / LARGEST_FACTOR) & (sizes < LARGEST_FACTOR))).all())
 
 
-def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float = 0.01) -> OutwardBox:
+def _is_small(*values: Tensor) -> bool:
+    return all(bool((value.abs() < LARGEST_FACTOR).all()) for value in values)
+
+
+def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardBox:
     if not 0 <= negative_slope <= 1:
         raise UnsupportedOperation(f"LeakyReLU with negative_slope={negative_slope} has no sound rule")
     ends = OutwardBox(F.leaky_relu(x.lower, negative_slope), F.leaky_relu(x.upper, negative_slope))
     return _widened(ends, elementwise_error(a, 2), x.magnitude, a)
 
 
-def _add(a: Arithmetic, x: Any, y: Any, *, alpha: float = 1) -> OutwardBox:
-    if alpha != 1:
-        y = _mul(a, y, alpha) if isinstance(y, Box) else y * alpha
-    boxes = [value for value in (x, y) if isinstance(value, Box)]
-    center = _center(x) + _center(y)
-    radius = sum(box.radius for box in boxes).expand_as(center)
-    return _widened(OutwardBox.around(center, radius), elementwise_error(a, 2), _magnitude(x) + _magnitude(y), a)
+def _add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
+    """A constant is rounded as it is stored, and so is alpha; then come its product and the sum."""
+    if not _is_harmless(torch.tensor(float(alpha), dtype=torch.float64)):
+        raise UnsupportedOperation(f"alpha={alpha} has no sound rule")
+    boxes = [(value, factor) for value, factor in ((x, 1.0), (y, abs(alpha))) if isinstance(value, Box)]
+    center = _center(x) + alpha * _center(y)
+    radius = sum(factor * box.radius for box, factor in boxes).expand_as(center)
+    magnitude = _magnitude(x) + abs(alpha) * _magnitude(y)
+    roundings = 2 if alpha == 1 or alpha == -1 else 4
+    return _widened(OutwardBox.around(center, radius), elementwise_error(a, roundings), magnitude, a)
 
 
 def _neg(a: Arithmetic, x: OutwardBox) -> OutwardBox:
     return OutwardBox.around(-x.center, x.radius)
-
-
-def _sub(a: Arithmetic, x: Any, y: Any, *, alpha: float = 1) -> OutwardBox:
-    return _add(a, x, _neg(a, y) if isinstance(y, Box) else -y, alpha=alpha)
 
 
 def _mul(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
@@ -321,8 +386,6 @@ def _mul(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
 
 
 def _div(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
-    if isinstance(y, Box):
-        raise UnsupportedOperation("division by a value that depends on the input has no sound rule")
     return _scaled(a, x, y, lambda value, divisor: value / divisor)
 
 
@@ -330,30 +393,32 @@ def _scaled(a: Arithmetic, x: OutwardBox, factor: Any, operation: Callable[[Tens
     sizes = torch.as_tensor(factor, dtype=torch.float64, device=x.like.device)
     center = operation(x.center, factor)
     if not _is_harmless(sizes):
-        return OutwardBox.around(center, torch.full_like(center, torch.inf))
+        return _unbounded(center)
     radius, magnitude = operation(x.radius, sizes.abs()), operation(x.magnitude, sizes.abs())
     return _widened(OutwardBox.around(center, radius), elementwise_error(a, 4), magnitude, a)
 
 
 def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> Rule:
-    """Sums and means: products with one constant, of `window(x, *args)` terms."""
+    """Sums and means: products with one constant, of `window(x, *settings)` terms, which may be added first."""
 
-    def rule(a: Arithmetic, x: OutwardBox, *args: Any, **kwargs: Any) -> OutwardBox:
-        terms = window(x.like, *args, **kwargs)
-        center, radius = function(x.center, *args, **kwargs), function(x.radius, *args, **kwargs)
-        magnitude = function(x.magnitude, *args, **kwargs) * _inflation(terms)
+    def rule(a: Arithmetic, x: OutwardBox, *settings: Any) -> OutwardBox:
+        terms = window(x.like, *settings)
+        center, radius = function(x.center, *settings), function(x.radius, *settings)
+        magnitude = function(x.magnitude, *settings) * _inflation(terms)
         moved = OutwardBox.around(center, radius * _inflation(terms))
-        return _widened(moved, sum_error(a, terms + 2), magnitude, a, terms)
+        moved = _widened(moved, sum_error(a, terms + 2), magnitude, a, terms)
+        fits = 2 * terms * x.magnitude.flatten(1).amax(1) <= a.largest
+        return OutwardBox.around(moved.center, torch.where(_per_image(fits, center), moved.radius, torch.inf))
 
     return rule
 
 
-def _reduced(x: Tensor, *args: Any, **kwargs: Any) -> int:
-    return x.numel() // max(1, x.sum(*args, **kwargs).numel())
+def _reduced(x: Tensor, *settings: Any) -> int:
+    return x.numel() // max(1, x.sum(*settings).numel())
 
 
-def _kernel(x: Tensor, kernel_size: int | tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    return math.prod(kernel_size) if isinstance(kernel_size, tuple) else kernel_size ** (x.dim() - 2)
+def _kernel(x: Tensor, kernel_size: int | tuple[int, ...], *settings: Any) -> int:
+    return kernel_size ** (x.dim() - 2) if isinstance(kernel_size, int) else math.prod(kernel_size)
 
 
 def _adaptive(x: Tensor, output_size: Any) -> int:
@@ -363,19 +428,34 @@ def _adaptive(x: Tensor, output_size: Any) -> int:
 
 def _exact(function: Callable[..., Tensor]) -> Rule:
     """Moves elements, or compares them: nothing is rounded."""
-    return lambda a, x, *args, **kwargs: x.map(lambda part: function(part, *args, **kwargs))
+    return lambda a, x, *settings: x.map(lambda part: function(part, *settings))
 
 
 def _monotone(function: Callable[..., Tensor]) -> Rule:
-    return lambda a, x, *args, **kwargs: OutwardBox(
-        function(x.lower, *args, **kwargs), function(x.upper, *args, **kwargs)
-    )
+    return lambda a, x, *settings: OutwardBox(function(x.lower, *settings), function(x.upper, *settings))
 
 
-def _pad(a: Arithmetic, x: OutwardBox, pad: Any, mode: str = "constant", value: float | None = None) -> OutwardBox:
+def _pad(a: Arithmetic, x: OutwardBox, pad: Any, mode: str, value: float | None) -> OutwardBox:
     if value:
         raise UnsupportedOperation(f"padding with {value}, which is rounded, has no sound rule; zero has")
-    return _monotone(F.pad)(a, x, pad, mode)
+    return _monotone(F.pad)(a, x, pad, mode, value)
+
+
+def _cast(a: Arithmetic, x: OutwardBox, dtype: torch.dtype | None) -> OutwardBox:
+    if dtype is None:
+        return x
+    if a is ARITHMETICS["float64"] and dtype != torch.float64:
+        raise UnsupportedOperation(f"a cast to {dtype} in a network of arithmetic float64 has no sound rule")
+    return _widened(x, elementwise_error(a, 1), x.magnitude, a)
+
+
+def _cat(a: Arithmetic, parts: Any, dim: int) -> OutwardBox:
+    return OutwardBox.cat([part if isinstance(part, Box) else _stored(a, part) for part in parts], dim)
+
+
+def _stored(a: Arithmetic, constant: Tensor) -> OutwardBox:
+    point = OutwardBox.around(constant, torch.zeros_like(constant))
+    return _widened(point, elementwise_error(a, 1), constant.abs(), a)
 
 
 def _center(value: Any) -> Any:
@@ -386,9 +466,12 @@ def _magnitude(value: Any) -> Any:
     return value.magnitude if isinstance(value, OutwardBox) else abs(value)
 
 
+EXACT = {function for function, operation in OPERATIONS.items() if operation.reshaping} - {cast}
+
 RULES: dict[Callable, Rule] = {
     **{function: _weighted(function) for function in WEIGHTED},
-    **{function: _exact(function) for function in VIEWS},
+    **{function: _product(function) for function in (torch.matmul, einsum)},
+    **{function: _exact(function) for function in EXACT},
     **{function: _monotone(function) for function in (F.relu, F.max_pool1d, F.max_pool2d)},
     **{function: _averaging(function, _kernel) for function in (F.avg_pool1d, F.avg_pool2d)},
     **{function: _averaging(function, _adaptive) for function in (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d)},
@@ -396,12 +479,13 @@ RULES: dict[Callable, Rule] = {
     F.batch_norm: _batch_norm,
     F.leaky_relu: _leaky_relu,
     F.pad: _pad,
-    torch.add: _add,
-    torch.sub: _sub,
+    cast: _cast,
+    add: _add,
+    sub: lambda a, x, y, alpha=1: _add(a, x, y, -alpha),
     torch.mul: _mul,
     torch.div: _div,
     torch.neg: _neg,
-    torch.cat: lambda a, parts, dim=0: OutwardBox.cat(parts, dim),
+    cat: _cat,
 }
 
 
@@ -409,39 +493,71 @@ RULES: dict[Callable, Rule] = {
 
 
 class _SoundPass:
-    """Walks a box through the network in a deployed arithmetic (a `tracing.Transform`)."""
+    """Walks a box through the network in a deployed arithmetic (a `graph.Transform`)."""
 
     settled: ClassVar = {
         function: settle for function, settle in SETTLED_BY_CLEAN.items() if function is not F.batch_norm
     }
 
-    def __init__(self, arithmetic: Arithmetic, output: int) -> None:
-        self._arithmetic, self._output = arithmetic, output
-        self._terms: dict[int, int] = {}  # of the sums behind a value, where a linear map made it
+    def __init__(self, arithmetic: Arithmetic, graph: Graph[OutwardBox]) -> None:
+        self._arithmetic, self._output = arithmetic, graph.output
+        self._foldings = foldings_of(graph)
+        self._sums: dict[int, Sum | None] = {}  # behind a value, where a linear map made it
         self.relu_inputs: list[OutwardBox] = []
         self.affine_input: OutwardBox | None = None
         self.classifier: tuple[Call, OutwardBox] | None = None  # with what enters it
 
-    def apply(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> OutwardBox:
+    def apply(self, call: Call, args: tuple[Any, ...]) -> OutwardBox:
         if call.function not in RULES:
             raise UnsupportedOperation(f"{call.where} has no sound rule: its rounding errors are not known")
-        args, kwargs = map_leaves((args, kwargs), Tensor, Tensor.double)
-        if call.function is F.relu:
+        args = map_leaves(args, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+        rule = RULES[call.function]
+        if OPERATIONS[call.function].rectifies:
             self.relu_inputs.append(args[0])
         if call.function in WEIGHTED:
-            self.affine_input = self.affine_input or args[0]
-            self._terms[call.index] = terms_of(call.function, args[1])
-        if call.function is F.linear and call.index == self._output and args[0].like.dim() == 2:
-            self.classifier = Call(call.index, call.function, args, kwargs, call.where), args[0]
+            return self._weighted(call, rule, args)
         if call.function is F.batch_norm:
-            kwargs = {**kwargs, "terms": self._terms.get(call.args[0].index, 1)}
-        return RULES[call.function](self._arithmetic, *args, **kwargs)
+            box, self._sums[call.index] = rule(self._arithmetic, *args, behind=self._sums.get(call.args[0].index))
+            return box
+        if call.function in EXACT:
+            self._sums[call.index] = self._sums.get(call.args[0].index)
+        return rule(self._arithmetic, *args)
+
+    def _weighted(self, call: Call, rule: Rule, args: tuple[Any, ...]) -> OutwardBox:
+        x, weight, bias = args[:3]
+        self.affine_input = self.affine_input or x
+        if call.function is F.linear and call.index == self._output and x.like.dim() == 2:
+            self.classifier = replace(call, args=args), x
+        foldings, none = self._foldings.get(call.index, 1), weight.new_zeros(())
+        self._sums[call.index] = Sum(
+            terms_of(call.function, weight),
+            foldings,
+            x.magnitude.flatten(1).amax(1),
+            weight.abs().sum(),
+            none if bias is None else bias.abs().amax(),
+        )
+        return rule(self._arithmetic, *args, foldings=foldings)
 
     def clean(self, value: OutwardBox) -> None:
         return None
 
     def like(self, value: OutwardBox) -> Tensor:
         return value.like
+
+
+def foldings_of(graph: Graph[Any]) -> dict[int, int]:
+    """How many BatchNorms stand behind each linear map, with nothing but moved elements in between."""
+    behind: dict[int, tuple[int, int]] = {}
+    foldings: dict[int, int] = {}
+    for index, step in enumerate(graph.steps):
+        if step.function in WEIGHTED:
+            behind[index] = index, 0
+        elif step.function in EXACT | {F.batch_norm} and step.args and isinstance(step.args[0], Ref):
+            origin = behind.get(step.args[0].index)
+            if origin is not None:
+                behind[index] = origin[0], origin[1] + (step.function is F.batch_norm)
+                foldings[origin[0]] = max(foldings.get(origin[0], 0), behind[index][1])
+    return foldings
 
 
 @contextmanager
@@ -474,9 +590,13 @@ def propagate(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> Bounds:
     """
     a = arithmetic_named(arithmetic)
     _require_stored_constants(graph)
+    if graph.head is not None:
+        raise UnsupportedOperation(
+            "a softmax as the last operation, which may round two classes to a tie, has no sound rule"
+        )
     entering = outward(box)
     entering = _widened(entering, _rounded_up(a.stored), entering.magnitude, a) if a.stored else entering
-    walk = _SoundPass(a, graph.output)
+    walk = _SoundPass(a, graph)
     with _plain_convolutions():
         output = graph.run(entering, walk)
     tail, tail_input = ((walk.classifier[0],), walk.classifier[1]) if walk.classifier else ((), output)
@@ -498,8 +618,8 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
     else:
         a = arithmetic_named(arithmetic)
         (classifier,), x = bounds.tail, bounds.tail_input
-        _, weight, *rest = classifier.args
-        bias = rest[0] if rest and rest[0] is not None else weight.new_zeros(len(weight))
+        _, weight, bias = classifier.args
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
         terms, magnitude = weight.shape[1], x.magnitude
         underflow, fits = _sum_range(a, terms, weight, bias, magnitude)
         difference = weight[labels][:, None, :] - weight
@@ -513,13 +633,32 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
 
 
 def _require_stored_constants(graph: Graph[Any]) -> None:
-    """What the network computes from its parameters alone is rounded too, and no rule here covers that."""
+    """Parameters are as they are stored: what is computed from them alone is rounded too, which no rule here covers."""
     stored: set[int] = set()
-    for index, operation in enumerate(graph.operations):
-        reads = {ref.index for ref in leaves((operation.args, operation.kwargs), Ref)}
-        if operation.function is getattr and not reads:
+    for index, step in enumerate(graph.steps):
+        if step.module is not None:
+            _require_stored(step)
+        read = {ref.index for ref in leaves((step.args, dict(step.kwargs or {})), Ref)}
+        if step.function is getattr and not read:
             stored.add(index)
-        elif not operation.tracked and reads & stored:
-            if operation.function not in VIEWS:
-                raise UnsupportedOperation(f"{operation.where} computes with parameters alone: it has no sound rule")
+        elif not step.tracked and read & stored:
+            operation = record_of(step.function)
+            if operation is None or operation.function not in EXACT:
+                raise UnsupportedOperation(f"{step.where} computes with parameters alone: it has no sound rule")
             stored.add(index)
+
+
+def _require_stored(step: Step) -> None:
+    module = step.module
+    assert module is not None
+    names = [step.arguments()[1]] if step.function is getattr else ["weight", "bias", "running_mean", "running_var"]
+    for name in names:
+        is_own = name in module._parameters or name in module._buffers or name in vars(module)
+        if name.startswith("_tensor_constant"):
+            raise UnsupportedOperation(
+                f"{step.where}: a tensor made in the forward has no sound rule; make it a buffer"
+            )
+        if not is_own and isinstance(getattr(module, name, None), Tensor):
+            raise UnsupportedOperation(
+                f"{step.where}: {name} is computed from other parameters, whose rounding no rule covers"
+            )

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
+from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.box import Box
+from certtrain.bounds.graph import Graph, map_leaves
 from certtrain.bounds.interval import Bounds, Joint, JointPass, Observe
-from certtrain.bounds.tracing import Coefficients, Graph, map_leaves
 
 
 def propagate_in_segments(
@@ -25,7 +26,7 @@ def propagate_in_segments(
 
     Args:
         observe: what is kept, as `relu_inputs` and `affine_input`, of the boxes themselves: a few numbers, as a rule.
-        segments: into how many parts of equally many operations the network is cut.
+        segments: into how many parts of equally many steps the network is cut.
     """
 
     def walked(entering: Mapping[int, Any], indices: range) -> tuple[dict[int, Any], JointPass]:
@@ -34,11 +35,11 @@ def propagate_in_segments(
         graph.advance(values, indices, walk, coefficients)
         return values, walk
 
-    size = -(-(len(graph.operations) - 1) // segments)
+    size = -(-(len(graph.steps) - 1) // segments)
     values: dict[int, Any] = {0: Joint(None, box)}
     walks: list[JointPass] = []
-    for start in range(1, len(graph.operations), size):
-        indices = range(start, min(start + size, len(graph.operations)))
+    for start in range(1, len(graph.steps), size):
+        indices = range(start, min(start + size, len(graph.steps)))
         values, walk = checkpoint(walked, values, indices, use_reentrant=False)
         walks.append(walk)
     result = values[graph.output].box

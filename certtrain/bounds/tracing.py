@@ -1,347 +1,41 @@
-"""A network as a straight line of operations, each a call of one of a few canonical functions.
+"""A module, once, as a line of canonical calls.
 
-torch.fx records what a network's `forward` does; this file brings the many spellings of one operation (`nn.ReLU`,
-`F.relu`, `x.relu_()`) down to one canonical function (`F.relu`), so that a rule for bounds is written once, against
-the functional signature. BatchNorm and Dropout, whose effect depends on the batch, become plain scalings with the
-coefficients that the clean activations give them.
+torch.fx records what a network's `forward` does, hooks and subclasses' own forwards included; this file brings every
+spelling down to the records of `operations.py`, gives names that were written in place their new meaning, and keeps
+apart what depends on the network's input from what is computed from its buffers and shapes at every call.
+
+What a recording cannot follow is refused: a branch on values, a write into shared memory that is read again, autocast
+or no_grad inside. What can change after it (a Python attribute, a submodule, a mode) is in `structure_of`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.bounds import operations
+from certtrain.bounds.batch_norm import BatchSum
+from certtrain.bounds.graph import Graph, Ref, Step, leaves, map_leaves, with_last_uses
+from certtrain.bounds.operations import Bind, Operation, module_entry
+from certtrain.errors import CerttrainError, UnsupportedOperation
 
-V = TypeVar("V")
-Coefficients = tuple[Tensor, Tensor]  # scale and shift of one BatchNorm
-BatchSum = Callable[[Tensor], Tensor]  # of sums over a part of the batch: the sums over all of it, with gradient
-
-
-def scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """What a BatchNorm computes once its statistics are known; `scale` and `shift` broadcast over `x`."""
-    return torch.addcmul(shift, x, scale)
+ROOT = "model"
 
 
-# --- one operation ------------------------------------------------------------------------------------------------
+class Root(nn.Module):
+    """Calls the model, so that its own hooks are recorded too; constants that fx keeps go here, not into the model."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
 
-@dataclass(frozen=True)
-class Ref:
-    """Stands, among an operation's arguments, for the value of the operation at `index` of the line."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """`function(*args, **kwargs)`, everything known but the values that depend on the input, which are `Ref`s."""
-
-    index: int
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    where: str
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One recorded step of the network, before parameters and shapes are looked up.
-
-    `arguments` gives the arguments after the inputs, read off the module at every call, so that the newest
-    parameters are used. `tracked` says whether the value depends on the network's input (a shape does not).
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    where: str
-    tracked: bool
-    arguments: Callable[[], tuple[Any, ...]] = tuple
-    last_uses: tuple[int, ...] = ()  # values that no later operation reads
-
-
-def map_leaves(structure: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """`structure`, nested tuples, lists, dicts and slices, with every instance of `kind` in it replaced."""
-    if isinstance(structure, kind):
-        return function(structure)
-    if isinstance(structure, tuple):
-        return tuple([map_leaves(item, kind, function) for item in structure])
-    if isinstance(structure, list):
-        return [map_leaves(item, kind, function) for item in structure]
-    if isinstance(structure, dict):
-        return {key: map_leaves(item, kind, function) for key, item in structure.items()}
-    if isinstance(structure, slice):
-        ends = (structure.start, structure.stop, structure.step)
-        return slice(*[map_leaves(item, kind, function) for item in ends])
-    return structure
-
-
-def leaves(structure: Any, kind: type) -> list[Any]:
-    """Every instance of `kind` in nested tuples, lists, dicts and slices, in order."""
-    found: list[Any] = []
-    map_leaves(structure, kind, found.append)
-    return found
-
-
-# --- BatchNorm and Dropout: scalings whose coefficients the clean activations decide ---------------------------------
-
-
-def batch_norm_coefficients(
-    clean: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    batch_sum: BatchSum | None = None,
-) -> Coefficients:
-    """Scale and shift, each (1, C, 1, ...), of a BatchNorm.
-
-    In training mode the statistics are those of `clean`, with gradient, and the running ones are updated as
-    PyTorch does; otherwise they are the running ones. `batch_sum`: where `clean` is a part of the batch.
-    """
-    if not training:
-        mean, var = running_mean, running_var
-    elif clean is None:
-        raise UsageError("BatchNorm is in training mode: its statistics are those of the clean input, pass clean=")
-    else:
-        mean, var, count = _batch_statistics(clean, batch_sum)
-        if running_mean is not None:
-            with torch.no_grad():
-                running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-                running_var.lerp_((var.detach() * (count / (count - 1))).to(running_var.dtype), momentum)
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-    return scale, shift
-
-
-def _batch_statistics(clean: Tensor, batch_sum: BatchSum | None) -> tuple[Tensor, Tensor, int | Tensor]:
-    """Mean and (biased) variance of each channel, and the number of values they were taken over."""
-    count = clean.numel() // clean.shape[1]
-    if batch_sum is None and count < 2:
-        raise UsageError(f"BatchNorm in training mode needs more than one value per channel, got {count}")
-    var, mean = torch.var_mean(clean, dim=[0, *range(2, clean.dim())], correction=0)
-    if batch_sum is None:
-        return mean, var, count
-    # In two sums, since E[x²] - E[x]² would lose digits.
-    sums = batch_sum(torch.cat([count * mean, torch.full_like(mean[:1], count)]))
-    whole_count = sums[-1]
-    whole_mean = sums[:-1] / whole_count
-    whole_var = batch_sum(count * (var + (mean - whole_mean).square())) / whole_count
-    return whole_mean, whole_var, whole_count
-
-
-def _settle_batch_norm(
-    x: Ref, clean: Tensor | None, dims: int, batch_sum: BatchSum | None, *args: Any, **kwargs: Any
-) -> tuple[Callable, tuple]:
-    scale, shift = batch_norm_coefficients(clean, *args, **kwargs, batch_sum=batch_sum)
-    channelwise = (1, -1) + (1,) * (dims - 2)
-    return scale_shift, (x, scale.view(channelwise), shift.view(channelwise))
-
-
-def _settle_dropout(
-    x: Ref,
-    clean: Tensor | None,
-    dims: int,
-    batch_sum: BatchSum | None,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-) -> tuple[Callable, tuple]:
-    if not training or p == 0:
-        return torch.mul, (x, 1.0)
-    if batch_sum is not None:
-        raise UsageError("Dropout would draw the same for every part of a batch: train in one process, or without it")
-    if clean is None:
-        raise UsageError("Dropout is active in training mode: pass clean=, or call model.eval()")
-    return torch.mul, (x, F.dropout(torch.ones_like(clean), p, True))
-
-
-SETTLED_BY_CLEAN: dict[Callable, Callable[..., tuple[Callable, tuple]]] = {
-    F.batch_norm: _settle_batch_norm,
-    F.dropout: _settle_dropout,
-}
-
-
-# --- spellings: modules, functions and methods, brought down to canonical functions --------------------------------
-
-
-def _conv(m: Any) -> tuple[Any, ...]:
-    if m.padding_mode != "zeros":
-        raise UnsupportedOperation(f"{type(m).__name__} with padding_mode={m.padding_mode!r}: only 'zeros' has a rule")
-    return m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups
-
-
-def _conv_transpose(m: Any) -> tuple[Any, ...]:
-    return m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation
-
-
-def _max_pool(m: Any) -> tuple[Any, ...]:
-    if m.return_indices:
-        raise UnsupportedOperation(f"{type(m).__name__} with return_indices=True has no rule")
-    return m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode
-
-
-def _batch_norm(m: Any) -> tuple[Any, ...]:
-    momentum = m.momentum
-    if m.training and m.track_running_stats and m.num_batches_tracked is not None:
-        with torch.no_grad():
-            m.num_batches_tracked.add_(1)
-        if momentum is None:  # PyTorch's cumulative average
-            momentum = 1.0 / float(m.num_batches_tracked)
-    from_batch = m.training or m.running_mean is None
-    return m.running_mean, m.running_var, m.weight, m.bias, from_batch, momentum, m.eps
-
-
-def _nothing(m: Any) -> tuple[Any, ...]:
-    return ()
-
-
-MODULES: dict[type[nn.Module], tuple[Callable, Callable[[Any], tuple[Any, ...]]]] = {
-    nn.Linear: (F.linear, lambda m: (m.weight, m.bias)),
-    nn.Conv1d: (F.conv1d, _conv),
-    nn.Conv2d: (F.conv2d, _conv),
-    nn.ConvTranspose1d: (F.conv_transpose1d, _conv_transpose),
-    nn.ConvTranspose2d: (F.conv_transpose2d, _conv_transpose),
-    nn.BatchNorm1d: (F.batch_norm, _batch_norm),
-    nn.BatchNorm2d: (F.batch_norm, _batch_norm),
-    nn.ReLU: (F.relu, _nothing),
-    nn.LeakyReLU: (F.leaky_relu, lambda m: (m.negative_slope,)),
-    nn.Sigmoid: (torch.sigmoid, _nothing),
-    nn.Tanh: (torch.tanh, _nothing),
-    nn.MaxPool1d: (F.max_pool1d, _max_pool),
-    nn.MaxPool2d: (F.max_pool2d, _max_pool),
-    nn.AvgPool1d: (F.avg_pool1d, lambda m: (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad)),
-    nn.AvgPool2d: (
-        F.avg_pool2d,
-        lambda m: (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override),
-    ),
-    nn.AdaptiveAvgPool1d: (F.adaptive_avg_pool1d, lambda m: (m.output_size,)),
-    nn.AdaptiveAvgPool2d: (F.adaptive_avg_pool2d, lambda m: (m.output_size,)),
-    nn.Flatten: (torch.flatten, lambda m: (m.start_dim, m.end_dim)),
-    nn.Unflatten: (Tensor.unflatten, lambda m: (m.dim, m.unflattened_size)),
-    nn.Identity: (Tensor.contiguous, _nothing),
-    nn.Dropout: (F.dropout, lambda m: (m.p, m.training)),
-}
-
-FUNCTIONS: dict[Callable, Callable] = {
-    torch.relu: F.relu,
-    torch.relu_: F.relu,
-    F.leaky_relu_: F.leaky_relu,
-    F.sigmoid: torch.sigmoid,
-    torch.sigmoid_: torch.sigmoid,
-    F.tanh: torch.tanh,
-    torch.tanh_: torch.tanh,
-    torch.max_pool1d: F.max_pool1d,
-    torch.max_pool2d: F.max_pool2d,
-    torch.dropout: F.dropout,
-    operator.add: torch.add,
-    operator.iadd: torch.add,
-    operator.sub: torch.sub,
-    operator.isub: torch.sub,
-    torch.subtract: torch.sub,
-    operator.mul: torch.mul,
-    operator.imul: torch.mul,
-    torch.multiply: torch.mul,
-    operator.truediv: torch.div,
-    operator.itruediv: torch.div,
-    torch.divide: torch.div,
-    operator.neg: torch.neg,
-    torch.negative: torch.neg,
-    torch.concat: torch.cat,
-    torch.concatenate: torch.cat,
-    torch.reshape: Tensor.reshape,
-    torch.permute: Tensor.permute,
-    torch.transpose: Tensor.transpose,
-    torch.squeeze: Tensor.squeeze,
-    torch.unsqueeze: Tensor.unsqueeze,
-    torch.unflatten: Tensor.unflatten,
-    torch.mean: Tensor.mean,
-    torch.sum: Tensor.sum,
-}
-
-METHODS: dict[str, Callable] = {
-    "relu": F.relu,
-    "relu_": F.relu,
-    "sigmoid": torch.sigmoid,
-    "sigmoid_": torch.sigmoid,
-    "tanh": torch.tanh,
-    "tanh_": torch.tanh,
-    "add": torch.add,
-    "add_": torch.add,
-    "sub": torch.sub,
-    "sub_": torch.sub,
-    "mul": torch.mul,
-    "mul_": torch.mul,
-    "div": torch.div,
-    "div_": torch.div,
-    "neg": torch.neg,
-    "neg_": torch.neg,
-    "flatten": torch.flatten,
-    "view": Tensor.reshape,
-    "reshape": Tensor.reshape,
-    "permute": Tensor.permute,
-    "transpose": Tensor.transpose,
-    "squeeze": Tensor.squeeze,
-    "unsqueeze": Tensor.unsqueeze,
-    "unflatten": Tensor.unflatten,
-    "contiguous": Tensor.contiguous,
-    "mean": Tensor.mean,
-    "sum": Tensor.sum,
-    "size": Tensor.size,
-    "dim": Tensor.dim,
-    "numel": Tensor.numel,
-}
-
-WEIGHTED = (F.linear, F.conv1d, F.conv2d, F.conv_transpose1d, F.conv_transpose2d)
-RESHAPING = (
-    torch.flatten,
-    operator.getitem,
-    Tensor.reshape,
-    Tensor.permute,
-    Tensor.transpose,
-    Tensor.squeeze,
-    Tensor.unsqueeze,
-    Tensor.unflatten,
-    Tensor.contiguous,
-    Tensor.mean,
-    Tensor.sum,
-    F.avg_pool1d,
-    F.avg_pool2d,
-    F.adaptive_avg_pool1d,
-    F.adaptive_avg_pool2d,
-)
-AFFINE = {*WEIGHTED, *RESHAPING, F.batch_norm, F.dropout, torch.add, torch.sub, torch.mul, torch.div, torch.neg}
-VIEWS = {torch.flatten, Tensor.reshape, Tensor.permute, Tensor.transpose, Tensor.squeeze, Tensor.unsqueeze,
-         Tensor.unflatten, Tensor.contiguous, operator.getitem}  # fmt: skip
-INSPECTIONS = {Tensor.size, Tensor.dim, Tensor.numel, getattr}  # answers do not depend on the values
-INSPECTED_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
-INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, torch.relu_, F.leaky_relu_, torch.sigmoid_,
-           torch.tanh_}  # fmt: skip
-
-
-def table_entry(module: nn.Module) -> type[nn.Module] | None:
-    """The class in MODULES whose computation `module` really runs: itself, or a base it inherits `forward` from."""
-    for base in type(module).__mro__:
-        if base in MODULES:
-            overridden = any(getattr(type(module), m, None) is not getattr(base, m, None)
-                             for m in ("forward", "_conv_forward"))  # fmt: skip
-            return None if overridden else base
-    return None
-
-
-# --- recording -----------------------------------------------------------------------------------------------------
+    def forward(self, x: Tensor) -> Any:
+        return self.model(x)
 
 
 class _Proxy(fx.Proxy):
@@ -363,236 +57,367 @@ class _Proxy(fx.Proxy):
         return self._inplace(operator.itruediv, other)
 
 
+def _ambient() -> tuple[bool, ...]:
+    """What changes the meaning of an operation from outside."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # what is computed from a buffer is recorded, and computed again at every call
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ambient = _ambient()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return table_entry(m) is not None or (
-            type(m).__module__.startswith("torch.nn") and not isinstance(m, (nn.Sequential, nn.ModuleList))
+        return module_entry(m) is not None or (
+            type(m).__module__.startswith("torch.nn")
+            and not isinstance(m, nn.Sequential | nn.ModuleList)
+            and "forward" not in vars(m)
         )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """`for part in x.chunk(3, 1)`: of tensors of a number that the call says."""
+        node = obj.node
+        if node.target in (torch.chunk, "chunk"):
+            return iter([obj[i] for i in range(node.args[1] if len(node.args) > 1 else node.kwargs["chunks"])])
+        sizes = node.args[1] if len(node.args) > 1 else None
+        if node.target in (torch.split, "split") and isinstance(sizes, list | tuple):
+            return iter([obj[i] for i in range(len(sizes))])
+        return super().iter(obj)
 
-def _location(node: fx.Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = node.target if node.op == "call_module" else (stack[-1][0] if stack else "")
-    return f"in module {path!r}" if path else "in the network's forward"
-
-
-def _spelling(node: fx.Node, module: nn.Module | None) -> str:
-    if module is not None:
-        return type(module).__name__
-    if node.op == "call_method":
-        return f"Tensor.{node.target}"
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def _record(node: fx.Node, model: nn.Module, args: tuple, kwargs: dict) -> Operation:
-    """The operation for one fx node; `tracked` is still to be decided."""
-    if node.op == "get_attr":
-        *owner, name = node.target.split(".")
-        module = model.get_submodule(".".join(owner))
-        return Operation(getattr, (), {}, node.target, False, lambda: (module, name))
-    if node.op == "call_module":
-        module = model.get_submodule(node.target)
-        where = f"{_spelling(node, module)} {_location(node)}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise UnsupportedOperation(f"{where} has forward hooks, which bounds would not see; remove them")
-        entry = table_entry(module)
-        if entry is None:
-            return Operation(type(module), args, kwargs, where, True)
-        function, arguments = MODULES[entry]
-        return Operation(function, args, kwargs, where, True, lambda: arguments(module))
-    where = f"{_spelling(node, None)} {_location(node)}"
-    if node.op == "call_method":
-        function = METHODS.get(node.target, getattr(Tensor, node.target, None))
-    else:
-        function = FUNCTIONS.get(node.target, node.target)
-    if function is getattr and args[1] not in INSPECTED_ATTRIBUTES:
-        raise UnsupportedOperation(f"attribute {args[1]!r} of a tensor, {_location(node)}, has no rule")
-    return Operation(function, args, {k: v for k, v in kwargs.items() if k != "inplace"}, where, True)
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _ambient() != self._ambient:
+            raise UnsupportedOperation(
+                "a part of the network runs under torch.autocast or no_grad of its own, which bounds would not follow"
+            )
+        return super().create_node(*args, **kwargs)
 
 
-def _is_inplace(node: fx.Node, model: nn.Module) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(model.get_submodule(node.target), "inplace", False))
-    if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    return node.op == "call_function" and (node.target in INPLACE or bool(node.kwargs.get("inplace")))
-
-
-class Transform(Protocol[V]):
-    """How a walk through the network computes values of type V: tensors, boxes, or both at once.
-
-    `settled` are the operations that `clean` turns into plain scalings before they are applied: SETTLED_BY_CLEAN, or
-    those of them that the transform has no rule of its own for.
-    """
-
-    settled: Mapping[Callable, Callable[..., tuple[Callable, tuple]]]
-
-    def apply(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> V: ...
-    def clean(self, value: V) -> Tensor | None: ...
-    def like(self, value: V) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Graph(Generic[V]):
-    """The operations of a network in order; operation 0 is its input, the one at `output` its result.
-
-    `tail` has the indices of the affine operations that end the network, one after the other. `batch_sum` adds up
-    BatchNorm's sums, where the inputs are only a part of the batch.
-    """
-
-    operations: tuple[Operation, ...]
-    output: int
-    tail: frozenset[int]
-    batch_sum: BatchSum | None = None
-
-    def run(self, value: V, transform: Transform[V], coefficients: Mapping[int, Coefficients] | None = None) -> V:
-        """Walk through the network from `value`; intermediate values are freed after their last use.
-
-        `coefficients` (by operation index) overrides the BatchNorms' own, see `clean_pass`.
-        """
-        values: dict[int, Any] = {0: value}
-        self.advance(values, range(1, len(self.operations)), transform, coefficients or {})
-        return values[self.output]
-
-    def advance(
-        self,
-        values: dict[int, Any],
-        indices: range,
-        transform: Transform[V],
-        coefficients: Mapping[int, Coefficients],
-    ) -> None:
-        """A part of the walk: the operations at `indices`, which read `values` and put their results there."""
-        for index in indices:
-            operation = self.operations[index]
-            args, kwargs = map_leaves((operation.args, operation.kwargs), Ref, lambda ref: self._constant(ref, values))
-            if operation.tracked:
-                call = self._settle(index, operation, args, kwargs, values, transform, coefficients)
-                args, kwargs = map_leaves((call.args, call.kwargs), Ref, lambda ref: values[ref.index])
-                values[index] = transform.apply(call, args, kwargs)
-            else:
-                args = map_leaves(args, Ref, lambda ref: transform.like(values[ref.index]))
-                values[index] = operation.function(*args, *operation.arguments(), **kwargs)
-            for dead in operation.last_uses:
-                del values[dead]
-
-    def _constant(self, ref: Ref, values: Mapping[int, Any]) -> Any:
-        return ref if self.operations[ref.index].tracked else values[ref.index]
-
-    def _settle(
-        self,
-        index: int,
-        operation: Operation,
-        args: tuple,
-        kwargs: dict,
-        values: Mapping[int, Any],
-        transform: Transform[V],
-        coefficients: Mapping[int, Coefficients],
-    ) -> Call:
-        if index in coefficients:
-            return Call(index, scale_shift, (args[0], *coefficients[index]), {}, operation.where)
-        args = (*args, *operation.arguments())
-        settle = transform.settled.get(operation.function)
-        if settle is None:
-            return Call(index, operation.function, args, kwargs, operation.where)
-        value = values[args[0].index]
-        clean, dims = transform.clean(value), transform.like(value).dim()
-        function, args = settle(args[0], clean, dims, self.batch_sum, *args[1:], **kwargs)
-        return Call(index, function, args, {}, operation.where)
-
-
-def record_forward(model: nn.Module) -> fx.Graph:
-    """What `model`'s forward does in its present mode, as torch.fx writes it down.
+def record_forward(model: nn.Module) -> tuple[Root, fx.Graph]:
+    """What `model`'s forward does in its present mode, as torch.fx writes it down, and the root of its targets.
 
     Raises:
-        UnsupportedOperation: control flow that depends on the input's values.
+        UnsupportedOperation: control flow that depends on the input's values, or whatever the forward raises.
     """
+    root = Root(model)
     try:
-        return _Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError) as error:
+        return root, _Tracer().trace(root)
+    except CerttrainError:
+        raise
+    except Exception as error:  # of the user's forward, met with a stand-in for its input: of any type
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UnsupportedOperation(
-            f"{type(model).__name__} cannot be traced: its forward must not branch or loop on the input ({error})"
+            f"{type(model).__name__} cannot be traced: its forward must not branch or loop on the input ({reason})"
         ) from error
 
 
 def trace(model: nn.Module, batch_sum: BatchSum | None = None) -> Graph:
     """Record `model`'s forward in its present mode (train or eval).
 
+    A softmax or log-softmax over the classes that ends the network is left out (`Graph.head`): it keeps the order of
+    the logits, and margins are those of the logits.
+
     Raises:
-        UnsupportedOperation: control flow that depends on the input's values, an in-place write into a view, forward
-            hooks, a result that is not one tensor.
+        UnsupportedOperation: see the head of this file; an operation without a record; hooks on a layer.
     """
-    nodes = list(record_forward(model).nodes)
-    operations: list[Operation] = []
-    current: dict[fx.Node, Ref] = {}  # what a name means now: an in-place operation gives it a new meaning
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise UnsupportedOperation(f"the network must take one tensor, its forward takes {len(inputs)} arguments")
-    for position, node in enumerate(nodes):
-        if node.op == "output":
-            result = node.args[0]
-            if not isinstance(result, fx.Node):
-                raise UnsupportedOperation("the network must return one tensor")
-            output = current[result].index
-            return Graph(_with_last_uses(operations, output), output, _affine_tail(operations, output), batch_sum)
-        if node.op == "placeholder":
-            operation = Operation(Tensor.contiguous, (), {}, "input", True)
-        else:
-            args, kwargs = map_leaves((tuple(node.args), dict(node.kwargs)), fx.Node, current.__getitem__)
-            operation = _record(node, model, args, kwargs)
-        operation = replace(operation, tracked=_is_tracked(operation, operations))
-        current[node] = Ref(len(operations))
-        operations.append(operation)
-        if node.op != "placeholder" and _is_inplace(node, model):
-            _rename(node, nodes[position + 1 :], current, operations)
-    raise AssertionError("fx records an output for every forward")
+    model = getattr(model, "_orig_mod", model)  # of a compiled module
+    return _Recorder(model).graph(batch_sum)
 
 
-def _affine_tail(operations: list[Operation], output: int) -> frozenset[int]:
+_INPUT = Step(operations.identity, (), "input", operations.OPERATIONS[operations.identity])
+
+
+class _Parts:
+    """The tensors an operation returns; each is recorded as it is asked for."""
+
+    def __init__(self, operation: Operation, args: tuple[Any, ...], where: str) -> None:
+        self.operation, self.args, self.where = operation, args, where
+
+
+class _Recorder:
+    """Goes through fx's nodes in order and writes down steps.
+
+    `current` says what a node means now: a step, its parts, or (an alias) another node's step. `memory` numbers the
+    storage a node's tensor may share: a write into one of a group changes, or may change, all of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.root, graph = record_forward(model)
+        self.nodes = list(graph.nodes)
+        self.steps: list[Step] = []
+        self.current: dict[fx.Node, Any] = {}
+        self.memory: dict[fx.Node, int] = {}
+        self.where = ""
+
+    def graph(self, batch_sum: BatchSum | None) -> Graph:
+        for position, node in enumerate(self.nodes):
+            self.where = f"{_spelling(node, self.root)} {_location(node)}"
+            if node.op == "output":
+                return self._finish(node, batch_sum)
+            if node.op == "placeholder":
+                self.current[node] = self._append(
+                    Step(Tensor.contiguous, (), "input", operations.OPERATIONS[Tensor.contiguous])
+                )
+            elif node.op == "get_attr":
+                self.current[node] = self._append(_attribute(self.root, str(node.target)))
+            elif node.users or _writes(node, self.root):
+                self._record(node, self.nodes[position + 1 :])
+            self.memory.setdefault(node, len(self.memory))
+        raise AssertionError("fx records an output for every forward")
+
+    def _append(self, step: Step) -> Ref:
+        self.steps.append(step)
+        return Ref(len(self.steps) - 1)
+
+    def _is_value(self, ref: Any) -> bool:
+        return isinstance(ref, _Parts) or (isinstance(ref, Ref) and self.steps[ref.index].tracked)
+
+    def _depends_on_input(self, structure: Any) -> bool:
+        return any(map(self._is_value, leaves(structure, Ref) + leaves(structure, _Parts)))
+
+    def _record(self, node: fx.Node, later: list[fx.Node]) -> None:
+        args, kwargs = map_leaves((tuple(node.args), dict(node.kwargs)), fx.Node, self.current.__getitem__)
+        writes = _writes(node, self.root)
+        if not self._depends_on_input((args, kwargs)):
+            if writes:
+                raise UnsupportedOperation(f"{self.where} writes into the network's own state")
+            self.current[node] = self._append(Step(_callable(node, self.root), args, self.where, kwargs=kwargs))
+            return
+        self.current[node] = self._value(node, args, kwargs)
+        read = [other for other in node.all_input_nodes if self._is_value(self.current[other])]
+        if read and self._may_share(node):
+            self.memory[node] = self.memory[read[0]]
+        if writes:
+            self._rename(node, read[0], later)
+
+    def _may_share(self, node: fx.Node) -> bool:
+        meaning = self.current[node]
+        if isinstance(meaning, _Parts) or meaning in [self.current[other] for other in node.all_input_nodes]:
+            return True
+        operation = self.steps[meaning.index].operation
+        return operation is not None and operation.view
+
+    def _value(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.op == "call_module":
+            return self._module(node, args, kwargs)
+        target = node.target
+        if target is operator.getitem and isinstance(args[0], _Parts):
+            return self._part(args[0], args[1])
+        if target is getattr:
+            return self._attribute_of_value(*args)
+        if target in operations.INSPECTIONS or (node.op == "call_method" and target in operations.INSPECTING_METHODS):
+            return self._append(Step(_callable(node, self.root), args, self.where, kwargs=kwargs))
+        if target in operations.DECOMPOSITIONS:
+            return operations.DECOMPOSITIONS[target](self.call, *args, **kwargs)
+        entry = _entry(node)
+        if entry is None:
+            return self._append(Step(_callable(node, self.root), args, self.where, _without_rule(node), kwargs=kwargs))
+        operation, bind = entry
+        return self._operation(operation, _bound(bind, args, kwargs, self.where))
+
+    def call(self, function: Callable, *args: Any) -> Any:
+        """Record one operation, by its canonical function and arguments; what a decomposition is written with."""
+        if not self._depends_on_input(args) or function in operations.INSPECTIONS:
+            return self._append(Step(function, args, self.where))
+        return self._operation(operations.OPERATIONS[function], args)
+
+    def _operation(self, operation: Operation, args: tuple[Any, ...], module: nn.Module | None = None,
+                   arguments: Callable[[], tuple[Any, ...]] = tuple) -> Any:  # fmt: skip
+        if operation.parts:
+            return _Parts(operation, args, self.where)
+        if operation.identity is not None and operation.identity(*args, *arguments()):
+            return args[0]
+        # A module's own weights are constants; they are read when they are needed, since reading a BatchNorm counts it.
+        operands = (*args, *[None] * operation.operands)[: operation.operands]
+        affine = operation.affine.holds([self._depends_on_input([operand]) for operand in operands])
+        return self._append(Step(operation.function, args, self.where, operation, affine, arguments, module=module))
+
+    def _part(self, parts: _Parts, index: Any) -> Any:
+        if not isinstance(index, int):
+            raise UnsupportedOperation(f"{self.where}: parts of a tensor are taken one by one")
+        args = (*parts.args, index)
+        affine = parts.operation.affine.holds([True])
+        return self._append(Step(parts.operation.function, args, parts.where, parts.operation, affine))
+
+    def _module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.root.get_submodule(str(node.target))
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise UnsupportedOperation(f"{self.where} has forward hooks, which bounds would not see; remove them")
+        entry = module_entry(module)
+        if entry is None:
+            return self._append(Step(type(module), args, self.where, _without_rule(node), kwargs=kwargs))
+        operation, read = entry
+        given = (*args, *kwargs.values())
+        if len(given) != 1:
+            raise UnsupportedOperation(f"{self.where} is called with {len(given)} arguments, its rule is for one")
+        return self._operation(operation, given, module, lambda: read(module))
+
+    def _attribute_of_value(self, value: Any, name: str) -> Any:
+        if name == "mT":
+            return self.call(Tensor.transpose, value, -2, -1)
+        if name not in operations.INSPECTED_ATTRIBUTES:
+            raise UnsupportedOperation(f"attribute {name!r} of a tensor, {self.where.partition(' ')[2]}, has no rule")
+        return self._append(Step(getattr, (value, name), self.where))
+
+    def _rename(self, node: fx.Node, written: fx.Node, later: list[fx.Node]) -> None:
+        """After a write, every name of the very tensor means the new value; other names of its memory must be dead."""
+        if node.op != "call_module" and node.args[:1] != (written,) and written not in node.kwargs.values():
+            raise UnsupportedOperation(f"{self.where} writes into what does not depend on the input")
+        old, new = self.current[written], self.current[node]
+        group = self.memory[written]
+        self.memory[node] = group
+        for other in [other for other, number in self.memory.items() if number == group and other is not node]:
+            if self.current[other] == old:
+                self.current[other] = new
+            elif any(other in user.all_input_nodes for user in later):
+                raise UnsupportedOperation(
+                    f"{self.where} writes in place into a view of a tensor, or a tensor with views, that is used again"
+                )
+
+    def _finish(self, node: fx.Node, batch_sum: BatchSum | None) -> Graph:
+        result = node.args[0]
+        if not isinstance(result, fx.Node):
+            raise UnsupportedOperation("the network must return one tensor")
+        output = self.current[result]
+        if not self._is_value(output) or isinstance(output, _Parts):
+            raise UnsupportedOperation("the network must return one tensor that depends on its input")
+        head = None
+        last = self.steps[output.index]
+        if last.operation is not None and last.operation.function in operations.LAST_FUNCTIONS:
+            (values, dim), head = (*last.args, *last.arguments())[:2], last.operation.function
+            if dim not in (1, -1):
+                raise UnsupportedOperation(f"{last.where} over axis {dim}, which is not the classes', has no rule")
+            output = values
+        steps = self.steps[: output.index + 1]
+        return Graph(
+            with_last_uses(steps, output.index), output.index, _affine_tail(steps, output.index), batch_sum, head
+        )
+
+
+def _bound(bind: Bind, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> tuple[Any, ...]:
+    try:
+        return bind(*args, **kwargs)
+    except TypeError as error:
+        reason = str(error).replace("<lambda>()", "it").replace("_bind_", "")
+        raise UnsupportedOperation(f"{where} has no rule with these arguments: {reason}") from error
+    except UnsupportedOperation as error:
+        raise UnsupportedOperation(f"{where}: {error}") from error
+
+
+def _affine_tail(steps: list[Step], output: int) -> frozenset[int]:
     indices: list[int] = []
     index = output
-    while index > 0 and operations[index].function in AFFINE:
-        inputs = _tracked_inputs(operations[index], operations)
+    while index > 0 and steps[index].affine:
+        inputs = {ref.index for ref in leaves(steps[index].args, Ref) if steps[ref.index].tracked}
         if len(inputs) != 1:
             break
         indices.append(index)
-        index = inputs[0].index
+        (index,) = inputs
     return frozenset(indices)
 
 
-def _tracked_inputs(operation: Operation, operations: list[Operation]) -> list[Ref]:
-    refs = leaves((operation.args, operation.kwargs), Ref)
-    return [ref for ref in refs if operations[ref.index].tracked]
+def _attribute(root: nn.Module, path: str) -> Step:
+    """A parameter, buffer or tensor of a module, read off it at every call."""
+    *owner, name = path.split(".")
+    module = root.get_submodule(".".join(owner))
+    return Step(getattr, (), path.removeprefix(f"{ROOT}."), arguments=lambda: (module, name), module=module)
 
 
-def _is_tracked(operation: Operation, before: list[Operation]) -> bool:
-    if operation.where == "input":
-        return True
-    return bool(_tracked_inputs(operation, before)) and operation.function not in INSPECTIONS
+def _entry(node: fx.Node) -> tuple[Operation, Bind] | None:
+    if node.op == "call_method":
+        name = str(node.target)
+        return operations.METHODS.get(name) or operations.METHODS.get(name.removesuffix("_"))
+    return operations.FUNCTIONS.get(node.target)  # type: ignore[arg-type]
 
 
-def _rename(node: fx.Node, later: list[fx.Node], current: dict[fx.Node, Ref], operations: list[Operation]) -> None:
-    """After an in-place operation, its first argument's name means the new value."""
-    written = node.args[0]
-    overwritten, new = current[written], current[node]
-    if operations[overwritten.index].function in VIEWS and overwritten.index > 0:
-        bases = {ref.index for ref in leaves(operations[overwritten.index].args, Ref)}
-        aliases = [other for other, ref in current.items() if ref.index in bases and other.op != "get_attr"]
-        if any(alias in user.all_input_nodes for alias in aliases for user in later):
-            raise UnsupportedOperation(
-                f"{operations[new.index].where} writes in place into a view of a tensor that is used again"
-            )
-    for name, ref in list(current.items()):
-        if ref == overwritten:
-            current[name] = new
+def _callable(node: fx.Node, root: nn.Module) -> Callable[..., Any]:
+    if node.op == "call_method":
+        return Method(str(node.target))
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else node.target  # type: ignore[return-value]
 
 
-def _with_last_uses(operations: list[Operation], output: int) -> tuple[Operation, ...]:
-    last_use = {ref.index: i for i, op in enumerate(operations) for ref in leaves((op.args, op.kwargs), Ref)}
-    last_use.pop(output, None)
+@dataclass(frozen=True)
+class Method:
+    """A method of tensors, called on its first argument."""
+
+    name: str
+
+    def __call__(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(value, self.name)(*args, **kwargs)
+
+
+def record_of(function: Callable[..., Any]) -> Operation | None:
+    """The record that a function of constants is a spelling of."""
+    table = operations.METHODS if isinstance(function, Method) else operations.FUNCTIONS
+    entry = table.get(function.name if isinstance(function, Method) else function)  # type: ignore[arg-type, call-overload]
+    return None if entry is None else entry[0]
+
+
+def _without_rule(node: fx.Node) -> Operation:
+    """Stands for an operation that has no record, until its absence is reported."""
+    return Operation(NO_RULE, lambda *args: args)
+
+
+def NO_RULE(*args: Any) -> Any:
+    raise AssertionError("an operation without a record is refused before it is walked")
+
+
+def _writes(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    inplace = bool(node.kwargs.get("inplace")) or node.target is operator.setitem or node.kwargs.get("out") is not None
+    return node.op == "call_function" and (node.target in operations.WRITES or inplace)
+
+
+def _location(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(node.target) if node.op == "call_module" else (stack[-1][0] if stack else "")
+    path = path.removeprefix(ROOT).removeprefix(".")
+    return f"in module {path!r}" if path else "in the network's forward"
+
+
+def _spelling(node: fx.Node, root: nn.Module) -> str:
+    if node.op == "call_module":
+        return type(root.get_submodule(str(node.target))).__name__
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+# --- has the module changed since it was recorded? --------------------------------------------------------------------
+
+
+def structure_of(model: nn.Module) -> tuple[Any, ...]:
+    """Everything a recording has frozen: submodules, modes, hooks, and attributes that are no parameter or buffer."""
     return tuple(
-        replace(op, last_uses=tuple(index for index, last in last_use.items() if last == i))
-        for i, op in enumerate(operations)
+        (
+            name,
+            id(module),
+            module.training,
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            tuple((key, _frozen(value)) for key, value in vars(module).items() if key not in _LIVE),
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
     )
+
+
+_LIVE = frozenset(vars(nn.Module())) | {"training"}
+
+
+def _frozen(value: Any, depth: int = 3) -> Any:
+    if value is None or isinstance(value, int | float | str | bool):
+        return value
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    if isinstance(value, list | tuple | set | frozenset) and depth:
+        return tuple(_frozen(item, depth - 1) for item in value)
+    if isinstance(value, dict) and depth:
+        return tuple((key, _frozen(item, depth - 1)) for key, item in value.items())
+    return id(value)

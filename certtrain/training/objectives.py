@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
+from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.linear import fused_cross_entropy
-from certtrain.bounds.tracing import Coefficients
 from certtrain.initialization import AFFINE_MODULES
 from certtrain.regularizers import Moments, l1_penalty, moments, relu_balance_of, tightness_of
 from certtrain.runtime.compilation import Compiled

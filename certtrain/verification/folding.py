@@ -2,55 +2,121 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from copy import deepcopy
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from certtrain.bounds.tracing import record_forward, table_entry
+from certtrain.bounds.operations import MODULES, module_entry
+from certtrain.bounds.recording import agree, probes
+from certtrain.bounds.tracing import ROOT, record_forward
+from certtrain.errors import UnsupportedOperation
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-_FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, *_TRANSPOSED)
+_DIMENSIONS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4}
+"""Of a layer's result over which its channels are those that a BatchNorm normalises: always along the second axis."""
 
 
-def fold_batch_norm(model: nn.Module) -> fx.GraphModule:
+def fold_batch_norm(model: nn.Module, example_input: Tensor) -> nn.Module:
     """A copy of `model` in eval mode, with BatchNorms folded into the convolution or linear layer before them.
 
-    Folded is a BatchNorm that reads a layer's result which nothing else reads; others stay. Weights and bias are
-    computed in float64 and rounded once. Layers keep their names. A linear layer before a BatchNorm is taken to
-    return (B, features), the one shape over which the two have the same channels.
+    Folded is a BatchNorm that reads a layer's result which nothing else reads, along the layer's own channels; others
+    stay. (After a linear layer over tokens, (B, T, F), BatchNorm1d normalises T.) Weights and bias are computed in
+    float64 and rounded once. Layers keep their names.
+
+    Args:
+        example_input: (B, ...), any valid input; it shows the dimensions of every value.
 
     Raises:
-        UnsupportedOperation: the model's forward cannot be traced.
+        UnsupportedOperation: the model's forward cannot be traced, or the folded copy computes something else.
     """
     copy = deepcopy(model).eval()
-    graph = record_forward(copy)
+    root, graph = record_forward(copy)
+    if any(node.target == ROOT for node in graph.nodes):  # the model is a single layer
+        return copy
+    shapes = _Shapes(fx.GraphModule(root, graph))
+    with torch.no_grad():
+        shapes.run(example_input.detach()[:1].clone())
     for norm in list(graph.nodes):
-        if not _is_foldable(norm, copy):
+        if not _is_foldable(norm, root, shapes.dims):
             continue
         (layer,) = norm.all_input_nodes
-        copy.set_submodule(layer.target, _fused(copy.get_submodule(layer.target), copy.get_submodule(norm.target)))
+        fused = _fused(root.get_submodule(layer.target), root.get_submodule(norm.target))
+        root.set_submodule(layer.target, fused)
         norm.replace_all_uses_with(layer)
         graph.erase_node(norm)
-    return fx.GraphModule(copy, graph, type(model).__name__).eval()
+    folded = _below(root, graph)
+    if not _computes_the_same(folded, model, example_input):
+        raise UnsupportedOperation(f"with BatchNorm folded, {type(model).__name__} computes something else")
+    return folded
 
 
-def _is_foldable(norm: fx.Node, model: nn.Module) -> bool:
+class _Shapes(fx.Interpreter):
+    """Runs the graph and keeps how many dimensions each value has."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.dims: dict[str, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.dims[n.name] = value.dim()
+        return value
+
+
+def _below(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """The graph as a module of its own, its layers named as in the model."""
+    model = root.get_submodule(ROOT)
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            inner = node.target.removeprefix(f"{ROOT}.")
+            if inner == node.target:  # a constant of the forward
+                setattr(model, inner, getattr(root, inner))
+            node.target = inner
+    return fx.GraphModule(model, graph, type(model).__name__).eval()
+
+
+@torch.no_grad()
+def _computes_the_same(folded: nn.Module, model: nn.Module, example_input: Tensor) -> bool:
+    """In float64 where it can be, on images near the example and far from it."""
+    images = probes(example_input.detach()[:1])
+    for dtype in (torch.float64, images.dtype):
+        with suppress(RuntimeError):  # a forward with constants of one type
+            found, expected = (deepcopy(m).eval().to(dtype)(images.to(dtype, copy=True)) for m in (folded, model))
+            return agree(found, expected, relative=1e-3, absolute=1e-6)
+    return False
+
+
+def _is_foldable(norm: fx.Node, root: nn.Module, dims: dict[str, int]) -> bool:
     if norm.op != "call_module" or len(norm.all_input_nodes) != 1:
         return False
     (layer,) = norm.all_input_nodes
     if layer.op != "call_module" or len(layer.users) > 1 or _reads(layer) > 1:
         return False
-    before, module = model.get_submodule(layer.target), model.get_submodule(norm.target)
+    before, module = root.get_submodule(layer.target), root.get_submodule(norm.target)
+    kind = _kind(before)
     return (
-        table_entry(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
+        _kind(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
         and module.running_mean is not None
-        and table_entry(before) in _FOLDABLE
+        and kind is not None
+        and dims.get(layer.name) == _DIMENSIONS[kind]
         and _channels(before) == module.num_features
         and not any(is_parametrized(m) or m._forward_hooks or m._forward_pre_hooks for m in (before, module))
         and not (isinstance(before, _TRANSPOSED) and before.groups > 1)  # torch's fusion does not know their layout
     )
+
+
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class whose computation the module runs, if it has a say here."""
+    if module_entry(module) is None:
+        return None
+    kinds = (*_DIMENSIONS, nn.BatchNorm1d, nn.BatchNorm2d)
+    return next((kind for kind in kinds if isinstance(module, kind) and MODULES[kind] == module_entry(module)), None)
 
 
 def _reads(layer: fx.Node) -> int:

@@ -14,10 +14,17 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, Box, linear, linf_box, lirpa
+from certtrain.bounds import BoundedModel, Box, linf_box, lirpa
+from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES, Record
-from certtrain.bounds.linear import BACKWARD, LINES, AlphaOptions, fused_cross_entropy, lower_bounds, unstable_relus
+from certtrain.bounds.linear import AlphaOptions, fused_cross_entropy, lower_bounds
+from certtrain.bounds.linear import alpha as alpha_file
+from certtrain.bounds.linear import crown as crown_file
+from certtrain.bounds.linear.backward import RULES as BACKWARD
+from certtrain.bounds.linear.relaxations import RELAXATIONS as LINES
+from certtrain.bounds.linear.relaxations import unstable_relus
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.bounds.operations import OPERATIONS, Affine
 from certtrain.errors import UnsupportedOperation, UsageError
 from tests.bounds.test_interval import assert_close
 from tests.bounds.test_properties import attack, networks, points_of, random_box
@@ -241,7 +248,8 @@ def test_a_degenerate_box_gives_the_networks_own_margins(method, drawn):
 
 
 def test_every_operation_with_an_interval_rule_has_a_linear_one():
-    assert RULES.keys() <= LINES.keys() | BACKWARD.keys()
+    affine = {function for function, record in OPERATIONS.items() if record.affine is not Affine.NO} | {scale_shift}
+    assert RULES.keys() <= LINES.keys() | BACKWARD.keys() | affine
 
 
 # --- elementwise functions --------------------------------------------------------------------------------------------
@@ -250,6 +258,7 @@ ELEMENTWISE = {
     "relu": (F.relu, {}),
     "leaky": (F.leaky_relu, {"negative_slope": 0.01}),
     "leakier": (F.leaky_relu, {"negative_slope": 0.3}),
+    "concave": (F.leaky_relu, {"negative_slope": 2.0}),
     "straight": (F.leaky_relu, {"negative_slope": 1.0}),
     "sigmoid": (torch.sigmoid, {}),
     "tanh": (torch.tanh, {}),
@@ -273,7 +282,7 @@ def intervals() -> Box:
 def test_lines_enclose_the_function_and_touch_it(name):
     function, options = ELEMENTWISE[name]
     x = intervals()
-    lines = LINES[function](x, **options)
+    lines = LINES[function](x, *options.values())
     shares = torch.linspace(0, 1, 1001, dtype=torch.float64)
     points = (x.lower + shares[:, None] * (x.upper - x.lower)).clamp(x.lower, x.upper)
     values = function(points, **options)
@@ -289,13 +298,6 @@ def test_lines_enclose_the_function_and_touch_it(name):
         bends = (x.lower < 0) & (x.upper > 0) & (x.radius < 20)
         assert above_lower[-1, bends].max() < 1e-6
         assert below_upper[0, bends].max() < 1e-6
-
-
-def test_a_leaky_relu_that_is_concave_is_refused():
-    model = nn.Sequential(nn.Linear(2, 3), nn.LeakyReLU(2.0), nn.Linear(3, 2))
-    x = torch.rand(1, 2)
-    with pytest.raises(UnsupportedOperation, match=r"LeakyReLU in module '1'.*ibp"):
-        BoundedModel(model, x).margins(linf_box(x, 0.1), torch.tensor([0]), "crown-ibp")
 
 
 # --- max pooling ------------------------------------------------------------------------------------------------------
@@ -416,7 +418,7 @@ def spy_on_coefficients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         shapes.append(a.shape)
         return lower_bounds(record, index, a, *slopes)
 
-    monkeypatch.setattr(linear, "lower_bounds", spying)
+    monkeypatch.setattr(crown_file, "lower_bounds", spying)
     return shapes
 
 
@@ -470,8 +472,8 @@ def test_a_proved_batch_costs_one_pass(monkeypatch):
     net, box, labels = BoundedModel(model, images), linf_box(images, 1e-5), model(images).argmax(1)
     crown = net.margins(box, labels, "crown", intersect=False).detach()
     assert ((crown > 0).sum(1) == 4).all()
-    asked, ask = [], linear.crown_margins
-    monkeypatch.setattr(linear, "crown_margins", lambda *question: asked.append(1) or ask(*question))
+    asked, ask = [], alpha_file.crown_margins
+    monkeypatch.setattr(alpha_file, "crown_margins", lambda *question: asked.append(1) or ask(*question))
     assert torch.equal(net.margins(box, labels, "alpha-crown", intersect=False), crown)
     assert len(asked) == 1
 
@@ -483,14 +485,14 @@ def test_an_image_takes_steps_until_it_is_proved_whatever_is_beside_it(monkeypat
     net, box, labels = BoundedModel(model, x), linf_box(x, radii[:, None], clip=None), model(x).argmax(1)
     options = {"intersect": False, "alpha": AlphaOptions(steps=8)}
     together = net.margins(box, labels, "alpha-crown", **options)
-    asked, ask = [0] * 30, linear.crown_margins
+    asked, ask = [0] * 30, alpha_file.crown_margins
     for i in range(30):
 
         def counting(*question: object, i: int = i) -> Tensor:
             asked[i] += 1
             return ask(*question)
 
-        monkeypatch.setattr(linear, "crown_margins", counting)
+        monkeypatch.setattr(alpha_file, "crown_margins", counting)
         own = slice(i, i + 1)
         alone = net.margins(Box(box.lower[own], box.upper[own]), labels[own], "alpha-crown", **options)
         torch.testing.assert_close(alone, together[own], rtol=1e-12, atol=1e-12)
@@ -517,9 +519,9 @@ def test_slopes_that_want_to_leave_their_range_do_not(activation):
 
 @pytest.mark.parametrize("method", BACKWARD_METHODS)
 def test_an_operation_without_a_relaxation_is_named_with_the_methods_that_support_it(method, monkeypatch):
-    monkeypatch.delitem(BACKWARD, F.avg_pool2d)
-    model, images, box = case("residual")
+    monkeypatch.delitem(BACKWARD, F.max_pool2d)
+    model, images, box = case("pooling")
     net = BoundedModel(model, images)
-    with pytest.raises(UnsupportedOperation, match=r"AvgPool2d in module '5'.* ibp"):
+    with pytest.raises(UnsupportedOperation, match=r"MaxPool2d in module '4'.* ibp"):
         net.margins(box, LABELS, method)
     assert net.margins(box, LABELS, "ibp").shape == (3, 5)

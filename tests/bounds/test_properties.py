@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES
-from certtrain.bounds.tracing import scale_shift
+from certtrain.bounds.operations import identity, sub
 from tests.networks import randomized
 
 Layer = Callable[[Tensor], Tensor]
@@ -69,6 +70,11 @@ def add_in_place(x: Tensor, y: Tensor) -> Tensor:
     return x
 
 
+def reversed_channels(x: Tensor) -> Tensor:
+    one, two, three = x.unbind(1)
+    return torch.cat([part.unsqueeze(1) for part in (three, two, one)], 1)
+
+
 def subtract_in_place(x: Tensor, y: Tensor) -> Tensor:
     x = x + 0.0
     x -= y
@@ -93,6 +99,7 @@ FLATTENS: list[Layer] = [
     lambda x: F.avg_pool1d(F.max_pool1d(x.flatten(2), 2), 2).flatten(1),
     nn.Sequential(nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
     nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 2, 3), nn.BatchNorm1d(2), nn.ReLU(), nn.Flatten()),
+    nn.Sequential(nn.Unflatten(1, (1, 3)), nn.Conv3d(1, 2, 2), nn.Flatten()),
     nn.Sequential(nn.Flatten(), nn.Unflatten(1, (3, 16)), nn.MaxPool1d(2), nn.AvgPool1d(2), nn.Flatten()),
 ]
 
@@ -125,7 +132,14 @@ STEPS: list[Callable[[], nn.Module]] = [
     lambda: Do(lambda x: -x),
     lambda: Do(lambda x: F.pad(x, (1, 1, 0, 0), value=0.3)[..., 1:-1]),
     lambda: Do(lambda x: F.dropout(x, 0.5, training=False)),
-    lambda: Do(lambda x: torch.cat([x[:, :1], x[:, 1:].unsqueeze(0).squeeze(0)], dim=1)),
+    lambda: Do(lambda x: torch.cat([part for part in x.chunk(3, 1)][::-1], 1)),
+    lambda: Do(lambda x: torch.cat([part.clone() for part in x.split([1, 2], dim=1)], 1)),
+    lambda: Do(reversed_channels),
+    lambda: Do(lambda x: x.double().to(x.dtype).view_as(x)),
+    lambda: Constant(torch.matmul, torch.linspace(-1, 1, 16).view(4, 4)),
+    lambda: Constant(lambda x, c: c @ x, torch.linspace(-1, 1, 16).view(4, 4)),
+    lambda: Constant(lambda x, c: torch.einsum("bchw,cd->bdhw", x, c), torch.linspace(-1, 1, 9).view(3, 3)),
+    lambda: Do(lambda x: torch.cat([x[:, :1], x[:, 1:].unsqueeze(1).squeeze(1)], dim=1)),
 ]
 
 
@@ -242,11 +256,11 @@ def test_a_degenerate_box_gives_the_networks_own_output(drawn):
 def test_the_networks_above_can_contain_every_rule():
     """A rule that no random network can contain would be a rule that nothing here tests."""
     example = torch.zeros(2, 2, 4, 4, dtype=torch.float64)
-    used: set[Callable] = {torch.sub, torch.div}  # in `scaled` and `constants`
+    used: set[Callable] = {sub, torch.div, Tensor.detach, identity}  # in `scaled`, `constants`, test_tracing
     for position in range(max(len(STEPS), len(FLATTENS))):
         step, flatten = STEPS[position % len(STEPS)](), FLATTENS[position % len(FLATTENS)]
         model = Flow(nn.Conv2d(2, 3, 3, padding=1), [step], flatten, 4).double().eval()
         model(example)
-        used |= {operation.function for operation in BoundedModel(model, example).graph.operations}
+        used |= {operation.function for operation in BoundedModel(model, example).graph.steps}
     assert F.batch_norm in used  # which settles to scale_shift
     assert {rule.__name__ for rule in RULES.keys() - used - {scale_shift}} == set()

@@ -237,7 +237,7 @@ def test_sampled_points_stay_inside_and_float64_adds_next_to_nothing(name, arith
     net = BoundedModel(model, x)
     bounds, margins = net.ibp(box, arithmetic=arithmetic), net.margins(box, labels, arithmetic=arithmetic)
     if arithmetic == "float32":
-        deployed = [model, fold_batch_norm(model)]
+        deployed = [model, fold_batch_norm(model, x)]
     else:  # whose BatchNorm keeps its parameters in float32, which PyTorch's does not
         deployed = [copy.deepcopy(model).bfloat16()] if name == "cnn7 without BatchNorm" else []
     for _ in range(50):

@@ -108,7 +108,7 @@ def test_writing_into_a_view_of_a_tensor_used_again_is_refused():
     [
         (lambda self, x: torch.sin(self.layer(x)), "sin"),
         (lambda self, x: self.layer(x).exp(), "exp"),
-        (lambda self, x: self.layer(x).mT, "mT"),
+        (lambda self, x: self.layer(x).H, "'H'"),
         (lambda self, x: self.layer(x) if x.sum() > 0 else x, "branch"),
         (lambda self, x: (self.layer(x), x), "one tensor"),
         (lambda self, x: self.layer(x) * x, "product"),

@@ -19,7 +19,7 @@ def check_same(model, images, remaining=0):
     """The folded copy agrees with `model` in float64, has `remaining` BatchNorms, and leaves `model` as it was."""
     model = randomized(model.double()).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    folded = fold_batch_norm(model)
+    folded = fold_batch_norm(model, images.double())
     assert len(norms(folded)) == remaining
     assert not any(module.training for module in folded.modules())
     assert all(module.training for module in model.modules())
@@ -119,7 +119,8 @@ def test_weights_are_rounded_once():
     """In float32, folding is as near to the exact weights as float32 allows."""
     torch.manual_seed(0)
     model = randomized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
-    single, exact = fold_batch_norm(model), fold_batch_norm(model.double())
+    image = torch.rand(1, 3, 8, 8)
+    single, exact = fold_batch_norm(model, image), fold_batch_norm(model.double(), image.double())
     for name, value in single.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, exact.state_dict()[name].float())
@@ -131,7 +132,7 @@ def test_the_folded_network_can_be_bounded_and_names_stay():
         nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), Inception(4, 3), nn.Flatten(), nn.Linear(44, 5)).double()
     )
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    folded = fold_batch_norm(model)
+    folded = fold_batch_norm(model, images)
     assert "1.conv.bias" in folded.state_dict()
     box = linf_box(images, 0.01)
     expected, bounds = (BoundedModel(net.eval(), images).ibp(box).output for net in (model, folded))

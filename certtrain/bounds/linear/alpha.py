@@ -1,0 +1,78 @@
+"""alpha-CROWN: the slopes below unstable ReLUs, optimised for each image and margin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from certtrain.bounds.graph import Ref, leaves
+from certtrain.bounds.interval import Bounds, Record
+from certtrain.bounds.linear.crown import crown_margins
+from certtrain.bounds.linear.relaxations import RELAXATIONS
+
+
+@dataclass(frozen=True)
+class AlphaOptions:
+    """How alpha-CROWN optimises slopes: steps of Adam at a rate that decays, images leaving as soon as proved."""
+
+    steps: int = 20
+    lr: float = 0.2
+    decay: float = 0.97
+
+
+def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tensor:
+    """Margins (B, K), the best met while the slopes below unstable ReLUs are optimised, per image and margin.
+
+    (Xu et al. 2021, arXiv 2011.13824.) With zero steps, or where no slope reaches the output, `crown_margins`. Carries
+    no gradient.
+    """
+    with torch.no_grad():
+        best = crown_margins(bounds, labels)
+    if not options.steps or not _unproved(best).any():
+        return best
+    record = bounds.record.detach()
+    slopes, ends = _initial_slopes(record, best.shape[1])
+    optimizer = torch.optim.Adam(slopes.values(), lr=options.lr) if slopes else None
+    for step in range(options.steps if slopes else 0):
+        with torch.enable_grad():
+            margins = crown_margins(replace(bounds, record=record), labels, slopes)
+            if not margins.requires_grad:
+                break
+            loss = -margins[_unproved(best)].sum()
+            gradients = torch.autograd.grad(loss, list(slopes.values()), allow_unused=True)
+        for slope, gradient in zip(slopes.values(), gradients, strict=True):
+            slope.grad = gradient
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * options.decay**step
+        optimizer.step()
+        with torch.no_grad():
+            for index, slope in slopes.items():
+                slope.clamp_(*ends[index])
+        best = torch.where(_unproved(best)[:, None], torch.maximum(best, margins.detach()), best)
+        if not _unproved(best).any():
+            break
+    return best
+
+
+def _initial_slopes(record: Record, rows: int) -> tuple[dict[int, Tensor], dict[int, tuple[float, float]]]:
+    """By (leaky) ReLU: the slopes below, (B, rows, ...), and the ends they may move between."""
+    slopes, ends = {}, {}
+    for call in record.calls:
+        if call.function not in (F.relu, F.leaky_relu):
+            continue
+        negative_slope = call.args[1] if call.function is F.leaky_relu else 0.0
+        if negative_slope > 1:  # concave: the line below is the chord
+            continue
+        (ref,) = leaves(call.args, Ref)
+        start = RELAXATIONS[call.function](record.boxes[ref.index], *call.args[1:]).lower_slope
+        slopes[call.index] = start[:, None].repeat(1, rows, *[1] * (start.dim() - 1)).requires_grad_()
+        ends[call.index] = negative_slope, 1.0
+    return slopes, ends
+
+
+def _unproved(margins: Tensor) -> Tensor:
+    """(B,) bool: not every margin but the label's own is positive."""
+    return (margins > 0).sum(1) < margins.shape[1] - 1

@@ -1,0 +1,194 @@
+"""Bounds of linear functions of a network's values, pulled back through it one operation at a time.
+
+Lower bounds of A·v become linear functions of the network's input, where a box gives their minimum. (Zhang et al. 2018,
+arXiv 1811.00866.) Only lower bounds appear: an upper bound is a lower bound of the negative. Coefficients A have shape
+(B, R, ...): R functions for each of B images. An operation is pulled back
+
+affine       by its transpose; autograd's vector-Jacobian product knows every one of them
+elementwise  where A > 0 by the line below the function, where A < 0 by the line above it (`relaxations.py`)
+max pooling  by the input that is largest at least, or by a constant
+
+and one that has none of these is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from certtrain.bounds.batch_norm import scale_shift
+from certtrain.bounds.box import Box
+from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
+from certtrain.bounds.interval import Record
+from certtrain.bounds.linear.relaxations import RELAXATIONS, unstable_relus
+from certtrain.bounds.operations import add, identity, reshape, sub
+from certtrain.errors import UnsupportedOperation
+
+Slopes = Mapping[int, Tensor]  # by call: slope of the line below, (B, 1 or R, ...)
+Contributions = list[tuple[Ref, Tensor]]
+
+
+def _dot(coefficients: Tensor, values: Tensor) -> Tensor:
+    """(B, R, ...) · (B, ...) -> (B, R)."""
+    return torch.einsum("brn,bn->br", coefficients.flatten(2), values.flatten(1))
+
+
+def _affine(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+    refs = leaves(call.args, Ref)
+    zeros = [torch.zeros_like(boxes[ref.index].like) for ref in refs]
+
+    def function(*values: Tensor) -> Tensor:
+        remaining = iter(values)
+        return call.function(*map_leaves(call.args, Ref, lambda _: next(remaining)))
+
+    constant, pull_back = torch.func.vjp(function, *zeros)
+    parts = torch.func.vmap(pull_back, in_dims=1, out_dims=1)(a)
+    return list(zip(refs, parts, strict=True)), _dot(a, constant)
+
+
+def _reshaped(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+    """Elements keep their order."""
+    (ref,) = leaves(call.args, Ref)
+    return [(ref, a.reshape(*a.shape[:2], *boxes[ref.index].shape[1:]))], a.new_zeros(a.shape[:2])
+
+
+def _scaled(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+    ref, scale, shift = call.args
+    return [(ref, a * scale[:, None])], _dot(a, shift.expand(boxes[call.index].shape))
+
+
+def _sum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
+    """x + y or x - y, of two values or of a value and a constant."""
+
+    def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+        shape = boxes[call.index].shape
+        x, y, alpha = call.args
+        if any(boxes[ref.index].shape != shape for ref in (x, y) if isinstance(ref, Ref)):
+            return _affine(call, a, boxes)
+        contributions, constant = [], a.new_zeros(a.shape[:2])
+        for argument, factor in ((x, 1), (y, sign * alpha)):
+            if isinstance(argument, Ref):
+                contributions.append((argument, factor * a))
+            else:
+                shift = torch.as_tensor(factor * argument, dtype=a.dtype, device=a.device)
+                constant = constant + _dot(a, shift.expand(shape))
+        return contributions, constant
+
+    return rule
+
+
+def _linear(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+    x, weight, bias = call.args
+    return [(x, a @ weight)], (a * bias).flatten(2).sum(2) if bias is not None else a.new_zeros(a.shape[:2])
+
+
+def _conv(input_gradient: Callable[..., Tensor]) -> Callable[..., tuple[Contributions, Tensor]]:
+    def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+        x, weight, bias, stride, padding, dilation, groups = call.args
+        if isinstance(padding, str):
+            return _affine(call, a, boxes)
+        shape = boxes[x.index].shape
+        rows = a.flatten(0, 1)
+        pulled = input_gradient((len(rows), *shape[1:]), weight, rows, stride, padding, dilation, groups)
+        constant = a.new_zeros(a.shape[:2]) if bias is None else a.flatten(3).sum(3) @ bias
+        return [(x, pulled.unflatten(0, a.shape[:2]))], constant
+
+    return rule
+
+
+def _max_pool(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+    """Below: the input whose lower bound is largest. Above: that one where it exceeds all others, else a constant."""
+    ref, kernel_size, stride, padding, dilation, ceil_mode = call.args
+    arguments = [kernel_size, stride or kernel_size, padding, dilation]
+    lower, upper = boxes[ref.index].lower, boxes[ref.index].upper
+    if call.function is F.max_pool1d:
+        lower, upper, a = lower[:, :, None], upper[:, :, None], a[..., None, :]
+        arguments = [(neutral, *_tuple(value, 1)) for value, neutral in zip(arguments, (1, 1, 0, 1), strict=True)]
+    kernel, stride, padding, dilation = arguments
+    largest, chosen = F.max_pool2d(lower, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+    exceeds = torch.zeros_like(largest, dtype=torch.bool)
+    if not ceil_mode:
+        exceeds = largest >= _largest_other(upper.detach(), chosen, kernel, stride, padding, dilation)
+    follows = exceeds[:, None] | (a > 0)
+    target = a.new_zeros(*a.shape[:3], lower.shape[2:].numel())
+    indices = chosen.flatten(2)[:, None].expand(-1, a.shape[1], -1, -1)
+    pulled = target.scatter_add(3, indices, torch.where(follows, a, 0.0).flatten(3))
+    ceiling = F.max_pool2d(upper, kernel, stride, padding, dilation, ceil_mode)
+    constant = _dot(torch.where(follows, 0.0, a), ceiling)
+    return [(ref, pulled.view(*a.shape[:2], *boxes[ref.index].shape[1:]))], constant
+
+
+def _tuple(value: Any, length: int) -> tuple[int, ...]:
+    return (value,) * length if isinstance(value, int) else tuple(value)
+
+
+def _largest_other(upper: Tensor, chosen: Tensor, *pooling: Any) -> Tensor:
+    """The largest upper bound in each window, the chosen input left out; windows may overlap."""
+    kernel, stride, padding, dilation = (_tuple(value, 2) for value in pooling)
+
+    def windows(x: Tensor) -> Tensor:
+        return F.unfold(x, kernel, dilation, padding, stride).view(*x.shape[:2], -1, *chosen.shape[2:])
+
+    numbers = torch.arange(1, 1 + upper.shape[2:].numel(), device=upper.device, dtype=torch.float64)
+    numbers = windows(numbers.view(1, 1, *upper.shape[2:]))  # 0 where a window reaches into the padding
+    left_out = (numbers == 0) | (numbers == 1 + chosen[:, :, None])
+    return windows(upper).masked_fill(left_out, -torch.inf).amax(2)
+
+
+Rule = Callable[[Call, Tensor, Mapping[int, Box]], tuple[Contributions, Tensor]]
+
+RULES: dict[Callable, Rule] = {
+    **{function: _reshaped for function in (torch.flatten, reshape, Tensor.contiguous, Tensor.unflatten, identity)},
+    scale_shift: _scaled,
+    add: _sum(1),
+    sub: _sum(-1),
+    F.linear: _linear,
+    F.conv1d: _conv(torch.nn.grad.conv1d_input),
+    F.conv2d: _conv(torch.nn.grad.conv2d_input),
+    F.max_pool1d: _max_pool,
+    F.max_pool2d: _max_pool,
+}
+"""Of operations whose transpose, or relaxation as a whole, is written down; any other affine call has `_affine`."""
+
+
+def lower_bounds(record: Record, index: int, a: Tensor, slopes: Slopes | None = None) -> Tensor:
+    """Lower bounds (B, R) of the functions `a` (B, R, ...) of the value at `index`, over the input box.
+
+    `slopes` replaces the slope of the line below, call by call, where a ReLU is unstable.
+    """
+    pending: dict[int, Tensor] = {index: a}
+    total = a.new_zeros(a.shape[:2])
+    for call in reversed(record.calls):
+        coefficients = pending.pop(call.index, None)
+        if coefficients is None:
+            continue
+        if call.function in RELAXATIONS:
+            contributions, constant = _elementwise(call, coefficients, record.boxes, (slopes or {}).get(call.index))
+        elif call.function in RULES:
+            contributions, constant = RULES[call.function](call, coefficients, record.boxes)
+        elif call.affine:
+            contributions, constant = _affine(call, coefficients, record.boxes)
+        else:
+            raise UnsupportedOperation(f"{call.where} has no linear relaxation; methods that support it: ibp")
+        total = total + constant
+        for ref, part in contributions:
+            pending[ref.index] = pending[ref.index] + part if ref.index in pending else part
+    box, coefficients = record.boxes[0], pending.get(0)
+    if coefficients is None:
+        return total
+    return total + _dot(coefficients, box.center) - _dot(coefficients.abs(), box.radius)
+
+
+def _elementwise(call: Call, a: Tensor, boxes: Mapping[int, Box], slope: Tensor | None) -> tuple[Contributions, Tensor]:
+    (ref,) = leaves(call.args, Ref)
+    lines = RELAXATIONS[call.function](boxes[ref.index], *call.args[1:])
+    lower_slope = lines.lower_slope[:, None]
+    if slope is not None:
+        lower_slope = torch.where(unstable_relus(boxes[ref.index])[:, None], slope, lower_slope)
+    positive, negative = a.clamp(min=0), a.clamp(max=0)
+    pulled = positive * lower_slope + negative * lines.upper_slope[:, None]
+    return [(ref, pulled)], _dot(positive, lines.lower_offset) + _dot(negative, lines.upper_offset)

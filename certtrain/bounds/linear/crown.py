@@ -1,0 +1,73 @@
+"""CROWN-IBP and CROWN: margins by backward passes, on IBP's boxes or on boxes that backward passes have tightened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from certtrain.bounds.box import Box
+from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
+from certtrain.bounds.interval import RULES, Bounds, Record
+from certtrain.bounds.linear.backward import Slopes, lower_bounds
+from certtrain.bounds.linear.relaxations import RELAXATIONS, unstable_relus
+
+
+def margin_rows(labels: Tensor, classes: int, like: Tensor) -> Tensor:
+    """(B, K, K): row j of image b is z_y - z_j, a row of zeros for j = y."""
+    eye = torch.eye(classes, dtype=like.dtype, device=like.device)
+    return eye[labels][:, None, :] - eye
+
+
+def crown_margins(bounds: Bounds, labels: Tensor, slopes: Slopes | None = None) -> Tensor:
+    """Margins (B, K) by one backward pass, on the boxes that `bounds` recorded. (CROWN-IBP if those are IBP's.)"""
+    record = bounds.record
+    output = record.boxes[record.output]
+    return lower_bounds(record, record.output, margin_rows(labels, output.shape[1], output.like), slopes)
+
+
+def tightened(record: Record, rows_at_once: int, intersect: bool = True) -> Record:
+    """The record with the boxes that enter nonlinear operations recomputed by backward passes, first to last (CROWN).
+
+    Args:
+        rows_at_once: bound on R in a backward pass, for memory.
+        intersect: keep the cheaper box where it is tighter, and ask only about neurons it leaves unstable; otherwise
+            every neuron's box is the backward pass's own.
+    """
+    boxes: dict[int, Box] = {0: record.boxes[0]}
+    done: set[int] = {0}
+    for position, call in enumerate(record.calls):
+        if not call.affine:
+            for ref in leaves(call.args, Ref):
+                if ref.index not in done:
+                    before = replace(record, calls=record.calls[:position], boxes=boxes)
+                    boxes[ref.index] = _tightened_box(before, ref.index, call, rows_at_once, intersect)
+                    done.add(ref.index)
+        boxes[call.index] = RULES[call.function](*map_leaves(call.args, Ref, lambda ref: boxes[ref.index]))
+        if call.function in RELAXATIONS:
+            done.add(call.index)  # the image of a tight box: a backward pass through the lines cannot be tighter
+    return replace(record, boxes=boxes)
+
+
+def _tightened_box(record: Record, index: int, call: Call, rows_at_once: int, intersect: bool) -> Box:
+    box = record.boxes[index]
+    lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
+    needed = _undecided(box, call).flatten(1).any(0) if intersect else torch.ones_like(lower[0], dtype=torch.bool)
+    for neurons in needed.nonzero()[:, 0].split(max(1, rows_at_once // 2)) if needed.any() else ():
+        rows = torch.zeros(len(neurons), lower.shape[1], dtype=lower.dtype, device=lower.device)
+        rows.scatter_(1, neurons[:, None], 1.0)
+        both = torch.cat([rows, -rows]).view(1, -1, *box.shape[1:]).expand(len(lower), *[-1] * box.like.dim())
+        low, negative_high = lower_bounds(record, index, both).split(len(neurons), 1)
+        high = -negative_high
+        if intersect:
+            low, high = torch.maximum(low, lower[:, neurons]), torch.minimum(high, upper[:, neurons])
+        lower[:, neurons], upper[:, neurons] = low, high
+    return Box(lower.view(box.shape), upper.view(box.shape))
+
+
+def _undecided(box: Box, call: Call) -> Tensor:
+    if call.function in (F.relu, F.leaky_relu):
+        return unstable_relus(box)
+    return box.upper > box.lower
