@@ -176,7 +176,7 @@ class LirpaModel:
 
     def clean_pass(self, x: Tensor) -> CleanPass:
         """Logits of `x`; no BatchNorm coefficients, which `ibp` could not take."""
-        return CleanPass(self.model(x), {})
+        return CleanPass(self.model(x.clone()), {})
 
     def margins(
         self,

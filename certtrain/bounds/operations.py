@@ -696,7 +696,7 @@ define(
     functions=((torch.dropout, lambda input, p, train: (input, p, train)),),
     affine=Affine.FIRST,
     modules={nn.Dropout: lambda m: (m.p, m.training)},
-    identity=lambda x, p, training: training is False,
+    identity=lambda x, p, training: not training or p == 0,
 )
 
 
@@ -760,13 +760,20 @@ def _indexes(x: Any, index: Any) -> None:
     """The first axis is taken whole, and stays the first."""
     items = index if isinstance(index, tuple) else (index,)
     require_that(not any(isinstance(item, Shape) for item in items), "an index that depends on the input has no rule")
-    explicit = sum(item is not None and item is not Ellipsis for item in items)
+    explicit = sum(_indexed_axes(item) for item in items)
     first = items[0] if items else Ellipsis
     whole = (first is Ellipsis and explicit < x.dims) or (isinstance(first, slice) and first == slice(None))
     require_that(whole, "it takes some of the images only, or adds an axis before theirs: write x[:, ...]")
     advanced = [position for position, item in enumerate(items) if isinstance(item, Tensor | list)]
     adjacent = not advanced or advanced[-1] - advanced[0] == len(advanced) - 1
     require_that(adjacent, "index tensors with a slice between them move their axes to the front")
+
+
+def _indexed_axes(item: Any) -> int:
+    """How many axes of the indexed value one item of an index takes: a mask as many as it has."""
+    if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
+        return item.dim()
+    return int(item is not None and item is not Ellipsis)
 
 
 def _bind_pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> tuple[Any, ...]:
@@ -953,21 +960,35 @@ LAST_FUNCTIONS = (torch.softmax, torch.log_softmax)
 
 # --- what does not depend on the values -------------------------------------------------------------------------------
 
-INSPECTIONS: set[Callable] = {
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    getattr,
+MAKERS: set[Callable | str] = {
     torch.zeros_like,
     torch.ones_like,
     torch.full_like,
     Tensor.new_zeros,
     Tensor.new_ones,
     Tensor.new_full,
+    "new_zeros",
+    "new_ones",
+    "new_full",
+}
+"""Of tensors that hold one number."""
+INSPECTIONS: set[Callable] = {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    getattr,
     Tensor.stride,
     Tensor.is_contiguous,
+    *(maker for maker in MAKERS if callable(maker)),
 }
-INSPECTING_METHODS = {"size", "dim", "numel", "new_zeros", "new_ones", "new_full", "stride", "is_contiguous"}
+INSPECTING_METHODS = {
+    "size",
+    "dim",
+    "numel",
+    "stride",
+    "is_contiguous",
+    *(maker for maker in MAKERS if isinstance(maker, str)),
+}
 INSPECTED_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 

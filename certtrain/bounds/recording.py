@@ -6,14 +6,15 @@ and relative to the spread of the logits, so that networks with small logits are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
+from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Settle
 from certtrain.bounds.graph import Call, Graph, leaves
 from certtrain.bounds.tracing import trace
 from certtrain.errors import CerttrainError, UnsupportedOperation
@@ -24,7 +25,7 @@ IMAGES = 3
 class PointWalk:
     """Walks single points through a graph (a `graph.Transform`)."""
 
-    settled = SETTLED_BY_CLEAN
+    settled: Mapping[Callable, Settle] = SETTLED_BY_CLEAN
 
     def apply(self, call: Call, args: tuple) -> Tensor:
         value = call.function(*args)
@@ -35,6 +36,39 @@ class PointWalk:
 
     def like(self, value: Tensor) -> Tensor:
         return value
+
+
+class _Keeping(PointWalk):
+    """Keeps the scalings that BatchNorms and Dropouts become, in the order of the walk."""
+
+    def __init__(self) -> None:
+        self.scalings: list[tuple[Callable, tuple]] = []
+        self.settled = {function: self._kept(settle) for function, settle in SETTLED_BY_CLEAN.items()}
+
+    def _kept(self, settle: Settle) -> Settle:
+        def settled(*args: Any) -> tuple[Callable, tuple]:
+            self.scalings.append(settle(*args))
+            return self.scalings[-1]
+
+        return settled
+
+
+class _Alone(PointWalk):
+    """Walks one image of a batch, with the scalings that all of the batch gave."""
+
+    def __init__(self, scalings: Iterable[tuple[Callable, tuple]], image: int) -> None:
+        remaining = iter(scalings)
+
+        def settled(x: Any, *ignored: Any) -> tuple[Callable, tuple]:
+            function, (_, *constants) = next(remaining)
+            return function, (x, *[self._own(constant, image) for constant in constants])
+
+        self.settled = dict.fromkeys(SETTLED_BY_CLEAN, settled)
+
+    @staticmethod
+    def _own(constant: Any, image: int) -> Any:
+        """A BatchNorm's coefficients are of all images, a Dropout's mask has a part for each."""
+        return constant[image : image + 1] if isinstance(constant, Tensor) and len(constant) > 1 else constant
 
 
 @torch.no_grad()
@@ -52,10 +86,21 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
         try:
             with _seeded(0):  # Dropout's masks are drawn in one order
                 expected = candidate(images.to(dtype, copy=True))  # the module may write into its input
+            graph: Graph[Tensor] = trace(candidate)
+            together = _Keeping()
             with _seeded(0):
-                recorded = _walk(candidate, images.to(dtype))
+                recorded = _walk(graph, images.to(dtype), together)
             with _seeded(1):
-                alone = expected[:1] if model.training else _walk(candidate, images[:1].to(dtype))
+                alone = torch.cat(
+                    [
+                        _walk(
+                            graph,
+                            images[i : i + 1].to(dtype),
+                            _Alone(together.scalings, i) if model.training else PointWalk(),
+                        )
+                        for i in range(len(images))
+                    ]
+                )
         except CerttrainError:
             raise
         except Exception as error:  # constants of one type, shapes of one batch: the module's own, of any type
@@ -71,7 +116,7 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
             f"the recorded operations of {type(model).__name__} do not reproduce its output: its forward does "
             "something tracing does not see"
         )
-    if not agree(torch.cat([alone, expected[1:]]), expected, *tolerances):
+    if not agree(alone, expected, *tolerances):
         raise UnsupportedOperation(
             f"{type(model).__name__} returns for one image what depends on others in the batch, or on random numbers"
         )
@@ -101,9 +146,8 @@ def _candidates(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Modul
         yield model, dtype
 
 
-def _walk(model: nn.Module, images: Tensor) -> Tensor:
-    graph: Graph[Tensor] = trace(model)
-    output = graph.run(images, PointWalk())
+def _walk(graph: Graph[Tensor], images: Tensor, walk: PointWalk) -> Tensor:
+    output = graph.run(images, walk)
     return output if graph.head is None else graph.head(output, 1)
 
 

@@ -14,6 +14,7 @@ The one idea: the computed sum of n products lies within e·Σ|w_i||x_i| of the 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,8 +30,20 @@ from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
 from certtrain.bounds.interval import Bounds
-from certtrain.bounds.operations import OPERATIONS, WEIGHTED, add, cast, cat, einsum, sub
-from certtrain.bounds.tracing import record_of
+from certtrain.bounds.operations import (
+    INSPECTED_ATTRIBUTES,
+    INSPECTING_METHODS,
+    INSPECTIONS,
+    MAKERS,
+    OPERATIONS,
+    WEIGHTED,
+    add,
+    cast,
+    cat,
+    einsum,
+    sub,
+)
+from certtrain.bounds.tracing import Method, record_of
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 
 
@@ -467,6 +480,8 @@ def _magnitude(value: Any) -> Any:
 
 
 EXACT = {function for function, operation in OPERATIONS.items() if operation.reshaping} - {cast}
+EXACT_METHODS = {"t", "expand", "expand_as", "repeat"}
+"""Of constants; values have no rule for them."""
 
 RULES: dict[Callable, Rule] = {
     **{function: _weighted(function) for function in WEIGHTED},
@@ -633,19 +648,41 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
 
 
 def _require_stored_constants(graph: Graph[Any]) -> None:
-    """Parameters are as they are stored: what is computed from them alone is rounded too, which no rule here covers."""
-    stored: set[int] = set()
+    """Parameters are as they are stored: what is computed from them alone is rounded too, which no rule here covers.
+
+    So is what is computed from tensors that the forward makes. Sizes, and numbers computed from them, are exact.
+    """
+    tensors: set[int] = set()
     for index, step in enumerate(graph.steps):
         if step.module is not None:
             _require_stored(step)
+        if step.tracked:
+            continue
+        name = step.function.name if isinstance(step.function, Method) else step.function
         read = {ref.index for ref in leaves((step.args, dict(step.kwargs or {})), Ref)}
-        if step.function is getattr and not read:
-            stored.add(index)
-        elif not step.tracked and read & stored:
-            operation = record_of(step.function)
-            if operation is None or operation.function not in EXACT:
+        if (name is getattr and not read) or (name in MAKERS and "dtype" not in (step.kwargs or {})):
+            tensors.add(index)
+        elif read & tensors:
+            if _moves_constants(step, name):
+                tensors.add(index)
+            elif not _is_inspection(step, name):
                 raise UnsupportedOperation(f"{step.where} computes with parameters alone: it has no sound rule")
-            stored.add(index)
+        elif not (_is_inspection(step, name) or getattr(step.function, "__module__", None) == operator.mul.__module__):
+            raise UnsupportedOperation(f"{step.where} makes a tensor in the forward: it has no sound rule")
+
+
+def _is_inspection(step: Step, name: Any) -> bool:
+    """The result is no tensor."""
+    if name is getattr:
+        return step.args[1] in INSPECTED_ATTRIBUTES
+    return name not in MAKERS and name in INSPECTIONS | INSPECTING_METHODS
+
+
+def _moves_constants(step: Step, name: Any) -> bool:
+    if name is getattr:
+        return step.args[1] in ("T", "mT")
+    operation = record_of(step.function)
+    return name in EXACT_METHODS if operation is None else operation.function in EXACT
 
 
 def _require_stored(step: Step) -> None:

@@ -10,11 +10,14 @@ or no_grad inside. What can change after it (a Python attribute, a submodule, a 
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -265,7 +268,8 @@ class _Recorder:
 
     def _rename(self, node: fx.Node, written: fx.Node, later: list[fx.Node]) -> None:
         """After a write, every name of the very tensor means the new value; other names of its memory must be dead."""
-        if node.op != "call_module" and node.args[:1] != (written,) and written not in node.kwargs.values():
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        if node.op != "call_module" and first is not written:
             raise UnsupportedOperation(f"{self.where} writes into what does not depend on the input")
         old, new = self.current[written], self.current[node]
         group = self.memory[written]
@@ -371,8 +375,19 @@ def _writes(node: fx.Node, root: nn.Module) -> bool:
         return bool(getattr(root.get_submodule(str(node.target)), "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    inplace = bool(node.kwargs.get("inplace")) or node.target is operator.setitem or node.kwargs.get("out") is not None
-    return node.op == "call_function" and (node.target in operations.WRITES or inplace)
+    if node.op != "call_function":
+        return False
+    given = _arguments(node)
+    asked = bool(given.get("inplace")) or given.get("out") is not None
+    return asked or node.target in operations.WRITES or node.target is operator.setitem
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """What a function is called with, by name; by keyword alone if it has no signature, as builtins have none."""
+    try:
+        return dict(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return dict(node.kwargs)
 
 
 def _location(node: fx.Node) -> str:
@@ -395,29 +410,56 @@ def _spelling(node: fx.Node, root: nn.Module) -> str:
 
 def structure_of(model: nn.Module) -> tuple[Any, ...]:
     """Everything a recording has frozen: submodules, modes, hooks, and attributes that are no parameter or buffer."""
-    return tuple(
-        (
-            name,
-            id(module),
-            module.training,
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            tuple((key, _frozen(value)) for key, value in vars(module).items() if key not in _LIVE),
-        )
-        for name, module in model.named_modules(remove_duplicate=False)
+    hooks_of_all = torch.nn.modules.module
+    return (
+        _frozen(hooks_of_all._global_forward_hooks),
+        _frozen(hooks_of_all._global_forward_pre_hooks),
+        *(
+            (
+                name,
+                _Same(module),
+                type(module),
+                _Same(type(module).forward),
+                module.training,
+                _frozen(module._forward_hooks),
+                _frozen(module._forward_pre_hooks),
+                tuple((key, _frozen(value)) for key, value in vars(module).items() if key not in _LIVE),
+            )
+            for name, module in model.named_modules(remove_duplicate=False)
+        ),
     )
 
 
 _LIVE = frozenset(vars(nn.Module())) | {"training"}
+_WITHOUT_STATE = (nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
+"""Objects whose attributes are not looked into: modules are, on their own."""
+
+
+class _Same:
+    """Equal to what is the very same object, which stays alive, so that no other takes its place in memory."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _frozen(value: Any, depth: int = 3) -> Any:
     if value is None or isinstance(value, int | float | str | bool):
         return value
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return _Same(value), value._version
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, list | tuple | set | frozenset) and depth:
         return tuple(_frozen(item, depth - 1) for item in value)
     if isinstance(value, dict) and depth:
         return tuple((key, _frozen(item, depth - 1)) for key, item in value.items())
-    return id(value)
+    if isinstance(getattr(value, "__dict__", None), dict) and depth and not isinstance(value, _WITHOUT_STATE):
+        return _Same(value), _frozen(vars(value), depth - 1)
+    return _Same(value)

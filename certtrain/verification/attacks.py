@@ -70,7 +70,7 @@ class PGD:
         for step in range(self.steps + 1):
             x = x.detach().requires_grad_()
             with torch.enable_grad():
-                logits = model(x)
+                logits = logits_of(model, x)
                 others = logits.scatter(1, labels[:, None], -torch.inf)
                 margin = logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
                 (gradient,) = torch.autograd.grad(margin.sum(), x)
@@ -89,6 +89,11 @@ def inscribed_linf_box(x: Tensor, eps: float) -> Box:
     return Box(torch.minimum(nearest_above(lower, x.dtype), x), torch.maximum(nearest_below(upper, x.dtype), x))
 
 
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """What `model` computes; its forward may write into its input, so that it gets one of its own."""
+    return model(images.clone())
+
+
 @torch.no_grad()
 def _predictions(model: nn.Module, images: Tensor) -> Tensor:
-    return model(images).argmax(1)
+    return logits_of(model, images).argmax(1)

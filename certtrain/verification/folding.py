@@ -103,7 +103,7 @@ def _is_foldable(norm: fx.Node, root: nn.Module, dims: dict[str, int]) -> bool:
     return (
         _kind(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
         and module.running_mean is not None
-        and kind is not None
+        and kind in _DIMENSIONS
         and dims.get(layer.name) == _DIMENSIONS[kind]
         and _channels(before) == module.num_features
         and not any(is_parametrized(m) or m._forward_hooks or m._forward_pre_hooks for m in (before, module))

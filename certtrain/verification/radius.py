@@ -14,7 +14,7 @@ from certtrain.bounds.model import evaluating
 from certtrain.data import Split, evaluation_batches
 from certtrain.runtime.precision import full_precision
 from certtrain.training.objectives import proved
-from certtrain.verification.attacks import PGD
+from certtrain.verification.attacks import PGD, logits_of
 from certtrain.verification.verify import perturbation_box, verify
 
 CURVE_POINTS = 101
@@ -90,7 +90,7 @@ def _bisect(
         radius = per_image.to(images.dtype) if arithmetic is None else per_image
         return proved(net.margins(perturbation_box(images, radius, arithmetic), labels, arithmetic=arithmetic))
 
-    correct = net.model(images).argmax(1) == labels
+    correct = logits_of(net.model, images).argmax(1) == labels
     low = torch.zeros(len(labels), dtype=torch.float64, device=images.device)
     high = torch.full_like(low, max_eps)
     everywhere, somewhere = holds(high), holds(low)

@@ -20,7 +20,7 @@ from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
 from certtrain.training.objectives import proved
-from certtrain.verification.attacks import PGD
+from certtrain.verification.attacks import PGD, logits_of
 from certtrain.verification.folding import fold_batch_norm
 
 
@@ -196,7 +196,7 @@ class _Question:
         positions = itertools.count(self.first, self.batch_size)
         for position, (images, labels) in zip(positions, evaluation_batches(data, self.batch_size)):  # noqa: B905
             with torch.no_grad():
-                prediction = net.model(images).argmax(1)
+                prediction = logits_of(net.model, images).argmax(1)
                 correct = prediction == labels
                 margins = self._cascade(net, images, labels, eps, correct, stages)
             holds = proved(margins) & correct
