@@ -1,0 +1,689 @@
+"""Every rule's count of roundings, against each operation in rational arithmetic with an adversary's errors.
+
+`BY_HAND` has an operation for each rule of `rounding.RULES`; a rule without one fails here. Every single operation is
+taken exactly and then multiplied by 1 ± u, and the adversary chooses the signs. What it reaches must lie in the sound
+box of a box that is a point.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds.graph import Call, leaves
+from certtrain.bounds.operations import WEIGHTED, add, cast, cat, einsum, sub
+from certtrain.bounds.rounding import ARITHMETICS, EXACT, RULES, Arithmetic, enclosing_linf_box
+from certtrain.errors import UnsupportedOperation
+
+MODES = ("up", "down", "away from zero", "towards zero", "alternating", "random")
+ORDERS = ("one after the other", "pairwise")
+FORMULAS = 5  # of BatchNorm
+KEPT_BITS = 160
+Values = np.ndarray  # of Fractions
+
+
+class Adversary:
+    """Does single operations, each with the worst error that an arithmetic allows, in a direction of its choice.
+
+    mode: how directions are chosen; a dictionary has the sign of each rounding by its number. size: of the errors, in
+    units; order, fused, bias_first: how sums of products are taken; formula: which of the usual ones for BatchNorm.
+    """
+
+    def __init__(
+        self,
+        arithmetic: Arithmetic = ARITHMETICS["float32"],
+        mode: str | dict[int, int] = "up",
+        order: str = ORDERS[0],
+        fused: bool = False,
+        bias_first: bool = False,
+        formula: int = 0,
+        size: int = 1,
+    ) -> None:
+        self.arithmetic, self.mode, self.order = arithmetic, mode, order
+        self.fused, self.bias_first, self.formula, self.size = fused, bias_first, formula, size
+        self.random, self.roundings = np.random.default_rng(0), 0
+        self.rounded = np.frompyfunc(self._rounded, 1, 1)
+        to_nearest = arithmetic.stored / (1 + arithmetic.stored)
+        self.stored = np.frompyfunc(lambda value: self._erroneous(value, to_nearest), 1, 1)
+
+    def _rounded(self, value: Fraction) -> Fraction:
+        return self._erroneous(value, self.arithmetic.unit)
+
+    def _erroneous(self, value: Fraction, error: Fraction) -> Fraction:
+        if not error:
+            return value
+        sign = self._sign(value)
+        self.roundings += 1
+        return _cut(value * (1 + sign * self.size * error * (1 - Fraction(1, 2**64))))
+
+    def _sign(self, value: Fraction) -> int:
+        if isinstance(self.mode, dict):
+            return self.mode.get(self.roundings, 0)
+        upwards = 1 if value >= 0 else -1
+        return {
+            "up": upwards,
+            "down": -upwards,
+            "away from zero": 1,
+            "towards zero": -1,
+            "alternating": (-1) ** self.roundings,
+            "random": int(self.random.choice([-1, 1])),
+        }[self.mode]
+
+    def constant(self, value: Tensor | float) -> Values:
+        """As it is stored: rounded, to be sure."""
+        return self.stored(self.rounded(exactly(value)))
+
+    def product(self, x: Values, weight: Values) -> Values:
+        """One of a sum: its operands are rounded first."""
+        error = self.arithmetic.operands
+        exact = np.frompyfunc(lambda value: self._erroneous(value, error), 1, 1)(x * weight)
+        return exact if self.fused else self.rounded(exact)
+
+    def sum(self, terms: list[Values]) -> Values:
+        terms = list(terms)
+        while len(terms) > 1:
+            if self.order == "pairwise":
+                pairs = zip(terms[::2], terms[1::2], strict=False)
+                terms = [self.rounded(x + y) for x, y in pairs] + terms[len(terms) // 2 * 2 :]
+            else:
+                terms[:2] = [self.rounded(terms[0] + terms[1])]
+        return terms[0]
+
+    def root(self, x: Values) -> Values:
+        """Of one unit in the last place more than a correctly rounded one."""
+        return self.rounded(self.rounded(np.frompyfunc(_root, 1, 1)(x)))
+
+
+def _cut(value: Fraction) -> Fraction:
+    """Towards zero, to so many bits that it is nothing beside a rounding error: exact numbers would grow and grow."""
+    size, denominator = abs(value.numerator), value.denominator
+    shift = KEPT_BITS - size.bit_length() + denominator.bit_length()
+    if shift <= 0:
+        return value
+    kept = Fraction((size << shift) // denominator, 1 << shift)
+    return kept if value > 0 else -kept
+
+
+def _root(value: Fraction) -> Fraction:
+    shift = 4 ** (KEPT_BITS + value.denominator.bit_length())
+    return Fraction(math.isqrt(int(value * shift)), math.isqrt(shift))
+
+
+def exactly(value: Tensor | float) -> Values:
+    if isinstance(value, Tensor):
+        flat = np.array([Fraction(number) for number in value.detach().double().flatten().tolist()], dtype=object)
+        return flat.reshape(tuple(value.shape))
+    return np.array(Fraction(value), dtype=object)
+
+
+# --- the operations by hand -------------------------------------------------------------------------------------------
+
+
+def moves(function: Callable[..., Tensor]) -> Callable[..., Values]:
+    def by_hand(a: Adversary, x: Values, *settings) -> Values:
+        numbers = torch.arange(x.size).reshape(x.shape)
+        return x.reshape(-1)[function(numbers, *settings).numpy()]
+
+    return by_hand
+
+
+def coefficients(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[Values, tuple[int, ...]]:
+    """(inputs, outputs) of a linear map of one image, each a single weight and so exact; and the result's shape."""
+    size = math.prod(shape)
+    columns = function(torch.eye(size, dtype=torch.float64).view(size, *shape))
+    return columns.flatten(1), (1, *columns.shape[1:])
+
+
+def sum_of_products(a: Adversary, x: Values, columns: Tensor, bias: Values | None) -> Values:
+    """(outputs,)"""
+    results = []
+    for output in range(columns.shape[1]):
+        used = columns[:, output].nonzero()[:, 0]
+        if len(used) == 0:
+            results.append(Fraction(0) if bias is None else bias[output])
+            continue
+        terms = list(a.product(x.reshape(-1)[used.numpy()], exactly(columns[used, output])))
+        if bias is not None:
+            terms.insert(0 if a.bias_first else len(terms), bias[output])
+        results.append(a.sum(terms))
+    return np.array(results, dtype=object)
+
+
+def weighted(function: Callable[..., Tensor]) -> Callable[..., Values]:
+    def by_hand(a: Adversary, x: Values, weight: Tensor, bias: Tensor | None, *settings) -> Values:
+        columns, shape = coefficients(lambda e: function(e, weight.double(), None, *settings), x.shape[1:])
+        if bias is not None:
+            zeros = torch.zeros(1, *x.shape[1:], dtype=torch.float64)
+            bias = exactly(function(zeros, weight.double(), bias.double(), *settings).flatten())
+        return a.stored(sum_of_products(a, x, columns, bias)).reshape(shape)
+
+    return by_hand
+
+
+def matrix_product(function: Callable[..., Tensor]) -> Callable[..., Values]:
+    def by_hand(a: Adversary, x, y, *settings) -> Values:
+        value, matrix = (x, y) if isinstance(x, np.ndarray) else (y, x)
+        order = (lambda e: (e, matrix.double())) if value is x else (lambda e: (matrix.double(), e))
+        columns, shape = coefficients(lambda e: function(*order(e), *settings), value.shape[1:])
+        return a.stored(sum_of_products(a, value, columns, None)).reshape(shape)
+
+    return by_hand
+
+
+def average(function: Callable[..., Tensor]) -> Callable[..., Values]:
+    """The sum, then the quotient; or the reciprocal's product with each."""
+
+    def by_hand(a: Adversary, x: Values, *settings) -> Values:
+        columns, shape = coefficients(lambda e: function(e, *settings), x.shape[1:])
+        results = []
+        for output in range(columns.shape[1]):
+            used = columns[:, output].nonzero()[:, 0]
+            terms = x.reshape(-1)[used.numpy()]
+            divisors = [Fraction(round(1 / share)) for share in columns[used, output].tolist()]
+            if not divisors:
+                results.append(Fraction(0))
+            elif a.fused:
+                reciprocals = a.rounded(1 / np.array(divisors, dtype=object))
+                results.append(a.sum(list(a.rounded(terms * reciprocals))))
+            else:
+                results.append(a.rounded(a.sum(list(terms)) / divisors[0]))
+        return a.stored(np.array(results, dtype=object)).reshape(shape)
+
+    return by_hand
+
+
+def batch_norm(a: Adversary, x: Values, m, v, w, b, training, momentum, eps) -> Values:
+    m, v, w, b = (exactly(p).reshape(1, -1, *[1] * (x.ndim - 2)) if p is not None else None for p in (m, v, w, b))
+    w = np.array(Fraction(1), dtype=object) if w is None else w
+    b = np.array(Fraction(0), dtype=object) if b is None else b
+    r, one = a.rounded, Fraction(1)
+    root = a.root(r(v + a.rounded(exactly(eps))))
+    inverse = r(one / root)
+    scale = r(w * inverse)
+    result = [
+        lambda: r(r(x * scale) + r(b - r(m * scale))),
+        lambda: r(r(r(r(x - m) * inverse) * w) + b),
+        lambda: r(r(r(x - m) * scale) + b),
+        lambda: r(r(r(r(x - m) / root) * w) + b),
+        lambda: r(r(w * r(r(x - m) * inverse)) + b),
+    ][a.formula]()
+    return a.stored(result)
+
+
+def sum_of_two(sign: int) -> Callable[..., Values]:
+    def by_hand(a: Adversary, x, y, alpha=1) -> Values:
+        x, y = (value if isinstance(value, np.ndarray) else a.constant(value) for value in (x, y))
+        if alpha != 1:
+            y = a.rounded(a.rounded(exactly(alpha)) * y)
+        return a.stored(a.rounded(x + sign * y))
+
+    return by_hand
+
+
+def product_of_two(a: Adversary, x, y) -> Values:
+    x, y = (value if isinstance(value, np.ndarray) else a.constant(value) for value in (x, y))
+    return a.stored(a.rounded(x * y))
+
+
+def quotient(a: Adversary, x: Values, y) -> Values:
+    divisor = a.constant(y)
+    return a.stored(a.rounded(x * a.rounded(1 / divisor)) if a.fused else a.rounded(x / divisor))
+
+
+def leaky_relu(a: Adversary, x: Values, slope: float) -> Values:
+    below = a.rounded(x * a.rounded(exactly(slope)))
+    return a.stored(np.where(x > 0, x, below))
+
+
+def max_pool(function: Callable[..., Tensor]) -> Callable[..., Values]:
+    """Comparisons are exact, so that the place of the largest can be found among ranks."""
+
+    def by_hand(a: Adversary, x: Values, *settings) -> Values:
+        order = sorted(set(x.reshape(-1).tolist()))
+        ranks = torch.tensor([order.index(value) for value in x.reshape(-1).tolist()], dtype=torch.float64)
+        largest = function(ranks.view(x.shape), *settings)
+        return np.array(order, dtype=object)[largest.long().numpy()]
+
+    return by_hand
+
+
+def joined(a: Adversary, parts, dim: int) -> Values:
+    return np.concatenate([part if isinstance(part, np.ndarray) else a.constant(part) for part in parts], dim)
+
+
+def padded(a: Adversary, x: Values, *settings) -> Values:
+    numbers = F.pad(torch.arange(1, x.size + 1).reshape(x.shape).double(), *settings).long()
+    return np.concatenate([np.array([Fraction(0)], dtype=object), x.reshape(-1)])[numbers.numpy()]
+
+
+BY_HAND: dict[Callable, Callable[..., Values]] = {
+    **{function: weighted(function) for function in WEIGHTED},
+    **{function: matrix_product(function) for function in (torch.matmul, einsum)},
+    **{function: moves(function) for function in EXACT},
+    **{
+        function: average(function)
+        for function in (
+            F.avg_pool1d,
+            F.avg_pool2d,
+            F.adaptive_avg_pool1d,
+            F.adaptive_avg_pool2d,
+            Tensor.mean,
+            Tensor.sum,
+        )
+    },
+    F.max_pool1d: max_pool(F.max_pool1d),
+    F.max_pool2d: max_pool(F.max_pool2d),
+    F.relu: lambda a, x: np.where(x > 0, x, Fraction(0)),
+    F.leaky_relu: leaky_relu,
+    F.batch_norm: batch_norm,
+    F.pad: padded,
+    add: sum_of_two(1),
+    sub: sum_of_two(-1),
+    torch.mul: product_of_two,
+    torch.div: quotient,
+    torch.neg: lambda a, x: -x,
+    cat: joined,
+    cast: lambda a, x, dtype=None: a.stored(a.rounded(x)),
+}
+
+
+class ByHand:
+    """Walks one image through a network, every operation by hand (a `graph.Transform`)."""
+
+    settled: dict = {}  # noqa: RUF012
+
+    def __init__(self, adversary: Adversary) -> None:
+        self.adversary = adversary
+
+    def apply(self, call: Call, args: tuple) -> Values:
+        return BY_HAND[call.function](self.adversary, *args)
+
+    def clean(self, value: Values) -> None:
+        return None
+
+    def like(self, value: Values) -> Tensor:
+        return torch.empty(value.shape)
+
+
+# --- a network of one operation for each ------------------------------------------------------------------------------
+
+
+class One(nn.Module):
+    def __init__(self, function: Callable, constant: Tensor | None = None) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("c", torch.zeros(1) if constant is None else constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def spread(*shape: int) -> Tensor:
+    """Numbers of both signs, over six orders of magnitude."""
+    return torch.randn(shape) * 10.0 ** torch.randint(-3, 4, shape)
+
+
+def spread_(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(spread(*parameter.shape))
+        if getattr(module, "running_var", None) is not None:
+            module.running_mean.copy_(spread(*module.running_mean.shape))
+            module.running_var.copy_(spread(*module.running_var.shape).abs())
+    return module
+
+
+SHAPE = (2, 4, 4)
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 2), (6,)),
+    "linear without bias": (lambda: nn.Linear(6, 2, bias=False), (6,)),
+    "conv1d": (lambda: nn.Conv1d(2, 2, 3, 2, 1), (2, 6)),
+    "conv2d": (lambda: nn.Conv2d(2, 2, 3, 2, 1, groups=2), SHAPE),
+    "conv3d": (lambda: nn.Conv3d(1, 1, 2), (1, 3, 3, 3)),
+    "conv_transpose1d": (lambda: nn.ConvTranspose1d(2, 2, 3, 2), (2, 3)),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(2, 2, 2, 2, groups=2), (2, 2, 2)),
+    "matmul": (lambda: One(lambda self, x: x @ self.c, spread(4, 3)), SHAPE),
+    "matmul from the left": (lambda: One(lambda self, x: self.c @ x, spread(3, 4)), SHAPE),
+    "einsum": (lambda: One(lambda self, x: torch.einsum("bchw,cd->bdhw", x, self.c), spread(2, 3)), SHAPE),
+    "avg_pool1d": (lambda: nn.AvgPool1d(3, 2, 1), (2, 6)),
+    "avg_pool2d": (lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), SHAPE),
+    "avg_pool2d, great divisor": (lambda: nn.AvgPool2d(2, divisor_override=2**40), SHAPE),
+    "adaptive_avg_pool1d": (lambda: nn.AdaptiveAvgPool1d(4), (2, 6)),
+    "adaptive_avg_pool2d": (lambda: nn.AdaptiveAvgPool2d(3), SHAPE),
+    "mean": (lambda: One(lambda self, x: x.mean((1, 3))), SHAPE),
+    "sum": (lambda: One(lambda self, x: x.sum(2)), SHAPE),
+    "max_pool1d": (lambda: nn.MaxPool1d(2), (2, 6)),
+    "max_pool2d": (lambda: nn.MaxPool2d(3, 2, 1), SHAPE),
+    "relu": (lambda: nn.ReLU(), SHAPE),
+    "leaky_relu": (lambda: nn.LeakyReLU(0.1), SHAPE),
+    "batch_norm": (lambda: nn.BatchNorm2d(2), SHAPE),
+    "batch_norm, 1d, without parameters": (lambda: nn.BatchNorm1d(6, affine=False), (6,)),
+    "pad": (lambda: One(lambda self, x: F.pad(x, (1, 0, 0, 2))), SHAPE),
+    "add": (lambda: One(lambda self, x: x + self.c, spread(2, 4, 4)), SHAPE),
+    "add a number": (lambda: One(lambda self, x: 0.1 + x), SHAPE),
+    "add, alpha": (lambda: One(lambda self, x: torch.add(x, self.c, alpha=0.7), spread(2, 4, 4)), SHAPE),
+    "add two values": (lambda: One(lambda self, x: torch.add(x, x.transpose(2, 3), alpha=0.3)), SHAPE),
+    "sub": (lambda: One(lambda self, x: self.c - x, spread(2, 4, 4)), SHAPE),
+    "sub, alpha": (lambda: One(lambda self, x: torch.sub(x, self.c, alpha=-0.7), spread(2, 4, 4)), SHAPE),
+    "mul": (lambda: One(lambda self, x: x * self.c, spread(2, 4, 4)), SHAPE),
+    "mul by a number": (lambda: One(lambda self, x: 0.3 * x), SHAPE),
+    "div": (lambda: One(lambda self, x: x / self.c, spread(2, 4, 4)), SHAPE),
+    "neg": (lambda: One(lambda self, x: -x), SHAPE),
+    "cat": (
+        lambda: One(lambda self, x: torch.cat([x, self.c.expand(x.size(0), -1, -1, -1)], 1), spread(1, 1, 4, 4)),
+        SHAPE,
+    ),
+    "cast": (lambda: One(lambda self, x: x.double().to(torch.float32)), SHAPE),
+    "reshaping": (
+        lambda: One(
+            lambda self, x: torch.cat(
+                [x.permute(0, 2, 1, 3).flatten(1), x.transpose(1, 2).contiguous().view(x.size(0), -1)], 1
+            ).unflatten(1, (4, 16))[:, 1:]
+        ),
+        SHAPE,
+    ),
+    "parts": (
+        lambda: One(
+            lambda self, x: (
+                torch.cat([x.chunk(2, 1)[1], x.split([1, 1], 1)[0], x.unbind(1)[1].unsqueeze(1)], 1)
+                .squeeze(-2)
+                .clone()
+                .detach()
+            )
+        ),
+        SHAPE,
+    ),
+}
+IDENTITIES = {function for function in EXACT if function.__name__ == "identity"}  # left out as a network is recorded
+
+
+def setting(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(seed)
+    make, shape = CASES[name]
+    return spread_(make()).eval(), spread(1, *shape)
+
+
+def adversaries(arithmetic: str, formulas: int = 1) -> list[Adversary]:
+    rest = itertools.product(ORDERS, (False, True), (False, True)) if formulas == 1 else [(ORDERS[0], False, False)]
+    kinds = list(itertools.product(MODES, rest, range(formulas)))
+    return [
+        Adversary(ARITHMETICS[arithmetic], mode, order, fused, first, formula)
+        for mode, (order, fused, first), formula in kinds
+    ]
+
+
+def outside(box: Box, values: Values) -> int:
+    pairs = zip(values.reshape(-1), box.lower.flatten().tolist(), box.upper.flatten().tolist(), strict=True)
+    return sum(not ((low == -math.inf or Fraction(low) <= v) and (high == math.inf or v <= Fraction(high)))
+               for v, low, high in pairs)  # fmt: skip
+
+
+def sound_box(net: BoundedModel, x: Tensor, arithmetic: str) -> Box:
+    return net.ibp(enclosing_linf_box(x, 0.0, clip=None), arithmetic=arithmetic).output
+
+
+def test_every_sound_rule_has_its_operation_by_hand_and_a_network():
+    assert {f.__name__ for f in RULES.keys() ^ BY_HAND.keys()} == set()
+    used = set()
+    for name in CASES:
+        model, x = setting(name)
+        used |= {step.function for step in BoundedModel(model, x).graph.steps}
+    assert {f.__name__ for f in RULES.keys() - used - IDENTITIES} == set()
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("name", CASES)
+def test_no_adversary_leaves_the_box(name, arithmetic):
+    model, x = setting(name, seed=len(arithmetic))
+    net = BoundedModel(model, x)
+    if (name, arithmetic) == ("cast", "float64"):
+        pytest.skip("to float32, in a network of float64: refused")
+    box = sound_box(net, x, arithmetic)
+    assert box.lower.isfinite().all()
+    graph, formulas = net.graph, FORMULAS if "batch_norm" in name else 1
+    for adversary in adversaries(arithmetic, formulas)[:: 1 if arithmetic == "float32" else 5]:
+        values = exactly(x) if arithmetic != "bf16" else adversary.stored(exactly(x))
+        assert outside(box, graph.run(values, ByHand(adversary))) == 0, vars(adversary)
+
+
+ROUNDING = [
+    name for name in CASES if name not in {"max_pool1d", "max_pool2d", "relu", "pad", "neg", "reshaping", "parts"}
+]
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_signs_chosen_for_the_result_stay_inside_and_great_errors_are_noticed(name):
+    """For one output: each rounding's sign is that of its effect."""
+    model, x = setting(name, seed=1)
+    net = BoundedModel(model, x)
+    box, graph = sound_box(net, x, "float32"), net.graph
+
+    def result(signs: dict[int, int] | str, size: int = 1) -> tuple[Values, int]:
+        adversary = Adversary(mode=signs, size=size)
+        return graph.run(exactly(x), ByHand(adversary)), adversary.roundings
+
+    exact, count = result({})
+    output = count % exact.size
+    effects = {k: result({k: 1})[0].reshape(-1)[output] - exact.reshape(-1)[output] for k in range(count)}
+    for direction in (1, -1):
+        signs = {k: direction * ((effect > 0) - (effect < 0)) for k, effect in effects.items()}
+        assert outside(box, result(signs)[0]) == 0
+    assert max(outside(box, result(mode, size=64)[0]) for mode in MODES) > 0
+
+
+def test_alpha_costs_four_roundings():
+    """x + α·c with x = 0: c and α as they are stored, their product, and the sum."""
+    model = One(lambda self, x: torch.add(x, self.c, alpha=0.7), torch.tensor([[3.0]]))
+    x = torch.zeros(1, 1)
+    box = sound_box(BoundedModel(model, x), x, "float32")
+    reached = Fraction(0.7) * 3 * (1 + Fraction(1, 2**24)) ** 4
+    assert Fraction(2.1) * (1 + Fraction(3, 2**24)) < reached <= Fraction(box.upper.item())
+
+
+# --- sums of thousands ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["up", "down", "away from zero"])
+@pytest.mark.parametrize("sign", ["equal", "cancelling"])
+def test_long_sums(mode, sign):
+    torch.manual_seed(0)
+    model = nn.Linear(4096, 1)
+    x = torch.rand(1, 4096)
+    with torch.no_grad():
+        model.weight.copy_(torch.rand(1, 4096))
+        if sign == "cancelling":
+            model.weight[0, 1::2] = -model.weight[0, ::2] * x[0, ::2] / x[0, 1::2]
+    net = BoundedModel(model, x)
+    box, graph = sound_box(net, x, "float32"), net.graph
+    for order in ORDERS:
+        assert outside(box, graph.run(exactly(x), ByHand(Adversary(mode=mode, order=order)))) == 0
+
+
+# --- BatchNorm folded into what is before it --------------------------------------------------------------------------
+
+
+def folded(a: Adversary, weight: Values, bias: Values, norm: nn.BatchNorm1d) -> tuple[Values, Values]:
+    """The layer's weights and bias with a BatchNorm in them: the bias is centred first, or last."""
+    m, v, w, b = (exactly(p) for p in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    r = a.rounded
+    scale = r(w * r(Fraction(1) / a.root(r(v + a.rounded(exactly(norm.eps))))))
+    if a.fused:
+        return r(weight * scale[:, None]), r(r(r(bias * scale) - r(m * scale)) + b)
+    return r(weight * scale[:, None]), r(r(r(bias - m) * scale) + b)
+
+
+BETWEEN: dict[str, Callable[[], list[nn.Module]]] = {
+    "nothing": lambda: [],
+    "Identity": lambda: [nn.Identity()],
+    "Dropout": lambda: [nn.Dropout(0.5), nn.Identity(), nn.Dropout(0.2)],
+    "flatten": lambda: [nn.Flatten()],
+    "another BatchNorm": lambda: [nn.BatchNorm1d(2)],
+    "another BatchNorm and Dropout": lambda: [nn.Dropout(0.5), nn.BatchNorm1d(2), nn.Identity()],
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("inputs", [3, 4096])
+def test_folded_batch_norm(between, inputs):
+    """Each of many terms once more rounded; x cancels, so that nothing else is left."""
+    torch.manual_seed(inputs)
+    model = nn.Sequential(nn.Linear(inputs, 2), *BETWEEN[between](), nn.BatchNorm1d(2)).eval()
+    for module in model:
+        if isinstance(module, nn.BatchNorm1d):
+            spread_(module)
+            with torch.no_grad():
+                module.weight.copy_(torch.tensor([1.0, -2.0]))
+                module.running_var.copy_(torch.tensor([0.5, 3.0]))
+                module.running_mean.copy_(torch.tensor([0.0, 40.0]))
+    x = torch.rand(1, inputs)
+    with torch.no_grad():
+        model[0].weight[:, 1::2] = -model[0].weight[:, : inputs - 1 : 2][:, : inputs // 2]
+        model[0].bias.copy_(torch.tensor([0.0, 40.0]))
+    x[0, 1::2] = x[0, : inputs - 1 : 2][: inputs // 2]
+    box = sound_box(BoundedModel(model, x), x, "float32")
+    assert box.lower.isfinite().all()
+    modes = ("up", "down") if inputs > 100 else MODES
+    for mode, fused in itertools.product(modes, (False, True)):
+        adversary = Adversary(mode=mode, fused=fused)
+        weight, bias = exactly(model[0].weight), exactly(model[0].bias)
+        for norm in [module for module in model if isinstance(module, nn.BatchNorm1d)]:
+            weight, bias = folded(adversary, weight, bias, norm)
+        rows = [
+            adversary.sum([*adversary.product(exactly(x)[0], row), shift])
+            for row, shift in zip(weight, bias, strict=True)
+        ]
+        assert outside(box, np.array(rows, dtype=object)) == 0, (mode, fused)
+
+
+# --- the ends of the range --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exponent", [-36, -30, -20, 20, 30, 36])
+def test_folded_weights_that_overflow_or_underflow(exponent):
+    """The deployed network's, folded in float32 by hand with every order of two; subnormal numbers flushed or not."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.5, -1.0]]) * 10.0**exponent)
+        model[0].bias.zero_()
+        model[1].weight.copy_(torch.tensor([1e-8, 1e8]))
+        model[1].running_var.copy_(torch.tensor([1e4, 1e-4]))
+    x = torch.tensor([[1.0, 2.0, 0.5]])
+    box = sound_box(BoundedModel(model, x), x, "float32")
+    assert not box.lower.isnan().any()
+    scale = (model[1].weight / torch.sqrt(model[1].running_var + model[1].eps)).detach()
+    for flush in (False, True):
+        weight = (model[0].weight * scale[:, None]).detach()
+        if flush:
+            weight = torch.where(weight.abs() < 2.0**-126, 0.0, weight)
+        computed = (x * weight).sum(1).double()
+        finite = computed.isfinite()
+        assert box.contains(computed[None])[0, finite].all()
+        assert (box.radius[0, ~finite] == torch.inf).all()
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**60, 2.0**126])
+def test_a_great_divisor_behind_a_sum_that_overflows(size):
+    """The sum is taken first, and may overflow although the result is small."""
+    model = nn.AvgPool2d(2, divisor_override=2**40)
+    x = torch.full((1, 1, 2, 2), size)
+    net = BoundedModel(model, torch.ones(1, 1, 2, 2))
+    box = sound_box(net, x, "float32")
+    with torch.no_grad():
+        computed = model(x).double()
+    assert computed.isfinite().all() == (size < 2.0**126)
+    assert (box.contains(computed) | computed.isinf()).all()
+    assert (box.radius == torch.inf).all() == bool(computed.isinf().any())
+
+
+@pytest.mark.parametrize("mean", [1e-36, 1e-38, 1e-44, 0.0])
+def test_tiny_means_do_not_cost_the_proof(mean):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        model[1].running_mean.fill_(mean)
+        model[3].bias.copy_(torch.tensor([5.0, 0.0]))
+    x, labels = torch.rand(5, 4), torch.zeros(5, dtype=torch.int64)
+    net = BoundedModel(model, x)
+    box = enclosing_linf_box(x, 1e-3)
+    for arithmetic in ARITHMETICS:
+        bounds = net.ibp(box, arithmetic=arithmetic)
+        assert not bounds.output.lower.isnan().any()
+        assert (net.margins(box, labels, arithmetic=arithmetic)[:, 1] > 0).all()
+
+
+# --- what is computed from parameters, or in another type, is refused by name -----------------------------------------
+
+
+def normalised_weight() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "weight_norm": (normalised_weight, "weight is computed from other parameters"),
+    "spectral_norm": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 2)),
+        "weight is computed from other parameters",
+    ),
+    "weight_norm with hooks": (lambda: nn.utils.weight_norm(nn.Linear(4, 2)), "forward hooks"),
+    "reciprocal of a buffer": (lambda: One(lambda self, x: x * (1 / self.c), spread(4)), "truediv .*no sound rule"),
+    "root of a buffer": (lambda: One(lambda self, x: x + self.c.abs().sqrt(), spread(4)), "Tensor.abs .*no sound rule"),
+    "cast of a buffer": (lambda: One(lambda self, x: x + self.c.half(), spread(4)), "Tensor.half .*no sound rule"),
+    "a constant made and multiplied": (
+        lambda: One(lambda self, x: x + torch.full_like(x[:, :1], 0.1) * 3),
+        "mul .*no sound rule",
+    ),
+    "a range": (lambda: One(lambda self, x: x + torch.arange(x.size(1)) / 3), "arange .*no sound rule"),
+    "a tensor of the forward": (
+        lambda: One(lambda self, x: x + torch.tensor([0.1, 0.2, 0.3, 0.4])),
+        "a tensor made in the forward has no sound rule",
+    ),
+    "mean in another type": (lambda: One(lambda self, x: x + x.mean(1, keepdim=True, dtype=torch.float16)), "dtype"),
+    "sum in another type": (lambda: One(lambda self, x: x + x.sum(1, keepdim=True, dtype=torch.int32)), "dtype"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_sound_rule_is_refused_by_name(name):
+    make, message = REFUSED[name]
+    x = torch.rand(1, 4)
+    with pytest.raises(UnsupportedOperation, match=message):
+        BoundedModel(make(), x).ibp(Box(x, x), arithmetic="float32")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda self, x: x @ self.c.t(),
+        lambda self, x: x @ self.c.T[: x.size(1)],
+        lambda self, x: x.to(self.c.dtype) + self.c.view(-1)[:4],
+        lambda self, x: x + torch.full_like(x[:, :1], 0.1),
+        lambda self, x: torch.cat([x, self.c[:1].expand(x.shape[0], -1)], 1),
+        lambda self, x: x.reshape(x.size(0), 2 * (x.shape[1] // 2)),
+    ],
+)
+def test_what_only_moves_constants_or_counts_is_not(function):
+    model, x = One(function, spread(3, 4)), torch.rand(1, 4)
+    box = sound_box(BoundedModel(model, x), x, "float32")
+    assert box.contains(model(x).double()).all()
+
+
+def test_the_walks_constants_are_those_of_the_network():
+    """By hand and without errors: the module's own float64 result."""
+    for name in CASES:
+        model, x = setting(name)
+        walk = ByHand(Adversary(mode={}))
+        found = BoundedModel(model, x).graph.run(exactly(x), walk)
+        with torch.no_grad():
+            expected = model.double()(x.double())
+        computed = torch.tensor([float(value) for value in found.reshape(-1)], dtype=torch.float64)
+        torch.testing.assert_close(computed, expected.double().flatten(), rtol=1e-6, atol=1e-6)
+        assert not leaves(walk, Tensor)
