@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,6 @@ class Examination:
         self._plain(model, points)
         self._sound(net, points)
         self._trained(model)
-        self._changed(model)
 
     def _asked(self, check: str, ask: Callable[[], Any]) -> Any:
         """None where it is refused."""
@@ -209,13 +209,9 @@ class Examination:
         inner = max(float(torch.maximum(b.lower.abs(), b.upper.abs()).max()) for b in bounds.record.boxes.values())
         slack = INNER * inner + RELATIVE * max(float(logits.abs().max()) for logits in expected)
         found = {"ibp": net.margins(box, labels)}
-        for method in METHODS[1:]:
-            for intersect in (True, False):
-                found[f"{method}, {intersect=}"] = self._asked(
-                    method, lambda m=method, i=intersect: net.margins(
-                        box, labels, m, intersect=i, alpha=AlphaOptions(steps=3)
-                    )
-                )  # fmt: skip
+        for method, intersect in [*((method, False) for method in METHODS[1:]), ("crown", True)]:
+            ask = partial(net.margins, box, labels, method, intersect=intersect, alpha=AlphaOptions(steps=2))
+            found[f"{method}, {intersect=}"] = self._asked(method, ask)
         for name, margins in found.items():
             if margins is None:
                 continue
@@ -223,6 +219,7 @@ class Examination:
                 raise Finding(name, "a margin is not a number")
             for logits in expected:
                 require_inside(name, _whole_if_softmax(bounds.output, net), margins, labels, logits, slack)
+        self._changed(net)
 
     def _sound(self, net: BoundedModel, points: Sequence[Tensor]) -> None:
         labels, model = self.question.labels, net.model
@@ -277,14 +274,9 @@ class Examination:
             require_inside("training", bounds.output, None, self.question.labels, expected.detach(), slack)
 
     @torch.no_grad()
-    def _changed(self, model: nn.Module) -> None:
+    def _changed(self, net: BoundedModel) -> None:
         """Parameters and buffers move after the recording; so must the bounds."""
-        double, x = deepcopy(model).double(), self.question.upper.double()
-        if not runs_in(torch.float64, model, self.question.upper):
-            return
-        net = self._asked("recording, float64", lambda: BoundedModel(double, x))
-        if net is None:
-            return
+        double, x = net.model, self.question.upper.double()
         generator = torch.Generator().manual_seed(self.recipe.seed)
         for tensor in [*double.parameters(), *double.buffers()]:
             if tensor.is_floating_point():

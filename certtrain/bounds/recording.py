@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Settle
 from certtrain.bounds.graph import Call, Graph, leaves
 from certtrain.bounds.tracing import trace
-from certtrain.errors import CerttrainError, UnsupportedOperation
+from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError
 
 IMAGES = 3
 
@@ -91,16 +91,7 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
             with _seeded(0):
                 recorded = _walk(graph, images.to(dtype), together)
             with _seeded(1):
-                alone = torch.cat(
-                    [
-                        _walk(
-                            graph,
-                            images[i : i + 1].to(dtype),
-                            _Alone(together.scalings, i) if model.training else PointWalk(),
-                        )
-                        for i in range(len(images))
-                    ]
-                )
+                alone = _each_alone(graph, images.to(dtype), together.scalings if model.training else None)
         except CerttrainError:
             raise
         except Exception as error:  # constants of one type, shapes of one batch: the module's own, of any type
@@ -110,13 +101,15 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
     else:
         reason = " ".join(str(failure).split())[:160]
         raise UnsupportedOperation(f"{type(model).__name__} cannot be computed on {len(images)} images ({reason})")
+    if expected.numel() == 0:
+        raise UnsupportedOperation(f"{type(model).__name__} returns nothing")
     tolerances = (1e-7, 1e-12) if expected.dtype == torch.float64 else (1e-3, 1e-5)
     if not agree(recorded, expected, *tolerances):
         raise UnsupportedOperation(
             f"the recorded operations of {type(model).__name__} do not reproduce its output: its forward does "
             "something tracing does not see"
         )
-    if not agree(alone, expected, *tolerances):
+    if alone is None or not agree(alone, expected, *tolerances):
         raise UnsupportedOperation(
             f"{type(model).__name__} returns for one image what depends on others in the batch, or on random numbers"
         )
@@ -149,6 +142,15 @@ def _candidates(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Modul
 def _walk(graph: Graph[Tensor], images: Tensor, walk: PointWalk) -> Tensor:
     output = graph.run(images, walk)
     return output if graph.head is None else graph.head(output, 1)
+
+
+def _each_alone(graph: Graph[Tensor], images: Tensor, scalings: list[tuple[Callable, tuple]] | None) -> Tensor | None:
+    """The outputs of one image after the other, with `scalings` or their own; None if a BatchNorm asks for several."""
+    try:
+        walks = [PointWalk() if scalings is None else _Alone(scalings, i) for i in range(len(images))]
+        return torch.cat([_walk(graph, images[i : i + 1], walk) for i, walk in enumerate(walks)])
+    except UsageError:
+        return None
 
 
 def agree(found: Tensor, expected: Tensor, relative: float, absolute: float) -> bool:
