@@ -154,6 +154,8 @@ ORDINARY: dict[str, Callable[[Draw], nn.Module]] = {
     "unbind": do(reversed_channels),
     "permute": do(lambda x: x.permute(0, 3, 1, 2)),
     "transpose": do(lambda x: x.transpose(1, -1).contiguous()),
+    "detach": do(lambda x: x - x.detach() * 0.5),
+    "squeeze": do(lambda x: torch.cat([x[:, i : i + 1].squeeze(1).unsqueeze(1) for i in (2, 0, 3, 1)], 1)),
     "casts": do(lambda x: x.double().to(x.dtype)),
     "matmul": with_constant(torch.matmul, lambda draw: draw.normal(4, 4)),
     "matmul from the left": with_constant(lambda x, c: c @ x, lambda draw: draw.normal(4, 4)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, map_leaves
+from certtrain.bounds.operations import differentiable
 
 
 def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
@@ -46,6 +48,7 @@ def _deviations(tail: Sequence[Call], radius: Tensor, labels: Tensor, logits: Te
     # The rows (w_y - w_j) of any affine tail are vector-Jacobian products of it.
     eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     rows = eye[labels][:, None, :] - eye
+    tail = [replace(call, function=differentiable(call.function)) for call in tail]
     _, pull_back = torch.func.vjp(lambda h: apply_tail(tail, h), torch.zeros_like(radius))
     coefficients = torch.func.vmap(lambda row: pull_back(row)[0], in_dims=1, out_dims=1)(rows)
     return (coefficients.abs() * radius[:, None]).flatten(2).sum(2)

@@ -878,6 +878,11 @@ _moves(operator.getitem, lambda x, index: (x, index), _indexes, methods=("__geti
 define(F.pad, _bind_pad, affine=Affine.FIRST, increasing=True, require=_pads)
 
 
+def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same map where derivatives are taken to transpose it: `detach` would have none, as if it were a constant."""
+    return identity if function is Tensor.detach else function
+
+
 def _bind_cat(tensors: Any, dim: int = 0, *, out: None = None) -> tuple[Any, ...]:
     _only(out, None, "out")
     return list(tensors), dim

@@ -13,6 +13,7 @@ from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
 from certtrain.runs.train import verify_run
 from certtrain.runtime.precision import full_precision
+from certtrain.verification.attacks import logits_of
 from certtrain.verification.verify import Verification
 
 
@@ -49,7 +50,7 @@ def judge(
     def example(index: int) -> Example:
         point = points[index]
         with evaluating(model), full_precision(), torch.no_grad():
-            prediction = model(point[None].to(next(model.parameters()).device)).argmax(1).item()
+            prediction = logits_of(model, point[None].to(next(model.parameters()).device)).argmax(1).item()
         margin = result.margin[index].item()
         return Example(index, images[index], int(split.labels[index]), point, int(prediction), margin)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from certtrain.bounds import interval, rounding
+from certtrain.bounds import BoundedModel, interval, rounding
+from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES
+from certtrain.bounds.operations import identity
+from certtrain.errors import UnsupportedOperation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -52,6 +56,18 @@ def test_a_network_of_each_layer(kind):
         at = {"flatten": slice(0, 1), "end": slice(1, 2), "features": slice(1, 1)}.get(kind, slice(0, 0))
         layers[at] = [(kind, name, 0)]
         assert examined(Recipe(5, tuple(layers)), Counts()) is None, name
+
+
+def test_the_layers_contain_every_rule():
+    used = {scale_shift, identity}  # what BatchNorm becomes, and what a recording leaves out
+    for kind, name in LAYERS:
+        layers = [("flatten", "flatten", 1), ("end", "linear", 2)]
+        at = {"flatten": slice(0, 1), "end": slice(1, 2), "features": slice(1, 1)}.get(kind, slice(0, 0))
+        layers[at] = [(kind, name, 0)]
+        with suppress(UnsupportedOperation):
+            model = Recipe(5, tuple(layers)).network()
+            used |= {step.function for step in BoundedModel(model, torch.rand(1, *fuzz_networks.IMAGE)).graph.steps}
+    assert {function.__name__ for function in RULES.keys() - used} == set()
 
 
 def test_a_wrong_rule_is_found_shrunk_and_reproduced_from_its_file(monkeypatch, tmp_path):

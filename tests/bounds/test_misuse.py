@@ -425,6 +425,12 @@ def test_batch_norm_over_tokens_is_not_folded_into_features(scale):
         assert torch.equal(result.prediction, flat(data.images / 255).argmax(1))
 
 
+def test_a_batch_norm_behind_one_that_cannot_be_folded_stays():
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.BatchNorm1d(16), nn.Linear(16, 3)).eval()
+    folded = fold_batch_norm(model, torch.rand(2, 1, 4, 4))
+    assert sum(isinstance(module, nn.BatchNorm1d) for module in folded.modules()) == 2
+
+
 @settings(max_examples=30, deadline=None)
 @given(scale=st.sampled_from([1e-6, 1e-3, 1.0, 1e6]), offset=st.sampled_from([0.0, 1.0, 100.0]))
 def test_a_forward_that_lies_is_noticed_at_every_scale(scale, offset):
@@ -560,6 +566,20 @@ def test_dropout_of_nothing_in_training_returns_its_argument():
     x = images()
     found = BoundedModel(model, x).ibp(Box(x, x), clean=x).output
     torch.testing.assert_close(found.center, model(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.layer(x).detach(),
+        lambda self, x: self.layer(x).detach() * 2 + 1,
+        lambda self, x: F.relu(self.layer(x)).detach() - 0.5 * x,
+        lambda self, x: self.layer(F.relu(torch.detach(x) + 0.1)),
+    ],
+)
+def test_a_detached_value_is_not_a_constant(forward):
+    """It has no derivative, by which a map is transposed."""
+    holds(Written(forward))
 
 
 def _relu_of(y: Tensor, x: Tensor) -> Tensor:

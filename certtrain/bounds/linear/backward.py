@@ -25,7 +25,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.relaxations import RELAXATIONS, unstable_relus
-from certtrain.bounds.operations import add, identity, reshape, sub
+from certtrain.bounds.operations import add, differentiable, identity, reshape, sub
 from certtrain.errors import UnsupportedOperation
 
 Slopes = Mapping[int, Tensor]  # by call: slope of the line below, (B, 1 or R, ...)
@@ -43,7 +43,7 @@ def _affine(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributi
 
     def function(*values: Tensor) -> Tensor:
         remaining = iter(values)
-        return call.function(*map_leaves(call.args, Ref, lambda _: next(remaining)))
+        return differentiable(call.function)(*map_leaves(call.args, Ref, lambda _: next(remaining)))
 
     constant, pull_back = torch.func.vjp(function, *zeros)
     parts = torch.func.vmap(pull_back, in_dims=1, out_dims=1)(a)
