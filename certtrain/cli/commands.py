@@ -159,7 +159,7 @@ def check_command(options: argparse.Namespace) -> int:
 
 def export_command(options: argparse.Namespace) -> int:
     from certtrain.export.onnx import export_onnx
-    from certtrain.export.vnnlib import export_vnnlib, open_images
+    from certtrain.export.vnnlib import export_vnnlib, unknown_images
     from certtrain.runs.checkpoint import load_architecture
     from certtrain.runs.train import load_data
 
@@ -174,8 +174,8 @@ def export_command(options: argparse.Namespace) -> int:
     if options.vnnlib is not None:
         eps = config.epsilon.max if options.eps is None else options.eps
         result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, options.timeout)
-        count, images = len(open_images(result)), len(result.correct)
-        print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images open at {eps:.5f}")
+        count, images = len(unknown_images(result)), len(result.correct)
+        print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images at {eps:.5f}")
     return 0
 
 

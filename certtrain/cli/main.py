@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verify)
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
     verify.add_argument(
-        "--method", help="bounds, each for what those before left open: ibp,crown-ibp,crown,alpha-crown"
+        "--method", help="bounds, each for what those before left unknown: ibp,crown-ibp,crown,alpha-crown"
     )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument(
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--onnx", nargs="?", type=Path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
     )
-    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each image left open")
+    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each unknown image")
     export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
     export.add_argument("--limit", type=_positive, help="only the first N test images")
     export.add_argument("--timeout", type=_positive, default=300, help="of a property, in instances.csv (default: 300)")

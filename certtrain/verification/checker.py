@@ -339,14 +339,13 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
         raise CertificateError(f"index {index}: bounds by {row['method']} in {row['arithmetic']} cannot be checked")
     if not (np.isfinite(eps) and eps >= 0):
         raise CertificateError(f"index {index}: epsilon is {eps}")
-    image = (images[index].astype(np.float32) / np.float32(255)).astype(np.float64)
-    lower = np.clip(np.nextafter(image - eps, -np.inf), 0, 1)
-    upper = np.clip(np.nextafter(image + eps, np.inf), 0, 1)
+    lower, upper = _pixel_box(images[index], eps)
     margin = network.classifier_input(lower, upper, row["arithmetic"]).margin(label)
     if margin != row["margin"] and not abs(margin - row["margin"]) <= AGREEMENT * max(1.0, abs(margin)):
         raise CertificateError(f"index {index}: the margin is {margin:.9g}, the certificate says {row['margin']:.9g}")
     if (row["verdict"] == "proved") != (margin > 0):
         raise CertificateError(f"index {index}: verdict {row['verdict']}, but the margin is {margin:.9g}")
+    image = (images[index].astype(np.float32) / np.float32(255)).astype(np.float64)
     if not (0 <= row["prediction"] < network.architecture["num_classes"] and _predicts(network, image, row)):
         raise CertificateError(f"index {index}: the prediction is not {row['prediction']}")
     _check_verdict(row, network, image, (lower, upper))
@@ -374,6 +373,13 @@ def _check_verdict(row: Mapping[str, Any], network: SavedNetwork, image: Array, 
 def _predicts(network: SavedNetwork, image: Array, row: Mapping[str, Any]) -> bool:
     proved = row["verdict"] == "proved" and row["prediction"] == row["label"]  # which the margin has shown
     return proved or network.classifier_input(image, image, row["arithmetic"]).can_predict(row["prediction"])
+
+
+def _pixel_box(image: Array, eps: float) -> tuple[Array, Array]:
+    """Every representation of every image within `eps` of a stored one: three roundings to float32, and ours."""
+    pixels = image.astype(np.float64) / 255
+    reach = eps + 2.0**-22 * (pixels + eps)
+    return np.maximum(pixels - reach, 0.0), np.minimum(pixels + reach, 1.0)
 
 
 def _inside(point: Array, lower: Array, upper: Array) -> bool:
