@@ -88,9 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         subparsers, "check", "prove certificates again, by an independent program", commands.check_command, device=False
     )
     check.add_argument("certificates", type=Path, help="a Parquet file that `verify --certificates` wrote")
-    check.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
     check.add_argument("--model", type=Path, required=True, metavar="RUN", help="the run directory they are about")
-    check.add_argument("--dataset", metavar="NAME", help="where the images are read from (default: the run's data set)")
+    check.add_argument("--dataset", metavar="NAME", help="the data set that they must be about (default: any)")
+    check.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where its files are: the folder of test.npz or test/, or that of the named data sets (default: data)",
+    )
+    check.add_argument("--allow-partial", action="store_true", help="permit certificates for some of the images only")
 
     export = _command(subparsers, "export", "write a trained network for other tools", commands.export_command)
     _add_run(export)
