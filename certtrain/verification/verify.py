@@ -151,17 +151,18 @@ def verify(
     """
     radii = checked_radii(eps)
     device = device_of(model)
-    images = range(len(data))[:limit]
+    everything = data.take(slice(limit))
+    images = range(len(everything))
     if len(images) < ranks.size:
         raise UsageError(f"{len(images)} test images for {ranks.size} processes: take more images, or fewer processes")
     mine = ranks.share(images)
-    data = data.take(slice(mine.start, mine.stop)).to(device)
+    data = everything.take(slice(mine.start, mine.stop)).to(device)
     methods = (method,) if isinstance(method, str) else tuple(method)
     if arithmetic is not None:
         _require_sound(methods, backend, arithmetic)
     question = _Question(methods, arithmetic, attack, batch_size, seed, mine.start)
     with evaluating(model), full_precision():
-        check_fit(model, data)
+        check_fit(model, everything)  # of all, so that every process finds the same
         example = to_float(data.images[:1])
         network = _fewest_operations(model, example) if backend == "native" and arithmetic is None else model
         net = BoundedModel(network, example, backend)
@@ -200,7 +201,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def check_fit(model: nn.Module, data: Split) -> None:
-    """Whether `data` can be asked of `model`, which is in eval mode and on the same device.
+    """Whether `data` can be asked of `model`, which is in eval mode.
 
     Raises:
         UsageError: parameters that are not finite float32, or outputs that are not logits (B, K) in float32 with K ≥ 2.
@@ -212,7 +213,7 @@ def check_fit(model: nn.Module, data: Split) -> None:
         if not parameter.isfinite().all():
             raise UsageError(f"the network cannot be verified: {name} has values that are infinite or NaN")
     with torch.no_grad():
-        output = model(to_float(data.images[:1]))
+        output = model(to_float(data.images[:1].to(device_of(model))))
     if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 1 or output.shape[1] < 2:
         shown = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UsageError(f"the model must return logits (B, K) of at least two classes; one image gives {shown}")
