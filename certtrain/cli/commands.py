@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from certtrain.config import Config
     from certtrain.runtime.distributed import Ranks
+    from certtrain.verification.certificates import ImageSet
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -140,26 +141,42 @@ def _quantile(radii: Sequence[float], share: float) -> float:
 
 
 def check_command(options: argparse.Namespace) -> int:
-    from certtrain.config import load_config
-    from certtrain.runs.train import load_data
+    """Nothing here comes from the run but its network: which images are asked about, the user says."""
     from certtrain.verification.certificates import read_certificates
     from certtrain.verification.checker import SavedNetwork, check
+    from certtrain.verification.raw_images import read_test_set
 
     certificates = read_certificates(options.certificates)
-    folder = _folder(options.model)
-    network = SavedNetwork.read(folder / "model.safetensors")
-    named = [f"data.name={options.dataset}"] if options.dataset else []
-    test = load_data(load_config(folder / "config.yaml", [*named, *options.overrides])).test
-    console = Console()
-    counts = check(certificates, network, test.images.numpy(), test.labels.numpy(), console)
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    console.print(f"all {sum(counts.values())} certificates hold: {verdicts}", highlight=False)
+    network = SavedNetwork.read(_folder(options.model) / "model.safetensors")
+    name = options.dataset or certificates.header.data.name
+    images, labels = read_test_set(name, options.data)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    claims = check(certificates, network, name, images, labels, console, options.allow_partial)
+    data = certificates.header.data
+    console.print(f"the test set of {name}: {data.images} images, SHA-256 {data.sha256}, {_provenance(data)}")
+    partial = False
+    for claim in claims:
+        missing = data.images - claim.images
+        partial = partial or missing > 0
+        covered = f"PARTIAL, {claim.images} of {data.images} images" if missing else f"all {data.images} images"
+        counts = f"{claim.proved} proved, {claim.attacked} attacked, {claim.unknown} unknown"
+        console.print(f"{claim}: {covered}: {counts}" + f"; of {missing} images nothing is known" * (missing > 0))
+    total = sum(claim.images for claim in claims)
+    console.print(f"all {total} certificates hold" + ", but they leave images out: PARTIAL" * partial)
     return 0
+
+
+def _provenance(data: ImageSet) -> str:
+    from certtrain.verification.raw_images import KNOWN_TEST_SETS
+
+    if data.name in KNOWN_TEST_SETS:
+        return "which is the published one"
+    return "which this program does not know: compare it with that of the images you mean"
 
 
 def export_command(options: argparse.Namespace) -> int:
     from certtrain.export.onnx import export_onnx
-    from certtrain.export.vnnlib import export_vnnlib, open_images
+    from certtrain.export.vnnlib import export_vnnlib, unknown_images
     from certtrain.runs.checkpoint import load_architecture
     from certtrain.runs.train import load_data
 
@@ -174,8 +191,8 @@ def export_command(options: argparse.Namespace) -> int:
     if options.vnnlib is not None:
         eps = config.epsilon.max if options.eps is None else options.eps
         result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, options.timeout)
-        count, images = len(open_images(result)), len(result.correct)
-        print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images open at {eps:.5f}")
+        count, images = len(unknown_images(result)), len(result.correct)
+        print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images at {eps:.5f}")
     return 0
 
 

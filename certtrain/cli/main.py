@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verify)
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
     verify.add_argument(
-        "--method", help="bounds, each for what those before left open: ibp,crown-ibp,crown,alpha-crown"
+        "--method", help="bounds, each for what those before left unknown: ibp,crown-ibp,crown,alpha-crown"
     )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument(
@@ -88,16 +88,23 @@ def _parser() -> argparse.ArgumentParser:
         subparsers, "check", "prove certificates again, by an independent program", commands.check_command, device=False
     )
     check.add_argument("certificates", type=Path, help="a Parquet file that `verify --certificates` wrote")
-    check.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
     check.add_argument("--model", type=Path, required=True, metavar="RUN", help="the run directory they are about")
-    check.add_argument("--dataset", metavar="NAME", help="where the images are read from (default: the run's data set)")
+    check.add_argument("--dataset", metavar="NAME", help="the data set that they must be about (default: any)")
+    check.add_argument(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where its files are: the folder of test.npz or test/, or that of the named data sets (default: data)",
+    )
+    check.add_argument("--allow-partial", action="store_true", help="permit certificates for some of the images only")
 
     export = _command(subparsers, "export", "write a trained network for other tools", commands.export_command)
     _add_run(export)
     export.add_argument(
         "--onnx", nargs="?", type=Path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
     )
-    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each image left open")
+    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each unknown image")
     export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
     export.add_argument("--limit", type=_positive, help="only the first N test images")
     export.add_argument("--timeout", type=_positive, default=300, help="of a property, in instances.csv (default: 300)")

@@ -150,7 +150,7 @@ class VerificationSection(Section):
     """What is measured on the test set at the end, and by `certtrain verify`."""
 
     eps: tuple[Radius, ...] | None = None  # null: epsilon.max
-    method: tuple[str, ...] = ("ibp",)  # a cascade: each sees what those before left open
+    method: tuple[str, ...] = ("ibp",)  # a cascade: each sees what those before left unknown
     arithmetic: Annotated[str, one_of("arithmetic", ARITHMETICS)] | None = None  # whose rounding the bounds cover
     limit: int | None = Field(None, ge=1)  # only the first so many test images
     batch_size: int = Field(256, ge=1)

@@ -21,9 +21,9 @@ from certtrain.verification.verify import Verification
 def export_vnnlib(
     folder: Path, config: Config, model: nn.Module, dataset: Dataset, eps: float, limit: int | None, timeout: int
 ) -> Verification:
-    """Write the network, a property for each test image that is open, and instances.csv, which lists them.
+    """Write the network, a property for each test image that is unknown, and instances.csv, which lists them.
 
-    Open is an image that is classified right, proved neither by IBP nor by the configuration's methods, and not
+    Unknown is an image that is classified right, proved neither by IBP nor by the configuration's methods, and not
     attacked by its PGD.
 
     Args:
@@ -33,7 +33,7 @@ def export_vnnlib(
         timeout: seconds that a verifier should spend on a property, for instances.csv.
 
     Returns:
-        What was found out about the images; those of `open_images` have a property.
+        What was found out about the images; those of `unknown_images` have a property.
 
     Raises:
         UsageError: there is something in `folder`.
@@ -48,7 +48,7 @@ def export_vnnlib(
     make_folder(folder, overwrite=False)
     export_onnx(model, dataset.image_shape, folder / "model.onnx")
     rows = []
-    for index in open_images(result):
+    for index in unknown_images(result):
         image, label = to_float(dataset.test.images[index]), int(dataset.test.labels[index])
         name = f"image_{index:05}.vnnlib"
         title = f"; test image {index}, label {label}, epsilon {eps!r}\n"
@@ -58,9 +58,9 @@ def export_vnnlib(
     return result
 
 
-def open_images(result: Verification) -> list[int]:
+def unknown_images(result: Verification) -> list[int]:
     """Those that are classified right, and neither proved nor attacked."""
-    return result.open.nonzero()[:, 0].tolist()
+    return result.unknown.nonzero()[:, 0].tolist()
 
 
 def vnnlib_property(lower: Tensor, upper: Tensor, label: int, classes: int) -> str:

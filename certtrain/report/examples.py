@@ -1,4 +1,4 @@
-"""What became of single test images: proved, attacked, left open, or misclassified."""
+"""What became of single test images: proved, attacked, unknown, or misclassified."""
 
 from __future__ import annotations
 
@@ -59,4 +59,9 @@ def judge(
 
 def fates(result: Verification) -> dict[str, Tensor]:
     """A flag (N,) per image for each thing that can become of it; every image has one fate."""
-    return {"proved": result.proved, "open": result.open, "attacked": result.attacked, "misclassified": ~result.correct}
+    return {
+        "proved": result.proved,
+        "unknown": result.unknown,
+        "attacked": result.attacked,
+        "misclassified": ~result.correct,
+    }

@@ -27,12 +27,12 @@ from certtrain.runtime.files import write_text
 EXAMPLES = 12  # of each fate
 MEANING = {
     "proved": "no perturbation within epsilon changes the prediction",
-    "open": "classified right, neither proved nor attacked",
+    "unknown": "classified right, neither proved nor attacked",
     "attacked": "PGD found a misclassified point within epsilon",
     "misclassified": "wrong without any perturbation",
 }
 Curve = tuple[list[float], list[float]]  # epsilons, errors
-SHOWN = ("proved", "attacked", "open")
+SHOWN = ("proved", "attacked", "unknown")
 
 
 def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, file: Path, limit: int) -> None:

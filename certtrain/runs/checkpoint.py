@@ -53,8 +53,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 def restore(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
     """Load `weights` into `model`, or say what does not fit.
 
+    Types are part of it: nothing is rounded on the way, so that what is loaded is what was stored.
+
     Raises:
-        CheckpointError: the weights are those of another architecture.
+        CheckpointError: the weights are those of another architecture, or of other types.
     """
     own = model.state_dict()
     missing, surplus = own.keys() - weights.keys(), weights.keys() - own.keys()
@@ -64,6 +66,9 @@ def restore(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> No
         details += [f"has {min(surplus)} besides"] if surplus else []
         details += [f"{key} is {tuple(weights[key].shape)}, not {tuple(own[key].shape)}" for key in sorted(wrong)[:1]]
         raise CheckpointError(f"{source} is of another architecture: it {'; '.join(details)}")
+    for key in sorted(own):
+        if own[key].dtype != weights[key].dtype:
+            raise CheckpointError(f"{source} holds {key} as {weights[key].dtype}, the network has it as {own[key].dtype}")
     model.load_state_dict(dict(weights))
 
 

@@ -332,7 +332,7 @@ def test_the_wheel_holds_models_and_configs(tmp_path):
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "certtrain").rglob("*.py")}
     expected |= {f"certtrain/models/{path.name}" for path in (ROOT / "models").glob("*.py")}
     expected |= {f"certtrain/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
-    assert expected | {"certtrain/report.html"} <= names
+    assert expected | {"certtrain/report/page.html"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"certtrain"}
 
 

@@ -117,7 +117,7 @@ def test_every_image_has_the_fate_that_is_known():
     flags = torch.stack(list(fates(result).values()))
     assert (flags.sum(0) == 1).all()
     found = {name: [example.index for example in group] for name, group in examples.items()}
-    assert found == {"proved": [0], "open": [], "attacked": [1, 3], "misclassified": [2]}
+    assert found == {"proved": [0], "unknown": [], "attacked": [1, 3], "misclassified": [2]}
     for example in examples["attacked"]:
         assert example.prediction != example.label
         assert linf_box(example.image, 5 / 255).contains(example.point).all()
@@ -127,10 +127,10 @@ def test_every_image_has_the_fate_that_is_known():
     assert torch.equal(proved.image, proved.point)
 
 
-def test_without_an_attack_images_are_open_and_only_the_first_are_shown():
+def test_without_an_attack_images_are_unknown_and_only_the_first_are_shown():
     result, examples = threshold_images(restarts=0, most=1)
-    assert fates(result)["open"].tolist() == [False, True, False, True]
-    assert [example.index for example in examples["open"]] == [1]
+    assert fates(result)["unknown"].tolist() == [False, True, False, True]
+    assert [example.index for example in examples["unknown"]] == [1]
     result, _ = threshold_images(restarts=0, limit=1)
     assert len(result.correct) == 1
 
