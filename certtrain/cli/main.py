@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import certtrain
-from certtrain.cli import commands
-from certtrain.errors import CerttrainError, ProcessLost
+from certtrain.cli import commands, terminal
+from certtrain.errors import CerttrainError, ProcessLost, lines_of, shortened, shown
+from certtrain.runtime.launch import is_first_process
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
 # the machine. Read when torch is imported, which the commands do; the user's own setting wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+MOST = 10**9  # of a number on the command line
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (failed), 2 (written wrong), 128 + n (ended by signal n)."""
+    terminal.accept_all_characters()
     options = _parse(arguments)
     try:
         return options.command(options)
@@ -29,13 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CerttrainError, OSError) as error:
         if options.debug:
             raise
-        from certtrain.runtime.distributed import is_first_process
-
         if is_first_process() or isinstance(error, ProcessLost):  # it may be the first that was lost
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {lines_of(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, CerttrainError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """The usage and one line, which quotes no more of a long argument than shows which one it is."""
+        super().error(shortened(message, 300))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +60,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="certtrain", description="Train networks whose robustness is proved.")
+    parser = _Parser(prog="certtrain", description="Train networks whose robustness is proved.")
     parser.add_argument("--version", action="version", version=f"certtrain {certtrain.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -58,8 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", help="a YAML file, or the name of a shipped one, such as digits")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
     train.add_argument("--out", type=Path, help="run directory (default: runs/NAME)")
-    train.add_argument("--resume", action="store_true", help="continue the run in that directory")
-    train.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in that directory")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
 
     verify = _command(
         subparsers, "verify", "natural, PGD and verified error of a trained network", commands.verify_command
@@ -100,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each image left open")
     export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
     export.add_argument("--limit", type=_positive, help="only the first N test images")
-    export.add_argument("--timeout", type=_positive, default=300, help="of a property, in instances.csv (default: 300)")
+    export.add_argument("--timeout", type=_positive, help="of a property, in instances.csv (default: 300)")
 
     report = _command(subparsers, "report", "show a run as an HTML page", commands.report_command)
     _add_run(report)
@@ -142,10 +153,9 @@ def _command(
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:20]) <= MOST):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number between 1 and {MOST}")
+    return int(text)
 
 
 def _radius(text: str) -> float:
@@ -159,6 +169,6 @@ def _radius(text: str) -> float:
 
 def _image_shape(text: str) -> tuple[int, ...]:
     sizes = text.lower().replace("×", "x").split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an image shape: write channels x height x width, as 3x32x32")
+    if len(sizes) != 3 or not all(re.fullmatch("[1-9][0-9]{0,3}", size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not an image shape: channels x height x width, as 3x32x32")
     return tuple(map(int, sizes))

@@ -19,11 +19,14 @@ from certtrain.bounds import BoundedModel
 from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
 from certtrain.runtime.files import write_json, write_text
 from certtrain.config import Config, load_config
+from certtrain.config.loading import Overrides
+from certtrain.config.names import check_device_name
 from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
 from certtrain.runtime.distributed import ALONE, Ranks, joined
-from certtrain.errors import CheckpointError, DataError, UsageError
+from certtrain.errors import CheckpointError, DataError, UsageError, shortened
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
+from certtrain.models.own import explained, modules_from
 from certtrain.training.objectives import Objective
 from certtrain.runtime.precision import layout_for
 from certtrain.verification.radius import Radii, certified_radii
@@ -52,7 +55,7 @@ def train(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     console: Console | None = None,
 ) -> Run:
     """Train a network, verify it, and leave everything in a run directory.
@@ -63,7 +66,8 @@ def train(
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         resume: continue the run in `out` where it was saved last; without one there, start it.
         overwrite: replace the run in `out`.
-        overrides: "section.key=value".
+        overrides: values that overrule the config's: a mapping such as {"optimizer.lr": 1e-3}, or a sequence of texts
+            "section.key=value".
         console: where progress goes.
 
     Under torchrun every process calls this with the same arguments, and they train one network together.
@@ -143,13 +147,15 @@ def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
 
 
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    check_device_name(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = ranks.own_device(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+        reason = shortened(str(error).partition("\n")[0], 160)
+        raise UsageError(f"device {name!r} is not to be had here: {reason}") from error
     return device
 
 
@@ -174,13 +180,8 @@ def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
     channels = dataset.image_shape[0]
     if {len(architecture["mean"]), len(architecture["std"])} != {channels}:
         raise UsageError(f"data.mean and data.std need one number for each of the images' {channels} channels")
-    try:
+    with modules_from(config.model.path):
         model = build_model(**architecture)
-    except UsageError:
-        raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"model {config.model.name} cannot be built: {reason}") from error
     shape = _output_shape(config.model.name, model, dataset.image_shape)
     if shape != (1, dataset.num_classes):
         raise UsageError(f"model {config.model.name} returns shape {shape}, not (1, {dataset.num_classes})")
@@ -189,13 +190,12 @@ def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
 
 def _output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
     image = torch.zeros(1, *image_shape, device=next(model.parameters(), torch.empty(0)).device)
-    try:
-        with torch.no_grad():
-            return tuple(model.eval()(image).shape)
-    except (RuntimeError, ValueError) as error:
-        size = "×".join(map(str, image_shape))
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"model {name} cannot take {size} images: {reason}") from error
+    size = "×".join(map(str, image_shape))
+    with explained(f"model {name} cannot take {size} images", DataError), torch.no_grad():
+        output = model.eval()(image)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it returns {type(output).__name__}, not a tensor of logits")
+        return tuple(output.shape)
 
 
 def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:

@@ -53,7 +53,7 @@ def two_classes_only(image_shape, num_classes):
         ("model.name=cnn-smal", "model.name: unknown model 'cnn-smal': did you mean cnn-small"),
         ("model.name=no_such_module:net", "model no_such_module:net: No module named 'no_such_module'"),
         ("model.name=torch.nn:NoSuchNet", "model torch.nn:NoSuchNet: module 'torch.nn' has no attribute"),
-        ("model={name: math:hypot}", "model math:hypot cannot be built: "),
+        ("model={name: math:hypot}", "model math:hypot: "),
         ("model={name: tests.cli.test_cli:two_classes_only}", "returns shape (1, 2), not (1, 10)"),
         ("model.options.wdith=4", "model cnn-small: got an unexpected keyword argument 'wdith'"),
         ("model.options.width=wide", "model cnn-small cannot be built: "),
@@ -177,6 +177,9 @@ def test_missing_data_says_where_it_belongs_and_how_to_get_it(train, tmp_path):
     assert outcome.code == 1
     assert str(tmp_path / "here" / "MNIST" / "raw") in outcome.error
     assert "data.download=true" in outcome.error
+    outcome = train("data.name=npz", f"data.path={tmp_path / 'here'}")
+    assert (outcome.code, "data.path: there is no folder" in outcome.error) == (1, True)
+    (tmp_path / "here").mkdir()
     outcome = train("data.name=npz", f"data.path={tmp_path / 'here'}")
     assert (outcome.code, "train.npz is missing" in outcome.error) == (1, True)
     assert contents(tmp_path) == {}
@@ -332,7 +335,7 @@ def test_the_wheel_holds_models_and_configs(tmp_path):
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "certtrain").rglob("*.py")}
     expected |= {f"certtrain/models/{path.name}" for path in (ROOT / "models").glob("*.py")}
     expected |= {f"certtrain/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
-    assert expected | {"certtrain/report.html"} <= names
+    assert expected | {"certtrain/report/page.html"} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"certtrain"}
 
 

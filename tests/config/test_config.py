@@ -4,7 +4,6 @@ import pytest
 import yaml
 
 from certtrain.config import Config, load_config
-from certtrain.config.schema import OPTIMIZERS
 from certtrain.errors import UsageError
 
 SMALLEST = {
@@ -119,7 +118,7 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
     [
         ("trainng", "{}", "unknown key trainng: did you mean training\\?"),
         ("training.epoch", "3", "unknown key training.epoch: did you mean epochs\\?"),
-        ("model.colour", "red", "unknown key model.colour: model has name, options"),
+        ("model.colour", "red", "unknown key model.colour: model has name, path, options"),
         ("colour", "red", "unknown key colour: a config has seed, data, model"),
         ("training.epochs", "many", "training.epochs: .*integer.*'many'"),
         ("training.epochs", "0", "training.epochs: .*greater than or equal to 1"),
@@ -129,7 +128,7 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
         ("optimizer.lr", "fast", "optimizer.lr: .*number.*'fast'"),
         ("optimizer.lr", "-1", "optimizer.lr: .*greater than 0"),
         ("optimizer.lr", ".nan", "optimizer.lr: .*finite"),
-        ("optimizer.milestones", "5", "optimizer.milestones: .*tuple"),
+        ("optimizer.milestones", "5", "optimizer.milestones: a list is expected .got 5"),
         ("epsilon.max", "1.5", "epsilon.max: a radius lies between 0 and 1 .*1.5"),
         ("epsilon.max", "256/255", "epsilon.max: a radius lies between 0 and 1 .*256/255"),
         ("epsilon.max", "-0.1", "epsilon.max: a radius lies between 0 and 1 .*-0.1"),
@@ -293,7 +292,7 @@ def test_what_is_wrong_in_a_base_is_reported_with_that_file(write):
     first, second = file.with_name("first.yaml"), file.with_name("second.yaml")
     assert set(str(caught.value).splitlines()) == {
         f"{first}: unknown key training.epocs: did you mean epochs?",
-        f"{first}: optimizer.lr: Input should be a valid number, unable to parse string as a number (got 'fast')",
+        f"{first}: optimizer.lr: Input should be a valid number (got 'fast')",
         f"{second}: seed: Input should be greater than or equal to 0 (got -1)",
         "unknown key model.nam: did you mean name?",
         "data.limit: Input should be greater than or equal to 2 (got 1)",
@@ -304,8 +303,3 @@ def test_a_base_is_not_blamed_for_what_overrules_it(write):
     file = write(first="base: digits\nseed: 1\n", mine="base: first.yaml\n")
     with pytest.raises(UsageError, match=r"^seed: "):
         load_config(file, ["seed=-2"])
-
-
-def test_optimizers_that_cannot_train_a_network_by_steps_are_not_offered():
-    assert {"Adam", "AdamW", "SGD", "RMSprop"} <= OPTIMIZERS.keys()
-    assert not {"Optimizer", "LBFGS", "SparseAdam"} & OPTIMIZERS.keys()
