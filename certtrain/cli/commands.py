@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from certtrain.config.names import check_device_name
 from certtrain.errors import CheckpointError, DataError, UsageError, optional_module, shown
+from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _tell(console: Console, line: str) -> None:
 def _require_data(config: Config) -> None:
     """A mistyped folder of one's own data is answered at once."""
     path = config.data.path
-    if path is not None and not Path(path).expanduser().is_dir():
+    if path is not None and not os.path.isdir(os.path.expanduser(path)):
         raise DataError(f"data.path: there is no folder {path}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
@@ -77,7 +78,7 @@ def runnable_configs() -> list[str]:
 
 def config_path(name: str | Path) -> Path:
     """The file `name`, or else the configuration of that name that certtrain ships."""
-    return Path(name) if Path(name).is_file() else _shipped(Path(name))
+    return Path(name) if os.path.isfile(name) else _shipped(Path(name))  # false too of a name that no file can have
 
 
 def _shipped(name: Path) -> Path:
@@ -128,7 +129,7 @@ def _with_bases(
 def _base(folder: Path, name: Path) -> Path:
     """A YAML file in `folder` or below, or else a shipped one: no other file's content can end up in a message."""
     beside = folder / name
-    if name.suffix in (".yaml", ".yml") and beside.is_file():
+    if name.suffix in (".yaml", ".yml") and os.path.isfile(beside):
         if not beside.resolve().is_relative_to(folder.resolve()):
             raise UsageError(f"{shortened(name)} lies outside {folder.resolve()}, the folder of what is based on it")
         return beside

@@ -50,7 +50,8 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:  # its own text quotes whole lines
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise NotPlainYaml(shortened(error.problem or error.context or "cannot be read", 120) + line) from error
+        reason = ": ".join(part for part in (error.context, error.problem) if part)
+        raise NotPlainYaml(shortened(reason, 160) + line) from error
     except yaml.reader.ReaderError as error:
         raise NotPlainYaml(f"character {error.position + 1}: {error.reason}") from error
     except yaml.YAMLError as error:

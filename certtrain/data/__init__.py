@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,5 +82,5 @@ def load_dataset(
         raise UsageError(f"data set {name!r} needs the folder to read: set data.path")
     if name not in _OWN_PATH and path is not None:
         raise UsageError(f"data set {name!r} is read from data.root and takes no data.path")
-    folder = Path(root if path is None else path).expanduser()
+    folder = Path(os.path.expanduser(root if path is None else path))  # which leaves ~nobody as it is
     return DATASETS[name](folder, download).with_validation(validation, seed)

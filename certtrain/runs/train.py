@@ -20,8 +20,8 @@ from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
 from certtrain.runtime.files import write_json, write_text
 from certtrain.config import Config, load_config
 from certtrain.config.loading import Overrides
-from certtrain.config.names import check_device_name
 from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
+from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.errors import CheckpointError, DataError, UsageError, shortened
 from certtrain.initialization import initialize_
