@@ -308,8 +308,10 @@ def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:
     smaller = f"a smaller radius (epsilon.max={config.epsilon.max / 2:.3g})"
     if summary["natural_error"] >= NOTHING_PROVED / 2:
         return [f"hint: the network has learned little: try {smaller}, more epochs, another optimizer.lr"]
-    longer = f"a longer warmup (epsilon.warmup_epochs={max(1, 2 * config.epsilon.warmup_epochs)})"
-    return [f"hint: hardly anything is proved: try {longer}, {smaller}, training.method=crown-ibp"]
+    epsilon, epochs = config.epsilon, config.training.epochs
+    warmup = min(2 * epsilon.warmup_epochs, 3 * (epochs - epsilon.start_epoch + 1) // 4)  # of those there are
+    slower = f"a longer warmup (epsilon.warmup_epochs={warmup})" if warmup > epsilon.warmup_epochs else "more epochs"
+    return [f"hint: hardly anything is proved: try {slower}, {smaller}, training.method=crown-ibp"]
 
 
 def _show_stages(console: Console, results: Sequence[dict]) -> None:

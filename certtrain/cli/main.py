@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     train = _command(subparsers, "train", "train a network from a YAML config, and verify it", commands.train_command)
     train.add_argument("config", help="a YAML file, or the name of a shipped one, such as digits")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
-    train.add_argument("--out", type=Path, help="run directory (default: runs/NAME)")
+    train.add_argument("--out", type=_path, help="run directory (default: runs/NAME)")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in that directory")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--sound", metavar="ARITHMETIC", help="bounds that cover the rounding of float32, tf32, bf16 or float64"
     )
-    verify.add_argument("--certificates", type=Path, metavar="FILE", help="write a Parquet file that `check` reads")
+    verify.add_argument("--certificates", type=_path, metavar="FILE", help="write a Parquet file that `check` reads")
     verify.add_argument(
         "--radius",
         nargs="?",
@@ -93,29 +93,29 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MAX",
         help="instead: the largest radius proved for each image, up to MAX (default: twice the largest tested)",
     )
-    verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
+    verify.add_argument("--json", type=_path, help="where to write the results (default: verify.json in the run)")
 
     check = _command(
         subparsers, "check", "prove certificates again, by an independent program", commands.check_command, device=False
     )
-    check.add_argument("certificates", type=Path, help="a Parquet file that `verify --certificates` wrote")
+    check.add_argument("certificates", type=_path, help="a Parquet file that `verify --certificates` wrote")
     check.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
-    check.add_argument("--model", type=Path, required=True, metavar="RUN", help="the run directory they are about")
+    check.add_argument("--model", type=_path, required=True, metavar="RUN", help="the run directory they are about")
     check.add_argument("--dataset", metavar="NAME", help="where the images are read from (default: the run's data set)")
 
     export = _command(subparsers, "export", "write a trained network for other tools", commands.export_command)
     _add_run(export)
     export.add_argument(
-        "--onnx", nargs="?", type=Path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
+        "--onnx", nargs="?", type=_path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
     )
-    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each image left open")
+    export.add_argument("--vnnlib", type=_path, metavar="DIR", help="with a VNN-LIB property for each image left open")
     export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
     export.add_argument("--limit", type=_positive, help="only the first N test images")
     export.add_argument("--timeout", type=_positive, help="of a property, in instances.csv (default: 300)")
 
     report = _command(subparsers, "report", "show a run as an HTML page", commands.report_command)
     _add_run(report)
-    report.add_argument("--out", type=Path, help="where to write the page (default: report.html in the run)")
+    report.add_argument("--out", type=_path, help="where to write the page (default: report.html in the run)")
     report.add_argument("--limit", type=_positive, default=200, help="how many test images to look at (default: 200)")
 
     config = _command(
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", type=Path, help="a run directory, or its model.safetensors or last.ckpt")
+    command.add_argument("run", type=_path, help="a run directory, or its model.safetensors or last.ckpt")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
 
 
@@ -156,6 +156,12 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text[:20]) <= MOST):
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number between 1 and {MOST}")
     return int(text)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
 
 
 def _radius(text: str) -> float:

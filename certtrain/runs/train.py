@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from certtrain.bounds import BoundedModel
 from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
 from certtrain.runtime.files import write_json, write_text
 from certtrain.config import Config, load_config
+from certtrain.config.arguments import optimizer_arguments
 from certtrain.config.loading import Overrides
 from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
 from certtrain.runtime.device import check_device_name
@@ -270,12 +270,15 @@ def _compiles(config: Config, device: torch.device) -> bool:
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     section = config.optimizer
-    optimizer = getattr(torch.optim, section.name)
-    fused = {"fused": True} if "fused" in inspect.signature(optimizer).parameters else {}
+    optimizer = getattr(torch.optim, section.name, None)
+    if optimizer is None:
+        raise UsageError(f"optimizer.name: torch {torch.__version__} has no {section.name}")
+    arguments = optimizer_arguments(optimizer, section.arguments)
     try:
-        return optimizer(model.parameters(), lr=section.lr, **(fused | section.arguments))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {section.name}: {error}") from error
+        return optimizer(model.parameters(), lr=section.lr, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = shortened(str(error).partition("\n")[0], 160)
+        raise UsageError(f"optimizer.arguments: {section.name}: {reason}") from error
 
 
 def verify_run(

@@ -62,7 +62,7 @@ def two_classes_only(image_shape, num_classes):
         ("data.validation=2000", "validation is 2000"),
         ("data.mean=[0.5, 0.5]", "data.mean and data.std need one number for each of the images' 1 channels"),
         ("optimizer.name=Adan", "optimizer.name: unknown optimizer 'Adan': did you mean"),
-        ("optimizer.arguments.beta=1", "optimizer Adam: "),
+        ("optimizer.arguments.beta=1", "unknown argument of Adam 'beta': did you mean betas"),
         ("training.batch_size=1", "training.batch_size: 96 images in batches of 1 leave one alone"),
         ("training.batch_size=95", "training.batch_size: 96 images in batches of 95 leave one alone"),
         ("training", "'training' is not an override: write section.key=value"),

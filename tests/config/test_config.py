@@ -309,7 +309,7 @@ def test_a_base_is_not_blamed_for_what_overrules_it(write):
         load_config(file, ["seed=-2"])
 
 
-# --- whoever wrote it: one short line for each thing that is wrong -----------------------------------------------------
+# --- whoever wrote it: one short line for each thing that is wrong ----------------------------------------------------
 
 
 def lines_of_error(source, overrides=()):
