@@ -33,11 +33,14 @@ NOTHING_PROVED = 0.95  # a verified error from which on training has come to not
 
 def train_command(options: argparse.Namespace) -> int:
     from certtrain.config.loading import load_config
+    from certtrain.runs.directory import check_folder, default_folder
 
     config = load_config(options.config, options.overrides)
-    folder = options.out or Path("runs") / Path(options.config).stem
+    folder = options.out or default_folder(options.config)
     check_device_name(options.device)
     _require_data(config)
+    if is_first_process():
+        check_folder(folder, config, options.resume, options.overwrite)
 
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory

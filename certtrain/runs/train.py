@@ -20,7 +20,7 @@ from certtrain.runtime.files import write_json, write_text
 from certtrain.config import Config, load_config
 from certtrain.config.arguments import optimizer_arguments
 from certtrain.config.loading import Overrides
-from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
+from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, require_two_classes, to_float
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.errors import CheckpointError, DataError, UsageError, shortened
@@ -32,7 +32,7 @@ from certtrain.runtime.precision import layout_for
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.progress import ProgressDisplay
-from certtrain.runs.directory import check_folder, make_folder, remove_temporaries
+from certtrain.runs.directory import check_folder, default_folder, make_folder, remove_temporaries
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
 from certtrain.training.trainer import Batches, Trainer
 from certtrain.verification.verify import Verification, verify
@@ -140,12 +140,6 @@ def _tell(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
-    if not isinstance(config, str | Path):
-        raise UsageError("a run that is not read from a file needs an output folder: pass out=")
-    return Path("runs") / Path(config).stem
-
-
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     check_device_name(name)
     if name == "auto":
@@ -164,7 +158,9 @@ def load_data(config: Config) -> Dataset:
     dataset = load_dataset(
         data.name, data.root, download=data.download, path=data.path, validation=data.validation, seed=config.seed
     )
-    return replace(dataset, train=dataset.train.take(slice(data.limit)))
+    dataset = replace(dataset, train=dataset.train.take(slice(data.limit)))
+    require_two_classes(dataset.train)
+    return dataset
 
 
 def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:

@@ -71,6 +71,8 @@ def test_what_a_program_registers_can_be_named(monkeypatch):
 
 def test_what_is_mistyped_is_answered_without_torch(tmp_path):
     """Every command, one after the other in one process: a key, a value, an option, a device, a path."""
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
     program = f"""
 import sys
 from certtrain.cli import main
@@ -83,6 +85,7 @@ asked = [
     (["train", "digits", "optimizer.name=adam"], 2),
     (["train", "digit.yaml"], 2),
     (["train", "digits", "--device", "meta"], 2),
+    (["train", "digits", "--out", "{tmp_path / "taken"}"], 2),
     (["train", "digits", "--resume", "--overwrite"], 2),
     (["train", "digits", "data.name=npz", "data.path={tmp_path / "none"}"], 1),
     (["verify", "{tmp_path / "none"}"], 1),
