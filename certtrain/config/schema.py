@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from certtrain.config.names import ARITHMETICS, DATASETS, INITIALIZATIONS, METHODS, MODELS, OPTIMIZERS
-from certtrain.config.reading import write_yaml
+from certtrain.config.reading import MOST_DEPTH, write_yaml
 from certtrain.errors import shown, unknown
 
 MOST = 2**31 - 1  # of a count: what 32 bits hold
@@ -62,6 +62,20 @@ def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _plain(value: Any, depth: int = 0) -> Any:
+    """What a YAML file can hold, so that a run's config.yaml says the same again; tuples become lists."""
+    if depth < MOST_DEPTH - 4:  # a section and its key are around it
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {key: _plain(inner, depth + 1) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [_plain(inner, depth + 1) for inner in value]
+        if value is None or isinstance(value, bool | float | str) or (isinstance(value, int) and abs(value) < 2**64):
+            return value
+    raise ValueError(
+        f"{shown(value)} is not plain data: numbers, text, true, false, null, and lists and mappings of it"
+    )
+
+
 T = TypeVar("T")
 
 Several = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_not_empty)]
@@ -70,6 +84,7 @@ Amount = Annotated[float | int, BeforeValidator(_amount)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Precision = Literal["float32", "tf32", "bf16"]
+Plain = Annotated[dict[str, Any], BeforeValidator(_plain)]
 Switch = Literal[True, False, "auto"]
 
 
@@ -110,7 +125,7 @@ class ModelSection(Section):
 
     name: str
     path: str | None = None  # where that module lies; null: the config's own folder. The working directory comes next
-    options: dict[str, Any] = {}
+    options: Plain = {}
 
     @field_validator("name")
     @classmethod
@@ -148,7 +163,7 @@ class OptimizerSection(Section):
     milestones: Annotated[tuple[Count, ...], Field(strict=False)] = ()  # epochs done when `factor` sets in
     factor: float = Field(0.2, gt=0)
     clip: float | None = Field(10.0, gt=0)  # of the gradient's norm
-    arguments: dict[str, Any] = {}
+    arguments: Plain = {}
 
 
 class TrainingSection(Section):

@@ -308,7 +308,10 @@ def radii_of(config: Config, model: nn.Module, dataset: Dataset, max_eps: float,
 
 
 def _test_images(config: Config, model: nn.Module, dataset: Dataset, limit: int | None) -> Split:
-    classes = _output_shape(config.model.name, model, dataset.image_shape)[1]
+    shape = _output_shape(config.model.name, model, dataset.image_shape)
+    if len(shape) != 2:
+        raise DataError(f"model {config.model.name} returns shape {shape} for one of these images, not (1, classes)")
+    classes = shape[1]
     if dataset.num_classes > classes:
         raise DataError(f"the data has labels up to {dataset.num_classes - 1}, the model only {classes} classes")
     return dataset.test.take(slice(config.verification.limit if limit is None else limit))

@@ -366,6 +366,37 @@ def test_whatever_a_key_or_a_value_is_the_line_stays_short(text, times):
     lines_of_error("x" + long.replace("\0", ""))
 
 
+SECTIONS = {name: getattr(field.annotation, "model_fields", {}) for name, field in Config.model_fields.items()}
+KEYS = [*(f"{name}.{key}" for name, keys in SECTIONS.items() for key in keys), *SECTIONS, "base", "data.x", "x"]
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.complex_numbers(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers() | st.none(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(KEYS), ANYTHING)
+def test_whatever_stands_anywhere_is_a_config_or_one_short_line_for_each_mistake(key, value):
+    section, _, name = key.rpartition(".")
+    changed = {section: {**SMALLEST.get(section, {}), name: value}} if section else {name: value}
+    try:
+        config = load_config({**SMALLEST, **changed})
+    except UsageError as error:
+        lines = str(error).split("\n")
+    else:
+        lines = [""]
+        assert load_config(yaml.safe_load(config.to_yaml())) == config
+    assert max(map(len, lines)) <= 300
+
+
 def test_a_thousand_mistakes_are_not_a_thousand_lines():
     lines = lines_of_error({**SMALLEST, "verification": {"eps": ["x"] * 1000}})
     assert lines[-1] == "and 980 more"
