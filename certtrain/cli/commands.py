@@ -19,7 +19,7 @@ from rich.table import Table
 
 from certtrain.errors import CheckpointError, DataError, UsageError, optional_module, shown
 from certtrain.runtime.device import check_device_name
-from certtrain.runtime.launch import is_first_process
+from certtrain.runtime.launch import is_first_process, launched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,34 +32,45 @@ NOTHING_PROVED = 0.95  # a verified error from which on training has come to not
 
 
 def train_command(options: argparse.Namespace) -> int:
+    if not launched():  # ranks fail together, inside
+        _check_training(options)
+
     from certtrain.config.loading import load_config
-    from certtrain.runs.directory import check_folder, default_folder
-
-    config = load_config(options.config, options.overrides)
-    folder = options.out or default_folder(options.config)
-    check_device_name(options.device)
-    _require_data(config)
-    if is_first_process():
-        check_folder(folder, config, options.resume, options.overwrite)
-
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory
 
     keep_freed_memory()
     console = Console(quiet=not is_first_process())
     run = train(
-        config, folder, device=options.device, resume=options.resume, overwrite=options.overwrite, console=console
+        options.config,
+        options.out,
+        device=options.device,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        overrides=options.overrides,
+        console=console,
     )
     if run.summary is None:
         return 128 + (run.interrupted_by or 0)
     show_results(console, run.summary["radii"], run.summary["validation"])
-    for line in hints(config, run.summary):
+    for line in hints(load_config(run.summary["config"]), run.summary):
         _tell(console, line)
     _tell(
         console,
         f"trained in {run.summary['train_seconds']:.0f} s; the network, and how it was made, is in {run.folder}",
     )
     return 0
+
+
+def _check_training(options: argparse.Namespace) -> None:
+    """Whatever can be told without torch is told now."""
+    from certtrain.config.loading import load_config
+    from certtrain.runs.directory import check_folder, default_folder
+
+    config = load_config(options.config, options.overrides)
+    check_device_name(options.device)
+    _require_data(config)
+    check_folder(options.out or default_folder(options.config), config, options.resume, options.overwrite)
 
 
 def _tell(console: Console, line: str) -> None:
@@ -118,8 +129,8 @@ def verify_command(options: argparse.Namespace) -> int:
     weights = folder / "model.safetensors" if options.run.is_dir() else options.run
     if options.certificates and weights.suffix != ".safetensors":
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
-    config = _config_of(options, options.run, _verification_changes(options))
-    _require_data(config)
+    if not launched():  # ranks fail together, inside
+        _require_data(_config_of(options, options.run, _verification_changes(options)))
 
     from certtrain.runs.checkpoint import write_json
     from certtrain.runs.train import load_data, verify_run, versions
@@ -128,6 +139,7 @@ def verify_command(options: argparse.Namespace) -> int:
 
     with joined() as ranks:
         with ranks.together():
+            config = _config_of(options, options.run, _verification_changes(options))
             model = _open(options, config, ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
         results = verify_run(config, model, dataset, options.limit, ranks)
