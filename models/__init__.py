@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import nn
 from certtrain.errors import UsageError, unknown
 from certtrain.models.feedforward import cnn7, cnn_large, cnn_small, mlp
 from certtrain.models.normalize import Normalize
+from certtrain.models.own import explained, imported, modules_from
 from certtrain.models.residual import Residual, resnext, wide_resnet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -46,14 +46,16 @@ def build_model(
 
     Returns:
         nn.Sequential(normalize, network), which maps images (B, C, H, W) in [0, 1] to logits (B, num_classes).
+
+    Raises:
+        UsageError: there is no such network, or it cannot be imported or built; says where, in a file of one's own.
     """
     architecture = _find(name)
     options = dict(options or {})
-    try:
+    with explained(f"model {name}"):
         inspect.signature(architecture).bind(tuple(image_shape), num_classes, **options)
-    except TypeError as error:
-        raise UsageError(f"model {name}: {error}") from error
-    network = architecture(tuple(image_shape), num_classes, **options)
+    with modules_from(), explained(f"model {name} cannot be built"):
+        network = architecture(tuple(image_shape), num_classes, **options)
     if not isinstance(network, nn.Module):
         raise UsageError(f"model {name} returned {type(network).__name__}, not a torch.nn.Module")
     if mean is None or std is None:
@@ -66,11 +68,7 @@ def _find(name: str) -> Callable[..., nn.Module]:
         if name not in MODELS:
             raise unknown("model", name, MODELS)
         return MODELS[name]
-    module_name, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"model {name}: {error}") from error
+    return imported(name)
 
 
 __all__ = [

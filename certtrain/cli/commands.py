@@ -1,20 +1,25 @@
 """What each command does: it calls the library, and shows what that returns.
 
-The library is imported inside the commands, so that `certtrain --help`, and a mistyped option, answer at once.
+Options, paths and configurations are checked first, and only then is the library imported that needs torch, so that
+whatever was mistyped is answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from certtrain.errors import CheckpointError, UsageError, optional_module
+from certtrain.errors import CheckpointError, DataError, UsageError, optional_module, shown
+from certtrain.runtime.device import check_device_name
+from certtrain.runtime.launch import is_first_process, launched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,11 +28,17 @@ if TYPE_CHECKING:
     from certtrain.runtime.distributed import Ranks
     from certtrain.verification.certificates import ImageSet
 
+CHANGEABLE = "data, verification, epsilon, seed and backend"  # of the configuration of a network that is trained
+NOTHING_PROVED = 0.95  # a verified error from which on training has come to nothing
+
 
 def train_command(options: argparse.Namespace) -> int:
+    if not launched():  # ranks fail together, inside
+        _check_training(options)
+
+    from certtrain.config.loading import load_config
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory
-    from certtrain.runtime.distributed import is_first_process
 
     keep_freed_memory()
     console = Console(quiet=not is_first_process())
@@ -42,14 +53,36 @@ def train_command(options: argparse.Namespace) -> int:
     )
     if run.summary is None:
         return 128 + (run.interrupted_by or 0)
-    show_results(console, run.summary["radii"])
-    console.print(
+    show_results(console, run.summary["radii"], run.summary["validation"])
+    for line in hints(load_config(run.summary["config"]), run.summary):
+        _tell(console, line)
+    _tell(
+        console,
         f"trained in {run.summary['train_seconds']:.0f} s; the network, and how it was made, is in {run.folder}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     return 0
+
+
+def _check_training(options: argparse.Namespace) -> None:
+    """Whatever can be told without torch is told now."""
+    from certtrain.config.loading import load_config
+    from certtrain.runs.directory import check_folder, default_folder
+
+    config = load_config(options.config, options.overrides)
+    check_device_name(options.device)
+    _require_data(config)
+    check_folder(options.out or default_folder(options.config), config, options.resume, options.overwrite)
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _require_data(config: Config) -> None:
+    """A mistyped folder of one's own data is answered at once."""
+    path = config.data.path
+    if path is not None and not os.path.isdir(os.path.expanduser(path)):
+        raise DataError(f"data.path: there is no folder {path}")
 
 
 def _folder(run: Path) -> Path:
@@ -57,37 +90,58 @@ def _folder(run: Path) -> Path:
     return run if run.is_dir() else run.parent
 
 
-def _open(
-    options: argparse.Namespace, overrides: Sequence[str] = (), ranks: Ranks | None = None
-) -> tuple[nn.Module, Config]:
-    """The network that was named, on its device, and its run's configuration."""
-    from certtrain.config import load_config
+def _config_of(options: argparse.Namespace, run: Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of the run that was named, with what the command line changes of it.
+
+    Raises:
+        CheckpointError: there is nothing at `run`, or a model without its configuration.
+        UsageError: what is to be changed was settled by training.
+    """
+    from certtrain.config.loading import load_config
+
+    settled = [text for text in options.overrides if re.match(r"(training|optimizer|regularizers|model)\b", text)]
+    settled = [text for text in settled if not text.startswith("model.path=")]
+    if settled:
+        raise UsageError(f"{shown(settled[0])}: training has settled that; only {CHANGEABLE} can be changed")
+    check_device_name(getattr(options, "device", "cpu"))
+    file = _folder(run) / "config.yaml"
+    if file.is_file():
+        return load_config(file, [*options.overrides, changes or {}])
+    if any((_folder(run) / name).exists() for name in ("model.json", "model.safetensors", "last.ckpt")):
+        raise CheckpointError(f"{_folder(run)} is not a run directory: it has no config.yaml")
+    raise CheckpointError(f"there is no model at {run}: expected a run directory or its model.safetensors")
+
+
+def _open(options: argparse.Namespace, config: Config, ranks: Ranks | None = None) -> nn.Module:
+    """The network that was named, on its device."""
+    from certtrain.models.own import modules_from
     from certtrain.runs.checkpoint import load_model
     from certtrain.runs.train import resolve_device
     from certtrain.runtime.distributed import ALONE
 
-    model = load_model(options.run, resolve_device(options.device, ranks or ALONE))
-    file = _folder(options.run) / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(f"{_folder(options.run)} is not a run directory: it has no config.yaml")
-    return model, load_config(file, [*options.overrides, *overrides])
+    with modules_from(config.model.path):
+        return load_model(options.run, resolve_device(options.device, ranks or ALONE))
 
 
 def verify_command(options: argparse.Namespace) -> int:
-    from certtrain.runs.checkpoint import write_json
-    from certtrain.runs.train import load_data, verify_run, versions
-    from certtrain.runtime.distributed import joined
-    from certtrain.verification.certificates import write_certificates
-
     if options.radius is not None:
         return _verify_radii(options)
     folder = _folder(options.run)
     weights = folder / "model.safetensors" if options.run.is_dir() else options.run
     if options.certificates and weights.suffix != ".safetensors":
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
+    if not launched():  # ranks fail together, inside
+        _require_data(_config_of(options, options.run, _verification_changes(options)))
+
+    from certtrain.runs.checkpoint import write_json
+    from certtrain.runs.train import load_data, verify_run, versions
+    from certtrain.runtime.distributed import joined
+    from certtrain.verification.certificates import write_certificates
+
     with joined() as ranks:
         with ranks.together():
-            model, config = _open(options, _verification_overrides(options), ranks)
+            config = _config_of(options, options.run, _verification_changes(options))
+            model = _open(options, config, ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
         results = verify_run(config, model, dataset, options.limit, ranks)
         if not ranks.is_first:
@@ -95,7 +149,8 @@ def verify_command(options: argparse.Namespace) -> int:
     summaries = [result.summary() for result in results]
     show_results(Console(), summaries)
     if options.certificates:
-        settings = config.model_dump(mode="json", exclude={"data": {"root", "path"}})  # where this machine keeps data
+        hidden = {"data": {"root", "path"}, "model": {"path"}}  # where this machine keeps things
+        settings = config.model_dump(mode="json", exclude=hidden)
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     content = {**summaries[0], "model": str(options.run), "radii": summaries, "versions": versions()}
@@ -103,23 +158,27 @@ def verify_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _verification_overrides(options: argparse.Namespace) -> list[str]:
-    sound = options.sound or ("float32" if options.certificates else None)
-    named = (("eps", options.eps), ("method", options.method), ("arithmetic", sound))
-    return [f"verification.{key}='{value}'" for key, value in named if value]
+def _verification_changes(options: argparse.Namespace) -> dict[str, Any]:
+    sound = "float32" if options.sound is None and options.certificates else options.sound
+    named = {"eps": options.eps, "method": options.method, "arithmetic": sound}
+    return {"verification": {key: value for key, value in named.items() if value is not None}}
 
 
 def _verify_radii(options: argparse.Namespace) -> int:
+    _refuse(options, "--radius", "certificates", "json", "method", *([] if options.radius is True else ["eps"]))
+    config = _config_of(options, options.run, _verification_changes(options))
+    _require_data(config)
+
     from certtrain.report.plots import errors_over_eps_png
     from certtrain.runs.checkpoint import write_atomically, write_json
     from certtrain.runs.train import load_data, radii_of, versions
 
     optional_module("matplotlib", "report")  # known now rather than after all proofs
     folder = _folder(options.run)
-    model, config = _open(options, _verification_overrides(options))
     largest = 2 * max(config.test_radii) if options.radius is True else options.radius
     if largest <= 0:
         raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
+    model = _open(options, config)
     content = radii_of(config, model, load_data(config), largest, limit=options.limit).summary()
     write_json(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
     curves = {
@@ -138,6 +197,13 @@ def _quantile(radii: Sequence[float], share: float) -> float:
     """The radius that this share of the images reaches; 0 where fewer are classified right."""
     ordered = sorted(radii, reverse=True)
     return max(0.0, ordered[max(0, math.ceil(share * len(ordered)) - 1)])
+
+
+def _refuse(options: argparse.Namespace, asked: str, *names: str) -> None:
+    """None of the options may stand beside `asked`, which has no use for them."""
+    given = [f"--{name}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise UsageError(f"{' and '.join(given)} cannot be combined with {asked}")
 
 
 def check_command(options: argparse.Namespace) -> int:
@@ -175,32 +241,40 @@ def _provenance(data: ImageSet) -> str:
 
 
 def export_command(options: argparse.Namespace) -> int:
+    if options.onnx is None and options.vnnlib is None:
+        raise UsageError("say what to export: --onnx, or --vnnlib DIR")
+    if options.vnnlib is None:
+        _refuse(options, "--onnx alone", "eps", "limit", "timeout")
+    config = _config_of(options, options.run)
+
     from certtrain.export.onnx import export_onnx
     from certtrain.export.vnnlib import export_vnnlib, unknown_images
     from certtrain.runs.checkpoint import load_architecture
     from certtrain.runs.train import load_data
 
-    if options.onnx is None and options.vnnlib is None:
-        raise UsageError("say what to export: --onnx, or --vnnlib DIR")
     folder = _folder(options.run)
-    model, config = _open(options)
+    model = _open(options, config)
     if options.onnx is not None:
         file = folder / "model.onnx" if options.onnx is True else options.onnx
         export_onnx(model, load_architecture(folder)["image_shape"], file)
         print(f"wrote {file}")
     if options.vnnlib is not None:
         eps = config.epsilon.max if options.eps is None else options.eps
-        result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, options.timeout)
+        timeout = 300 if options.timeout is None else options.timeout
+        result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, timeout)
         count, images = len(unknown_images(result)), len(result.correct)
         print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images at {eps:.5f}")
     return 0
 
 
 def report_command(options: argparse.Namespace) -> int:
+    config = _config_of(options, options.run)
+    _require_data(config)
+
     from certtrain.report.page import write_report
     from certtrain.runs.train import load_data
 
-    model, config = _open(options)
+    model = _open(options, config)
     file = options.out or _folder(options.run) / "report.html"
     write_report(_folder(options.run), config, model, load_data(config), file, options.limit)
     print(f"wrote {file}")
@@ -235,17 +309,41 @@ def models_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def show_results(console: Console, results: Sequence[dict]) -> None:
+def show_results(console: Console, results: Sequence[dict], validation: Sequence[dict] = ()) -> None:
+    """A row for each radius, and below them those of the validation images where there are any."""
     sound = f", sound in {results[0]['arithmetic']}" if results[0]["arithmetic"] else ""
     table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method']}{sound}")
+    if validation:
+        table.add_column("images")
     for column in ("epsilon", "natural error", "PGD error", "verified error", "seconds"):
         table.add_column(column, justify="right")
-    for result in results:
-        errors = [f"{result[key]:.2%}" for key in ("natural_error", "pgd_error", "verified_error")]
-        table.add_row(f"{result['eps']:.5f}", *errors, f"{result['seconds']:.1f}")
+    for name, split in (("test", results), ("validation", validation)):
+        for result in split:
+            errors = [f"{result[key]:.2%}" for key in ("natural_error", "pgd_error", "verified_error")]
+            images = [f"{result['images']} {name}"] if validation else []
+            table.add_row(*images, f"{result['eps']:.5f}", *errors, f"{result['seconds']:.1f}")
     console.print(table)
     if len(results[0]["stages"]) > 1:
         _show_stages(console, results)
+
+
+def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:
+    """What to try where training has come to nothing: a line, or none.
+
+    Args:
+        summary: of summary.json; its errors are those at the largest radius trained for.
+    """
+    if summary["verified_error"] < NOTHING_PROVED:
+        return []
+    if config.training.method == "natural":
+        return ["hint: hardly anything is proved: training.method natural does not train for that, ibp does"]
+    smaller = f"a smaller radius (epsilon.max={config.epsilon.max / 2:.3g})"
+    if summary["natural_error"] >= NOTHING_PROVED / 2:
+        return [f"hint: the network has learned little: try {smaller}, more epochs, another optimizer.lr"]
+    epsilon, epochs = config.epsilon, config.training.epochs
+    warmup = min(2 * epsilon.warmup_epochs, 3 * (epochs - epsilon.start_epoch + 1) // 4)  # of those there are
+    slower = f"a longer warmup (epsilon.warmup_epochs={warmup})" if warmup > epsilon.warmup_epochs else "more epochs"
+    return [f"hint: hardly anything is proved: try {slower}, {smaller}, training.method=crown-ibp"]
 
 
 def _show_stages(console: Console, results: Sequence[dict]) -> None:

@@ -43,7 +43,7 @@ def export_vnnlib(
         raise UsageError(f"{folder} is not an empty folder: name a new one")
     optional_module("onnx", "export")  # known now rather than after hours of proofs
     methods = dict.fromkeys(("ibp", *config.verification.method))
-    config = load_config(config, [f"verification.eps={eps!r}", f"verification.method='{','.join(methods)}'"])
+    config = load_config(config, {"verification": {"eps": eps, "method": list(methods)}})
     (result,) = verify_run(config, model, dataset, limit)
     make_folder(folder, overwrite=False)
     export_onnx(model, dataset.image_shape, folder / "model.onnx")

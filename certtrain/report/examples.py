@@ -40,7 +40,7 @@ def judge(
     Returns:
         What was found, and under each of the names of `fates` the first `most` examples.
     """
-    (result,) = verify_run(load_config(config, [f"verification.eps={eps!r}"]), model, dataset, limit)
+    (result,) = verify_run(load_config(config, {"verification.eps": eps}), model, dataset, limit)
     split = dataset.test.take(slice(len(result.correct)))
     images = to_float(split.images)
     points = images.clone()

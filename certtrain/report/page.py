@@ -228,8 +228,11 @@ def _name(index: int, classes: Sequence[str]) -> str:
 
 
 def _data_uri(image: Tensor) -> str:
-    """A PNG of an image (C, H, W) in [0, 1]; grey unless it has three channels."""
-    pixels = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
+    """A PNG of an image (C, H, W) in [0, 1]; grey unless it has three channels; of one pixel, its channels in a row."""
+    if image.shape[1:] == (1, 1):
+        pixels = image.view(1, -1)
+    else:
+        pixels = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
     file = io.BytesIO()
     Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(file, format="png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

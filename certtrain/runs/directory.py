@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -22,6 +24,13 @@ RUN_FILES = (
     "model.onnx",
     "report.html",
 )
+
+
+def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
+    """Where a run goes that was not told where: runs/NAME after its config file."""
+    if not isinstance(config, str | Path):
+        raise UsageError("a run that is not read from a file needs an output folder: pass out=")
+    return Path("runs") / Path(config).stem
 
 
 def check_folder(folder: Path, config: Config, resume: bool, overwrite: bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +18,21 @@ from certtrain.bounds import BoundedModel
 from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
 from certtrain.runtime.files import write_json, write_text
 from certtrain.config import Config, load_config
-from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
+from certtrain.config.arguments import optimizer_arguments
+from certtrain.config.loading import Overrides
+from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, require_two_classes, to_float
+from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks, joined
-from certtrain.errors import CheckpointError, DataError, UsageError
+from certtrain.errors import CheckpointError, DataError, UsageError, shortened
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
+from certtrain.models.own import explained, modules_from
 from certtrain.training.objectives import Objective
 from certtrain.runtime.precision import layout_for
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.progress import ProgressDisplay
-from certtrain.runs.directory import check_folder, make_folder, remove_temporaries
+from certtrain.runs.directory import check_folder, default_folder, make_folder, remove_temporaries
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
 from certtrain.training.trainer import Batches, Trainer
 from certtrain.verification.verify import Verification, verify
@@ -52,7 +55,7 @@ def train(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     console: Console | None = None,
 ) -> Run:
     """Train a network, verify it, and leave everything in a run directory.
@@ -63,7 +66,8 @@ def train(
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         resume: continue the run in `out` where it was saved last; without one there, start it.
         overwrite: replace the run in `out`.
-        overrides: "section.key=value".
+        overrides: values that overrule the config's: a mapping such as {"optimizer.lr": 1e-3}, or a sequence of texts
+            "section.key=value".
         console: where progress goes.
 
     Under torchrun every process calls this with the same arguments, and they train one network together.
@@ -136,20 +140,16 @@ def _tell(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
-    if not isinstance(config, str | Path):
-        raise UsageError("a run that is not read from a file needs an output folder: pass out=")
-    return Path("runs") / Path(config).stem
-
-
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    check_device_name(name)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = ranks.own_device(torch.device(name))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+        reason = shortened(str(error).partition("\n")[0], 160)
+        raise UsageError(f"device {name!r} is not to be had here: {reason}") from error
     return device
 
 
@@ -158,7 +158,9 @@ def load_data(config: Config) -> Dataset:
     dataset = load_dataset(
         data.name, data.root, download=data.download, path=data.path, validation=data.validation, seed=config.seed
     )
-    return replace(dataset, train=dataset.train.take(slice(data.limit)))
+    dataset = replace(dataset, train=dataset.train.take(slice(data.limit)))
+    require_two_classes(dataset.train)
+    return dataset
 
 
 def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
@@ -174,13 +176,8 @@ def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
     channels = dataset.image_shape[0]
     if {len(architecture["mean"]), len(architecture["std"])} != {channels}:
         raise UsageError(f"data.mean and data.std need one number for each of the images' {channels} channels")
-    try:
+    with modules_from(config.model.path):
         model = build_model(**architecture)
-    except UsageError:
-        raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"model {config.model.name} cannot be built: {reason}") from error
     shape = _output_shape(config.model.name, model, dataset.image_shape)
     if shape != (1, dataset.num_classes):
         raise UsageError(f"model {config.model.name} returns shape {shape}, not (1, {dataset.num_classes})")
@@ -189,13 +186,12 @@ def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
 
 def _output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
     image = torch.zeros(1, *image_shape, device=next(model.parameters(), torch.empty(0)).device)
-    try:
-        with torch.no_grad():
-            return tuple(model.eval()(image).shape)
-    except (RuntimeError, ValueError) as error:
-        size = "×".join(map(str, image_shape))
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"model {name} cannot take {size} images: {reason}") from error
+    size = "×".join(map(str, image_shape))
+    with explained(f"model {name} cannot take {size} images", DataError), torch.no_grad():
+        output = model.eval()(image)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it returns {type(output).__name__}, not a tensor of logits")
+        return tuple(output.shape)
 
 
 def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
@@ -270,12 +266,15 @@ def _compiles(config: Config, device: torch.device) -> bool:
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     section = config.optimizer
-    optimizer = getattr(torch.optim, section.name)
-    fused = {"fused": True} if "fused" in inspect.signature(optimizer).parameters else {}
+    optimizer = getattr(torch.optim, section.name, None)
+    if optimizer is None:
+        raise UsageError(f"optimizer.name: torch {torch.__version__} has no {section.name}")
+    arguments = optimizer_arguments(optimizer, section.arguments)
     try:
-        return optimizer(model.parameters(), lr=section.lr, **(fused | section.arguments))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {section.name}: {error}") from error
+        return optimizer(model.parameters(), lr=section.lr, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = shortened(str(error).partition("\n")[0], 160)
+        raise UsageError(f"optimizer.arguments: {section.name}: {reason}") from error
 
 
 def verify_run(
@@ -309,7 +308,10 @@ def radii_of(config: Config, model: nn.Module, dataset: Dataset, max_eps: float,
 
 
 def _test_images(config: Config, model: nn.Module, dataset: Dataset, limit: int | None) -> Split:
-    classes = _output_shape(config.model.name, model, dataset.image_shape)[1]
+    shape = _output_shape(config.model.name, model, dataset.image_shape)
+    if len(shape) != 2:
+        raise DataError(f"model {config.model.name} returns shape {shape} for one of these images, not (1, classes)")
+    classes = shape[1]
     if dataset.num_classes > classes:
         raise DataError(f"the data has labels up to {dataset.num_classes - 1}, the model only {classes} classes")
     return dataset.test.take(slice(config.verification.limit if limit is None else limit))

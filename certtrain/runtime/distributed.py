@@ -22,11 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from certtrain.errors import CerttrainError, ProcessLost, UsageError
+from certtrain.runtime.launch import launched
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # for a rank that is silent; one that dies is noticed at once
-LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # as torchrun sets
 
 
 @dataclass(frozen=True)
@@ -179,15 +179,6 @@ def joined() -> Iterator[Ranks]:
         ) from error
     if ours:  # after an error not: it could wait for a process that is no more
         dist.destroy_process_group()
-
-
-def launched() -> bool:
-    return os.environ.keys() >= LAUNCHED
-
-
-def is_first_process() -> bool:
-    """`Ranks.is_first` before, or without, `joined`."""
-    return not launched() or os.environ["RANK"] == "0"
 
 
 class _Sum(torch.autograd.Function):

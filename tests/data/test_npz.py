@@ -43,7 +43,8 @@ def test_grey_images_need_no_channel_axis(tmp_path):
     ("images", "labels", "message"),
     [
         (rgb(2).astype(np.float32), np.array([0, 1]), r"uint8 .* not float32"),
-        (rgb(2)[0, 0], np.array([0, 1]), r"\(5, 3\)"),
+        (rgb(2)[0, 0, 0], np.array([0, 1]), r"\(3,\)"),
+        (rgb(2)[None], np.array([0, 1]), r"\(1, 2, 4, 5, 3\)"),
         (rgb(2), np.array([0.0, 1.0]), "labels must be integers"),
         (rgb(2), np.array([0, -1]), "labels must not be negative, the smallest is -1"),
         (rgb(2), np.array([0, 10**12]), "a label is 1000000000000"),
