@@ -176,12 +176,13 @@ class BoundedModel:
             (B, K), 0 in column y; an image whose other entries are all positive is proved.
 
         Raises:
-            UsageError: unknown method, a memory bound that does not suffice for one image, or an arithmetic for
-                another method than ibp.
+            UsageError: unknown method, a box that is empty or not of float32 or float64, labels outside the classes, a
+                memory bound that does not suffice for one image, or an arithmetic for another method than ibp.
             UnsupportedOperation: an operation has no linear relaxation.
         """
         if method not in METHODS:
             raise unknown("bound method", method, METHODS)
+        self._check_question(box, labels)
         if arithmetic is not None:
             if method != "ibp":
                 raise UsageError(
@@ -200,6 +201,19 @@ class BoundedModel:
                 bounds = self.ibp(mine, None if clean is None else clean[part], record=True)
                 found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
         return torch.cat(found)
+
+    def _check_question(self, box: Box, labels: Tensor) -> None:
+        """A wrong one would be answered all the same: an empty box has every property."""
+        if box.like.dtype not in (torch.float32, torch.float64):
+            raise UsageError(f"bounds are computed in float32 or float64, not for a box of {box.like.dtype}")
+        if not (box.lower <= box.upper).all():
+            raise UsageError("the box is empty, or has NaN in it: lower must be at most upper everywhere")
+        if labels.dtype != torch.int64 or labels.shape != (len(box.like),):
+            raise UsageError(
+                f"labels must be int64 of shape ({len(box.like)},), not {labels.dtype} {tuple(labels.shape)}"
+            )
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.classes):
+            raise UsageError(f"labels must be among the network's {self.classes} classes")
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
         """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""
