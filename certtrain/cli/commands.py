@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,21 +25,28 @@ if TYPE_CHECKING:
 
 
 def train_command(options: argparse.Namespace) -> int:
+    from certtrain.runs.progress import Output
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory
     from certtrain.runtime.distributed import is_first_process
 
     keep_freed_memory()
-    console = Console(quiet=not is_first_process())
+    console = Output(quiet=not is_first_process())
+    config, overrides = options.config, options.overrides
+    if options.resume and config is not None and "=" in config and not Path(config).exists():
+        config, overrides = None, [config, *overrides]  # --resume --out DIR section.key=value
     run = train(
-        options.config,
+        config,
         options.out,
         device=options.device,
         resume=options.resume,
         overwrite=options.overwrite,
-        overrides=options.overrides,
+        overrides=overrides,
+        trust=options.trust_model,
         console=console,
     )
+    if run.interrupted_by == signal.SIGPIPE:
+        raise BrokenPipeError
     if run.summary is None:
         return 128 + (run.interrupted_by or 0)
     show_results(console, run.summary["radii"])
@@ -65,7 +73,7 @@ def _open(
     from certtrain.runs.train import resolve_device
     from certtrain.runtime.distributed import ALONE
 
-    model = load_model(options.run, resolve_device(options.device, ranks or ALONE))
+    model = load_model(options.run, resolve_device(options.device, ranks or ALONE), trust=options.trust_model)
     file = _folder(options.run) / "config.yaml"
     if not file.is_file():
         raise CheckpointError(f"{_folder(options.run)} is not a run directory: it has no config.yaml")
@@ -73,9 +81,11 @@ def _open(
 
 
 def verify_command(options: argparse.Namespace) -> int:
-    from certtrain.runs.checkpoint import write_json
+    from certtrain.runs.directory import check_output, write_results
+    from certtrain.runs.progress import Output
     from certtrain.runs.train import load_data, verify_run, versions
     from certtrain.runtime.distributed import joined
+    from certtrain.runtime.files import write_json
     from certtrain.verification.certificates import write_certificates
 
     if options.radius is not None:
@@ -86,19 +96,26 @@ def verify_command(options: argparse.Namespace) -> int:
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
     with joined() as ranks:
         with ranks.together():
+            if ranks.is_first and options.certificates:
+                check_output(options.certificates, options.run)
+            if ranks.is_first and options.json:
+                check_output(options.json, options.run, *filter(None, [options.certificates]), own="verify.json")
             model, config = _open(options, _verification_overrides(options), ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
         results = verify_run(config, model, dataset, options.limit, ranks)
         if not ranks.is_first:
             return 0
     summaries = [result.summary() for result in results]
-    show_results(Console(), summaries)
+    show_results(Output(), summaries)
     if options.certificates:
         settings = config.model_dump(mode="json", exclude={"data": {"root", "path"}})  # where this machine keeps data
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     content = {**summaries[0], "model": str(options.run), "radii": summaries, "versions": versions()}
-    write_json(options.json or folder / "verify.json", content)
+    if options.json:
+        write_json(options.json, content)
+    elif kept := write_results(folder / "verify.json", content):
+        print(f"the earlier results, which were others, are kept in {kept}")
     return 0
 
 
@@ -110,8 +127,9 @@ def _verification_overrides(options: argparse.Namespace) -> list[str]:
 
 def _verify_radii(options: argparse.Namespace) -> int:
     from certtrain.report.plots import errors_over_eps_png
-    from certtrain.runs.checkpoint import write_atomically, write_json
+    from certtrain.runs.directory import write_results
     from certtrain.runs.train import load_data, radii_of, versions
+    from certtrain.runtime.files import write_atomically
 
     optional_module("matplotlib", "report")  # known now rather than after all proofs
     folder = _folder(options.run)
@@ -120,7 +138,7 @@ def _verify_radii(options: argparse.Namespace) -> int:
     if largest <= 0:
         raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
     content = radii_of(config, model, load_data(config), largest, limit=options.limit).summary()
-    write_json(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
+    kept = write_results(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
     curves = {
         "pgd": (content["pgd_eps"], content["pgd_error"]),
         "verified": (content["eps"], content["verified_error"]),
@@ -129,7 +147,9 @@ def _verify_radii(options: argparse.Namespace) -> int:
     write_atomically(folder / "radius.png", lambda file: file.write(picture))
     shares = [f"{share:.0%} of the images: {_quantile(content['radii'], share):.5f}" for share in (0.25, 0.5, 0.75)]
     print("proved radius of at least " + ", ".join(shares))
-    print(f"wrote {folder / 'radius.json'} and radius.png")
+    print(
+        f"wrote {folder / 'radius.json'} and radius.png" + (f"; the earlier radii are kept in {kept}" if kept else "")
+    )
     return 0
 
 
@@ -161,11 +181,14 @@ def export_command(options: argparse.Namespace) -> int:
     from certtrain.export.onnx import export_onnx
     from certtrain.export.vnnlib import export_vnnlib, open_images
     from certtrain.runs.checkpoint import load_architecture
+    from certtrain.runs.directory import check_output
     from certtrain.runs.train import load_data
 
     if options.onnx is None and options.vnnlib is None:
         raise UsageError("say what to export: --onnx, or --vnnlib DIR")
     folder = _folder(options.run)
+    if isinstance(options.onnx, Path):
+        check_output(options.onnx, options.run, own="model.onnx")
     model, config = _open(options)
     if options.onnx is not None:
         file = folder / "model.onnx" if options.onnx is True else options.onnx
@@ -181,8 +204,11 @@ def export_command(options: argparse.Namespace) -> int:
 
 def report_command(options: argparse.Namespace) -> int:
     from certtrain.report.page import write_report
+    from certtrain.runs.directory import check_output
     from certtrain.runs.train import load_data
 
+    if options.out:
+        check_output(options.out, options.run, own="report.html")
     model, config = _open(options)
     file = options.out or _folder(options.run) / "report.html"
     write_report(_folder(options.run), config, model, load_data(config), file, options.limit)
