@@ -196,9 +196,7 @@ def optional(rule: Rule) -> Rule:
     return lambda value, where: None if value is None else rule(value, where)
 
 
-def tensor(
-    dtype: torch.dtype | None = None, shape: Sequence[int] | None = None, dimensions: int | None = None
-) -> Rule:
+def tensor(dtype: torch.dtype | None = None, shape: Sequence[int] | None = None, dimensions: int | None = None) -> Rule:
     """Of this dtype (any floating-point one, if none is given), and this shape or number of dimensions."""
 
     def check(value: Any, where: str) -> None:
@@ -216,7 +214,9 @@ def tensor(
 def whole(low: int, high: int | None = None) -> Rule:
     def check(value: Any, where: str) -> None:
         most = 2**63 - 1 if high is None else high
-        _require(type(value) is int and low <= value <= most, where, f"is not a whole number from {low} to {most}", value)
+        _require(
+            type(value) is int and low <= value <= most, where, f"is not a whole number from {low} to {most}", value
+        )
 
     return check
 

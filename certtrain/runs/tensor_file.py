@@ -44,7 +44,7 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open file of tensors. `outline` has them on the meta device: their dtypes and shapes, of no size themselves."""
+    """An open file of tensors. `outline` has them on the meta device: dtypes and shapes without memory."""
 
     path: Path
     metadata: Mapping[str, str]

@@ -19,26 +19,26 @@ from rich.console import Console
 from torch import nn
 
 import certtrain
-from certtrain.verification.attacks import PGD
 from certtrain.bounds import BoundedModel
-from certtrain.runs.checkpoint import load_checkpoint, require_reloadable, save_architecture, save_weights
-from certtrain.runtime.files import write_json, write_text
 from certtrain.config import Config, load_config
 from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
-from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.errors import DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
-from certtrain.training.objectives import Objective
-from certtrain.runtime.precision import layout_for
-from certtrain.verification.radius import Radii, certified_radii
 from certtrain.runs.callbacks import Follower, Recorder
+from certtrain.runs.checkpoint import load_checkpoint, require_reloadable, save_architecture, save_weights
 from certtrain.runs.directory import clear, is_run, remove_temporaries, require_agreement, run_to_continue
 from certtrain.runs.lock import claimed
 from certtrain.runs.progress import MetricsFile, Output, ProgressDisplay
 from certtrain.runs.state import check_state, continue_from
+from certtrain.runtime.distributed import ALONE, Ranks, joined
+from certtrain.runtime.files import write_json, write_text
+from certtrain.runtime.precision import layout_for
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.training.objectives import Objective
 from certtrain.training.trainer import Batches, Trainer
+from certtrain.verification.attacks import PGD
+from certtrain.verification.radius import Radii, certified_radii
 from certtrain.verification.verify import Verification, verify
 
 
@@ -268,7 +268,7 @@ def _keep_threads(saved: int, console: Console, held: ExitStack) -> None:
     if here == saved:
         return
     if "OMP_NUM_THREADS" in os.environ:
-        _tell(console, f"saved with {saved} threads, goes on with {here} (OMP_NUM_THREADS): rounded otherwise from here")
+        _tell(console, f"saved with {saved} threads, goes on with {here} (OMP_NUM_THREADS): rounded otherwise")
         return
     _tell(console, f"goes on with {saved} threads, as it was saved, instead of {here}: rounded the same")
     held.callback(torch.set_num_threads, here)

@@ -189,7 +189,9 @@ def test_results_that_say_something_else_are_kept(cli, run):
     assert (outcome.code, "kept in" in outcome.out) == (0, False), "the same again, but for times"
     assert not list(run.glob("verify-*"))
     outcome = cli("verify", run, "--limit", 5, "--eps", "0.01,0.02")
-    assert f"the earlier results, which were others, are kept in {run / 'verify-1.json'}" in outcome.out.replace("\n", "")
+    assert f"the earlier results, which were others, are kept in {run / 'verify-1.json'}" in outcome.out.replace(
+        "\n", ""
+    )
     kept = json.loads((run / "verify-1.json").read_text())
     assert [radius["verified_error"] for radius in kept["radii"]] == [json.loads(first)["verified_error"]]
     assert cli("verify", run, "--limit", 6).code == 0

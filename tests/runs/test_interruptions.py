@@ -137,7 +137,9 @@ def test_blank_lines_of_the_metrics_are_nothing(train, interrupted, reference, b
     assert [record["epoch"] for record in metrics(interrupted)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", "null", "{}", '{"epoch": "1"}', '{"epoch": true}', "[" * 10**5, "\xff"])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", "null", "{}", '{"epoch": "1"}', '{"epoch": true}', "[" * 10**5, "\xff"]
+)
 def test_a_line_that_is_no_record_is_named_before_anything_is_done(train, interrupted, line):
     file = interrupted / "metrics.jsonl"
     file.write_bytes(file.read_bytes() + line.encode("latin-1") + b"\n")

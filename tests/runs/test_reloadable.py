@@ -1,4 +1,4 @@
-"""A network that could not be handed out once it is trained is refused before the first step; one that can, comes back."""
+"""A network that could not be handed out is refused before the first step; any other comes back as it was trained."""
 
 from __future__ import annotations
 
@@ -203,4 +203,3 @@ def test_weights_of_another_type_are_not_rounded(run):
     safetensors.torch.save_file(weights, run / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"network\.0\.weight is .* of float64, not"):
         certtrain.load_model(run)
-

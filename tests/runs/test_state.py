@@ -90,7 +90,7 @@ def copied(value):
 def is_free(path):
     """What may be otherwise: settings of the optimizer, which are not taken from the file, and names of metrics."""
     in_group = path[:3] == ("trainer", "optimizer", "param_groups") and len(path) > 4 and path[4] != "params"
-    return in_group or path[:2] == ("trainer", "sums") and len(path) > 2
+    return in_group or (path[:2] == ("trainer", "sums") and len(path) > 2)
 
 
 def other_than(value):
@@ -116,11 +116,13 @@ def refused(state, trainer):
     try:
         check_state(state, trainer, SOURCE)
     except CheckpointError as error:
-        assert str(error).startswith(str(SOURCE))
-        assert "\n" not in str(error)
-        assert len(str(error)) <= 300
-        return True
-    return False
+        message = str(error)
+    else:
+        return False
+    assert message.startswith(str(SOURCE))
+    assert "\n" not in message
+    assert len(message) <= 300
+    return True
 
 
 def test_what_a_trainer_saves_fits(saved):
@@ -214,7 +216,9 @@ def test_an_optimizers_settings_are_the_trainers_own(saved):
     assert trainer.optimizer.state_dict()["param_groups"] == own
 
 
-@pytest.mark.parametrize("overrides", [[], ["training.channels_last=true"], ["optimizer.name=SGD", "optimizer.arguments.momentum=0.9"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides", [[], ["training.channels_last=true"], ["optimizer.name=SGD", "optimizer.arguments.momentum=0.9"]]
+)
 def test_a_run_goes_on_from_the_file_bit_for_bit(tmp_path, overrides):
     """In the layout of its memory too, which fused optimizers take for granted."""
     whole = stepped(new_trainer(*overrides), 9)

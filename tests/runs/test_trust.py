@@ -17,14 +17,13 @@ import pytest
 import torch
 import yaml
 
-
 from certtrain.errors import CerttrainError, UsageError
 from certtrain.runs.checkpoint import load_model
 from certtrain.runs.directory import RUN_FILES
 from tests.commands import TINY
 
 MODULE = "sent_by_others"
-NETWORK = f"""
+NETWORK = """
 import os
 from pathlib import Path
 from torch import nn
