@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from certtrain.data.dataset import Dataset, Split, identity_normalization
 from certtrain.errors import DataError
 
 MOST_CLASSES = 100_000  # a greater label is a mistake, not a class
+MOST_SHRUNK = 100  # times; real images shrink to a third, MNIST's to a tenth
+LARGEST_UNCHECKED = 2**30  # bytes; drawings of a few pixels may shrink to less
 
 
 def load_npz(path: Path, download: bool) -> Dataset:
@@ -28,12 +32,32 @@ def load_npz(path: Path, download: bool) -> Dataset:
     )
 
 
+def _check_sizes(file: Path, archive: zipfile.ZipFile) -> None:
+    """Before anything is unpacked: real images do not shrink to next to nothing, and all of them are there."""
+    packed = file.stat().st_size
+    unpacked = sum(archive.getinfo(f"{name}.npy").file_size for name in ("images", "labels"))
+    if unpacked > max(LARGEST_UNCHECKED, MOST_SHRUNK * packed):
+        raise DataError(f"{file} is no data set: its {packed:,} bytes claim to unpack to {unpacked:,}")
+    for name in ("images", "labels"):
+        with archive.open(f"{name}.npy") as array:
+            version = np.lib.format.read_magic(array)
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, _, dtype = header(array)
+        claimed = math.prod(shape) * dtype.itemsize
+        if claimed > archive.getinfo(f"{name}.npy").file_size:
+            raise DataError(f"{file} is truncated: {name} of shape {shape} are {claimed:,} bytes, and there are fewer")
+
+
 def _read(file: Path) -> Split:
     if not file.is_file():
         raise DataError(f"{file} is missing: the npz data set needs train.npz and test.npz in one folder")
     try:
+        with zipfile.ZipFile(file) as archive:
+            _check_sizes(file, archive)
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
+    except DataError:
+        raise
     except Exception as error:  # zipfile, zlib and numpy have a dozen ways to complain of a damaged archive
         raise DataError(f"{file} is no readable archive of `images` and `labels`: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
