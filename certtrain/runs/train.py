@@ -21,6 +21,7 @@ from torch import nn
 import certtrain
 from certtrain.bounds import BoundedModel
 from certtrain.config import Config, load_config
+from certtrain.config.loading import shipped_configs
 from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
 from certtrain.errors import DataError, UsageError
 from certtrain.initialization import initialize_
@@ -128,7 +129,7 @@ class Request:
         overrides: Sequence[str],
     ) -> Request:
         is_path = isinstance(config, str | Path)
-        run = Path(config) if is_path and Path(config).is_dir() else None
+        run = Path(config) if is_path and Path(config).is_dir() and str(config) not in shipped_configs() else None
         if run is not None and not resume:
             raise UsageError(f"{run} is a folder: to continue the run in it say --resume, to train anew name a config")
         if run is not None and out is not None and run.resolve() != Path(out).resolve():

@@ -237,6 +237,14 @@ def test_a_run_is_continued_without_its_config_or_overrides(cli, run, reference)
     assert (run / "config.yaml").read_bytes() == (reference / "config.yaml").read_bytes()
 
 
+def test_a_shipped_config_is_meant_where_a_folder_has_its_name(cli, run, tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli("train", "digits", "--resume", "--out", run, "--device", "cpu").code == 0
+    outcome = cli("train", "digits", "--out", run)
+    assert (outcome.code, "holds a run: continue it with --resume" in outcome.error) == (2, True)
+
+
 def test_a_config_that_says_otherwise_is_told_about(cli, run):
     outcome = cli("train", "digits", "--resume", "--out", run, "--device", "cpu")
     assert "as the run was started: training.epochs is 3 there, 60 here" in outcome.out.splitlines()

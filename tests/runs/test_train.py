@@ -341,7 +341,7 @@ def die_at(function, call):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("function", "calls"), [("save", (2, 2)), ("fsync", (1, 11)), ("replace", (1, 6))])
+@pytest.mark.parametrize(("function", "calls"), [("save", (4, 4)), ("fsync", (1, 11)), ("replace", (1, 6))])
 def test_killed_inside_saves_and_resumed_the_run_is_the_same(tmp_path, reference, function, calls):
     """Before a byte is written, before it is flushed, and before the new file takes the place of the old."""
     run, rng, codes = tmp_path / "run", random.Random(0), []
