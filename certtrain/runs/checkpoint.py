@@ -92,10 +92,11 @@ class _Malformed(Exception):
 def _packed(value: Any, tensors: dict[str, Tensor], names: dict[tuple[Any, ...], str]) -> Any:
     """`value` as JSON; its tensors are put into `tensors`, under the names that stand for them."""
     if isinstance(value, Tensor):
-        view = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype)
-        same = (value.device, *view) if value.numel() else (len(names),)
+        memory = (value.device, value.untyped_storage().data_ptr(), value.storage_offset())
+        same = (*memory, value.shape, value.stride(), value.dtype) if value.numel() else (len(names),)
         name = names.setdefault(same, str(len(names)))
-        tensors[name] = value
+        if name not in tensors:
+            tensors[name] = value.detach().cpu()
         return {TENSOR: name}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
@@ -152,7 +153,7 @@ def save_architecture(folder: Path, architecture: Mapping[str, Any]) -> None:
 
 
 def save_weights(folder: Path, model: nn.Module) -> None:
-    weights = model.state_dict()
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = tensor_file(weights, {"sha256": digest(weights)})
     write_atomically(folder / "model.safetensors", lambda file: file.write(content))
 
@@ -266,8 +267,8 @@ def require_same_shapes(own: Mapping[str, Any], weights: Mapping[str, Any], sour
     kinds = [(key, _kind(weights[key]), _kind(own[key])) for key in sorted(own.keys() & weights.keys())]
     wrong = [f"{key} is {found}, not {expected}" for key, found, expected in kinds if found != expected]
     if missing or surplus or wrong:
-        details = [f"lacks {min(missing)}"] if missing else []
-        details += [f"has {min(surplus)} besides"] if surplus else []
+        details = [f"lacks {min(missing, key=str)}"] if missing else []
+        details += [f"has {min(surplus, key=str)!s:.100} besides"] if surplus else []
         raise CheckpointError(f"{source} is of another architecture: it {'; '.join(details + wrong[:1])}")
 
 

@@ -73,7 +73,7 @@ def continue_from(state: Mapping[str, Any], trainer: Trainer, source: Path) -> N
 
 
 def _laid_out_as(parameter: Tensor, value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not isinstance(value, Tensor) or not value.dim() or value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
@@ -114,7 +114,7 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> Rule:
     def param_groups(value: Any, where: str) -> None:
         _require(isinstance(value, list) and len(value) == len(groups), where, f"are not {len(groups)}")
         for position, (group, own) in enumerate(zip(value, groups, strict=True)):
-            indices = record_of_list([whole(index, index) for index in own["params"]])
+            indices = sequence([whole(index, index) for index in own["params"]])
             record({"params": indices}, others=_anything)(group, f"{where}.{position}")
 
     return record({"state": state, "param_groups": param_groups})
@@ -141,7 +141,7 @@ def like(template: Any) -> Rule:
     if isinstance(template, Mapping):
         return record({key: like(value) for key, value in template.items()})
     if isinstance(template, Sequence) and not isinstance(template, str):
-        return record_of_list([like(value) for value in template])
+        return sequence([like(value) for value in template])
     if isinstance(template, float):
         return number()
     return of_type(type(template))
@@ -162,7 +162,7 @@ def record(fields: Mapping[Any, Rule], others: Rule | None = None) -> Rule:
     return check
 
 
-def record_of_list(rules: Sequence[Rule]) -> Rule:
+def sequence(rules: Sequence[Rule]) -> Rule:
     def check(value: Any, where: str) -> None:
         _require(isinstance(value, list) and len(value) == len(rules), where, f"is not a list of {len(rules)}", value)
         for position, (rule, item) in enumerate(zip(rules, value, strict=True)):

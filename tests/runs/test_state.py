@@ -185,6 +185,12 @@ def test_any_optimizers_state_is_known_and_of_the_parameters_shapes(name):
                 assert refused(broken, trainer_of()), (key, other)
 
 
+def test_names_of_weights_may_be_anything(saved):
+    state, trainer = copied(saved[0]), saved[1]
+    state["trainer"]["model"] |= {17: torch.zeros(2), "x" * 1000: torch.zeros(2), -3: 4}
+    assert refused(state, trainer)
+
+
 @pytest.mark.parametrize("wrong", [-1, 10, 2**63, True, 4.0, "4", None])
 def test_a_step_is_one_of_the_run(saved, wrong):
     state, trainer = saved
