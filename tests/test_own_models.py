@@ -51,11 +51,11 @@ def test_it_is_found_and_the_path_is_as_before(cli, network, tmp_path, monkeypat
     assert (outcome.code, outcome.err) == (0, "")
     assert sys.path == before
     sys.modules.pop(name)  # another process, another day
-    outcome = cli("verify", tmp_path / "run", "--limit", 5)
+    outcome = cli("verify", tmp_path / "run", "--limit", 5, "--trust-model")
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads((tmp_path / "run" / "verify.json").read_text())["images"] == 5
     file = tmp_path / "certificates.parquet"
-    assert cli("verify", tmp_path / "run", "--limit", 5, "--certificates", file).code == 0
+    assert cli("verify", tmp_path / "run", "--limit", 5, "--certificates", file, "--trust-model").code == 0
     assert str(folder).encode() not in file.read_bytes(), "certificates do not tell where things lie"
     assert sys.path == before
 
@@ -123,14 +123,14 @@ def test_an_interrupt_is_no_fault_of_the_network(cli, network, tmp_path, place):
 def test_what_is_no_network(network, tmp_path, text, message):
     name = network(text)
     with modules_from(str(tmp_path)), pytest.raises(UsageError, match=f"^model {name}:plain.*{message}") as caught:
-        build_model(f"{name}:plain", (1, 8, 8), 10)
+        build_model(f"{name}:plain", (1, 8, 8), 10, trust=True)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [":", "a:", ":a", "a b:c", "..a:b", "os:path:join", "a" * 5000 + ":b", "\0:a", "é:ü"])
 def test_a_name_that_no_module_has(name):
     with pytest.raises(UsageError, match=r"^model "):
-        build_model(name, (1, 8, 8), 10)
+        build_model(name, (1, 8, 8), 10, trust=True)
 
 
 def test_a_folder_is_looked_through_last(network, tmp_path):

@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,20 +38,25 @@ def train_command(options: argparse.Namespace) -> int:
         _check_training(options)
 
     from certtrain.config.loading import load_config
+    from certtrain.runs.progress import Output
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory
 
     keep_freed_memory()
-    console = Console(quiet=not is_first_process())
+    console = Output(quiet=not is_first_process())
+    config, overrides = _asked(options)
     run = train(
-        options.config,
+        config,
         options.out,
         device=options.device,
         resume=options.resume,
         overwrite=options.overwrite,
-        overrides=options.overrides,
+        overrides=overrides,
+        trust=options.trust_model,
         console=console,
     )
+    if run.interrupted_by == signal.SIGPIPE:
+        raise BrokenPipeError
     if run.summary is None:
         return 128 + (run.interrupted_by or 0)
     show_results(console, run.summary["radii"], run.summary["validation"])
@@ -65,13 +71,21 @@ def train_command(options: argparse.Namespace) -> int:
 
 def _check_training(options: argparse.Namespace) -> None:
     """Whatever can be told without torch is told now."""
-    from certtrain.config.loading import load_config
-    from certtrain.runs.directory import check_folder, default_folder
+    from certtrain.runs.request import Request
 
-    config = load_config(options.config, options.overrides)
+    config, overrides = _asked(options)
     check_device_name(options.device)
-    _require_data(config)
-    check_folder(options.out or default_folder(options.config), config, options.resume, options.overwrite)
+    request = Request.of(config, options.out, options.resume, options.overwrite, overrides)
+    stored, _ = request.stored()
+    _require_data(stored or request.config)
+
+
+def _asked(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The config and the overrides; with --resume --out DIR the first override may stand in the config's place."""
+    config, overrides = options.config, options.overrides
+    if options.resume and config is not None and "=" in config and not os.path.exists(config):
+        return None, [config, *overrides]
+    return config, overrides
 
 
 def _tell(console: Console, line: str) -> None:
@@ -120,7 +134,8 @@ def _open(options: argparse.Namespace, config: Config, ranks: Ranks | None = Non
     from certtrain.runtime.distributed import ALONE
 
     with modules_from(config.model.path):
-        return load_model(options.run, resolve_device(options.device, ranks or ALONE))
+        place = resolve_device(options.device, ranks or ALONE)
+        return load_model(options.run, place, trust=options.trust_model)
 
 
 def verify_command(options: argparse.Namespace) -> int:
@@ -133,13 +148,19 @@ def verify_command(options: argparse.Namespace) -> int:
     if not launched():  # ranks fail together, inside
         _require_data(_config_of(options, options.run, _verification_changes(options)))
 
-    from certtrain.runs.checkpoint import write_json
+    from certtrain.runs.directory import check_output, write_results
+    from certtrain.runs.progress import Output
     from certtrain.runs.train import load_data, verify_run, versions
     from certtrain.runtime.distributed import joined
+    from certtrain.runtime.files import write_json
     from certtrain.verification.certificates import write_certificates
 
     with joined() as ranks:
         with ranks.together():
+            if ranks.is_first and options.certificates:
+                check_output(options.certificates, options.run)
+            if ranks.is_first and options.json:
+                check_output(options.json, options.run, *filter(None, [options.certificates]), own="verify.json")
             config = _config_of(options, options.run, _verification_changes(options))
             model = _open(options, config, ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
@@ -147,14 +168,17 @@ def verify_command(options: argparse.Namespace) -> int:
         if not ranks.is_first:
             return 0
     summaries = [result.summary() for result in results]
-    show_results(Console(), summaries)
+    show_results(Output(), summaries)
     if options.certificates:
         hidden = {"data": {"root", "path"}, "model": {"path"}}  # where this machine keeps things
         settings = config.model_dump(mode="json", exclude=hidden)
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     content = {**summaries[0], "model": str(options.run), "radii": summaries, "versions": versions()}
-    write_json(options.json or folder / "verify.json", content)
+    if options.json:
+        write_json(options.json, content)
+    elif kept := write_results(folder / "verify.json", content):
+        print(f"the earlier results, which were others, are kept in {kept}")
     return 0
 
 
@@ -170,8 +194,9 @@ def _verify_radii(options: argparse.Namespace) -> int:
     _require_data(config)
 
     from certtrain.report.plots import errors_over_eps_png
-    from certtrain.runs.checkpoint import write_atomically, write_json
+    from certtrain.runs.directory import write_results
     from certtrain.runs.train import load_data, radii_of, versions
+    from certtrain.runtime.files import write_atomically
 
     optional_module("matplotlib", "report")  # known now rather than after all proofs
     folder = _folder(options.run)
@@ -180,7 +205,7 @@ def _verify_radii(options: argparse.Namespace) -> int:
         raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
     model = _open(options, config)
     content = radii_of(config, model, load_data(config), largest, limit=options.limit).summary()
-    write_json(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
+    kept = write_results(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
     curves = {
         "pgd": (content["pgd_eps"], content["pgd_error"]),
         "verified": (content["eps"], content["verified_error"]),
@@ -189,7 +214,9 @@ def _verify_radii(options: argparse.Namespace) -> int:
     write_atomically(folder / "radius.png", lambda file: file.write(picture))
     shares = [f"{share:.0%} of the images: {_quantile(content['radii'], share):.5f}" for share in (0.25, 0.5, 0.75)]
     print("proved radius of at least " + ", ".join(shares))
-    print(f"wrote {folder / 'radius.json'} and radius.png")
+    print(
+        f"wrote {folder / 'radius.json'} and radius.png" + (f"; the earlier radii are kept in {kept}" if kept else "")
+    )
     return 0
 
 
@@ -250,9 +277,12 @@ def export_command(options: argparse.Namespace) -> int:
     from certtrain.export.onnx import export_onnx
     from certtrain.export.vnnlib import export_vnnlib, unknown_images
     from certtrain.runs.checkpoint import load_architecture
+    from certtrain.runs.directory import check_output
     from certtrain.runs.train import load_data
 
     folder = _folder(options.run)
+    if isinstance(options.onnx, Path):
+        check_output(options.onnx, options.run, own="model.onnx")
     model = _open(options, config)
     if options.onnx is not None:
         file = folder / "model.onnx" if options.onnx is True else options.onnx
@@ -272,8 +302,11 @@ def report_command(options: argparse.Namespace) -> int:
     _require_data(config)
 
     from certtrain.report.page import write_report
+    from certtrain.runs.directory import check_output
     from certtrain.runs.train import load_data
 
+    if options.out:
+        check_output(options.out, options.run, own="report.html")
     model = _open(options, config)
     file = options.out or _folder(options.run) / "report.html"
     write_report(_folder(options.run), config, model, load_data(config), file, options.limit)

@@ -65,12 +65,17 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = _command(subparsers, "train", "train a network from a YAML config, and verify it", commands.train_command)
-    train.add_argument("config", help="a YAML file, or the name of a shipped one, such as digits")
+    train.add_argument(
+        "config",
+        nargs="?",
+        help="a YAML file, or the name of a shipped one, such as digits; to resume, a run directory",
+    )
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
     train.add_argument("--out", type=_path, help="run directory (default: runs/NAME)")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in that directory")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
+    _add_trust(train)
 
     verify = _command(
         subparsers, "verify", "natural, PGD and verified error of a trained network", commands.verify_command
@@ -146,6 +151,15 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=_path, help="a run directory, or its model.safetensors or last.ckpt")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
+    _add_trust(command)
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-model",
+        action="store_true",
+        help="run the code that a run's files name as its model",
+    )
 
 
 def _command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import sys
+from contextlib import suppress
 
 _PLAIN = {"×": "x", "–": "-", "—": "-", "→": "->", "…": "...", "ε": "eps", "±": "+-", "’": "'", "•": "-"}
 
@@ -13,7 +14,8 @@ def accept_all_characters() -> None:
     codecs.register_error("certtrain.plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="certtrain.plain")
+            with suppress(OSError):  # a stream that was a file and has become a pipe
+                stream.reconfigure(errors="certtrain.plain")
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -64,6 +64,22 @@ def _with_model_path(config: Config, layers: Sequence[Layer]) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(file.parent)})})
 
 
+def override_keys(overrides: Overrides) -> list[str]:
+    """The dotted keys that `overrides` name."""
+    keys: list[str] = []
+    for override in [overrides] if isinstance(overrides, Mapping) else overrides:
+        keys += list(_dotted(override)) if isinstance(override, Mapping) else [override.partition("=")[0].strip()]
+    return keys
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
 def shipped_configs() -> dict[str, Path]:
     """Name -> file of every configuration that certtrain ships, parts that are no whole run among them."""
     folder = Path(str(importlib.resources.files("certtrain.configs")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from certtrain.data.decoding import require_memory
 from certtrain.errors import DataError, shortened
 
 MOST_CLASSES = 100_000  # a greater label is a mistake, not a class
+MOST_SHRUNK = 100  # times; real images shrink to a third, MNIST's to a tenth
+LARGEST_UNCHECKED = 2**30  # bytes; drawings of a few pixels may shrink to less
 
 
 def load_npz(path: Path, download: bool) -> Dataset:
@@ -33,6 +36,22 @@ def load_npz(path: Path, download: bool) -> Dataset:
     return Dataset(
         train, test, classes=tuple(map(str, range(num_classes))), **identity_normalization(train.images.shape[1])
     )
+
+
+def _check_sizes(file: Path, archive: zipfile.ZipFile) -> None:
+    """Before anything is unpacked: real images do not shrink to next to nothing, and all of them are there."""
+    packed = file.stat().st_size
+    unpacked = sum(archive.getinfo(f"{name}.npy").file_size for name in ("images", "labels"))
+    if unpacked > max(LARGEST_UNCHECKED, MOST_SHRUNK * packed):
+        raise DataError(f"{file} is no data set: its {packed:,} bytes claim to unpack to {unpacked:,}")
+    for name in ("images", "labels"):
+        with archive.open(f"{name}.npy") as array:
+            version = np.lib.format.read_magic(array)
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, _, dtype = header(array)
+        claimed = math.prod(shape) * dtype.itemsize
+        if claimed > archive.getinfo(f"{name}.npy").file_size:
+            raise DataError(f"{file} is truncated: {name} of shape {shape} are {claimed:,} bytes, and there are fewer")
 
 
 def _read(file: Path) -> Split:
@@ -63,6 +82,7 @@ def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """`images` and `labels`, of an archive that fits into memory; nothing in it is executed."""
     try:
         with zipfile.ZipFile(file) as archive:
+            _check_sizes(file, archive)
             members = [archive.getinfo(f"{name}.npy") for name in ("images", "labels")]
         require_memory(sum(member.file_size for member in members), f"{file}: its arrays")
         with np.load(file, allow_pickle=False) as arrays:

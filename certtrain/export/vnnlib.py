@@ -12,9 +12,8 @@ from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
 from certtrain.errors import UsageError, optional_module
 from certtrain.export.onnx import export_onnx
-from certtrain.runs.directory import make_folder
 from certtrain.runs.train import verify_run
-from certtrain.runtime.files import write_text
+from certtrain.runtime.files import make_folder, write_text
 from certtrain.verification.verify import Verification
 
 
@@ -45,7 +44,7 @@ def export_vnnlib(
     methods = dict.fromkeys(("ibp", *config.verification.method))
     config = load_config(config, {"verification": {"eps": eps, "method": list(methods)}})
     (result,) = verify_run(config, model, dataset, limit)
-    make_folder(folder, overwrite=False)
+    make_folder(folder)
     export_onnx(model, dataset.image_shape, folder / "model.onnx")
     rows = []
     for index in unknown_images(result):

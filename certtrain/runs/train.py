@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import signal
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +18,39 @@ from rich.console import Console
 from torch import nn
 
 import certtrain
-from certtrain.verification.attacks import PGD
 from certtrain.bounds import BoundedModel
-from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
-from certtrain.runtime.files import write_json, write_text
-from certtrain.config import Config, load_config
+from certtrain.config import Config
 from certtrain.config.arguments import optimizer_arguments
 from certtrain.config.loading import Overrides
-from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, require_two_classes, to_float
-from certtrain.runtime.device import check_device_name
-from certtrain.runtime.distributed import ALONE, Ranks, joined
-from certtrain.errors import CheckpointError, DataError, UsageError, shortened
+from certtrain.data import (
+    Augmentation,
+    Dataset,
+    Split,
+    batch_sizes,
+    epoch_batches,
+    load_dataset,
+    require_two_classes,
+    to_float,
+)
+from certtrain.errors import DataError, UsageError, shortened
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.models.own import explained, modules_from
-from certtrain.training.objectives import Objective
-from certtrain.runtime.precision import layout_for
-from certtrain.verification.radius import Radii, certified_radii
 from certtrain.runs.callbacks import Follower, Recorder
-from certtrain.runs.progress import ProgressDisplay
-from certtrain.runs.directory import check_folder, default_folder, make_folder, remove_temporaries
+from certtrain.runs.checkpoint import load_checkpoint, require_reloadable, save_architecture, save_weights
+from certtrain.runs.directory import clear, remove_temporaries
+from certtrain.runs.progress import MetricsFile, Output, ProgressDisplay
+from certtrain.runs.request import Request
+from certtrain.runs.state import check_state, continue_from
+from certtrain.runtime.device import check_device_name
+from certtrain.runtime.distributed import ALONE, Ranks, joined
+from certtrain.runtime.files import write_json, write_text
+from certtrain.runtime.precision import layout_for
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.training.objectives import Objective
 from certtrain.training.trainer import Batches, Trainer
+from certtrain.verification.attacks import PGD
+from certtrain.verification.radius import Radii, certified_radii
 from certtrain.verification.verify import Verification, verify
 
 
@@ -49,88 +65,165 @@ class Run:
 
 
 def train(
-    config: str | Path | Mapping[str, Any] | Config,
+    config: str | Path | Mapping[str, Any] | Config | None = None,
     out: str | Path | None = None,
     *,
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
     overrides: Overrides = (),
+    trust: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Train a network, verify it, and leave everything in a run directory.
 
     Args:
-        config: a YAML file (or the name of a shipped one), a mapping, or a Config.
+        config: a YAML file (or the name of a shipped one), a mapping, or a Config. To resume, the run directory
+            itself will do, or none where `out` names it.
         out: the run directory; by default runs/NAME after the config file.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
-        resume: continue the run in `out` where it was saved last; without one there, start it.
+        resume: continue the run in `out` where it was saved last, as it was configured; without one there, start it.
         overwrite: replace the run in `out`.
         overrides: values that overrule the config's: a mapping such as {"optimizer.lr": 1e-3}, or a sequence of texts
             "section.key=value".
+        trust: import the code that a run directory's files name as its model. What one's own `config` names is
+            imported in any case.
         console: where progress goes.
 
     Under torchrun every process calls this with the same arguments, and they train one network together.
 
     Raises:
-        UsageError: the configuration is wrong, or `out` holds a run and neither resume nor overwrite was said.
+        UsageError: the configuration is wrong, is not that of the run to resume, or `out` holds a run and neither
+            resume nor overwrite was said.
         DataError, CheckpointError, DivergedError, ProcessLost: as they say; the last good checkpoint stays.
     """
-    with joined() as ranks:
-        console = console or Console(quiet=not ranks.is_first)
+    with joined() as ranks, ExitStack() as held:
+        console = console or Output(quiet=not ranks.is_first)
         with ranks.together():
-            folder = Path(out) if out is not None else default_folder(config)
-            config = load_config(config, overrides)
-            resumed = ranks.is_first and check_folder(folder, config, resume, overwrite)
+            request = Request.of(config, out, resume, overwrite, overrides)
             place = resolve_device(device, ranks)
-        dataset = ranks.one_per_machine_first(lambda: load_data(config))
-        with ranks.together():
-            torch.manual_seed(config.seed)
-            model, architecture = build(config, dataset)
-            model.to(place, memory_format=_layout(config, place))
-            dataset = dataset.to(place)
-            state = load_checkpoint(folder / "last.ckpt") if resumed else None
-        trainer = assemble(config, model, dataset, ranks)
-        state = ranks.from_first(state)
-        if state is not None:
-            restore(model, state["model"], folder / "last.ckpt")
-            _require_same_length(folder, trainer, state["trainer"]["steps_per_epoch"])
-            trainer.load_state_dict(state["trainer"])
-            _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
-        elif ranks.is_first:
-            make_folder(folder, overwrite)
-            write_text(folder / "config.yaml", config.to_yaml())
-            write_json(folder / "model.json", {"format": 1, "model": architecture})
-        with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
-            observer = Follower(ranks)
-            if ranks.is_first:
-                remove_temporaries(folder)
-                probe, _ = next(training_batches(config, dataset)(0, 0))
-                every, before = config.training.checkpoint_seconds, 0.0 if state is None else state["seconds"]
-                observer = Recorder(folder, every, trainer, probe, display, ranks, before)
-            with observer.until_signalled():
-                finished = trainer.run(observer)
-            observer.save(trainer)
+            stored = request.enter(held, partial(_tell, console)) if ranks.is_first else None
+        stored = ranks.from_first(stored)
+        prepared = _prepare(request, stored, place, trust, ranks, console, held)
+        observer, finished = _fit(prepared, ranks, console)
         if not finished:
-            _tell(console, f"saved {folder} at step {trainer.step}; continue with --resume")
             ranks.wait()  # torchrun ends all as soon as one has ended
-            return Run(folder, model, None, interrupted_by=observer.signal)
+            return Run(prepared.folder, prepared.model, None, interrupted_by=observer.signal)
+        return Run(prepared.folder, prepared.model, _evaluate(prepared, observer, ranks))
+
+
+# --- the three acts ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start, or go on."""
+
+    folder: Path
+    config: Config
+    model: nn.Module
+    dataset: Dataset
+    trainer: Trainer
+    seconds_before: float
+
+
+def _prepare(
+    request: Request,
+    stored: Config | None,
+    place: torch.device,
+    trust: bool,
+    ranks: Ranks,
+    console: Console,
+    held: ExitStack,
+) -> Prepared:
+    """Everything that can be wrong is found before a file is written."""
+    folder, config = request.folder, stored or request.config
+    checkpoint = folder / "last.ckpt"
+    dataset = ranks.one_per_machine_first(lambda: load_data(config))
+    with ranks.together():
+        torch.manual_seed(config.seed)
+        model, architecture = build(config, dataset, trust or request.trusts(config))
+        model.to(place, memory_format=_layout(config, place))
+        dataset = dataset.to(place)
+    trainer = assemble(config, model, dataset, ranks)
+    with ranks.together():
+        resumed = ranks.is_first and stored is not None and checkpoint.is_file()
+        check = partial(check_state, trainer=trainer, source=checkpoint)
+        state = load_checkpoint(checkpoint, check) if resumed else None
+        if resumed:
+            MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
+    state = ranks.from_first(state)
+    if state is not None:
+        continue_from(state, trainer, checkpoint)
+        _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
+        _keep_threads(state["threads"], console, held)
+    with ranks.together():
         if ranks.is_first:
-            save_model(folder, model, architecture)
-        results = verify_run(config, model, dataset, ranks=ranks)
-        held_out = [] if dataset.validation is None else verify_run(config, model, _on_validation(dataset), ranks=ranks)
-        summary = None
+            if state is None and request.overwrite:
+                clear(folder)
+            remove_temporaries(folder)
+            if state is None:
+                write_text(folder / "config.yaml", config.to_yaml())
+            save_architecture(folder, architecture)
+    return Prepared(folder, config, model, dataset, trainer, 0.0 if state is None else state["seconds"])
+
+
+def _fit(run: Prepared, ranks: Ranks, console: Console) -> tuple[Follower, bool]:
+    """Train to the end, or until a signal; returns the observer, and whether the last step was reached."""
+    trainer = run.trainer
+    with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
+        observer = Follower(ranks)
         if ranks.is_first:
-            summary = {
-                **summarize(config, results),
-                "validation": [result.summary() for result in held_out],
-                "train_seconds": round(observer.seconds, 2),
-                "images_per_second": round(observer.images_per_second, 1),
-                "steps": trainer.step,
-                "processes": ranks.size,
-            }
-            write_json(folder / "summary.json", summary)
-        return Run(folder, model, ranks.from_first(summary))
+            probe, _ = next(training_batches(run.config, run.dataset)(0, 0))
+            every = run.config.training.checkpoint_seconds
+            observer = Recorder(run.folder, every, trainer, probe, display, ranks, run.seconds_before)
+        with observer.until_signalled():
+            finished = trainer.run(observer)
+        observer.save(trainer)
+    if not finished:
+        saved = f"saved {run.folder} at step {trainer.step}; continue with --resume"
+        if observer.signal == signal.SIGPIPE:
+            _tell_the_error_stream(ranks, f"nobody reads the output any more: {saved}")
+        else:
+            _tell(console, saved)
+    return observer, finished
+
+
+def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]:
+    """Hand out the network, verify it, and write the summary."""
+    config, model, dataset = run.config, run.model, run.dataset
+    if ranks.is_first:
+        save_weights(run.folder, model)
+    results = verify_run(config, model, dataset, ranks=ranks)
+    held_out = [] if dataset.validation is None else verify_run(config, model, _on_validation(dataset), ranks=ranks)
+    summary = None
+    if ranks.is_first:
+        summary = {
+            **summarize(config, results),
+            "validation": [result.summary() for result in held_out],
+            "train_seconds": round(observer.seconds, 2),
+            "images_per_second": round(observer.images_per_second, 1),
+            "steps": run.trainer.step,
+            "processes": ranks.size,
+        }
+        write_json(run.folder / "summary.json", summary)
+    return ranks.from_first(summary)
+
+
+def _keep_threads(saved: int, console: Console, held: ExitStack) -> None:
+    """Sums over other numbers of threads round otherwise: a run goes on with as many as it was saved with.
+
+    Unless the environment names a number. The process's own number comes back when `held` ends.
+    """
+    here = torch.get_num_threads()
+    if here == saved:
+        return
+    if "OMP_NUM_THREADS" in os.environ:
+        _tell(console, f"saved with {saved} threads, goes on with {here} (OMP_NUM_THREADS): rounded otherwise")
+        return
+    _tell(console, f"goes on with {saved} threads, as it was saved, instead of {here}: rounded the same")
+    held.callback(torch.set_num_threads, here)
+    torch.set_num_threads(saved)
 
 
 # --- pieces, in the order they are needed ----------------------------------------------------------------------------
@@ -138,6 +231,12 @@ def train(
 
 def _tell(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell_the_error_stream(ranks: Ranks, line: str) -> None:
+    if ranks.is_first:
+        with suppress(OSError):  # it may lead to the same reader
+            print(line, file=sys.stderr, flush=True)
 
 
 def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
@@ -163,8 +262,12 @@ def load_data(config: Config) -> Dataset:
     return dataset
 
 
-def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
-    """The initialized network, and the arguments of `build_model` that rebuild it."""
+def build(config: Config, dataset: Dataset, trust: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """The initialized network, and the arguments of `build_model` that rebuild it.
+
+    Args:
+        trust: the configuration may name code outside certtrain, as one's own may.
+    """
     architecture = {
         "name": config.model.name,
         "image_shape": list(dataset.image_shape),
@@ -177,11 +280,13 @@ def build(config: Config, dataset: Dataset) -> tuple[nn.Module, dict[str, Any]]:
     if {len(architecture["mean"]), len(architecture["std"])} != {channels}:
         raise UsageError(f"data.mean and data.std need one number for each of the images' {channels} channels")
     with modules_from(config.model.path):
-        model = build_model(**architecture)
+        model = build_model(**architecture, trust=trust)
     shape = _output_shape(config.model.name, model, dataset.image_shape)
     if shape != (1, dataset.num_classes):
         raise UsageError(f"model {config.model.name} returns shape {shape}, not (1, {dataset.num_classes})")
-    return initialize_(model, config.training.initialization), architecture
+    initialize_(model, config.training.initialization)
+    require_reloadable(model, architecture, trust)
+    return model, architecture
 
 
 def _output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -380,11 +485,3 @@ def _check_shares(config: Config, dataset: Dataset, sizes: Sequence[int], ranks:
     tested = min(len(dataset.test), config.verification.limit or len(dataset.test))
     if tested < ranks.size:
         raise UsageError(f"{tested} test images for {ranks.size} processes: start fewer")
-
-
-def _require_same_length(folder: Path, trainer: Trainer, steps_per_epoch: int) -> None:
-    if steps_per_epoch != trainer.steps_per_epoch:
-        raise CheckpointError(
-            f"{folder / 'last.ckpt'} was saved with {steps_per_epoch} steps per epoch, "
-            f"the training set now gives {trainer.steps_per_epoch}: the data has changed"
-        )

@@ -71,7 +71,7 @@ def test_a_network_without_rules_here_trains_and_is_verified_through_it(train, t
     assert "exp in module 'network.3'" in refused.error
     assert "backend: lirpa" in refused.error
     assert train(*network, "backend=lirpa").code == 0
-    model = certtrain.load_model(tmp_path / "run")
+    model = certtrain.load_model(tmp_path / "run", trust=True)
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     box = linf_box(x, 0.05)
     output = BoundedModel(model, x, backend="lirpa").ibp(box).output

@@ -80,7 +80,6 @@ def test_a_wrong_config_is_one_line_and_leaves_no_trace(train, tmp_path, overrid
     [
         [],
         ["trian", "digits"],
-        ["train"],
         ["train", "digits", "--epochs", "3"],
         ["verify"],
         ["verify", "run", "--limit", "0"],
@@ -232,7 +231,7 @@ def test_verify_of_what_is_no_run(cli, tmp_path):
 
 def test_results_that_cannot_be_written(cli, run, tmp_path):
     outcome = cli("verify", run, "--limit", 2, "--json", tmp_path / "nowhere" / "results.json")
-    assert (outcome.code, "could not write" in outcome.error) == (1, True)
+    assert (outcome.code, "there is no folder" in outcome.error) == (2, True)
 
 
 def test_debug_shows_the_traceback(train):

@@ -179,7 +179,7 @@ def test_export_of_a_run(cli, run, tmp_path):
     ("arguments", "code", "message"),
     [
         ([], 2, "say what to export: --onnx, or --vnnlib DIR"),
-        (["--onnx", "/nowhere/model.onnx"], 1, "could not write /nowhere/model.onnx"),
+        (["--onnx", "/nowhere/model.onnx"], 2, "/nowhere/model.onnx cannot be written: there is no folder /nowhere"),
         (["--onnx", "--eps", "8/0"], 2, "'8/0' is not a radius"),
         (["--vnnlib", "open", "data.nmae=mnist"], 2, "did you mean name"),
     ],
