@@ -25,7 +25,7 @@ from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.training.objectives import Objective
-from certtrain.runtime.precision import layout_for
+from certtrain.runtime.layout import lay_out_, layout_for, safe_convolutions
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.progress import ProgressDisplay
@@ -83,7 +83,7 @@ def train(
         with ranks.together():
             torch.manual_seed(config.seed)
             model, architecture = build(config, dataset)
-            model.to(place, memory_format=_layout(config, place))
+            lay_out_(model.to(place), _layout(config, place), dataset.image_shape)
             dataset = dataset.to(place)
             state = load_checkpoint(folder / "last.ckpt") if resumed else None
         trainer = assemble(config, model, dataset, ranks)
@@ -104,7 +104,7 @@ def train(
                 probe, _ = next(training_batches(config, dataset)(0, 0))
                 every, before = config.training.checkpoint_seconds, 0.0 if state is None else state["seconds"]
                 observer = Recorder(folder, every, trainer, probe, display, ranks, before)
-            with observer.until_signalled():
+            with observer.until_signalled(), safe_convolutions(model, dataset.image_shape):
                 finished = trainer.run(observer)
             observer.save(trainer)
         if not finished:
