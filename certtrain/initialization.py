@@ -10,6 +10,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,8 +203,8 @@ def _of_call(node: fx.Node, modules: dict[str, nn.Module]) -> _AffineWeight | No
     if node.target not in _TRANSPOSED_CONVOLUTIONS:  # of all others the weight's shape tells fan_in
         return _AffineWeight(*place)
     dimensions = _TRANSPOSED_CONVOLUTIONS[node.target]
-    groups = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
-    stride = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
+    groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    stride: Any = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
     return _AffineWeight(*place, True, groups, (stride,) * dimensions if isinstance(stride, int) else tuple(stride))
 
 
@@ -220,7 +221,7 @@ _RESHAPING_MODULES = (nn.Flatten, nn.Identity, nn.Dropout)
 
 
 def _is_relu_of_sum(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    module = modules.get(node.target) if node.op == "call_module" else None
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
     if node.target in _RESHAPES or isinstance(module, _RESHAPING_MODULES):
         return _is_relu_of_sum(node.all_input_nodes[0], modules)
     if not (node.target in _RELUS or isinstance(module, nn.ReLU)):

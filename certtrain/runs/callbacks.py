@@ -11,11 +11,11 @@ from types import FrameType
 
 from torch import Tensor
 
-from certtrain.runs.checkpoint import save_checkpoint
 from certtrain.report.layer_statistics import layer_statistics
+from certtrain.runs.checkpoint import save_checkpoint
+from certtrain.runs.progress import MetricsFile, ProgressDisplay, TensorBoard, epoch_record
 from certtrain.runtime.distributed import Ranks
 from certtrain.training.objectives import SMALLEST_RADIUS
-from certtrain.runs.progress import MetricsFile, ProgressDisplay, TensorBoard, epoch_record
 from certtrain.training.trainer import EpochReport, Trainer
 
 PROBE_IMAGES = 256  # of the training set, on which each layer's statistics are taken

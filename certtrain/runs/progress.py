@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from certtrain.runtime.files import write_text
-from certtrain.report.layer_statistics import LayerStatistics
 from certtrain.errors import CheckpointError
+from certtrain.report.layer_statistics import LayerStatistics
+from certtrain.runtime.files import write_text
 from certtrain.training.trainer import EpochReport, Trainer
 
 

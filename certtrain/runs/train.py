@@ -14,24 +14,24 @@ from rich.console import Console
 from torch import nn
 
 import certtrain
-from certtrain.verification.attacks import PGD
 from certtrain.bounds import BoundedModel
-from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
-from certtrain.runtime.files import write_json, write_text
 from certtrain.config import Config, load_config
 from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
-from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
-from certtrain.training.objectives import Objective
-from certtrain.runtime.layout import lay_out_, layout_for, safe_convolutions
-from certtrain.verification.radius import Radii, certified_radii
 from certtrain.runs.callbacks import Follower, Recorder
-from certtrain.runs.progress import ProgressDisplay
+from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
 from certtrain.runs.directory import check_folder, make_folder, remove_temporaries
+from certtrain.runs.progress import ProgressDisplay
+from certtrain.runtime.distributed import ALONE, Ranks, joined
+from certtrain.runtime.files import write_json, write_text
+from certtrain.runtime.layout import lay_out_, layout_for, safe_convolutions
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.training.objectives import Objective
 from certtrain.training.trainer import Batches, Trainer
+from certtrain.verification.attacks import PGD
+from certtrain.verification.radius import Radii, certified_radii
 from certtrain.verification.verify import Verification, verify
 
 

@@ -56,18 +56,19 @@ def safe_convolutions(model: nn.Module, image_shape: Sequence[int]) -> Iterator[
     """
     on_cpu = all(tensor.device.type == "cpu" for tensor in model.parameters())
     affected = on_cpu and onednn_takes_avx2() and any(map(overruns_a_buffer, convolutions_of(model, image_shape)))
-    enabled = torch.backends.mkldnn.enabled
+    onednn: Any = torch.backends.mkldnn
+    enabled = onednn.enabled
     if affected and enabled:
         warnings.warn(
             "trained without oneDNN, which on this CPU would write past its memory for a strided 1×1 convolution of "
             f"fewer than {_AVX2_FLOATS} channels; slower, the same",
             stacklevel=3,
         )
-        torch.backends.mkldnn.enabled = False
+        onednn.enabled = False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = enabled
+        onednn.enabled = enabled
 
 
 class Convolution(NamedTuple):

@@ -13,12 +13,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import certtrain
-from certtrain.runs.checkpoint import load_checkpoint
-from certtrain.runtime.files import write_text
 from certtrain.config import load_config
 from certtrain.errors import CheckpointError
-from certtrain.runs.progress import ProgressDisplay
+from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.directory import RUN_FILES
+from certtrain.runs.progress import ProgressDisplay
+from certtrain.runtime.files import write_text
 from tests.commands import STEPS_PER_EPOCH, contents, disk_with_room_for, exit_code, start, train_arguments, wait_until
 
 EPOCHS = 3
