@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
 from certtrain.runs.directory import check_folder, make_folder, remove_temporaries
 from certtrain.runs.progress import ProgressDisplay
+from certtrain.runtime.compilation import announced, compiling_pays
 from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.runtime.files import write_json, write_text
 from certtrain.runtime.layout import lay_out_, layout_for, safe_convolutions
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.training.cost import clean_macs
 from certtrain.training.objectives import Objective
 from certtrain.training.trainer import Batches, Trainer
 from certtrain.verification.attacks import PGD
@@ -83,7 +86,7 @@ def train(
         with ranks.together():
             torch.manual_seed(config.seed)
             model, architecture = build(config, dataset)
-            lay_out_(model.to(place), _layout(config, place), dataset.image_shape)
+            lay_out_(model.to(place), _layout(config, model, dataset), dataset.image_shape)
             dataset = dataset.to(place)
             state = load_checkpoint(folder / "last.ckpt") if resumed else None
         trainer = assemble(config, model, dataset, ranks)
@@ -104,7 +107,10 @@ def train(
                 probe, _ = next(training_batches(config, dataset)(0, 0))
                 every, before = config.training.checkpoint_seconds, 0.0 if state is None else state["seconds"]
                 observer = Recorder(folder, every, trainer, probe, display, ranks, before)
-            with observer.until_signalled(), safe_convolutions(model, dataset.image_shape):
+            told = (
+                announced(display.compiling, display.compiled) if _compiles(config, model, dataset) else nullcontext()
+            )
+            with observer.until_signalled(), safe_convolutions(model, dataset.image_shape), told:
                 finished = trainer.run(observer)
             observer.save(trainer)
         if not finished:
@@ -234,7 +240,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         activation_checkpointing=training.activation_checkpointing,
         accumulation=training.accumulation,
         precision=training.precision,
-        compile_for=training.batch_size if _compiles(config, split.images.device) else None,
+        compile_for=training.batch_size if _compiles(config, model, dataset) else None,
         ranks=ranks,
     )
     start = (epsilon.start_epoch - 1) * per_epoch
@@ -254,18 +260,23 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     )
 
 
-def _layout(config: Config, device: torch.device) -> torch.memory_format:
+def _layout(config: Config, model: nn.Module, dataset: Dataset) -> torch.memory_format:
     training = config.training
     if training.channels_last == "auto":
-        return layout_for(training.precision, device, _compiles(config, device))
+        return layout_for(training.precision, next(model.parameters()).device, _compiles(config, model, dataset))
     return torch.channels_last if training.channels_last else torch.contiguous_format
 
 
-def _compiles(config: Config, device: torch.device) -> bool:
+def _compiles(config: Config, model: nn.Module, dataset: Dataset) -> bool:
     training = config.training
-    wanted = device.type == "cuda" if training.compile == "auto" else training.compile
     whole = training.accumulation == 1 and not training.activation_checkpointing
-    return wanted and whole and config.backend == "native"
+    if not whole or config.backend != "native":
+        return False
+    if training.compile != "auto":
+        return training.compile
+    steps = training.epochs * len(batch_sizes(len(dataset.train), training.batch_size))
+    macs = training.epochs * len(dataset.train) * clean_macs(model, dataset.image_shape)
+    return compiling_pays(next(model.parameters()).device, steps, macs)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
