@@ -21,7 +21,7 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         self.branch = nn.Sequential(*branch)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out_channels:
             self.shortcut = nn.Sequential(*convolution(channels, out_channels, 1, stride, batch_norm=batch_norm))
 

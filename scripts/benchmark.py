@@ -38,7 +38,7 @@ from certtrain.models import build_model
 from certtrain.runs.train import resolve_device, versions
 from certtrain.runtime.allocation import keep_freed_memory
 from certtrain.runtime.files import write_json
-from certtrain.runtime.precision import layout_for
+from certtrain.runtime.layout import layout_for
 from certtrain.training.objectives import Objective, Phase
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"

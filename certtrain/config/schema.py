@@ -175,7 +175,7 @@ class TrainingSection(Section):
     accumulation: Positive = 1  # parts a batch is worked through in, to save memory
     activation_checkpointing: bool = False  # compute the boxes again on the way back, to save memory (ibp)
     precision: Precision = "float32"  # of products while training: float32, tf32 or bf16; verification is float32
-    compile: Switch = "auto"  # the step as one compiled graph; auto: on CUDA
+    compile: Switch = "auto"  # the step as one compiled graph; auto: where a run is long enough to save by it
     channels_last: Switch = "auto"  # layout of images; auto: where that is faster
     checkpoint_seconds: float = Field(60.0, ge=0)  # at least this long between two saves
 

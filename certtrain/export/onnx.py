@@ -39,7 +39,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
             torch.onnx.export(
                 folded,
                 (example,),
-                content,
+                content,  # type: ignore[arg-type]  # without dynamo a buffer will do
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=["image"],

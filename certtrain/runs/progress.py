@@ -147,6 +147,7 @@ class ProgressDisplay:
             disable=not console.is_terminal,
             transient=True,
         )
+        self._said_compiling = False
         self._task = self._bar.add_task("starting", total=total_steps, completed=done)
 
     def __enter__(self) -> ProgressDisplay:
@@ -160,6 +161,16 @@ class ProgressDisplay:
         if not self._bar.disable:
             epoch = min(trainer.epoch + 1, self._epochs)
             self._bar.update(self._task, completed=trainer.step, description=f"epoch {epoch}/{self._epochs}")
+
+    def compiling(self) -> None:
+        """The step is being compiled, while nothing else would be told; the next step takes the word away."""
+        if self._bar.disable and not self._said_compiling:
+            self._console.print("compiling the training step, a minute or two; later runs find it on disk")
+        self._said_compiling = True
+        self._bar.update(self._task, description="compiling the step")
+
+    def compiled(self) -> None:
+        self._bar.update(self._task, description="training")
 
     def after_epoch(self, report: EpochReport) -> None:
         m = report.metrics

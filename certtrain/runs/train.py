@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,11 +42,13 @@ from certtrain.runs.directory import clear, remove_temporaries
 from certtrain.runs.progress import MetricsFile, Output, ProgressDisplay
 from certtrain.runs.request import Request
 from certtrain.runs.state import check_state, continue_from
+from certtrain.runtime.compilation import announced, compiling_pays
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.runtime.files import write_json, write_text
-from certtrain.runtime.precision import layout_for
+from certtrain.runtime.layout import lay_out_, layout_for, safe_convolutions
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.training.cost import clean_macs
 from certtrain.training.objectives import Objective
 from certtrain.training.trainer import Batches, Trainer
 from certtrain.verification.attacks import PGD
@@ -143,7 +145,7 @@ def _prepare(
     with ranks.together():
         torch.manual_seed(config.seed)
         model, architecture = build(config, dataset, trust or request.trusts(config))
-        model.to(place, memory_format=_layout(config, place))
+        lay_out_(model.to(place), _layout(config, model, dataset), dataset.image_shape)
         dataset = dataset.to(place)
     trainer = assemble(config, model, dataset, ranks)
     with ranks.together():
@@ -177,7 +179,9 @@ def _fit(run: Prepared, ranks: Ranks, console: Console) -> tuple[Follower, bool]
             probe, _ = next(training_batches(run.config, run.dataset)(0, 0))
             every = run.config.training.checkpoint_seconds
             observer = Recorder(run.folder, every, trainer, probe, display, ranks, run.seconds_before)
-        with observer.until_signalled():
+        compiles = _compiles(run.config, run.model, run.dataset)
+        told = announced(display.compiling, display.compiled) if compiles else nullcontext()
+        with observer.until_signalled(), safe_convolutions(run.model, run.dataset.image_shape), told:
             finished = trainer.run(observer)
         observer.save(trainer)
     if not finished:
@@ -335,7 +339,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         activation_checkpointing=training.activation_checkpointing,
         accumulation=training.accumulation,
         precision=training.precision,
-        compile_for=training.batch_size if _compiles(config, split.images.device) else None,
+        compile_for=training.batch_size if _compiles(config, model, dataset) else None,
         ranks=ranks,
     )
     start = (epsilon.start_epoch - 1) * per_epoch
@@ -355,18 +359,23 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     )
 
 
-def _layout(config: Config, device: torch.device) -> torch.memory_format:
+def _layout(config: Config, model: nn.Module, dataset: Dataset) -> torch.memory_format:
     training = config.training
     if training.channels_last == "auto":
-        return layout_for(training.precision, device, _compiles(config, device))
+        return layout_for(training.precision, next(model.parameters()).device, _compiles(config, model, dataset))
     return torch.channels_last if training.channels_last else torch.contiguous_format
 
 
-def _compiles(config: Config, device: torch.device) -> bool:
+def _compiles(config: Config, model: nn.Module, dataset: Dataset) -> bool:
     training = config.training
-    wanted = device.type == "cuda" if training.compile == "auto" else training.compile
     whole = training.accumulation == 1 and not training.activation_checkpointing
-    return wanted and whole and config.backend == "native"
+    if not whole or config.backend != "native":
+        return False
+    if training.compile != "auto":
+        return training.compile
+    steps = training.epochs * len(batch_sizes(len(dataset.train), training.batch_size))
+    macs = training.epochs * len(dataset.train) * clean_macs(model, dataset.image_shape)
+    return compiling_pays(next(model.parameters()).device, steps, macs)
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

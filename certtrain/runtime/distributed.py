@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,14 @@ from certtrain.errors import CerttrainError, ProcessLost, UsageError
 from certtrain.runtime.launch import launched
 
 T = TypeVar("T")
+
+
+class _Sliceable(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
+S = TypeVar("S", bound=_Sliceable)
 
 TIMEOUT = timedelta(minutes=30)  # for a rank that is silent; one that dies is noticed at once
 
@@ -43,7 +51,7 @@ class Ranks:
         """Whether this is the one process that prints, and that reads and writes the run directory."""
         return self.rank == 0
 
-    def share(self, whole: T) -> T:
+    def share(self, whole: S) -> S:
         """This rank's part of a sequence: consecutive, and of a length that differs by at most one from the others'."""
         return whole[len(whole) * self.rank // self.size : len(whole) * (self.rank + 1) // self.size]
 
@@ -125,10 +133,14 @@ class Ranks:
 
     def one_per_machine_first(self, work: Callable[[], T]) -> T:
         """`work()`; what the first process of a machine leaves on its disk (a download, a cache) the others find."""
+        results = []
         with self.together():
-            result = work() if self.local_rank == 0 else None
+            if self.local_rank == 0:
+                results.append(work())
         with self.together():
-            return result if self.local_rank == 0 else work()
+            if self.local_rank != 0:
+                results.append(work())
+        return results[0]
 
     def own_device(self, device: torch.device) -> torch.device:
         """`device`, or of its kind the GPU that belongs to this process."""

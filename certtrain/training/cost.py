@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from certtrain.bounds.model import evaluating
 from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.training.objectives import Objective, Phase
@@ -39,6 +41,15 @@ def network_size(
         reason = str(error).partition("\n")[0]
         raise UsageError(f"model {name} cannot take {'×'.join(map(str, image_shape))} images: {reason}") from error
     return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+
+
+def clean_macs(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Multiply-accumulates of the clean pass of one image (C, H, W). Modes and statistics stay."""
+    some = next(model.parameters())
+    image = torch.zeros(1, *image_shape, device=some.device, dtype=some.dtype)
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
 
 
 def step_macs(objective: Objective, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:

@@ -234,7 +234,7 @@ class BatchSums:
 
     @property
     def input_radius(self) -> Tensor:
-        return self.first.radius / self.first.count
+        return self.first.radius / self.first.elements
 
     def plus(self, other: BatchSums) -> BatchSums:
         layers = zip(self.layers, other.layers, strict=True)

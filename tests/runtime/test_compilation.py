@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 
 from certtrain.bounds import BoundedModel
-from certtrain.runtime.compilation import Compiled
+from certtrain.models import build_model
+from certtrain.runtime.compilation import Compiled, announced, compiling_pays
+from certtrain.training.cost import clean_macs, network_size
 from certtrain.training.objectives import Metrics, Objective, Phase
 from tests.networks import randomized
 
@@ -160,3 +163,57 @@ def test_labels_that_the_network_has_no_class_for_are_an_error():
     images, labels = torch.rand(BATCH, 1, 8, 8), torch.full((BATCH,), 9)
     with pytest.raises((IndexError, RuntimeError)):
         trained.backward(images, labels, torch.tensor(0.1), torch.tensor(1.0), Phase.FULL)
+
+
+class Doubling(nn.Module):
+    def twice(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("within_cache", [True, False])
+def test_a_library_that_a_kill_cut_off_is_compiled_anew(within_cache, tmp_path, monkeypatch):
+    """PyTorch leaves it in its cache, and every later run would end by it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    library = tmp_path / ("cache" if within_cache else "elsewhere") / "kernel.so"
+    library.parent.mkdir()
+    library.touch()
+    compiled = Compiled(Doubling().twice)
+
+    def load(x: Tensor) -> Tensor:
+        if library.exists():
+            raise InductorError(ImportError("file too short", path=str(library)), None)
+        return 2 * x
+
+    compiled._function = load
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert compiled(torch.ones(1)) == 2
+    assert (len(caught), library.exists()) == ((0, False) if within_cache else (1, True))
+
+
+def test_compiling_is_announced_and_nothing_else_is(only_captured):
+    told = []
+    compiled = Compiled(Doubling().twice)
+    with announced(lambda: told.append("starts"), lambda: told.append("ends")):
+        compiled(torch.ones(1))
+        assert (told[0], told[-1]) == ("starts", "ends")
+        told.clear()
+        compiled(torch.ones(1))
+        assert not told
+    compiled(torch.ones(2))
+    assert not told
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_long_runs_are_compiled_and_short_ones_are_not(device):
+    """Of digits, and of CIFAR-10 as published: steps, and clean multiply-accumulates of the whole run."""
+    digits = network_size("cnn-small", (1, 8, 8), 10).macs * 1437 * 60
+    cifar = network_size("cnn7", (3, 32, 32), 10).macs * 50_000 * 160
+    assert not compiling_pays(torch.device(device), 60 * 12, digits)
+    assert compiling_pays(torch.device(device), 160 * 391, cifar)
+
+
+def test_clean_macs_are_those_of_the_network():
+    model = build_model("cnn-small", (1, 8, 8), 10)
+    assert clean_macs(model, (1, 8, 8)) == network_size("cnn-small", (1, 8, 8), 10).macs
+    assert model.training

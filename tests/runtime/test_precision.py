@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.runtime.precision import full_precision, layout_for, training_precision
+from certtrain.runtime.precision import full_precision, training_precision
 from certtrain.training.objectives import Objective, Phase
 from tests.networks import narrow_cnn7, pooling_network, residual_network
 
@@ -74,17 +74,3 @@ def test_channels_last_weights_bring_everything_into_their_layout_and_change_no_
         metrics = Objective(net).backward(images, labels, torch.tensor(0.01), torch.tensor(0.5), Phase.WARMUP)
         found.append([*metrics.values(), *(p.grad for p in model.parameters()), *model.buffers()])
     torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "compiled", "layout"),
-    [
-        ("cpu", "bf16", False, torch.contiguous_format),
-        ("cpu", "float32", True, torch.channels_last),
-        ("cuda", "float32", True, torch.contiguous_format),
-        ("cuda", "tf32", False, torch.channels_last),
-        ("cuda", "bf16", True, torch.channels_last),
-    ],
-)
-def test_channels_last_is_for_tensor_cores_and_compiled_steps_on_cpus(device, precision, compiled, layout):
-    assert layout_for(precision, torch.device(device), compiled) is layout
