@@ -26,6 +26,12 @@ class SmoothedEpsilon:
         if not (0 <= self.mid <= 1 and self.beta >= 1):
             raise ValueError(f"need 0 <= mid <= 1 and beta >= 1, got mid={self.mid}, beta={self.beta}")
 
+    def ramp(self, step: int) -> float:
+        """The share of the steps between start and end that are done, in [0, 1]."""
+        if step >= self.end_step:
+            return 1.0
+        return 0.0 if step <= self.start_step else (step - self.start_step) / (self.end_step - self.start_step)
+
     def __call__(self, step: int) -> float:
         if step >= self.end_step:
             return self.max_eps

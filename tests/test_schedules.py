@@ -48,6 +48,11 @@ def test_epsilon_never_falls_and_ends_exactly_at_its_maximum():
 
 def test_epsilon_without_a_ramp_jumps():
     assert [SmoothedEpsilon(0.3, 2, 2)(step) for step in range(4)] == [0.0, 0.0, 0.3, 0.3]
+    assert [SmoothedEpsilon(0.3, 2, 2).ramp(step) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_the_ramp_is_the_share_of_its_steps_that_are_done():
+    assert [SmoothedEpsilon(0.3, 2, 6).ramp(step) for step in range(8)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
 
 
 @pytest.mark.parametrize("arguments", [(0.1, 5, 4), (0.1, -1, 4), (0.1, 0, 4, 2.0), (0.1, 0, 4, 0.25, 0.5)])

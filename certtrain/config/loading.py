@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from certtrain.config.schema import Config
+from certtrain.config.section import Section
 from certtrain.errors import UsageError, unknown
 
 
@@ -36,7 +37,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_origin(problem["loc"], values, layers) + _describe(problem) for problem in error.errors()]
+        lines = [_origin(_place(problem["loc"])[0], values, layers) + _describe(problem) for problem in error.errors()]
         raise UsageError("\n".join(lines)) from error
 
 
@@ -67,6 +68,8 @@ def _shipped(name: Path) -> Path:
     raise unknown("config file", str(name), choices, "`certtrain config` lists those that can be run")
 
 
+VARIANTS = ("method", "schedule")  # sections whose fields depend on their `name`, which may stand for the whole
+
 Layer = tuple[Path | None, Mapping[str, Any]]  # values, and the file they stand in
 
 
@@ -95,11 +98,19 @@ def _with_bases(path: Path | None, values: Mapping[str, Any], chain: tuple[Path,
     return [*layers, (path, {key: value for key, value in values.items() if key != "base"})]
 
 
-def _merged(low: Any, high: Any) -> Any:
-    """`high` over `low`: mappings key by key, anything else whole."""
+def _merged(low: Any, high: Any, key: str = "") -> Any:
+    """`high` over `low`: mappings key by key, anything else whole, and so a variant over another one."""
+    low = _named(low) if key in VARIANTS else low
     if not (isinstance(low, Mapping) and isinstance(high, Mapping)):
         return high
-    return {**low, **{key: _merged(low.get(key), value) for key, value in high.items()}}
+    if key in VARIANTS and high.get("name", low.get("name")) != low.get("name"):
+        return high
+    return {**low, **{key: _merged(low.get(key), value, key) for key, value in high.items()}}
+
+
+def _named(value: Any) -> Any:
+    """A bare name as the section that it stands for."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -122,7 +133,7 @@ def _apply(override: str, values: dict[str, Any]) -> None:
         raise UsageError(f"{override!r}: the value is not valid YAML") from error
     *sections, name = key.split(".")
     for section in sections:
-        inner = values.get(section)
+        inner = _named(values.get(section)) if section in VARIANTS else values.get(section)
         values[section] = dict(inner) if isinstance(inner, Mapping) else {}
         values = values[section]
     values[name] = value
@@ -146,16 +157,12 @@ def _at(location: Sequence[str | int], values: Any) -> Any:
 
 def _describe(problem: Mapping[str, Any]) -> str:
     """One line for one of pydantic's findings."""
-    location = [str(part) for part in problem["loc"]]
+    location, _ = _place(problem["loc"])
     where = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
-        near = get_close_matches(location[-1], section, n=3, cutoff=0.5)
-        return f"unknown key {where}: " + (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"{'.'.join(location[:-1]) or 'a config'} has {', '.join(section)}"
-        )
+        return f"unknown key {where}: {_instead(problem['loc'])}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where}.name is missing"
     if problem["type"] == "missing":
         return f"{where} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -163,8 +170,47 @@ def _describe(problem: Mapping[str, Any]) -> str:
     return (f"{where}: " if where else "") + message + shown
 
 
-def _section_at(location: Sequence[str]) -> list[str]:
-    section: Any = Config
+def _instead(location: Sequence[str | int]) -> str:
+    """What could be meant by an unknown key."""
+    *outer, key = location
+    path, section = _place(outer)
+    siblings = _variants(_place(outer[:-1])[1])  # where the section is one of several
+    inside = {name: _variants(kind) for name, kind in _keys(section).items()}
+    for place, variants in {
+        ".".join(path): siblings,
+        **{".".join([*path, name]): v for name, v in inside.items()},
+    }.items():
+        owners = [name for name, variant in variants.items() if key in _keys(variant)]
+        if owners:
+            return f"it belongs to {place} {', '.join(owners)}"
+    near = get_close_matches(str(key), _keys(section), n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    where = ".".join(path) + (f" {outer[-1]}" if siblings else "")
+    return f"{where or 'a config'} has {', '.join(_keys(section))}"
+
+
+def _place(location: Sequence[str | int]) -> tuple[list[str], Any]:
+    """The keys that lead to `location`, and the type of what is there; pydantic's has a variant's name in it, too."""
+    path: list[str] = []
+    place: Any = Config
     for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
+        if part in _variants(place):
+            place = _variants(place)[part]
+        else:
+            path.append(str(part))
+            place = _keys(place).get(part)
+    return path, place
+
+
+def _variants(place: Any) -> dict[str, type[Section]]:
+    """By name, where the fields depend on the name."""
+    sections = [kind for kind in get_args(place) if isinstance(kind, type) and issubclass(kind, Section)]
+    return {kind.model_fields["name"].default: kind for kind in sections if "name" in kind.model_fields}
+
+
+def _keys(place: Any) -> dict[str, Any]:
+    """The keys of a section, with their types; of anything else none."""
+    if not (isinstance(place, type) and issubclass(place, Section)):
+        return {}
+    return {field.alias or name: field.annotation for name, field in place.model_fields.items()}

@@ -10,9 +10,7 @@ import torch
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     field_validator,
     model_validator,
@@ -20,6 +18,8 @@ from pydantic import (
 
 from certtrain.bounds.model import METHODS
 from certtrain.bounds.rounding import ARITHMETICS
+from certtrain.config.methods import ChosenMethod, IBPSection
+from certtrain.config.section import Section
 from certtrain.data import DATASETS
 from certtrain.errors import unknown
 from certtrain.initialization import INITIALIZATIONS
@@ -68,10 +68,6 @@ def one_of(kind: str, choices: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class DataSection(Section):
     """What is trained and tested on."""
 
@@ -91,7 +87,7 @@ class ModelSection(Section):
     """The architecture: a name of certtrain.models, or "module:callable"."""
 
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod
@@ -129,17 +125,17 @@ class OptimizerSection(Section):
     milestones: tuple[Annotated[int, Field(ge=0)], ...] = ()  # epochs done when the rate is multiplied by `factor`
     factor: float = Field(0.2, gt=0)
     clip: float | None = Field(10.0, gt=0)  # of the gradient's norm
-    arguments: dict[str, Any] = {}
+    decay_vectors: bool = True  # whether weight decay is for BatchNorm's parameters and biases, too
+    arguments: dict[str, Any] = Field(default_factory=dict)
 
 
 class TrainingSection(Section):
-    method: Literal["natural", "ibp", "crown-ibp"] = "ibp"
-    loss_fusion: bool = False  # of crown-ibp: one backward row instead of one for each class
+    method: ChosenMethod = IBPSection()  # a name, or a mapping of `name` and the method's own fields
     initialization: Annotated[str, one_of("initialization", INITIALIZATIONS)] = "ibp"
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
     accumulation: int = Field(1, ge=1)  # parts a batch is worked through in, to save memory
-    activation_checkpointing: bool = False  # compute the boxes again on the way back, to save memory (ibp)
+    activation_checkpointing: bool = False  # compute the boxes again on the way back, to save memory
     precision: Precision = "float32"  # of products while training: float32, tf32 or bf16; verification is float32
     compile: bool | Literal["auto"] = "auto"  # the step as one compiled graph; auto: on CUDA
     channels_last: bool | Literal["auto"] = "auto"  # layout of images; auto: where that is faster
@@ -192,19 +188,18 @@ class Config(Section):
         late = [milestone for milestone in self.optimizer.milestones if milestone >= epochs]
         if late:
             raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
-        if self.training.loss_fusion and self.training.method != "crown-ibp":
-            raise ValueError("training.loss_fusion is for training.method crown-ibp")
+        method = self.training.method
         saves_memory = self.training.accumulation > 1 or self.training.activation_checkpointing
         if self.training.compile is True and saves_memory:
             raise ValueError("training.compile is for whole steps: not with accumulation or activation_checkpointing")
-        if self.training.activation_checkpointing and self.training.method != "ibp":
-            raise ValueError(f"training.activation_checkpointing is for method ibp, not {self.training.method}")
-        if self.backend == "lirpa" and (self.training.loss_fusion or saves_memory or self.training.compile is True):
-            raise ValueError(
-                "backend lirpa supports none of training.loss_fusion, accumulation, activation_checkpointing, compile"
-            )
+        if self.training.activation_checkpointing and not method.boxes_only:
+            raise ValueError(f"training.activation_checkpointing is not for training.method {method.name}")
+        if self.backend == "lirpa" and (saves_memory or self.training.compile is True):
+            raise ValueError("backend lirpa supports none of training.accumulation, activation_checkpointing, compile")
+        if self.backend == "lirpa" and not method.on_lirpa:
+            raise ValueError(f"backend lirpa does not support training.method {method.name} as configured")
         end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
-        if self.training.method != "natural" and end > epochs:
+        if method.name != "natural" and end > epochs:
             raise ValueError(
                 f"epsilon: warmup would end after {end} epochs "
                 f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from certtrain.runs.checkpoint import save_checkpoint
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runtime.distributed import Ranks
-from certtrain.training.objectives import SMALLEST_RADIUS
+from certtrain.training.step import SMALLEST_RADIUS
 from certtrain.runs.progress import MetricsFile, ProgressDisplay, TensorBoard, epoch_record
 from certtrain.training.trainer import EpochReport, Trainer
 
@@ -102,7 +102,7 @@ class Recorder(Follower):
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
         self.images_per_second = report.images_per_second
-        layers = layer_statistics(trainer.objective.net, self._probe, max(report.eps, SMALLEST_RADIUS))
+        layers = layer_statistics(trainer.gradient_step.net, self._probe, max(report.eps, SMALLEST_RADIUS))
         record = epoch_record(report, layers, self.seconds)
         self._metrics.add(record)
         self._tensorboard.add(record)

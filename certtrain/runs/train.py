@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,13 +23,16 @@ from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
-from certtrain.training.objectives import Objective
 from certtrain.runtime.precision import layout_for
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runs.directory import check_folder, make_folder, remove_temporaries
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.training.methods import build_method
+from certtrain.training.optimizers import build_optimizer
+from certtrain.training.regularization import Regularization
+from certtrain.training.step import GradientStep
 from certtrain.training.trainer import Batches, Trainer
 from certtrain.verification.verify import Verification, verify
 
@@ -219,18 +221,12 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     per_epoch = len(sizes)
     _check_last_batch(model, len(split), training.batch_size)
     _check_shares(config, dataset, sizes, ranks)
-    regularizers = config.regularizers
-    objective = Objective(
-        BoundedModel(
-            model, to_float(split.images[:1]), config.backend, batch_sum=None if ranks.size == 1 else ranks.sum
-        ),
-        method=training.method,
-        loss_fusion=training.loss_fusion,
-        regularization=regularizers.weight,
-        tightness=regularizers.tightness,
-        relu_balance=regularizers.relu_balance,
-        tolerance=regularizers.tolerance,
-        l1=regularizers.l1,
+    batch_sum = None if ranks.size == 1 else ranks.sum
+    gradient_step = GradientStep(
+        BoundedModel(model, to_float(split.images[:1]), config.backend, batch_sum),
+        build_method(training.method),
+        Regularization(**config.regularizers.model_dump(exclude={"l1"})),
+        l1=config.regularizers.l1,
         activation_checkpointing=training.activation_checkpointing,
         accumulation=training.accumulation,
         precision=training.precision,
@@ -238,17 +234,17 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         ranks=ranks,
     )
     start = (epsilon.start_epoch - 1) * per_epoch
+    radius = SmoothedEpsilon(epsilon.max, start, start + epsilon.warmup_epochs * per_epoch, epsilon.mid, epsilon.beta)
     return Trainer(
         model=model,
-        objective=objective,
-        optimizer=build_optimizer(config, model),
+        gradient_step=gradient_step,
+        optimizer=build_optimizer(optimizer, model),
         batches=training_batches(config, dataset, ranks),
         batch_sizes=sizes,
         epochs=training.epochs,
-        eps=SmoothedEpsilon(
-            epsilon.max, start, start + epsilon.warmup_epochs * per_epoch, mid=epsilon.mid, beta=epsilon.beta
-        ),
+        eps=radius,
         max_eps=epsilon.max,
+        ramp=radius.ramp,
         lr=StepwiseRate(optimizer.lr, [m * per_epoch for m in optimizer.milestones], optimizer.factor),
         clip=optimizer.clip,
     )
@@ -266,16 +262,6 @@ def _compiles(config: Config, device: torch.device) -> bool:
     wanted = device.type == "cuda" if training.compile == "auto" else training.compile
     whole = training.accumulation == 1 and not training.activation_checkpointing
     return wanted and whole and config.backend == "native"
-
-
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    section = config.optimizer
-    optimizer = getattr(torch.optim, section.name)
-    fused = {"fused": True} if "fused" in inspect.signature(optimizer).parameters else {}
-    try:
-        return optimizer(model.parameters(), lr=section.lr, **(fused | section.arguments))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"optimizer {section.name}: {error}") from error
 
 
 def verify_run(

@@ -13,7 +13,7 @@ from certtrain.bounds import BoundedModel
 from certtrain.bounds.model import evaluating
 from certtrain.data import Split, evaluation_batches
 from certtrain.runtime.precision import full_precision
-from certtrain.training.objectives import proved
+from certtrain.training.losses import proved
 from certtrain.verification.attacks import PGD
 from certtrain.verification.verify import perturbation_box, verify
 
