@@ -130,10 +130,10 @@ class BoundedModel:
         count = segments or math.isqrt(len(self.graph.operations))
         return propagate_in_segments(self.graph, box, coefficients, observe, count)
 
-    def clean_pass(self, x: Tensor) -> CleanPass:
-        """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with."""
+    def clean_pass(self, x: Tensor, coefficients: Mapping[int, Coefficients] | None = None) -> CleanPass:
+        """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with, `coefficients` where given."""
         clean = _CleanTransform()
-        output = self.graph.run(x, clean)
+        output = self.graph.run(x, clean, coefficients)
         return CleanPass(output, clean.coefficients)
 
     def margins(

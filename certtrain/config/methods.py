@@ -7,10 +7,32 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from certtrain.config.section import Section, Share
 from certtrain.errors import unknown
+
+
+def _constant(value: Any) -> Any:
+    """One number means that it stays."""
+    return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Ramp = Annotated[tuple[Share, Share], BeforeValidator(_constant)]  # as epsilon begins to grow, and from warmup's end on
+
+
+class AttackSection(Section):
+    """PGD inside training: steps along the sign of the cross-entropy's gradient. (Madry et al. 2018, 1706.06083.)"""
+
+    steps: int = Field(8, ge=1)
+    step_size: float = Field(0.25, gt=0)  # as a share of the radius that is attacked, eps_factor · epsilon
+    decay: float = Field(0.1, gt=0)  # of the step size ...
+    decay_at: tuple[Share, ...] = ()  # ... each time these shares of the steps are done
+    restarts: int = Field(1, ge=1)  # the one with the largest loss is taken
+    start: Literal["uniform", "image"] = "uniform"  # where the first restart begins; the others begin anywhere
+    eps_factor: float = Field(1.0, gt=0)
+    clamp_to_box: bool = True  # move the point found back to within epsilon of the image
+    statistics: Literal["clean", "running"] = "clean"  # of BatchNorm while attacking: of the clean batch, or running
 
 
 class MethodSection(Section):
@@ -31,19 +53,48 @@ class NaturalSection(MethodSection):
     name: Literal["natural"] = "natural"
 
 
-class IBPSection(MethodSection):
+class RobustSection(MethodSection):
+    """What all methods but natural training have: a loss of clean images beside the robust one."""
+
+    w: Share = 1.0  # weight of the robust loss, 1 - w that of the clean one (CTBench)
+    kappa: Ramp = (0.0, 0.0)  # weight of the clean loss, linear in the steps of warmup (CROWN-IBP, CTRAIN)
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> RobustSection:
+        if self.w < 1 and any(self.kappa):
+            raise ValueError("w and kappa both weigh the clean loss: set one of them")
+        return self
+
+
+class AttackingSection(RobustSection):
+    """What the methods have that look for bad points first."""
+
+    attack: AttackSection = AttackSection()
+
+    @property
+    def on_lirpa(self) -> bool:
+        return False
+
+
+class AdversarialSection(AttackingSection):
+    """Cross-entropy at attacked points, no bounds. (Madry et al. 2018, arXiv 1706.06083.)"""
+
+    name: Literal["adversarial"] = "adversarial"
+
+
+class IBPSection(RobustSection):
     """Interval bound propagation. (Gowal et al. 2018, arXiv 1810.12715.)"""
 
     name: Literal["ibp"] = "ibp"
 
 
-class CrownIBPSection(MethodSection):
+class CrownIBPSection(RobustSection):
     """Margins β·CROWN-IBP + (1 - β)·IBP. (Zhang et al. 2020, arXiv 1906.06316.)"""
 
     name: Literal["crown-ibp"] = "crown-ibp"
     loss_fusion: bool = False  # bound the cross-entropy itself: one backward row instead of one for each class
-    beta: tuple[Share, Share] = (1.0, 0.0)  # β as epsilon begins to grow, and from the end of warmup on
-    beta_along: Literal["epsilon", "steps"] = "epsilon"  # between them β falls with eps / max_eps, or with the steps
+    beta: Ramp = (1.0, 0.0)
+    beta_along: Literal["epsilon", "steps"] = "epsilon"  # β is linear in eps / max_eps, or in the steps of warmup
     boxes_only: ClassVar[bool] = False
 
     @property
@@ -51,7 +102,46 @@ class CrownIBPSection(MethodSection):
         return not self.loss_fusion
 
 
-AnyMethod = NaturalSection | IBPSection | CrownIBPSection
+class SABRSection(AttackingSection):
+    """IBP of small boxes around attacked points. (Müller et al. 2023, arXiv 2210.04871.)"""
+
+    name: Literal["sabr"] = "sabr"
+    lambda_: Share = Field(0.4, alias="lambda")  # the small box's radius ...
+    radius: Literal["box", "epsilon"] = "box"  # ... as a share of the cut box's, pixel by pixel, or of epsilon
+
+
+class CCIBPSection(AttackingSection):
+    """Convex combination of IBP's margins and attacked ones. (De Palma et al. 2024, arXiv 2305.13991.)"""
+
+    name: Literal["cc-ibp"] = "cc-ibp"
+    alpha: Share = 0.5  # weight of the margins of IBP
+
+
+class MTLIBPSection(AttackingSection):
+    """Convex combination of the IBP loss and the attacked one. (De Palma et al. 2024, arXiv 2305.13991.)"""
+
+    name: Literal["mtl-ibp"] = "mtl-ibp"
+    alpha: Share = 0.5  # weight of the IBP loss
+
+
+class ExpIBPSection(AttackingSection):
+    """Product of powers of the IBP loss and the attacked one. (De Palma et al. 2024, arXiv 2305.13991.)"""
+
+    name: Literal["exp-ibp"] = "exp-ibp"
+    alpha: Share = 0.5  # exponent of the IBP loss
+    product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
+
+
+AnyMethod = (
+    NaturalSection
+    | AdversarialSection
+    | IBPSection
+    | CrownIBPSection
+    | SABRSection
+    | CCIBPSection
+    | MTLIBPSection
+    | ExpIBPSection
+)
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     section.model_fields["name"].default: section for section in get_args(AnyMethod)
 }

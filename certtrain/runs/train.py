@@ -247,6 +247,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         ramp=radius.ramp,
         lr=StepwiseRate(optimizer.lr, [m * per_epoch for m in optimizer.milestones], optimizer.factor),
         clip=optimizer.clip,
+        seed=config.seed,
     )
 
 

@@ -10,17 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TINY = 1e-12
 Metrics = dict[str, Tensor]  # scalars, means over a batch
 
 
 def robust_cross_entropy(margins: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of -margins. (Wong and Kolter 2018, arXiv 1711.00851, theorem 2.)"""
-    return F.cross_entropy(-margins, labels)
+    """(B,) cross-entropies of -margins. (Wong and Kolter 2018, arXiv 1711.00851, theorem 2.)"""
+    return F.cross_entropy(-margins, labels, reduction="none")
+
+
+def margins_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_y - z_j, (B, K)."""
+    return logits.gather(1, labels[:, None]) - logits
 
 
 def interpolated(first: Tensor, second: Tensor, weight: Tensor | float) -> Tensor:
     """weight·first + (1 - weight)·second."""
     return weight * first + (1 - weight) * second
+
+
+def geometrically_interpolated(first: Tensor, second: Tensor, weight: float) -> Tensor:
+    """first^weight · second^(1 - weight), for losses >= 0; finite gradients where one of them is 0."""
+    return first.clamp(min=TINY) ** weight * second.clamp(min=TINY) ** (1 - weight)
 
 
 def proved(margins: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """One training step: the gradient of a method's loss on one batch.
 
 A step takes a batch through the network once, clean input and box together, and gets from that joint pass the loss,
-the regularizers and the step's metrics. Everything stays on the device; nothing here waits for it.
+the regularizers and the step's metrics. Where the method attacks the batch first, the clean input goes ahead, and box
+and attacked points follow together. Everything stays on the device; nothing here waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from typing import NamedTuple
 
@@ -14,15 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
+from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds.model import evaluating
 from certtrain.bounds.tracing import Coefficients
 from certtrain.initialization import AFFINE_MODULES
 from certtrain.regularizers import l1_penalty, moments
 from certtrain.runtime.compilation import Compiled
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import Precision, training_precision
+from certtrain.training.attack import attacked
 from certtrain.training.losses import Metrics, classification_error, total
 from certtrain.training.methods import IBP, Method, Part, Phase, Scheduled
+from certtrain.training.noise import uniform
 from certtrain.training.regularization import BatchSums, Regularization
 
 SMALLEST_RADIUS = 1e-6  # of the box that the regularizers look at while epsilon is 0
@@ -30,13 +35,15 @@ DEFAULT_METHOD, DEFAULT_REGULARIZATION = IBP(), Regularization()
 
 
 class Batch(NamedTuple):
-    """images (B, C, H, W) in [0, 1], labels (B,)."""
+    """images (B, C, H, W) in [0, 1]; labels (B,); points (B, C, H, W) attacked around the images, if any were."""
 
     images: Tensor
     labels: Tensor
+    points: Tensor | None = None
 
     def parts(self, count: int) -> list[Batch]:
-        return [Batch(*part) for part in zip(*(tensor.chunk(count) for tensor in self), strict=True)]
+        given = [tensor.chunk(count) for tensor in self if tensor is not None]
+        return [Batch(*part) for part in zip(*given, strict=True)]
 
 
 class Terms(NamedTuple):
@@ -92,6 +99,7 @@ class GradientStep:
         self._ranks = ranks
         # A compiled method belongs to one step: its graph holds this network's parameters.
         self._compile_for, self._compiled_terms = compile_for, Compiled(self._terms) if compile_for else None
+        self._compiled_gradient = Compiled(self._input_gradient) if compile_for and method.attack else None
         self._whole = self._terms_of_whole
         if accumulation == 1:
             self._whole = ranks.synchronized(net.model, self._terms_of_whole)
@@ -100,7 +108,7 @@ class GradientStep:
         if not self.method.is_robust:
             return Phase.NATURAL
         if eps == 0:
-            return Phase.BEFORE if self.regularization.is_used else Phase.NATURAL
+            return Phase.BEFORE if self._regularizes else Phase.NATURAL
         return Phase.WARMUP if eps < max_eps else Phase.FULL
 
     def backward(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None) -> Metrics:
@@ -115,8 +123,9 @@ class GradientStep:
             `loss`, its terms, `natural_error` and the errors of what the method minimises, of the whole batch.
         """
         size = size or len(images)
-        batch, share = Batch(images, labels), len(images) / size
+        share = len(images) / size
         with training_precision(self._precision, images.device):
+            batch = Batch(images, labels, self._attacked(size, images, labels, at, phase))
             if self._accumulation == 1:
                 terms = self._whole(size, share, batch, at, phase).scaled(share)
                 total(terms.losses).backward()
@@ -137,16 +146,16 @@ class GradientStep:
 
     def _terms(self, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
         if phase is Phase.NATURAL:
-            return self._clean_terms(self.net.clean_pass(batch.images).output, batch.labels, phase)
-        if self._checkpointing:
+            return self._clean_terms(self.net.clean_pass(batch.images).output, batch.labels, at, phase)
+        if self._checkpointing or batch.points is not None:
             clean = self.net.clean_pass(batch.images)
-            logits, bounds = clean.output, self._bounds(batch, clean.coefficients, at, phase)
+            logits, part = clean.output, self._part(batch, clean.coefficients, at, phase)
         else:
-            box = self._region(batch.images, at, phase)
+            box = self._region(batch, at, phase)
             bounds = self.net.ibp(box, clean=batch.images, record=self.method.uses_relaxations(phase))
-            logits = bounds.clean
-        terms, sums = self._part_terms(batch, bounds, share, at, phase)
-        terms = self._clean_terms(logits, batch.labels, phase).plus(terms)
+            logits, part = bounds.clean, Part(self.net, batch.labels, bounds)
+        terms, sums = self._part_terms(part, share, at, phase)
+        terms = self._clean_terms(logits, batch.labels, at, phase).plus(terms)
         return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
 
     # --- a batch in parts -----------------------------------------------------------------------------------------
@@ -159,7 +168,7 @@ class GradientStep:
         at the end. What is a function of sums over the batch needs a first walk, which gathers them.
         """
         clean = self.net.clean_pass(batch.images)
-        terms = self._clean_terms(clean.output, batch.labels, phase).scaled(len(batch.images) / size)
+        terms = self._clean_terms(clean.output, batch.labels, at, phase).scaled(len(batch.images) / size)
         pending = [(total(terms.losses), None)] if terms.losses else []
         if phase is not Phase.NATURAL:
             copies = {i: tuple(c.detach().requires_grad_() for c in pair) for i, pair in clean.coefficients.items()}
@@ -167,8 +176,7 @@ class GradientStep:
             whole = self._sums_over(parts, size, copies, at, phase) if self._needs_sums(phase) else None
             for part in parts:
                 share = len(part.images) / size
-                bounds = self._bounds(part, copies, at, phase)
-                own, sums = self._part_terms(part, bounds, share, at, phase)
+                own, sums = self._part_terms(self._part(part, copies, at, phase), share, at, phase)
                 own = own.scaled(share)
                 shared = Terms({}, {}) if sums is None else self._batch_terms(sums.completed_by(whole), at, phase)
                 total(own.losses | shared.losses).backward()
@@ -183,51 +191,111 @@ class GradientStep:
     def _sums_over(
         self, parts: Sequence[Batch], size: int, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase
     ) -> BatchSums:
-        found = []
-        for part in parts:
-            bounds = self._bounds(part, coefficients, at, phase)
-            found.append(self._part_terms(part, bounds, len(part.images) / size, at, phase)[1])
+        found = [
+            self._part_terms(self._part(part, coefficients, at, phase), len(part.images) / size, at, phase)[1]
+            for part in parts
+        ]
         return reduce(BatchSums.plus, found).over(self._ranks)
+
+    # --- the attack -----------------------------------------------------------------------------------------------
+
+    def _attacked(self, size: int, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase) -> Tensor | None:
+        """A point around each image, where the method attacks; leaves no gradient and BatchNorm as it was."""
+        options = self.method.attack
+        if options is None or phase in (Phase.NATURAL, Phase.BEFORE):
+            return None
+        compiled = self._compiled_gradient if size == self._compile_for else None
+        positions = torch.tensor(self._ranks.share(range(size)), device=images.device)
+        mode = evaluating if options.statistics == "running" else buffers_kept
+        with mode(self.net.model), torch.no_grad():
+            coefficients = self.net.clean_pass(images).coefficients
+            return attacked(
+                options,
+                images,
+                at.eps,
+                lambda x: (compiled or self._input_gradient)(x, labels, coefficients),
+                lambda x: F.cross_entropy(self.net.clean_pass(x, coefficients).output, labels, reduction="none"),
+                lambda draw: uniform(at.key, positions, images.shape[1:], images, draw),
+            )
+
+    def _input_gradient(self, x: Tensor, labels: Tensor, coefficients: Mapping[int, Coefficients]) -> Tensor:
+        """Of each image's cross-entropy."""
+
+        def loss(x: Tensor) -> Tensor:
+            return F.cross_entropy(self.net.clean_pass(x, coefficients).output, labels, reduction="sum")
+
+        return torch.func.grad(loss)(x)
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 
-    def _region(self, images: Tensor, at: Scheduled, phase: Phase) -> Box:
+    def _region(self, batch: Batch, at: Scheduled, phase: Phase) -> Box:
         if phase is Phase.BEFORE:
-            return linf_box(images, torch.full_like(at.eps, SMALLEST_RADIUS))
-        return self.method.region(images, at.eps)
+            return linf_box(batch.images, torch.full_like(at.eps, SMALLEST_RADIUS))
+        return self.method.region(batch.images, at.eps, batch.points)
 
-    def _bounds(self, part: Batch, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase) -> Bounds:
-        """Of a region whose clean input has gone ahead."""
-        box = self._region(part.images, at, phase)
-        if self._checkpointing:
-            observe = moments if self._needs_sums(phase) else _nothing
-            return self.net.ibp_in_segments(box, coefficients, observe)
-        return self.net.ibp(box, coefficients=coefficients, record=self.method.uses_relaxations(phase))
+    def _part(self, batch: Batch, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase) -> Part:
+        """What the network makes of region and points, whose clean input has gone ahead."""
+        points = batch.points if self.method.asks_for_logits else None
+        if not self.method.has_region:
+            return Part(self.net, batch.labels, None, self.net.clean_pass(points, coefficients).output)
+        box = self._region(batch, at, phase)
+        if not self._checkpointing:
+            bounds = self.net.ibp(box, points, coefficients, record=self.method.uses_relaxations(phase))
+            return Part(self.net, batch.labels, bounds, bounds.clean)
+        observe = moments if self._needs_sums(phase) else _nothing
+        logits = None if points is None else self.net.clean_pass(points, coefficients).output
+        return Part(self.net, batch.labels, self.net.ibp_in_segments(box, coefficients, observe), logits)
 
-    def _clean_terms(self, logits: Tensor, labels: Tensor, phase: Phase) -> Terms:
+    def _clean_terms(self, logits: Tensor, labels: Tensor, at: Scheduled, phase: Phase) -> Terms:
         losses: Metrics = {}
-        if phase in (Phase.NATURAL, Phase.BEFORE):
-            losses["natural_loss"] = F.cross_entropy(logits, labels)
+        is_robust = phase in (Phase.WARMUP, Phase.FULL)
+        weight = self.method.natural_weight(at) if is_robust else 1.0
+        if isinstance(weight, Tensor) or weight:
+            losses["natural_loss"] = weight * F.cross_entropy(logits, labels)
         if self._l1:
             losses["l1_loss"] = self._l1 * l1_penalty(affine_weights(self.net.model))
         return Terms(losses, {"natural_error": classification_error(logits, labels)})
 
-    def _part_terms(
-        self, part: Batch, bounds: Bounds, share: float, at: Scheduled, phase: Phase
-    ) -> tuple[Terms, BatchSums | None]:
+    def _part_terms(self, part: Part, share: float, at: Scheduled, phase: Phase) -> tuple[Terms, BatchSums | None]:
         """The terms that are means over images, and the sums over images that the others are functions of."""
-        terms = Terms({}, {})
+        terms, losses = Terms({}, {}), {}
         if phase is not Phase.BEFORE:
-            found = self.method.losses(Part(self.net, part.labels, bounds), at, phase)
-            terms = Terms({"robust_loss": self.method.robust_loss(found.losses)}, found.errors)
-        return terms, BatchSums.of(bounds, {}, share) if self._needs_sums(phase) else None
+            losses, errors = self.method.losses(part, at, phase)
+            terms = Terms({}, {name: value for name, value in losses.items() if name != "robust_loss"} | errors)
+            if not self.method.is_of_batch_means:
+                terms = terms.plus(self._robust_term(losses, at))
+        return terms, BatchSums.of(part.bounds, losses, share) if self._needs_sums(phase) else None
 
     def _batch_terms(self, sums: BatchSums, at: Scheduled, phase: Phase) -> Terms:
         """The terms that are no means over images, but functions of sums over the whole batch."""
-        return Terms(self.regularization.terms(sums, at.eps_ratio), {})
+        terms = Terms({}, {})
+        if self.method.is_of_batch_means and phase is not Phase.BEFORE:
+            terms = self._robust_term(sums.losses, at)
+        if self._regularizes and phase is not Phase.FULL:
+            terms = terms.plus(Terms(self.regularization.terms(sums, at.eps_ratio), {}))
+        return terms
+
+    def _robust_term(self, losses: Mapping[str, Tensor], at: Scheduled) -> Terms:
+        return Terms({"robust_loss": (1 - self.method.natural_weight(at)) * self.method.robust_loss(losses)}, {})
+
+    @property
+    def _regularizes(self) -> bool:
+        return self.regularization.is_used and self.method.has_region
 
     def _needs_sums(self, phase: Phase) -> bool:
-        return self.regularization.is_used and phase in (Phase.BEFORE, Phase.WARMUP)
+        return self.method.is_of_batch_means or (self._regularizes and phase is not Phase.FULL)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to the buffers of `model` is undone after: BatchNorm's statistics are as before."""
+    before = [buffer.clone() for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
 
 
 def affine_weights(model: nn.Module) -> list[Tensor]:

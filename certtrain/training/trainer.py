@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from certtrain.errors import DivergedError
 from certtrain.training.methods import Scheduled
+from certtrain.training.noise import step_keys
 from certtrain.training.step import GradientStep
 
 Batches = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]  # (epoch, first step of it) -> images, labels
@@ -72,6 +73,7 @@ class Trainer:
         ramp: the share of warmup's steps that are done, as a function of the step.
         lr: the learning rate as a function of the step.
         clip: bound on the gradient's norm, None for none.
+        seed: of what steps draw at random.
     """
 
     model: nn.Module
@@ -85,6 +87,7 @@ class Trainer:
     ramp: Callable[[int], float]
     lr: Callable[[int], float]
     clip: float | None = None
+    seed: int = 0
     step: int = 0
     sums: Sums = field(default_factory=Sums)
 
@@ -133,7 +136,7 @@ class Trainer:
         values = torch.tensor([(self.eps(step), self.ramp(step)) for step in steps])
         eps, ramp = values.to(next(self.model.parameters()).device).unbind(1)
         eps_ratio = eps / self.max_eps if self.max_eps else torch.ones_like(eps)
-        return map(Scheduled, eps, eps_ratio, ramp)
+        return map(Scheduled, eps, eps_ratio, ramp, step_keys(self.seed, torch.tensor(steps)).to(eps.device))
 
     def _take_step(self, images: Tensor, labels: Tensor, size: int, at: Scheduled) -> None:
         self.model.train()

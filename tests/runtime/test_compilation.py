@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from certtrain.bounds import BoundedModel
 from certtrain.runtime.compilation import Compiled
 from certtrain.training.losses import Metrics
-from certtrain.training.methods import IBP, CrownIBP, Phase, Scheduled, scheduled
+from certtrain.training.methods import IBP, MTLIBP, SABR, CrownIBP, ExpIBP, Phase, Scheduled, scheduled
 from certtrain.training.step import GradientStep
 from tests.networks import randomized
 
@@ -22,6 +22,9 @@ METHODS = {
     "ibp": {"method": IBP(), "l1": 1e-4},
     "crown-ibp": {"method": CrownIBP()},
     "fused": {"method": CrownIBP(loss_fusion=True)},
+    "sabr": {"method": SABR(attack={"steps": 2})},
+    "mtl-ibp": {"method": MTLIBP(kappa=[0.5, 0.1], attack={"steps": 2, "restarts": 2, "statistics": "running"})},
+    "exp-ibp": {"method": ExpIBP(attack={"steps": 2, "clamp_to_box": False})},
 }
 
 
@@ -51,7 +54,8 @@ def step(trained: GradientStep, phase: Phase, seed: int = 0) -> Metrics:
     images = torch.rand(BATCH, 1, 8, 8, generator=generator)
     labels = torch.randint(0, 4, (BATCH,), generator=generator)
     eps_ratio = torch.rand((), generator=generator)
-    return trained.backward(images, labels, Scheduled(0.05 * eps_ratio, eps_ratio, eps_ratio), phase)
+    at = Scheduled(0.05 * eps_ratio, eps_ratio, eps_ratio, torch.tensor(seed))
+    return trained.backward(images, labels, at, phase)
 
 
 def results(model: nn.Module, metrics: Metrics) -> dict[str, Tensor]:
@@ -82,7 +86,9 @@ def only_captured(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "phase"), [*(("ibp", phase) for phase in Phase), ("fused", Phase.WARMUP)])
+@pytest.mark.parametrize(
+    ("method", "phase"), [*(("ibp", phase) for phase in Phase), ("fused", Phase.WARMUP), ("mtl-ibp", Phase.WARMUP)]
+)
 def test_a_compiled_step_is_the_eager_one_within_rounding(method, phase):
     found = []
     for compiled in (True, False):
@@ -93,7 +99,10 @@ def test_a_compiled_step_is_the_eager_one_within_rounding(method, phase):
     check_equal(*found)
 
 
-@pytest.mark.parametrize("method", ["ibp", "fused", pytest.param("crown-ibp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    ["ibp", "fused", "mtl-ibp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("crown-ibp", "sabr", "exp-ibp"))],
+)
 def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
     """Epsilon and the regularizers' weight move with every step, the learning rate with some."""
     mine, other = network(), network()
@@ -109,7 +118,8 @@ def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
                 optimizer.param_groups[0]["lr"] = 1e-4 / (1 + number + seed)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    assert counters["stats"]["unique_graphs"] == len(phases)
+    attack = METHODS[method]["method"].attack is not None  # one more, for its gradient
+    assert counters["stats"]["unique_graphs"] == len(phases) + attack
 
 
 def test_many_networks_may_be_trained_in_one_process(only_captured):
