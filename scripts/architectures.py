@@ -28,7 +28,8 @@ from certtrain.models import MODELS, build_model
 from certtrain.runs.train import versions
 from certtrain.runtime.files import write_json
 from certtrain.training.cost import network_size, step_macs
-from certtrain.training.methods import Phase, build_method
+from certtrain.training.method import Phase
+from certtrain.training.methods import build_method
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
 

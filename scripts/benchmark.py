@@ -39,7 +39,7 @@ from certtrain.runs.train import resolve_device, versions
 from certtrain.runtime.allocation import keep_freed_memory
 from certtrain.runtime.files import write_json
 from certtrain.runtime.precision import layout_for
-from certtrain.training.methods import Phase, scheduled
+from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"

@@ -31,7 +31,8 @@ from certtrain.models import build_model
 from certtrain.runs.train import versions
 from certtrain.runtime.files import write_json
 from certtrain.training.losses import proved
-from certtrain.training.methods import IBP, CrownIBP, Phase, scheduled
+from certtrain.training.method import Phase, scheduled
+from certtrain.training.methods import IBP, CrownIBP
 from certtrain.training.step import GradientStep
 
 DIGITS_IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 20, "alpha-crown": 20}

@@ -11,6 +11,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds import interval, rounding
@@ -19,10 +20,21 @@ from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins
 from certtrain.bounds.segments import propagate_in_segments
-from certtrain.bounds.tracing import SETTLED_BY_CLEAN, BatchSum, Call, Coefficients, Graph, leaves, scale_shift, trace
+from certtrain.bounds.tracing import (
+    SETTLED_BY_CLEAN,
+    BatchSum,
+    Call,
+    Coefficients,
+    Graph,
+    Ref,
+    leaves,
+    scale_shift,
+    trace,
+)
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
+ACTIVATIONS = (F.relu, F.leaky_relu, torch.sigmoid, torch.tanh)  # behind which a network may be cut
 BACKENDS = ("native", "lirpa")
 DEFAULT_ALPHA = AlphaOptions()
 COPIES = 6  # of a row's coefficients that a step of a backward pass holds at once
@@ -34,6 +46,21 @@ class CleanPass:
 
     output: Tensor
     coefficients: Mapping[int, Coefficients]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A network in two: everything up to value `at` of its record, and the tail behind it."""
+
+    graph: Graph[Any]
+    at: int
+
+    def tail(self, x: Tensor, coefficients: Mapping[int, Coefficients]) -> Tensor:
+        """The logits (B, K) that follow from values (B, ...) at the cut, with these BatchNorm coefficients."""
+        values: dict[int, Any] = {self.at: x}
+        indices = range(self.at + 1, len(self.graph.operations))
+        self.graph.advance(values, indices, _CleanTransform(), coefficients)
+        return values[self.graph.output]
 
 
 class BoundedModel:
@@ -86,6 +113,11 @@ class BoundedModel:
         return self._graphs[mode]
 
     @property
+    def activations(self) -> int:
+        """How many elementwise nonlinear operations there are."""
+        return sum(operation.function in ACTIVATIONS for operation in self.graph.operations)
+
+    @property
     def classes(self) -> int:
         """K, the number of logits."""
         return self._sizes.classes
@@ -135,6 +167,24 @@ class BoundedModel:
         clean = _CleanTransform()
         output = self.graph.run(x, clean, coefficients)
         return CleanPass(output, clean.coefficients)
+
+    def split(self, behind: int) -> Split:
+        """The network cut behind one of its activations, counted from 1 in the order of `relu_inputs`.
+
+        Raises:
+            UsageError: there is no such activation, nothing nonlinear follows it, or what follows also reads values
+                from before it.
+        """
+        cuts = [i for i, operation in enumerate(self.graph.operations) if operation.function in ACTIVATIONS]
+        if not 1 <= behind < len(cuts):
+            raise UsageError(f"the network has {len(cuts)} activations: it cannot be cut behind number {behind}")
+        at = cuts[behind - 1]
+        for operation in self.graph.operations[at + 1 :]:
+            if any(ref.index < at for ref in leaves((operation.args, operation.kwargs), Ref)):
+                raise UsageError(
+                    f"the network cannot be cut behind activation {behind}: {operation.where} reads a value before it"
+                )
+        return Split(self.graph, at)
 
     def margins(
         self,

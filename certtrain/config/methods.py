@@ -21,18 +21,34 @@ def _constant(value: Any) -> Any:
 Ramp = Annotated[tuple[Share, Share], BeforeValidator(_constant)]  # as epsilon begins to grow, and from warmup's end on
 
 
-class AttackSection(Section):
-    """PGD inside training: steps along the sign of the cross-entropy's gradient. (Madry et al. 2018, 1706.06083.)"""
+class StepsSection(Section):
+    """Steps along the sign of a gradient."""
 
     steps: int = Field(8, ge=1)
-    step_size: float = Field(0.25, gt=0)  # as a share of the radius that is attacked, eps_factor · epsilon
     decay: float = Field(0.1, gt=0)  # of the step size ...
     decay_at: tuple[Share, ...] = ()  # ... each time these shares of the steps are done
     restarts: int = Field(1, ge=1)  # the one with the largest loss is taken
+
+
+class AttackSection(StepsSection):
+    """PGD on the cross-entropy of images. (Madry et al. 2018, arXiv 1706.06083.)
+
+    Its step size is a share of the radius that is attacked, eps_factor · epsilon.
+    """
+
+    step_size: float = Field(0.25, gt=0)
     start: Literal["uniform", "image"] = "uniform"  # where the first restart begins; the others begin anywhere
     eps_factor: float = Field(1.0, gt=0)
     clamp_to_box: bool = True  # move the point found back to within epsilon of the image
     statistics: Literal["clean", "running"] = "clean"  # of BatchNorm while attacking: of the clean batch, or running
+
+
+class LatentAttackSection(StepsSection):
+    """PGD on the margins of a network's tail; its step size is a share of the box's width there."""
+
+    step_size: float | None = Field(None, gt=0)  # null: 2 / steps, but at least 0.2
+    decay: float = Field(0.2, gt=0)
+    decay_at: tuple[Share, ...] = (0.7,)
 
 
 class MethodSection(Section):
@@ -132,6 +148,36 @@ class ExpIBPSection(AttackingSection):
     product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
 
 
+class TailSection(RobustSection):
+    """What the methods have that bound a network's head by IBP and attack its tail."""
+
+    tail: int = Field(1, ge=1)  # activations in the part that is attacked
+    latent: LatentAttackSection = LatentAttackSection()
+    link: float = Field(0.5, gt=0, le=1)  # share of the box's width, from each end, in which points move that end
+    gradient_scale: float = Field(4.0, gt=0)  # of the gradient through the tail's loss
+    product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
+    boxes_only: ClassVar[bool] = False
+
+    @property
+    def on_lirpa(self) -> bool:
+        return False
+
+
+class TAPSSection(TailSection):
+    """IBP of the head, attacks on the tail. (Mao et al. 2023, arXiv 2305.04574.)"""
+
+    name: Literal["taps"] = "taps"
+
+
+class STAPSSection(TailSection):
+    """TAPS of small boxes around attacked points. (Mao et al. 2023, arXiv 2305.04574.)"""
+
+    name: Literal["staps"] = "staps"
+    lambda_: Share = Field(0.4, alias="lambda")  # as for sabr
+    radius: Literal["box", "epsilon"] = "box"
+    attack: AttackSection = AttackSection()
+
+
 AnyMethod = (
     NaturalSection
     | AdversarialSection
@@ -141,6 +187,8 @@ AnyMethod = (
     | CCIBPSection
     | MTLIBPSection
     | ExpIBPSection
+    | TAPSSection
+    | STAPSSection
 )
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     section.model_fields["name"].default: section for section in get_args(AnyMethod)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds import Box, linf_box
-from certtrain.config.methods import AttackSection
+from certtrain.config.methods import AttackSection, StepsSection
 
 Uniform = Callable[[int], Tensor]  # number of a draw -> one number in [0, 1) for each element of the images
 
@@ -37,9 +37,11 @@ def attacked(
     """
     radius = options.eps_factor * eps
     box = linf_box(images, radius)
-    best = _ascended(options, _start(options, images, box, uniform, 0), box, radius, gradient)
+    best = ascended(options, options.step_size, _start(options, images, box, uniform, 0), box, radius, gradient)
     for restart in range(1, options.restarts):
-        points = _ascended(options, _start(options, images, box, uniform, restart), box, radius, gradient)
+        points = ascended(
+            options, options.step_size, _start(options, images, box, uniform, restart), box, radius, gradient
+        )
         better = losses(points) > losses(best)
         best = torch.where(better.view(-1, *[1] * (images.dim() - 1)), points, best)
     if options.clamp_to_box:
@@ -54,11 +56,17 @@ def _start(options: AttackSection, images: Tensor, box: Box, uniform: Uniform, r
     return box.lower + uniform(restart) * (box.upper - box.lower)
 
 
-def _ascended(
-    options: AttackSection, x: Tensor, box: Box, radius: Tensor, gradient: Callable[[Tensor], Tensor]
+def ascended(
+    options: StepsSection,
+    step_size: float,
+    x: Tensor,
+    box: Box,
+    unit: Tensor,
+    gradient: Callable[[Tensor], Tensor],
 ) -> Tensor:
+    """Signed steps from `x` inside `box`; `unit` is what `step_size` is a share of."""
     for step in range(options.steps):
         decays = sum(step >= share * options.steps for share in options.decay_at)
-        size = options.step_size * options.decay**decays * radius
+        size = step_size * options.decay**decays * unit
         x = torch.clamp(x + size * gradient(x).sign(), box.lower, box.upper)
     return x

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from certtrain.errors import UsageError
 from certtrain.models import build_model
-from certtrain.training.methods import Phase, scheduled
+from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
 
 

@@ -1,24 +1,18 @@
-"""Training methods: each a region that is propagated, a bound of the network on it, and a loss of both.
+"""The training methods. `certtrain.config.methods` has the fields of each.
 
 A method is asked once per step, or once per part of a batch, and answers with means over the images it was shown.
-`certtrain.config.methods` has the fields of each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
+from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
+from certtrain.bounds.model import Split
 from certtrain.config.methods import (
     AdversarialSection,
-    AttackSection,
     CCIBPSection,
     CrownIBPSection,
     ExpIBPSection,
@@ -26,8 +20,10 @@ from certtrain.config.methods import (
     MethodSection,
     MTLIBPSection,
     NaturalSection,
-    RobustSection,
     SABRSection,
+    STAPSSection,
+    TailSection,
+    TAPSSection,
 )
 from certtrain.training.losses import (
     Metrics,
@@ -38,111 +34,10 @@ from certtrain.training.losses import (
     margins_of_logits,
     robust_cross_entropy,
 )
+from certtrain.training.method import Losses, Method, Part, Phase, Scheduled, along
+from certtrain.training.noise import uniform
 from certtrain.training.regions import small_box, small_linf_box
-
-
-class Phase(Enum):
-    """What is minimised at this point of the schedule; a step is compiled once for each."""
-
-    NATURAL = "natural"  # cross-entropy of the clean logits, no bounds at all
-    BEFORE = "before"  # epsilon is 0: natural cross-entropy and the regularizers
-    WARMUP = "warmup"  # epsilon grows: the method's loss and the regularizers, which fade
-    FULL = "full"  # epsilon has reached its maximum: the method's loss alone
-
-
-class Scheduled(NamedTuple):
-    """What the schedules say at one step: scalar tensors on the device, so that a compiled step need not be rebuilt.
-
-    eps: the radius now; eps_ratio: eps / max_eps; ramp: the share of warmup's steps that are done.
-    key: int64, of the step's random numbers (`noise.uniform`).
-    """
-
-    eps: Tensor
-    eps_ratio: Tensor
-    ramp: Tensor
-    key: Tensor
-
-
-@dataclass(frozen=True)
-class Part:
-    """A batch, or a part of one, and what the network makes of it: all that a method's losses are functions of.
-
-    labels: (B,); bounds: of the method's region, where it has one.
-    adversarial: logits (B, K) at the attacked points, where the method asks for them.
-    """
-
-    net: BoundedModel
-    labels: Tensor
-    bounds: Bounds | None
-    adversarial: Tensor | None = None
-
-    def ibp_margins(self) -> Tensor:
-        return self.net.margins_of(self.bounds, self.labels)
-
-
-class Losses(NamedTuple):
-    """Means over a part: the losses that make up the robust one, and errors, both by the names they are shown under.
-
-    A `verified_error` is always that of a bound on the whole epsilon box.
-    """
-
-    losses: Metrics
-    errors: Metrics
-
-
-Options = TypeVar("Options", bound=MethodSection)
-
-
-class Method(Generic[Options]):
-    """What every method answers; its options come as a section, or as keyword arguments.
-
-    is_robust: has a loss for epsilon > 0.
-    has_region: propagates a set.
-    asks_for_logits: its losses look at the logits at attacked points.
-
-    Raises:
-        pydantic.ValidationError: an option outside its range.
-    """
-
-    Section: ClassVar[type[MethodSection]]
-    is_robust: ClassVar[bool] = True
-    has_region: ClassVar[bool] = True
-    asks_for_logits: ClassVar[bool] = False
-
-    def __init__(self, options: Options | None = None, **fields: Any) -> None:
-        self.options: Options = options or self.Section(**fields)
-
-    @property
-    def attack(self) -> AttackSection | None:
-        """How points are attacked before each step, where they are."""
-        return getattr(self.options, "attack", None)
-
-    @property
-    def is_of_batch_means(self) -> bool:
-        """Whether `robust_loss` must be given means over the whole batch; otherwise the mean of parts' will do."""
-        return False
-
-    def region(self, images: Tensor, eps: Tensor, points: Tensor | None) -> Box:
-        """The set that is propagated: for images (B, C, H, W), and the points attacked around them."""
-        return linf_box(images, eps)
-
-    def uses_relaxations(self, phase: Phase) -> bool:
-        """Whether the propagated boxes are kept for backward passes through linear relaxations."""
-        return False
-
-    def losses(self, part: Part, at: Scheduled, phase: Phase) -> Losses:
-        """The losses that `robust_loss` combines."""
-        raise NotImplementedError
-
-    def robust_loss(self, losses: Metrics) -> Tensor:
-        return losses["robust_loss"]
-
-    def natural_weight(self, at: Scheduled) -> Tensor | float:
-        """Of the cross-entropy of the clean logits, beside 1 minus it of the robust loss."""
-        options = self.options
-        if not isinstance(options, RobustSection):
-            return 0.0
-        return along(options.kappa, at.ramp) if any(options.kappa) else 1 - options.w
+from certtrain.training.taps import latent_points, linked, pairwise_margins, with_gradient_scaled
 
 
 class Natural(Method[NaturalSection]):
@@ -168,13 +63,13 @@ class CrownIBP(Method[CrownIBPSection]):
 
     Section = CrownIBPSection
 
-    def uses_relaxations(self, phase: Phase) -> bool:
+    def keeps_boxes(self, phase: Phase) -> bool:
         return phase is Phase.WARMUP or (phase is Phase.FULL and self.options.beta[1] > 0)
 
     def losses(self, part: Part, at: Scheduled, phase: Phase) -> Losses:
         margins = part.ibp_margins()
         errors = {"verified_error": margin_error(margins)}
-        if self.uses_relaxations(phase):
+        if self.keeps_boxes(phase):
             beta = along(self.options.beta, at.eps_ratio if self.options.beta_along == "epsilon" else at.ramp)
             if self.options.loss_fusion:
                 return Losses({"robust_loss": fused_cross_entropy(part.bounds, part.labels, share=beta).mean()}, errors)
@@ -200,9 +95,7 @@ class SABR(Method[SABRSection]):
     Section = SABRSection
 
     def region(self, images: Tensor, eps: Tensor, points: Tensor | None) -> Box:
-        if self.options.radius == "epsilon":
-            return small_linf_box(images, points, eps, self.options.lambda_)
-        return small_box(linf_box(images, eps), points, self.options.lambda_)
+        return small_region(self.options, images, eps, points)
 
     def losses(self, part: Part, at: Scheduled, phase: Phase) -> Losses:
         margins = part.ibp_margins()
@@ -262,6 +155,88 @@ class ExpIBP(Method[ExpIBPSection]):
         return geometrically_interpolated(losses["ibp_loss"], losses["adversarial_loss"], self.options.alpha)
 
 
+class TAPS(Method[TailSection]):
+    """L_IBP·L_TAPS at full epsilon, until then L_IBP.
+
+    L_TAPS is the cross-entropy of margins found by attacks on the network's tail inside the box that IBP gives at its
+    head's end; these attacks link the two, so that gradients reach the head.
+    """
+
+    Section = TAPSSection
+    asks_for_coefficients = True
+
+    @property
+    def is_of_batch_means(self) -> bool:
+        return self.options.product == "batch"
+
+    def require(self, net: BoundedModel) -> None:
+        self._split(net)
+
+    def keeps_boxes(self, phase: Phase) -> bool:
+        return phase is Phase.FULL
+
+    def losses(self, part: Part, at: Scheduled, phase: Phase) -> Losses:
+        margins = part.ibp_margins()
+        ibp = robust_cross_entropy(margins, part.labels)
+        errors = self._box_errors(margins)
+        if phase is not Phase.FULL:
+            return Losses({"ibp_loss": ibp.mean()}, errors)
+        found = self._tail_margins(part, at)
+        taps = robust_cross_entropy(found, part.labels)
+        losses = {"ibp_loss": ibp.mean(), "taps_loss": taps.mean()}
+        if self.options.product == "image":
+            losses["robust_loss"] = (ibp * with_gradient_scaled(taps, self.options.gradient_scale)).mean()
+        return Losses(losses, {**errors, "robust_error": margin_error(found)})
+
+    def robust_loss(self, losses: Metrics) -> Tensor:
+        if "taps_loss" not in losses:
+            return losses["ibp_loss"]
+        if self.options.product == "image":
+            return losses["robust_loss"]
+        return losses["ibp_loss"] * with_gradient_scaled(losses["taps_loss"], self.options.gradient_scale)
+
+    def _box_errors(self, margins: Tensor) -> Metrics:
+        return {"verified_error": margin_error(margins)}
+
+    def _split(self, net: BoundedModel) -> Split:
+        return net.split(net.activations - self.options.tail)
+
+    def _tail_margins(self, part: Part, at: Scheduled) -> Tensor:
+        """(B, K): z_y - z_t at the point where the attack on class t ended."""
+        split, classes = self._split(part.net), part.net.classes
+        box = part.bounds.record.boxes[split.at]
+        shape = (classes, *box.shape[1:])
+
+        def tail(x: Tensor) -> Tensor:
+            """(B, K, ...) -> (B, K, K): one point for each class."""
+            return split.tail(x.flatten(0, 1), part.coefficients).unflatten(0, x.shape[:2])
+
+        def draw(number: int) -> Tensor:
+            return uniform(at.key, part.positions, shape, box.like, LATENT_DRAWS + number)
+
+        points = latent_points(self.options.latent, tail, box, part.labels, draw)
+        return pairwise_margins(tail(linked(points, box, self.options.link)), part.labels)
+
+
+class STAPS(TAPS):
+    """TAPS of SABR's small boxes: until epsilon is full, SABR."""
+
+    Section = STAPSSection
+
+    def region(self, images: Tensor, eps: Tensor, points: Tensor | None) -> Box:
+        return small_region(self.options, images, eps, points)
+
+    def _box_errors(self, margins: Tensor) -> Metrics:
+        return {"robust_error": margin_error(margins)}
+
+
+def small_region(options: SABRSection | STAPSSection, images: Tensor, eps: Tensor, points: Tensor) -> Box:
+    """The small box around each attacked point, by either convention of its radius."""
+    if options.radius == "epsilon":
+        return small_linf_box(images, points, eps, options.lambda_)
+    return small_box(linf_box(images, eps), points, options.lambda_)
+
+
 def _both_losses(part: Part, margins: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) each: of the margins, and at the attacked points."""
     return robust_cross_entropy(margins, part.labels), F.cross_entropy(part.adversarial, part.labels, reduction="none")
@@ -274,25 +249,12 @@ def _both_errors(part: Part, margins: Tensor) -> Metrics:
     }
 
 
+LATENT_DRAWS = 1000  # numbers of draws apart from those of the attack on images
 METHODS: dict[str, type[Method]] = {
     method.Section.model_fields["name"].default: method
-    for method in (Natural, Adversarial, IBP, CrownIBP, SABR, CCIBP, MTLIBP, ExpIBP)
+    for method in (Natural, Adversarial, IBP, CrownIBP, SABR, CCIBP, MTLIBP, ExpIBP, TAPS, STAPS)
 }
 
 
 def build_method(section: MethodSection) -> Method:
     return METHODS[section.name](section)
-
-
-def along(ends: tuple[float, float], share: Tensor) -> Tensor:
-    """The first of `ends` where `share` is 0, the second where it is 1, linear between."""
-    return ends[0] + (ends[1] - ends[0]) * share
-
-
-def scheduled(
-    eps: float, eps_ratio: float = 1.0, ramp: float | None = None, like: Tensor | None = None, key: int = 0
-) -> Scheduled:
-    """One step's `Scheduled`, of `like`'s type and on its device; ramp: by default eps_ratio."""
-    like = torch.empty(()) if like is None else like
-    values = like.new_tensor((eps, eps_ratio, eps_ratio if ramp is None else ramp))
-    return Scheduled(*values.unbind(), torch.tensor(key, device=like.device))

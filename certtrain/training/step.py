@@ -26,7 +26,8 @@ from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import Precision, training_precision
 from certtrain.training.attack import attacked
 from certtrain.training.losses import Metrics, classification_error, total
-from certtrain.training.methods import IBP, Method, Part, Phase, Scheduled
+from certtrain.training.method import Method, Part, Phase, Scheduled
+from certtrain.training.methods import IBP
 from certtrain.training.noise import uniform
 from certtrain.training.regularization import BatchSums, Regularization
 
@@ -35,10 +36,15 @@ DEFAULT_METHOD, DEFAULT_REGULARIZATION = IBP(), Regularization()
 
 
 class Batch(NamedTuple):
-    """images (B, C, H, W) in [0, 1]; labels (B,); points (B, C, H, W) attacked around the images, if any were."""
+    """Images, or a part of them.
+
+    images: (B, C, H, W) in [0, 1]; labels: (B,).
+    positions: (B,) int64, in the whole batch; points: (B, C, H, W) attacked around the images, if any were.
+    """
 
     images: Tensor
     labels: Tensor
+    positions: Tensor
     points: Tensor | None = None
 
     def parts(self, count: int) -> list[Batch]:
@@ -93,6 +99,7 @@ class GradientStep:
         compile_for: int | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        method.require(net)
         self.net, self.method, self.regularization = net, method, regularization
         self._l1, self._checkpointing, self._accumulation = l1, activation_checkpointing, accumulation
         self._precision: Precision = precision
@@ -125,7 +132,9 @@ class GradientStep:
         size = size or len(images)
         share = len(images) / size
         with training_precision(self._precision, images.device):
-            batch = Batch(images, labels, self._attacked(size, images, labels, at, phase))
+            positions = torch.tensor(self._ranks.share(range(size)), device=images.device)
+            batch = Batch(images, labels, positions)
+            batch = batch._replace(points=self._attacked(size, batch, at, phase))
             if self._accumulation == 1:
                 terms = self._whole(size, share, batch, at, phase).scaled(share)
                 total(terms.losses).backward()
@@ -147,13 +156,13 @@ class GradientStep:
     def _terms(self, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
         if phase is Phase.NATURAL:
             return self._clean_terms(self.net.clean_pass(batch.images).output, batch.labels, at, phase)
-        if self._checkpointing or batch.points is not None:
+        if self._checkpointing or batch.points is not None or self.method.asks_for_coefficients:
             clean = self.net.clean_pass(batch.images)
             logits, part = clean.output, self._part(batch, clean.coefficients, at, phase)
         else:
             box = self._region(batch, at, phase)
-            bounds = self.net.ibp(box, clean=batch.images, record=self.method.uses_relaxations(phase))
-            logits, part = bounds.clean, Part(self.net, batch.labels, bounds)
+            bounds = self.net.ibp(box, clean=batch.images, record=self.method.keeps_boxes(phase))
+            logits, part = bounds.clean, Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
         terms = self._clean_terms(logits, batch.labels, at, phase).plus(terms)
         return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
@@ -199,13 +208,13 @@ class GradientStep:
 
     # --- the attack -----------------------------------------------------------------------------------------------
 
-    def _attacked(self, size: int, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase) -> Tensor | None:
+    def _attacked(self, size: int, batch: Batch, at: Scheduled, phase: Phase) -> Tensor | None:
         """A point around each image, where the method attacks; leaves no gradient and BatchNorm as it was."""
         options = self.method.attack
         if options is None or phase in (Phase.NATURAL, Phase.BEFORE):
             return None
         compiled = self._compiled_gradient if size == self._compile_for else None
-        positions = torch.tensor(self._ranks.share(range(size)), device=images.device)
+        images, labels = batch.images, batch.labels
         mode = evaluating if options.statistics == "running" else buffers_kept
         with mode(self.net.model), torch.no_grad():
             coefficients = self.net.clean_pass(images).coefficients
@@ -215,7 +224,7 @@ class GradientStep:
                 at.eps,
                 lambda x: (compiled or self._input_gradient)(x, labels, coefficients),
                 lambda x: F.cross_entropy(self.net.clean_pass(x, coefficients).output, labels, reduction="none"),
-                lambda draw: uniform(at.key, positions, images.shape[1:], images, draw),
+                lambda draw: uniform(at.key, batch.positions, images.shape[1:], images, draw),
             )
 
     def _input_gradient(self, x: Tensor, labels: Tensor, coefficients: Mapping[int, Coefficients]) -> Tensor:
@@ -236,15 +245,17 @@ class GradientStep:
     def _part(self, batch: Batch, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase) -> Part:
         """What the network makes of region and points, whose clean input has gone ahead."""
         points = batch.points if self.method.asks_for_logits else None
-        if not self.method.has_region:
-            return Part(self.net, batch.labels, None, self.net.clean_pass(points, coefficients).output)
-        box = self._region(batch, at, phase)
-        if not self._checkpointing:
-            bounds = self.net.ibp(box, points, coefficients, record=self.method.uses_relaxations(phase))
-            return Part(self.net, batch.labels, bounds, bounds.clean)
-        observe = moments if self._needs_sums(phase) else _nothing
-        logits = None if points is None else self.net.clean_pass(points, coefficients).output
-        return Part(self.net, batch.labels, self.net.ibp_in_segments(box, coefficients, observe), logits)
+        logits, bounds = None, None
+        if not self.method.has_region or (self._checkpointing and points is not None):
+            logits = self.net.clean_pass(points, coefficients).output
+        if self.method.has_region and self._checkpointing:
+            observe = moments if self._needs_sums(phase) else _nothing
+            bounds = self.net.ibp_in_segments(self._region(batch, at, phase), coefficients, observe)
+        elif self.method.has_region:
+            box = self._region(batch, at, phase)
+            bounds = self.net.ibp(box, points, coefficients, record=self.method.keeps_boxes(phase))
+            logits = bounds.clean
+        return Part(self.net, batch.labels, batch.positions, bounds, logits, coefficients)
 
     def _clean_terms(self, logits: Tensor, labels: Tensor, at: Scheduled, phase: Phase) -> Terms:
         losses: Metrics = {}

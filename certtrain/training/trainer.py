@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.errors import DivergedError
-from certtrain.training.methods import Scheduled
+from certtrain.training.method import Scheduled
 from certtrain.training.noise import step_keys
 from certtrain.training.step import GradientStep
 

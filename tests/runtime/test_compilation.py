@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from certtrain.bounds import BoundedModel
 from certtrain.runtime.compilation import Compiled
 from certtrain.training.losses import Metrics
-from certtrain.training.methods import IBP, MTLIBP, SABR, CrownIBP, ExpIBP, Phase, Scheduled, scheduled
+from certtrain.training.method import Phase, Scheduled, scheduled
+from certtrain.training.methods import IBP, MTLIBP, SABR, TAPS, CrownIBP, ExpIBP
 from certtrain.training.step import GradientStep
 from tests.networks import randomized
 
@@ -24,6 +25,7 @@ METHODS = {
     "fused": {"method": CrownIBP(loss_fusion=True)},
     "sabr": {"method": SABR(attack={"steps": 2})},
     "mtl-ibp": {"method": MTLIBP(kappa=[0.5, 0.1], attack={"steps": 2, "restarts": 2, "statistics": "running"})},
+    "taps": {"method": TAPS(latent={"steps": 2})},
     "exp-ibp": {"method": ExpIBP(attack={"steps": 2, "clamp_to_box": False})},
 }
 
@@ -101,7 +103,12 @@ def test_a_compiled_step_is_the_eager_one_within_rounding(method, phase):
 
 @pytest.mark.parametrize(
     "method",
-    ["ibp", "fused", "mtl-ibp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("crown-ibp", "sabr", "exp-ibp"))],
+    [
+        "ibp",
+        "fused",
+        "mtl-ibp",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("crown-ibp", "sabr", "exp-ibp", "taps")),
+    ],
 )
 def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
     """Epsilon and the regularizers' weight move with every step, the learning rate with some."""

@@ -23,7 +23,8 @@ from certtrain.errors import UsageError
 from certtrain.runs.callbacks import Follower
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runtime.distributed import ALONE, Ranks, joined
-from certtrain.training.methods import IBP, SABR, CrownIBP, ExpIBP, Phase, scheduled
+from certtrain.training.method import Phase, scheduled
+from certtrain.training.methods import IBP, SABR, STAPS, CrownIBP, ExpIBP
 from certtrain.training.step import GradientStep
 from certtrain.verification.attacks import PGD
 from certtrain.verification.verify import verify
@@ -66,12 +67,14 @@ METHODS = {
     "fusion": {"method": CrownIBP(loss_fusion=True)},
     "checkpointing": {"method": IBP(), "activation_checkpointing": True},
     "sabr": {"method": SABR(attack={"steps": 2, "restarts": 2}, w=0.7)},
+    "staps": {"method": STAPS(attack={"steps": 2}, latent={"steps": 2})},
     "exp-ibp": {"method": ExpIBP(attack={"steps": 2, "statistics": "running"})},
 }
 CASES = [(phase, "ibp", parts) for phase in Phase for parts in (1, 2, 4)]
 CASES += [
     (Phase.WARMUP, method, parts) for method in ("fusion", "checkpointing", "sabr", "exp-ibp") for parts in (1, 2)
 ]
+CASES += [(Phase.FULL, "staps", parts) for parts in (1, 2)]
 BATCH = 10  # not divisible by 4: shares of 2 and 3 images
 
 

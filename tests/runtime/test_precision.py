@@ -5,7 +5,7 @@ import torch
 
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.runtime.precision import full_precision, layout_for, training_precision
-from certtrain.training.methods import Phase, scheduled
+from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
 from tests.networks import narrow_cnn7, pooling_network, residual_network
 

@@ -9,7 +9,8 @@ from certtrain.bounds import BoundedModel
 from certtrain.errors import UsageError
 from certtrain.models import MODELS, build_model
 from certtrain.training.cost import network_size, step_macs
-from certtrain.training.methods import CrownIBP, Phase
+from certtrain.training.method import Phase
+from certtrain.training.methods import CrownIBP
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
 

@@ -17,7 +17,8 @@ from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss
 from certtrain.training.losses import Metrics, proved
-from certtrain.training.methods import IBP, CrownIBP, Method, Natural, Phase, scheduled
+from certtrain.training.method import Method, Phase, scheduled
+from certtrain.training.methods import IBP, CrownIBP, Natural
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import Batch, GradientStep
 from tests.networks import narrow_cnn7, randomized, residual_network
@@ -167,7 +168,7 @@ def test_activation_checkpointing_keeps_less_for_the_way_back(phase):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            terms = trained._terms(1.0, Batch(images, labels), scheduled(2 / 255, 0.25), phase)
+            terms = trained._terms(1.0, Batch(images, labels, labels), scheduled(2 / 255, 0.25), phase)
         for thing in gc.get_objects():
             if id(thing) not in before and type(thing) is Tensor:
                 keep(thing)
