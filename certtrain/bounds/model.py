@@ -129,6 +129,7 @@ class BoundedModel:
         coefficients: Mapping[int, Coefficients] | None = None,
         record: bool = False,
         arithmetic: str | None = None,
+        from_center: bool = False,
     ) -> Bounds:
         """Interval bounds of every output, in one joint pass of the box and the clean input.
 
@@ -140,10 +141,12 @@ class BoundedModel:
             record: keep every value's box, for margins by backward passes (`crown_margins`).
             arithmetic: bound what the network computes in this floating-point arithmetic ("float32", "tf32", "bf16",
                 "float64"), in any order of its sums, instead of real mathematics (`rounding.propagate`); box alone.
+            from_center: BatchNorm in training mode takes its statistics from the middle of the box instead of `clean`,
+                which then may, but need not, travel along.
         """
         if arithmetic is not None:
             return rounding.propagate(self.graph, box, arithmetic)
-        return interval.propagate(self.graph, box, clean, coefficients, record)
+        return interval.propagate(self.graph, box, clean, coefficients, record, from_center)
 
     def ibp_in_segments(
         self,

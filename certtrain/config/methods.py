@@ -62,6 +62,11 @@ class MethodSection(Section):
         """Whether auto_LiRPA can compute what it needs."""
         return True
 
+    @property
+    def trains_on_box_alone(self) -> bool:
+        """Whether its loss, once epsilon is above 0, is a function of nothing but one box."""
+        return False
+
 
 class NaturalSection(MethodSection):
     """Cross-entropy of clean images, no bounds."""
@@ -72,6 +77,7 @@ class NaturalSection(MethodSection):
 class RobustSection(MethodSection):
     """What all methods but natural training have: a loss of clean images beside the robust one."""
 
+    loss_of_one_box: ClassVar[bool] = False  # its robust loss is a function of the propagated box alone
     w: Share = 1.0  # weight of the robust loss, 1 - w that of the clean one (CTBench)
     kappa: Ramp = (0.0, 0.0)  # weight of the clean loss, linear in the steps of warmup (CROWN-IBP, CTRAIN)
 
@@ -80,6 +86,10 @@ class RobustSection(MethodSection):
         if self.w < 1 and any(self.kappa):
             raise ValueError("w and kappa both weigh the clean loss: set one of them")
         return self
+
+    @property
+    def trains_on_box_alone(self) -> bool:
+        return self.loss_of_one_box and self.w == 1 and not any(self.kappa)
 
 
 class AttackingSection(RobustSection):
@@ -102,12 +112,14 @@ class IBPSection(RobustSection):
     """Interval bound propagation. (Gowal et al. 2018, arXiv 1810.12715.)"""
 
     name: Literal["ibp"] = "ibp"
+    loss_of_one_box: ClassVar[bool] = True
 
 
 class CrownIBPSection(RobustSection):
     """Margins β·CROWN-IBP + (1 - β)·IBP. (Zhang et al. 2020, arXiv 1906.06316.)"""
 
     name: Literal["crown-ibp"] = "crown-ibp"
+    loss_of_one_box: ClassVar[bool] = True
     loss_fusion: bool = False  # bound the cross-entropy itself: one backward row instead of one for each class
     beta: Ramp = (1.0, 0.0)
     beta_along: Literal["epsilon", "steps"] = "epsilon"  # β is linear in eps / max_eps, or in the steps of warmup
@@ -122,6 +134,7 @@ class SABRSection(AttackingSection):
     """IBP of small boxes around attacked points. (Müller et al. 2023, arXiv 2210.04871.)"""
 
     name: Literal["sabr"] = "sabr"
+    loss_of_one_box: ClassVar[bool] = True
     lambda_: Share = Field(0.4, alias="lambda")  # the small box's radius ...
     radius: Literal["box", "epsilon"] = "box"  # ... as a share of the cut box's, pixel by pixel, or of epsilon
 

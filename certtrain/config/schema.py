@@ -129,8 +129,19 @@ class OptimizerSection(Section):
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
+class BatchNormSection(Section):
+    """Whose statistics BatchNorm has while training.
+
+    `center` takes them from the middle of the box, layer by layer, and needs no clean pass once epsilon is above 0.
+    """
+
+    statistics: Literal["clean", "adversarial", "center"] = "clean"
+    population: bool = False  # at the end, re-estimate the running statistics over the whole training set
+
+
 class TrainingSection(Section):
     method: ChosenMethod = IBPSection()  # a name, or a mapping of `name` and the method's own fields
+    batch_norm: BatchNormSection = BatchNormSection()
     initialization: Annotated[str, one_of("initialization", INITIALIZATIONS)] = "ibp"
     epochs: int = Field(ge=1)
     batch_size: int = Field(128, ge=1)
@@ -196,7 +207,15 @@ class Config(Section):
             raise ValueError(f"training.activation_checkpointing is not for training.method {method.name}")
         if self.backend == "lirpa" and (saves_memory or self.training.compile is True):
             raise ValueError("backend lirpa supports none of training.accumulation, activation_checkpointing, compile")
-        if self.backend == "lirpa" and not method.on_lirpa:
+        statistics = self.training.batch_norm.statistics
+        if statistics == "adversarial" and not hasattr(method, "attack"):
+            raise ValueError(f"training.batch_norm.statistics adversarial: method {method.name} attacks no images")
+        if statistics == "center" and (saves_memory or not method.trains_on_box_alone):
+            raise ValueError(
+                "training.batch_norm.statistics center is for methods that need no clean pass (ibp, crown-ibp, sabr, "
+                "without w or kappa), and not with accumulation or activation_checkpointing"
+            )
+        if self.backend == "lirpa" and not (method.on_lirpa and statistics == "clean"):
             raise ValueError(f"backend lirpa does not support training.method {method.name} as configured")
         end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
         if method.name != "natural" and end > epochs:

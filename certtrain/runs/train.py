@@ -18,6 +18,7 @@ from certtrain.bounds import BoundedModel
 from certtrain.runs.checkpoint import load_checkpoint, restore, save_model
 from certtrain.runtime.files import write_json, write_text
 from certtrain.config import Config, load_config
+from certtrain.config.schema import BatchNormSection
 from certtrain.data import Augmentation, Dataset, Split, batch_sizes, epoch_batches, load_dataset, to_float
 from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.errors import CheckpointError, DataError, UsageError
@@ -29,6 +30,7 @@ from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runs.directory import check_folder, make_folder, remove_temporaries
 from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.training.averaging import reestimate_statistics
 from certtrain.training.methods import build_method
 from certtrain.training.optimizers import build_optimizer
 from certtrain.training.regularization import Regularization
@@ -113,6 +115,10 @@ def train(
             _tell(console, f"saved {folder} at step {trainer.step}; continue with --resume")
             ranks.wait()  # torchrun ends all as soon as one has ended
             return Run(folder, model, None, interrupted_by=observer.signal)
+        if config.training.batch_norm.population:  # by every process for itself: all have the whole training set
+            size, seed = config.training.batch_size, config.seed
+            batches = epoch_batches(dataset.train, size, seed=seed, epoch=config.training.epochs)
+            reestimate_statistics(model, (images for images, _ in batches))
         if ranks.is_first:
             save_model(folder, model, architecture)
         results = verify_run(config, model, dataset, ranks=ranks)
@@ -220,12 +226,15 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     sizes = batch_sizes(len(split), training.batch_size)
     per_epoch = len(sizes)
     _check_last_batch(model, len(split), training.batch_size)
+    if training.batch_norm != BatchNormSection() and not _has_batch_norm(model):
+        raise UsageError(f"training.batch_norm: model {config.model.name} has no BatchNorm")
     _check_shares(config, dataset, sizes, ranks)
     batch_sum = None if ranks.size == 1 else ranks.sum
     gradient_step = GradientStep(
         BoundedModel(model, to_float(split.images[:1]), config.backend, batch_sum),
         build_method(training.method),
         Regularization(**config.regularizers.model_dump(exclude={"l1"})),
+        statistics=training.batch_norm.statistics,
         l1=config.regularizers.l1,
         activation_checkpointing=training.activation_checkpointing,
         accumulation=training.accumulation,
@@ -335,9 +344,12 @@ def versions() -> dict[str, str]:
     }
 
 
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
-    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if has_batch_norm and (images - 1) % batch_size == 0:
+    if _has_batch_norm(model) and (images - 1) % batch_size == 0:
         raise UsageError(
             f"training.batch_size: {images} images in batches of {batch_size} leave one alone, "
             "which BatchNorm cannot normalise: choose another size"

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box
-from certtrain.bounds.model import evaluating
+from certtrain.bounds.model import CleanPass, evaluating
 from certtrain.bounds.tracing import Coefficients
 from certtrain.initialization import AFFINE_MODULES
 from certtrain.regularizers import l1_penalty, moments
@@ -30,6 +30,8 @@ from certtrain.training.method import Method, Part, Phase, Scheduled
 from certtrain.training.methods import IBP
 from certtrain.training.noise import uniform
 from certtrain.training.regularization import BatchSums, Regularization
+
+Statistics = Literal["clean", "adversarial", "center"]
 
 SMALLEST_RADIUS = 1e-6  # of the box that the regularizers look at while epsilon is 0
 DEFAULT_METHOD, DEFAULT_REGULARIZATION = IBP(), Regularization()
@@ -78,6 +80,8 @@ class GradientStep:
         net: the network.
         method: what is minimised.
         regularization: what is added to it until epsilon has reached its maximum.
+        statistics: those that BatchNorm has while epsilon is above 0: of the clean batch, of the attacked points, or of
+            the middle of the region, layer by layer, which leaves out the clean input.
         l1: weight of the sum of absolute values of all convolution and linear weights.
         activation_checkpointing: backward computes the boxes again instead of keeping them.
         accumulation: number of parts a batch is worked through in; the gradient is the whole batch's in any case.
@@ -92,6 +96,7 @@ class GradientStep:
         method: Method = DEFAULT_METHOD,
         regularization: Regularization = DEFAULT_REGULARIZATION,
         *,
+        statistics: Statistics = "clean",
         l1: float = 0.0,
         activation_checkpointing: bool = False,
         accumulation: int = 1,
@@ -101,6 +106,7 @@ class GradientStep:
     ) -> None:
         method.require(net)
         self.net, self.method, self.regularization = net, method, regularization
+        self._statistics: Statistics = statistics
         self._l1, self._checkpointing, self._accumulation = l1, activation_checkpointing, accumulation
         self._precision: Precision = precision
         self._ranks = ranks
@@ -127,7 +133,8 @@ class GradientStep:
             size: images in the whole batch, if not B.
 
         Returns:
-            `loss`, its terms, `natural_error` and the errors of what the method minimises, of the whole batch.
+            `loss`, its terms, `natural_error` (where the clean batch was looked at) and the errors of what the method
+            minimises, of the whole batch.
         """
         size = size or len(images)
         share = len(images) / size
@@ -156,8 +163,10 @@ class GradientStep:
     def _terms(self, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
         if phase is Phase.NATURAL:
             return self._clean_terms(self.net.clean_pass(batch.images).output, batch.labels, at, phase)
+        if self._statistics == "center" and phase is not Phase.BEFORE:
+            return self._terms_of_center(share, batch, at, phase)
         if self._checkpointing or batch.points is not None or self.method.asks_for_coefficients:
-            clean = self.net.clean_pass(batch.images)
+            clean = self._clean_pass(batch)
             logits, part = clean.output, self._part(batch, clean.coefficients, at, phase)
         else:
             box = self._region(batch, at, phase)
@@ -165,6 +174,13 @@ class GradientStep:
             logits, part = bounds.clean, Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
         terms = self._clean_terms(logits, batch.labels, at, phase).plus(terms)
+        return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
+
+    def _terms_of_center(self, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
+        box, record = self._region(batch, at, phase), self.method.keeps_boxes(phase)
+        part = Part(self.net, batch.labels, batch.positions, self.net.ibp(box, record=record, from_center=True))
+        terms, sums = self._part_terms(part, share, at, phase)
+        terms = terms.plus(Terms(self._l1_terms(), {}))
         return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
 
     # --- a batch in parts -----------------------------------------------------------------------------------------
@@ -176,7 +192,7 @@ class GradientStep:
         of the BatchNorm coefficients; the gradient that gathers in those copies goes back through the clean pass
         at the end. What is a function of sums over the batch needs a first walk, which gathers them.
         """
-        clean = self.net.clean_pass(batch.images)
+        clean = self._clean_pass(batch)
         terms = self._clean_terms(clean.output, batch.labels, at, phase).scaled(len(batch.images) / size)
         pending = [(total(terms.losses), None)] if terms.losses else []
         if phase is not Phase.NATURAL:
@@ -237,6 +253,13 @@ class GradientStep:
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 
+    def _clean_pass(self, batch: Batch) -> CleanPass:
+        """The clean logits, and the BatchNorm coefficients for them and all that follows."""
+        if self._statistics == "clean" or batch.points is None:
+            return self.net.clean_pass(batch.images)
+        coefficients = self.net.clean_pass(batch.points).coefficients
+        return CleanPass(self.net.clean_pass(batch.images, coefficients).output, coefficients)
+
     def _region(self, batch: Batch, at: Scheduled, phase: Phase) -> Box:
         if phase is Phase.BEFORE:
             return linf_box(batch.images, torch.full_like(at.eps, SMALLEST_RADIUS))
@@ -263,9 +286,11 @@ class GradientStep:
         weight = self.method.natural_weight(at) if is_robust else 1.0
         if isinstance(weight, Tensor) or weight:
             losses["natural_loss"] = weight * F.cross_entropy(logits, labels)
-        if self._l1:
-            losses["l1_loss"] = self._l1 * l1_penalty(affine_weights(self.net.model))
+        losses |= self._l1_terms()
         return Terms(losses, {"natural_error": classification_error(logits, labels)})
+
+    def _l1_terms(self) -> Metrics:
+        return {"l1_loss": self._l1 * l1_penalty(affine_weights(self.net.model))} if self._l1 else {}
 
     def _part_terms(self, part: Part, share: float, at: Scheduled, phase: Phase) -> tuple[Terms, BatchSums | None]:
         """The terms that are means over images, and the sums over images that the others are functions of."""
