@@ -19,6 +19,7 @@ from pydantic import (
 from certtrain.bounds.model import METHODS
 from certtrain.bounds.rounding import ARITHMETICS
 from certtrain.config.methods import ChosenMethod, IBPSection
+from certtrain.config.schedules import ChosenSchedule, ConstantSection
 from certtrain.config.section import Section
 from certtrain.data import DATASETS
 from certtrain.errors import unknown
@@ -101,6 +102,7 @@ class EpsilonSection(Section):
     """The perturbation radius and its warmup: 0 until `start_epoch` (counted from 1) begins, `max` when it ends."""
 
     max: Radius
+    train_factor: float = Field(1.0, gt=0)  # networks are trained at this multiple of `max`, which is tested
     start_epoch: int = Field(1, ge=1)
     warmup_epochs: int = Field(0, ge=0)
     mid: float = Field(0.25, ge=0, le=1)
@@ -118,14 +120,21 @@ class RegularizerSection(Section):
 
 
 class OptimizerSection(Section):
-    """Any optimizer of torch.optim, by name, with its arguments; the learning rate falls at each milestone."""
+    """Any optimizer of torch.optim, by name, with its arguments, and its learning rate.
+
+    The rate is lr, times warmup or `schedule`, times `factor` for each milestone that has been reached.
+    """
 
     name: Annotated[str, one_of("optimizer", OPTIMIZERS)] = "Adam"
     lr: float = Field(5e-4, gt=0)
-    milestones: tuple[Annotated[int, Field(ge=0)], ...] = ()  # epochs done when the rate is multiplied by `factor`
+    warmup_epochs: float = Field(0.0, ge=0)  # of the learning rate
+    schedule: ChosenSchedule = ConstantSection()
+    milestones: tuple[Annotated[int, Field(ge=0)], ...] = ()  # epochs done when the rate is multiplied by `factor` ...
+    milestones_from: Literal["start", "ramp"] = "start"  # ... since the start, or since epsilon has stopped growing
     factor: float = Field(0.2, gt=0)
     clip: float | None = Field(10.0, gt=0)  # of the gradient's norm
     decay_vectors: bool = True  # whether weight decay is for BatchNorm's parameters and biases, too
+    vector_factor: float = Field(1.0, gt=0)  # of the learning rate of those
     arguments: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -196,7 +205,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_the_run(self) -> Config:
         epochs, epsilon = self.training.epochs, self.epsilon
-        late = [milestone for milestone in self.optimizer.milestones if milestone >= epochs]
+        ramp_end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
+        first = ramp_end if self.optimizer.milestones_from == "ramp" else 0
+        late = [first + milestone for milestone in self.optimizer.milestones if first + milestone >= epochs]
         if late:
             raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
         method = self.training.method
@@ -217,10 +228,13 @@ class Config(Section):
             )
         if self.backend == "lirpa" and not (method.on_lirpa and statistics == "clean"):
             raise ValueError(f"backend lirpa does not support training.method {method.name} as configured")
-        end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
-        if method.name != "natural" and end > epochs:
+        if self.optimizer.warmup_epochs > epochs:
+            raise ValueError(f"optimizer.warmup_epochs: {self.optimizer.warmup_epochs:g} of {epochs} epochs")
+        if epsilon.train_factor * epsilon.max > 1:
+            raise ValueError(f"epsilon.train_factor: {epsilon.train_factor:g} times max is above 1, the whole range")
+        if method.name != "natural" and ramp_end > epochs:
             raise ValueError(
-                f"epsilon: warmup would end after {end} epochs "
+                f"epsilon: warmup would end after {ramp_end} epochs "
                 f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"
             )
         return self

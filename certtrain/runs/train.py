@@ -29,10 +29,10 @@ from certtrain.verification.radius import Radii, certified_radii
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runs.directory import check_folder, make_folder, remove_temporaries
-from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.schedules import SmoothedEpsilon
 from certtrain.training.averaging import reestimate_statistics
 from certtrain.training.methods import build_method
-from certtrain.training.optimizers import build_optimizer
+from certtrain.training.optimizers import build_optimizer, build_rate
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
 from certtrain.training.trainer import Batches, Trainer
@@ -243,7 +243,8 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         ranks=ranks,
     )
     start = (epsilon.start_epoch - 1) * per_epoch
-    radius = SmoothedEpsilon(epsilon.max, start, start + epsilon.warmup_epochs * per_epoch, epsilon.mid, epsilon.beta)
+    end, max_eps = start + epsilon.warmup_epochs * per_epoch, epsilon.train_factor * epsilon.max
+    radius = SmoothedEpsilon(max_eps, start, end, epsilon.mid, epsilon.beta)
     return Trainer(
         model=model,
         gradient_step=gradient_step,
@@ -252,9 +253,9 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         batch_sizes=sizes,
         epochs=training.epochs,
         eps=radius,
-        max_eps=epsilon.max,
+        max_eps=max_eps,
         ramp=radius.ramp,
-        lr=StepwiseRate(optimizer.lr, [m * per_epoch for m in optimizer.milestones], optimizer.factor),
+        lr=build_rate(optimizer, per_epoch, training.epochs, end),
         clip=optimizer.clip,
         seed=config.seed,
     )

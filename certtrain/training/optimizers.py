@@ -1,4 +1,4 @@
-"""An optimizer of torch.optim for a network."""
+"""An optimizer of torch.optim for a network, and its learning rate."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from certtrain.config.schedules import (
+    CooldownSection,
+    CosineSection,
+    InverseRootSection,
+    LinearSection,
+    ScheduleSection,
+)
 from certtrain.config.schema import OptimizerSection
 from certtrain.errors import UsageError
+from certtrain.schedules import Cooldown, Cosine, InverseRoot, LearningRate, Linear, Shape, constant
 
 
 def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
@@ -27,9 +35,40 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
 
 
 def parameter_groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:
-    """One group, or two: weights of products, and the vectors (BatchNorm's parameters, biases), which do not decay."""
+    """One group, or two where vectors (BatchNorm's parameters, biases) are treated otherwise than weights.
+
+    A group's `rate_factor` is for who sets its learning rate.
+    """
     parameters = list(model.parameters())
-    if section.decay_vectors:
+    if section.decay_vectors and section.vector_factor == 1:
         return [{"params": parameters}]
     weights, vectors = ([p for p in parameters if (p.dim() > 1) == is_weight] for is_weight in (True, False))
-    return [{"params": weights}, {"params": vectors, "weight_decay": 0.0}]
+    decay = {} if section.decay_vectors else {"weight_decay": 0.0}
+    return [{"params": weights}, {"params": vectors, "rate_factor": section.vector_factor, **decay}]
+
+
+def build_rate(section: OptimizerSection, steps_per_epoch: int, epochs: int, ramp_end: int) -> LearningRate:
+    """The learning rate as a function of the step; ramp_end: the step at which epsilon has stopped growing."""
+    first = ramp_end if section.milestones_from == "ramp" else 0
+    warmup = round(section.warmup_epochs * steps_per_epoch)
+    return LearningRate(
+        section.lr,
+        [first + epoch * steps_per_epoch for epoch in section.milestones],
+        section.factor,
+        warmup,
+        build_shape(section.schedule, steps_per_epoch, epochs * steps_per_epoch - warmup),
+    )
+
+
+def build_shape(section: ScheduleSection, steps_per_epoch: int, steps: int) -> Shape:
+    """The shape that `section` describes, of so many steps."""
+    match section:
+        case LinearSection():
+            return Linear(steps, section.final)
+        case CosineSection():
+            return Cosine(steps, section.final)
+        case InverseRootSection():
+            return InverseRoot(max(1, round(section.timescale_epochs * steps_per_epoch)))
+        case CooldownSection():
+            return Cooldown(steps, round(section.length * steps), section.final)
+    return constant

@@ -141,7 +141,7 @@ class Trainer:
     def _take_step(self, images: Tensor, labels: Tensor, size: int, at: Scheduled) -> None:
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.step)
+            group["lr"] = self.lr(self.step) * group.get("rate_factor", 1.0)
         phase = self.gradient_step.phase(self.eps(self.step), self.max_eps)
         metrics = self.gradient_step.backward(images, labels, at, phase, size)
         if self.clip is not None:
