@@ -207,7 +207,8 @@ class GradientStep:
                 total(own.losses | shared.losses).backward()
                 terms = terms.plus(own.detach()).plus(shared.scaled(share).detach())
             for index, pair in clean.coefficients.items():
-                pending += [(c, copy.grad) for c, copy in zip(pair, copies[index], strict=True) if c.requires_grad]
+                gradients = [(c, copy.grad) for c, copy in zip(pair, copies[index], strict=True) if c.requires_grad]
+                pending += [(c, gradient) for c, gradient in gradients if gradient is not None]
         if pending:  # without BatchNorm nothing but the clean terms goes back through the clean pass
             torch.autograd.backward(*zip(*pending, strict=True))
         return terms.detach()

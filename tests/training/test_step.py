@@ -227,6 +227,19 @@ def test_accumulation_without_batch_norm(phase):
     assert_same_step(divided, step(divided, phase, accumulation=3), whole, step(whole, phase))
 
 
+@pytest.mark.parametrize("phase", Phase)
+def test_accumulation_with_a_batch_norm_that_the_regularizers_do_not_reach(phase):
+    """Before warmup the boxes' loss looks no further than the last ReLU."""
+
+    def with_batch_norm_last() -> nn.Module:
+        torch.manual_seed(0)
+        layers = (nn.Flatten(), nn.Linear(3 * 256, 8), nn.ReLU(), nn.Linear(8, 5), nn.BatchNorm1d(5))
+        return nn.Sequential(*layers).double().train()
+
+    whole, divided = with_batch_norm_last(), with_batch_norm_last()
+    assert_same_step(divided, step(divided, phase, accumulation=3), whole, step(whole, phase))
+
+
 @pytest.mark.parametrize("activation", [nn.Tanh(), nn.Identity()])
 def test_regularizers_without_an_activation_they_know_are_an_error_that_names_the_keys(activation):
     with pytest.raises(UsageError, match=r"regularizers\.weight to 0.* regularizers\.tightness"):
