@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from certtrain.errors import UsageError, unknown
 from certtrain.models.feedforward import cnn7, cnn_large, cnn_small, mlp
@@ -90,7 +90,7 @@ def find_model(name: str, trust: bool = False) -> Callable[..., nn.Module]:
 
 def _shape_lazy_layers(network: nn.Module, image_shape: Sequence[int]) -> None:
     """Run a network that has lazy layers once: until then they have no weights that could be trained or loaded."""
-    if any(isinstance(tensor, UninitializedTensorMixin) for tensor in (*network.parameters(), *network.buffers())):
+    if any(isinstance(tensor, UninitializedBuffer | UninitializedParameter) for tensor in (*network.parameters(), *network.buffers())):
         with torch.no_grad():
             network.eval()(torch.zeros(1, *image_shape))
         network.train()

@@ -20,8 +20,8 @@ _SAY_ENOUGH = (RuntimeError, TypeError, ValueError, ImportError, AttributeError)
 _LIBRARIES = tuple(
     str(Path(path).resolve()) + os.sep
     for path in (
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        Path(sys.modules["certtrain"].__file__ or "").parent,
+        *(str(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        Path(str(sys.modules["certtrain"].__file__)).parent,
         Path(__file__).parent,
     )
 )

@@ -229,15 +229,23 @@ class JointPass:
         return value.box.like
 
 
+class CenterPass(JointPass):
+    """A joint pass in which BatchNorm in training mode takes its statistics from the middle of the box."""
+
+    def clean(self, value: Joint) -> Tensor:
+        return value.box.center
+
+
 def propagate(
     graph: Graph[Joint],
     box: Box,
     clean: Tensor | None,
     coefficients: Mapping[int, Coefficients] | None = None,
     record: bool = False,
+    from_center: bool = False,
 ) -> Bounds:
     """One joint pass of `clean` and `box` through `graph`; see `BoundedModel.ibp`."""
-    walk = JointPass(graph, record)
+    walk = CenterPass(graph, record) if from_center else JointPass(graph, record)
     result = graph.run(Joint(clean, box), walk, coefficients)
     return Bounds(
         result.clean,

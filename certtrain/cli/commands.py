@@ -77,7 +77,9 @@ def _check_training(options: argparse.Namespace) -> None:
     check_device_name(options.device)
     request = Request.of(config, options.out, options.resume, options.overwrite, overrides)
     stored, _ = request.stored()
-    _require_data(stored or request.config)
+    asked = stored or request.config
+    assert asked is not None  # a request without either is refused
+    _require_data(asked)
 
 
 def _asked(options: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -368,7 +370,7 @@ def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:
     """
     if summary["verified_error"] < NOTHING_PROVED:
         return []
-    if config.training.method == "natural":
+    if config.training.method.name == "natural":
         return ["hint: hardly anything is proved: training.method natural does not train for that, ibp does"]
     smaller = f"a smaller radius (epsilon.max={config.epsilon.max / 2:.3g})"
     if summary["natural_error"] >= NOTHING_PROVED / 2:

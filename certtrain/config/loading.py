@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from certtrain.config.reading import NotPlainYaml, parse_yaml, read_yaml
 from certtrain.config.schema import Config
+from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
 
 MOST_FILES = 32  # that one configuration is read from, bases of bases among them
@@ -48,7 +49,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        lines = [_origin(problem["loc"], values, layers) + _describe(problem) for problem in error.errors()]
+        lines = [_origin(_place(problem["loc"])[0], values, layers) + _describe(problem) for problem in error.errors()]
         raise UsageError(lines_of("\n".join(lines))) from error
     return _with_model_path(config, layers)
 
@@ -152,11 +153,22 @@ def _base(folder: Path, name: Path) -> Path:
     return _shipped(name)
 
 
-def _merged(low: Any, high: Any) -> Any:
-    """`high` over `low`: mappings key by key, anything else whole."""
+VARIANTS = ("method", "schedule")  # sections whose fields depend on their name
+
+
+def _merged(low: Any, high: Any, key: str = "") -> Any:
+    """`high` over `low`: mappings key by key, anything else whole, and so a variant over another one."""
+    low = _named(low) if key in VARIANTS else low
     if not (isinstance(low, Mapping) and isinstance(high, Mapping)):
         return high
-    return {**low, **{key: _merged(low.get(key), value) for key, value in high.items()}}
+    if key in VARIANTS and high.get("name", low.get("name")) != low.get("name"):
+        return high
+    return {**low, **{key: _merged(low.get(key), value, key) for key, value in high.items()}}
+
+
+def _named(value: Any) -> Any:
+    """A bare name as the section that it stands for."""
+    return {"name": value} if isinstance(value, str) else value
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +202,8 @@ def _replaced(values: Any, parts: Sequence[str], value: Any) -> Any:
         return value
     first, *rest = parts
     values = values if isinstance(values, Mapping) else {}
-    return {**values, first: _replaced(values.get(first), rest, value)}
+    inner = _named(values.get(first)) if first in VARIANTS and rest else values.get(first)
+    return {**values, first: _replaced(inner, rest, value)}
 
 
 def _parts(key: Any) -> list[str] | None:
@@ -217,16 +230,12 @@ def _at(location: Sequence[str | int], values: Any) -> Any:
 
 def _describe(problem: Mapping[str, Any]) -> str:
     """One line for one of pydantic's findings."""
-    location = [shortened(part) for part in problem["loc"]]
-    where = shortened(".".join(location), 120)
+    location, _ = _place(problem["loc"])
+    where = shortened(".".join(shortened(part) for part in location), 120)
     if problem["type"] == "extra_forbidden":
-        section = _section_at(problem["loc"][:-1])
-        near = get_close_matches(location[-1], section, n=3, cutoff=0.5)
-        return f"unknown key {where}: " + (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"{'.'.join(location[:-1]) or 'a config'} has {', '.join(section)}"
-        )
+        return f"unknown key {where}: {_instead(problem['loc'])}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where}.name is missing"
     if problem["type"] == "missing":
         return f"{where} is missing"
     message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
@@ -241,8 +250,47 @@ _MESSAGES = {  # where pydantic speaks of Python rather than of YAML
 }
 
 
-def _section_at(location: Iterable[str | int]) -> list[str]:
-    section: Any = Config
+def _instead(location: Sequence[str | int]) -> str:
+    """What could be meant by an unknown key."""
+    *outer, key = location
+    path, section = _place(outer)
+    siblings = _variants(_place(outer[:-1])[1])  # where the section is one of several
+    inside = {name: _variants(kind) for name, kind in _keys(section).items()}
+    for place, variants in {
+        ".".join(path): siblings,
+        **{".".join([*path, name]): v for name, v in inside.items()},
+    }.items():
+        owners = [name for name, variant in variants.items() if key in _keys(variant)]
+        if owners:
+            return f"it belongs to {place} {', '.join(owners)}"
+    near = get_close_matches(shortened(key), _keys(section), n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    where = ".".join(path) + (f" {outer[-1]}" if siblings else "")
+    return f"{where or 'a config'} has {', '.join(_keys(section))}"
+
+
+def _place(location: Sequence[str | int]) -> tuple[list[str], Any]:
+    """The keys that lead to `location`, and the type of what is there; pydantic's has a variant's name in it, too."""
+    path: list[str] = []
+    place: Any = Config
     for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
+        if part in _variants(place):
+            place = _variants(place)[part]
+        else:
+            path.append(str(part))
+            place = _keys(place).get(part)
+    return path, place
+
+
+def _variants(place: Any) -> dict[str, type[Section]]:
+    """By name, where the fields depend on the name."""
+    sections = [kind for kind in get_args(place) if isinstance(kind, type) and issubclass(kind, Section)]
+    return {kind.model_fields["name"].default: kind for kind in sections if "name" in kind.model_fields}
+
+
+def _keys(place: Any) -> dict[str, Any]:
+    """The keys of a section, with their types; of anything else none."""
+    if not (isinstance(place, type) and issubclass(place, Section)):
+        return {}
+    return {field.alias or name: field.annotation for name, field in place.model_fields.items()}

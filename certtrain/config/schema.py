@@ -9,16 +9,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     field_validator,
     model_validator,
 )
 
+from certtrain.config.methods import ChosenMethod, IBPSection
 from certtrain.config.names import ARITHMETICS, DATASETS, INITIALIZATIONS, METHODS, MODELS, OPTIMIZERS
 from certtrain.config.reading import MOST_DEPTH, write_yaml
+from certtrain.config.schedules import ChosenSchedule, ConstantSection
+from certtrain.config.section import Section
 from certtrain.errors import shown, unknown
 
 MOST = 2**31 - 1  # of a count: what 32 bits hold
@@ -99,12 +100,6 @@ def one_of(kind: str, choices: Collection[str]) -> AfterValidator:
     return AfterValidator(check)
 
 
-class Section(BaseModel):
-    """Strict: true is no number, and "3" no integer. Lists, which are kept as tuples, are the one exception."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
-
-
 class DataSection(Section):
     """What is trained and tested on."""
 
@@ -125,7 +120,7 @@ class ModelSection(Section):
 
     name: str
     path: str | None = None  # where that module lies; null: the config's own folder. The working directory comes next
-    options: Plain = {}
+    options: Plain = Field(default_factory=dict)
 
     @field_validator("name")
     @classmethod
@@ -139,6 +134,7 @@ class EpsilonSection(Section):
     """The perturbation radius and its warmup: 0 until `start_epoch` (counted from 1) begins, `max` when it ends."""
 
     max: Radius
+    train_factor: float = Field(1.0, gt=0)  # networks are trained at this multiple of `max`, which is tested
     start_epoch: Positive = 1
     warmup_epochs: Count = 0
     mid: float = Field(0.25, ge=0, le=1)
@@ -156,19 +152,37 @@ class RegularizerSection(Section):
 
 
 class OptimizerSection(Section):
-    """Any optimizer of torch.optim, by name, with its arguments; the learning rate falls at each milestone."""
+    """Any optimizer of torch.optim, by name, with its arguments, and its learning rate.
+
+    The rate is lr, times warmup or `schedule`, times `factor` for each milestone that has been reached.
+    """
 
     name: Annotated[str, one_of("optimizer", OPTIMIZERS)] = "Adam"
     lr: float = Field(5e-4, gt=0)
-    milestones: Annotated[tuple[Count, ...], Field(strict=False)] = ()  # epochs done when `factor` sets in
+    warmup_epochs: float = Field(0.0, ge=0)  # of the learning rate
+    schedule: ChosenSchedule = ConstantSection()
+    milestones: Annotated[tuple[Count, ...], Field(strict=False)] = ()  # epochs done when `factor` sets in ...
+    milestones_from: Literal["start", "ramp"] = "start"  # ... since the start, or since epsilon has stopped growing
     factor: float = Field(0.2, gt=0)
     clip: float | None = Field(10.0, gt=0)  # of the gradient's norm
-    arguments: Plain = {}
+    decay_vectors: bool = True  # whether weight decay is for BatchNorm's parameters and biases, too
+    vector_factor: float = Field(1.0, gt=0)  # of the learning rate of those
+    arguments: Plain = Field(default_factory=dict)
+
+
+class BatchNormSection(Section):
+    """Whose statistics BatchNorm has while training.
+
+    `center` takes them from the middle of the box, layer by layer, and needs no clean pass once epsilon is above 0.
+    """
+
+    statistics: Literal["clean", "adversarial", "center"] = "clean"
+    population: bool = False  # at the end, re-estimate the running statistics over the whole training set
 
 
 class TrainingSection(Section):
-    method: Literal["natural", "ibp", "crown-ibp"] = "ibp"
-    loss_fusion: bool = False  # of crown-ibp: one backward row instead of one for each class
+    method: ChosenMethod = IBPSection()  # a name, or a mapping of `name` and the method's own fields
+    batch_norm: BatchNormSection = BatchNormSection()
     initialization: Annotated[str, one_of("initialization", INITIALIZATIONS)] = "ibp"
     epochs: Positive
     batch_size: Positive = 128
@@ -223,24 +237,36 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_the_run(self) -> Config:
         epochs, epsilon = self.training.epochs, self.epsilon
-        late = [milestone for milestone in self.optimizer.milestones if milestone >= epochs]
+        ramp_end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
+        first = ramp_end if self.optimizer.milestones_from == "ramp" else 0
+        late = [first + milestone for milestone in self.optimizer.milestones if first + milestone >= epochs]
         if late:
             raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
-        if self.training.loss_fusion and self.training.method != "crown-ibp":
-            raise ValueError("training.loss_fusion is for training.method crown-ibp")
+        method = self.training.method
         saves_memory = self.training.accumulation > 1 or self.training.activation_checkpointing
         if self.training.compile is True and saves_memory:
             raise ValueError("training.compile is for whole steps: not with accumulation or activation_checkpointing")
-        if self.training.activation_checkpointing and self.training.method != "ibp":
-            raise ValueError(f"training.activation_checkpointing is for method ibp, not {self.training.method}")
-        if self.backend == "lirpa" and (self.training.loss_fusion or saves_memory or self.training.compile is True):
+        if self.training.activation_checkpointing and not method.boxes_only:
+            raise ValueError(f"training.activation_checkpointing is not for training.method {method.name}")
+        if self.backend == "lirpa" and (saves_memory or self.training.compile is True):
+            raise ValueError("backend lirpa supports none of training.accumulation, activation_checkpointing, compile")
+        statistics = self.training.batch_norm.statistics
+        if statistics == "adversarial" and not hasattr(method, "attack"):
+            raise ValueError(f"training.batch_norm.statistics adversarial: method {method.name} attacks no images")
+        if statistics == "center" and (saves_memory or not method.trains_on_box_alone):
             raise ValueError(
-                "backend lirpa supports none of training.loss_fusion, accumulation, activation_checkpointing, compile"
+                "training.batch_norm.statistics center is for methods that need no clean pass (ibp, crown-ibp, sabr, "
+                "without w or kappa), and not with accumulation or activation_checkpointing"
             )
-        end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
-        if self.training.method != "natural" and end > epochs:
+        if self.backend == "lirpa" and not (method.on_lirpa and statistics == "clean"):
+            raise ValueError(f"backend lirpa does not support training.method {method.name} as configured")
+        if self.optimizer.warmup_epochs > epochs:
+            raise ValueError(f"optimizer.warmup_epochs: {self.optimizer.warmup_epochs:g} of {epochs} epochs")
+        if epsilon.train_factor * epsilon.max > 1:
+            raise ValueError(f"epsilon.train_factor: {epsilon.train_factor:g} times max is above 1, the whole range")
+        if method.name != "natural" and ramp_end > epochs:
             raise ValueError(
-                f"epsilon: warmup would end after {end} epochs "
+                f"epsilon: warmup would end after {ramp_end} epochs "
                 f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"
             )
         return self

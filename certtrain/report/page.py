@@ -132,7 +132,7 @@ def _show(config: Config, summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _subtitle(config: Config, summary: Mapping[str, Any]) -> str:
-    parts = (config.model.name, config.data.name, f"trained by {config.training.method}", f"seed {config.seed}")
+    parts = (config.model.name, config.data.name, f"trained by {config.training.method.name}", f"seed {config.seed}")
     return f"{', '.join(parts)}; {summary['images']} test images, bounds by {summary['method'].replace(',', ', ')}"
 
 

@@ -17,7 +17,7 @@ from certtrain.runs.checkpoint import save_checkpoint
 from certtrain.runs.progress import MetricsFile, ProgressDisplay, TensorBoard, epoch_record
 from certtrain.runs.state import run_state
 from certtrain.runtime.distributed import Ranks
-from certtrain.training.objectives import SMALLEST_RADIUS
+from certtrain.training.step import SMALLEST_RADIUS
 from certtrain.training.trainer import EpochReport, Trainer
 
 PROBE_IMAGES = 256  # of the training set, on which each layer's statistics are taken
@@ -111,7 +111,7 @@ class Recorder(Follower):
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
         self.images_per_second = report.images_per_second
-        layers = layer_statistics(trainer.objective.net, self._probe, max(report.eps, SMALLEST_RADIUS))
+        layers = layer_statistics(trainer.gradient_step.net, self._probe, max(report.eps, SMALLEST_RADIUS))
         record = epoch_record(report, layers, self.seconds)
         self._metrics.add(record)
         self._tensorboard.add(record)

@@ -174,9 +174,8 @@ class ProgressDisplay:
 
     def after_epoch(self, report: EpochReport) -> None:
         m = report.metrics
-        errors = [f"natural {m['natural_error']:7.2%}"]
-        if "verified_error" in m:
-            errors.append(f"verified {m['verified_error']:7.2%}")
+        names = [name for name in ("natural", "adversarial", "robust", "verified") if f"{name}_error" in m]
+        errors = [f"{name} {m[f'{name}_error']:7.2%}" for name in names]
         parts = [
             f"epoch {report.epoch:>{len(str(self._epochs))}}/{self._epochs}",
             f"eps {report.eps:.5f}",

@@ -20,8 +20,8 @@ from torch import nn
 import certtrain
 from certtrain.bounds import BoundedModel
 from certtrain.config import Config
-from certtrain.config.arguments import optimizer_arguments
 from certtrain.config.loading import Overrides
+from certtrain.config.schema import BatchNormSection
 from certtrain.data import (
     Augmentation,
     Dataset,
@@ -47,9 +47,13 @@ from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks, joined
 from certtrain.runtime.files import write_json, write_text
 from certtrain.runtime.layout import lay_out_, layout_for, safe_convolutions
-from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.schedules import SmoothedEpsilon
+from certtrain.training.averaging import reestimate_statistics
 from certtrain.training.cost import clean_macs
-from certtrain.training.objectives import Objective
+from certtrain.training.methods import build_method
+from certtrain.training.optimizers import build_optimizer, build_rate
+from certtrain.training.regularization import Regularization
+from certtrain.training.step import GradientStep
 from certtrain.training.trainer import Batches, Trainer
 from certtrain.verification.attacks import PGD
 from certtrain.verification.radius import Radii, certified_radii
@@ -196,6 +200,10 @@ def _fit(run: Prepared, ranks: Ranks, console: Console) -> tuple[Follower, bool]
 def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]:
     """Hand out the network, verify it, and write the summary."""
     config, model, dataset = run.config, run.model, run.dataset
+    if config.training.batch_norm.population:  # by every process for itself: all have the whole training set
+        size, seed = config.training.batch_size, config.seed
+        batches = epoch_batches(dataset.train, size, seed=seed, epoch=config.training.epochs)
+        reestimate_statistics(model, (images for images, _ in batches))
     if ranks.is_first:
         save_weights(run.folder, model)
     results = verify_run(config, model, dataset, ranks=ranks)
@@ -323,19 +331,16 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     sizes = batch_sizes(len(split), training.batch_size)
     per_epoch = len(sizes)
     _check_last_batch(model, len(split), training.batch_size)
+    if training.batch_norm != BatchNormSection() and not _has_batch_norm(model):
+        raise UsageError(f"training.batch_norm: model {config.model.name} has no BatchNorm")
     _check_shares(config, dataset, sizes, ranks)
-    regularizers = config.regularizers
-    objective = Objective(
-        BoundedModel(
-            model, to_float(split.images[:1]), config.backend, batch_sum=None if ranks.size == 1 else ranks.sum
-        ),
-        method=training.method,
-        loss_fusion=training.loss_fusion,
-        regularization=regularizers.weight,
-        tightness=regularizers.tightness,
-        relu_balance=regularizers.relu_balance,
-        tolerance=regularizers.tolerance,
-        l1=regularizers.l1,
+    batch_sum = None if ranks.size == 1 else ranks.sum
+    gradient_step = GradientStep(
+        BoundedModel(model, to_float(split.images[:1]), config.backend, batch_sum),
+        build_method(training.method),
+        Regularization(**config.regularizers.model_dump(exclude={"l1"})),
+        statistics=training.batch_norm.statistics,
+        l1=config.regularizers.l1,
         activation_checkpointing=training.activation_checkpointing,
         accumulation=training.accumulation,
         precision=training.precision,
@@ -343,19 +348,21 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         ranks=ranks,
     )
     start = (epsilon.start_epoch - 1) * per_epoch
+    end, max_eps = start + epsilon.warmup_epochs * per_epoch, epsilon.train_factor * epsilon.max
+    radius = SmoothedEpsilon(max_eps, start, end, epsilon.mid, epsilon.beta)
     return Trainer(
         model=model,
-        objective=objective,
-        optimizer=build_optimizer(config, model),
+        gradient_step=gradient_step,
+        optimizer=build_optimizer(optimizer, model),
         batches=training_batches(config, dataset, ranks),
         batch_sizes=sizes,
         epochs=training.epochs,
-        eps=SmoothedEpsilon(
-            epsilon.max, start, start + epsilon.warmup_epochs * per_epoch, mid=epsilon.mid, beta=epsilon.beta
-        ),
-        max_eps=epsilon.max,
-        lr=StepwiseRate(optimizer.lr, [m * per_epoch for m in optimizer.milestones], optimizer.factor),
+        eps=radius,
+        max_eps=max_eps,
+        ramp=radius.ramp,
+        lr=build_rate(optimizer, per_epoch, training.epochs, end),
         clip=optimizer.clip,
+        seed=config.seed,
     )
 
 
@@ -376,19 +383,6 @@ def _compiles(config: Config, model: nn.Module, dataset: Dataset) -> bool:
     steps = training.epochs * len(batch_sizes(len(dataset.train), training.batch_size))
     macs = training.epochs * len(dataset.train) * clean_macs(model, dataset.image_shape)
     return compiling_pays(next(model.parameters()).device, steps, macs)
-
-
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    section = config.optimizer
-    optimizer = getattr(torch.optim, section.name, None)
-    if optimizer is None:
-        raise UsageError(f"optimizer.name: torch {torch.__version__} has no {section.name}")
-    arguments = optimizer_arguments(optimizer, section.arguments)
-    try:
-        return optimizer(model.parameters(), lr=section.lr, **arguments)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = shortened(str(error).partition("\n")[0], 160)
-        raise UsageError(f"optimizer.arguments: {section.name}: {reason}") from error
 
 
 def verify_run(
@@ -464,9 +458,12 @@ def versions() -> dict[str, str]:
     }
 
 
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
-    has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    if has_batch_norm and (images - 1) % batch_size == 0:
+    if _has_batch_norm(model) and (images - 1) % batch_size == 0:
         raise UsageError(
             f"training.batch_size: {images} images in batches of {batch_size} leave one alone, "
             "which BatchNorm cannot normalise: choose another size"

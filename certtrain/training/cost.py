@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from certtrain.bounds.model import evaluating
 from certtrain.errors import UsageError
 from certtrain.models import build_model
-from certtrain.training.objectives import Objective, Phase
+from certtrain.training.method import Phase, scheduled
+from certtrain.training.step import GradientStep
 
 
 class Size(NamedTuple):
@@ -52,17 +53,17 @@ def clean_macs(model: nn.Module, image_shape: Sequence[int]) -> int:
     return counter.get_total_flops() // 2
 
 
-def step_macs(objective: Objective, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:
+def step_macs(step: GradientStep, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:
     """Multiply-accumulates of one training step in a phase, forward and backward, for each image of its batch.
 
     Elementwise work (ReLU, BatchNorm, |W|) is not counted. The network's weights stay; BatchNorm counts the step.
     """
+    _ = step.net.graph  # recorded, and checked, with numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
         images, labels = torch.empty(batch_size, *image_shape), torch.zeros(batch_size, dtype=torch.int64)
-        eps = torch.tensor(0.0)
         with FlopCounterMode(display=False, custom_mapping={_CONVOLUTION_BACKWARD: _convolution_backward}) as counter:
-            objective.backward(images, labels, eps, eps, phase)
-    objective.net.model.zero_grad(set_to_none=True)
+            step.backward(images, labels, scheduled(0.0), phase)
+    step.net.model.zero_grad(set_to_none=True)
     return counter.get_total_flops() / 2 / batch_size
 
 

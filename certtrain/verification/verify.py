@@ -19,7 +19,7 @@ from certtrain.data.seeding import generator
 from certtrain.errors import DataError, UnsupportedOperation, UsageError
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
-from certtrain.training.objectives import proved
+from certtrain.training.losses import proved
 from certtrain.verification.attacks import PGD
 from certtrain.verification.folding import fold_batch_norm
 from certtrain.verification.pixels import perturbation_box

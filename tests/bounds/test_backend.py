@@ -79,7 +79,7 @@ def test_a_network_without_rules_here_trains_and_is_verified_through_it(train, t
         assert output.contains(model(box.lower + torch.rand_like(x) * (box.upper - box.lower)), 1e-5).all()
 
 
-@pytest.mark.parametrize("setting", ["training.accumulation=2", "training.loss_fusion=true"])
+@pytest.mark.parametrize("setting", ["training.accumulation=2", "training.method.loss_fusion=true"])
 def test_what_it_cannot_do_is_said_before_training(train, setting):
     outcome = train("backend=lirpa", "training.method=crown-ibp", setting)
     assert outcome.code == 2

@@ -9,7 +9,7 @@ from torch import nn
 from certtrain.config import load_config
 from certtrain.config.names import OPTIMIZERS
 from certtrain.errors import UsageError
-from certtrain.runs.train import build_optimizer
+from certtrain.training.optimizers import build_optimizer
 
 VALUES = ["true", "false", "0", "1", "-1", "0.5", "5e-4", "text", "null", "[0.5, 0.9]", "[]", "[1, 2, 3]", "[a, b]",
           "[true, 0.5]", "{a: 1}", "1e300", ".inf", ".nan", "1" + "0" * 35, "'5e-4'", "٣"]  # fmt: skip
@@ -20,7 +20,7 @@ def build(name, overrides):
     config = load_config(source, [f"optimizer.name={name}", *overrides])
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
-    return model, build_optimizer(config, model)
+    return model, build_optimizer(config.optimizer, model)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -46,7 +46,7 @@ def test_shipped_configs_hold_the_published_settings(name):
     assert config.optimizer.clip == 10
     assert config.training.batch_size == published["batch"]
     assert (config.data.crop, config.data.flip) == (published["crop"], published["crop"] > 0)
-    assert (config.model.name, config.training.initialization, config.training.method) == ("cnn7", "ibp", "ibp")
+    assert (config.model.name, config.training.initialization, config.training.method.name) == ("cnn7", "ibp", "ibp")
     assert config.regularizers.weight == (0.2 if name.startswith("tiny") else 0.5)
     assert (config.regularizers.tolerance, config.regularizers.l1) == (0.5, 0)
     assert config.regularizers.tightness
@@ -154,7 +154,17 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
         ("data.name", "cifar", "data.name: unknown data set 'cifar': did you mean cifar10.*\\?"),
         ("optimizer.name", "adam", "optimizer.name: unknown optimizer 'adam': did you mean .*Adam.*\\?"),
         ("training.initialization", "kaming", "training.initialization: unknown initialization .*kaiming"),
-        ("training.method", "ipb", "training.method: .*'ibp'.*'ipb'"),
+        ("training.method", "ipb", "training.method: unknown training method 'ipb': did you mean ibp\\?"),
+        ("training.loss_fusion", "true", "unknown key training.loss_fusion: it belongs to training.method crown-ibp"),
+        (
+            "training.method",
+            "{name: ibp, loss_fusion: true}",
+            "unknown key .*: it belongs to training.method crown-ibp",
+        ),
+        ("training.method", "{name: crown-ibp, loss_fuson: true}", "unknown key .*: did you mean loss_fusion\\?"),
+        ("training.method", "{name: ibp, colour: red}", "unknown key .*: training.method ibp has name"),
+        ("training.method", "{loss_fusion: true}", "training.method.name is missing"),
+        ("training.method", "{name: crown-ibp, beta: [1, 2]}", "training.method.beta.1: .* less than or equal to 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_that_names_the_key(key, value, message):
