@@ -90,7 +90,8 @@ def find_model(name: str, trust: bool = False) -> Callable[..., nn.Module]:
 
 def _shape_lazy_layers(network: nn.Module, image_shape: Sequence[int]) -> None:
     """Run a network that has lazy layers once: until then they have no weights that could be trained or loaded."""
-    if any(isinstance(tensor, UninitializedBuffer | UninitializedParameter) for tensor in (*network.parameters(), *network.buffers())):
+    lazy = UninitializedBuffer | UninitializedParameter
+    if any(isinstance(tensor, lazy) for tensor in (*network.parameters(), *network.buffers())):
         with torch.no_grad():
             network.eval()(torch.zeros(1, *image_shape))
         network.train()

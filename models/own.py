@@ -21,8 +21,8 @@ _LIBRARIES = tuple(
     str(Path(path).resolve()) + os.sep
     for path in (
         *(str(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        Path(str(sys.modules["certtrain"].__file__)).parent,
-        Path(__file__).parent,
+        str(Path(str(sys.modules["certtrain"].__file__)).parent),
+        str(Path(__file__).parent),
     )
 )
 
