@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +57,9 @@ class _Proxy(fx.Proxy):
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self._inplace(operator.itruediv, other)
 
+    def __ipow__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.ipow, other)
+
 
 def _ambient() -> tuple[bool, ...]:
     """What changes the meaning of an operation from outside."""
@@ -70,6 +74,8 @@ class _Tracer(fx.Tracer):
         self._ambient = _ambient()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if getattr(m, "padding_mode", "zeros") != "zeros":  # a convolution, whose forward pads first
+            return False
         return module_entry(m) is not None or (
             type(m).__module__.startswith("torch.nn")
             and not isinstance(m, nn.Sequential | nn.ModuleList)
@@ -212,7 +218,7 @@ class _Recorder:
         if target in operations.INSPECTIONS or (node.op == "call_method" and target in operations.INSPECTING_METHODS):
             return self._append(Step(_callable(node, self.root), args, self.where, kwargs=kwargs))
         if target in operations.DECOMPOSITIONS:
-            return operations.DECOMPOSITIONS[target](self.call, *args, **kwargs)
+            return _bound(partial(operations.DECOMPOSITIONS[target], self.call), args, kwargs, self.where)
         entry = _entry(node)
         if entry is None:
             return self._append(Step(_callable(node, self.root), args, self.where, _without_rule(node), kwargs=kwargs))
@@ -298,11 +304,11 @@ class _Recorder:
         )
 
 
-def _bound(bind: Bind, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> tuple[Any, ...]:
+def _bound(bind: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Any:
     try:
         return bind(*args, **kwargs)
     except TypeError as error:
-        reason = str(error).replace("<lambda>()", "it").replace("_bind_", "")
+        reason = str(error).replace("<lambda>()", "it").replace("_bind_", "").replace("_decompose_", "")
         raise UnsupportedOperation(f"{where} has no rule with these arguments: {reason}") from error
     except UnsupportedOperation as error:
         raise UnsupportedOperation(f"{where}: {error}") from error
