@@ -238,7 +238,7 @@ class Bounds:
 
     clean: logits of the clean input (B, K), None when only a box was given
     output: box of the logits (B, K)
-    relu_inputs: box before each ReLU, in the order of the network
+    relu_inputs: box before each ReLU, or activation of its kind (`Operation.rectifies`), in the order of the network
     affine_input: box that enters the first convolution or linear layer (after the input normalisation)
     tail, tail_input: the affine operations that end the network, and the box that enters them
     record: all calls and boxes, where the pass was asked to keep them

@@ -21,6 +21,7 @@ from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.interval import RULES
 from certtrain.bounds.linear.backward import RULES as BACKWARD
 from certtrain.bounds.linear.relaxations import RELAXATIONS
+from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.operations import (
     DECOMPOSITIONS,
     FUNCTIONS,
@@ -45,6 +46,7 @@ from certtrain.bounds.operations import (
 )
 from certtrain.bounds.rounding import RULES as SOUND
 from certtrain.errors import UnsupportedOperation
+from tests.bounds.test_lirpa import needs_auto_lirpa
 from tests.bounds.test_properties import points_of
 
 Function = Callable[[Tensor], Tensor]
@@ -665,6 +667,9 @@ def name_of(function: Any) -> str:
     return OPERATIONS[function].name
 
 
+each_elementwise = pytest.mark.parametrize(
+    "function", [f for f in OPERATIONS if OPERATIONS[f].elementwise], ids=name_of
+)
 each_operation = pytest.mark.parametrize("function", EXAMPLES, ids=name_of)
 LAST = {torch.softmax, torch.log_softmax}  # only as a network's end: tests/bounds/test_soundness*
 
@@ -815,7 +820,7 @@ def intervals(function: Callable) -> Box:
     return Box(pairs.amin(1)[None], pairs.amax(1)[None])
 
 
-@pytest.mark.parametrize("function", [f for f in OPERATIONS if OPERATIONS[f].elementwise], ids=name_of)
+@each_elementwise
 def test_boxes_and_lines_enclose_the_function_and_touch_it(function):
     for settings in SETTINGS.get(function, [()]):
         x = intervals(function)
@@ -938,3 +943,44 @@ def test_transcendental_functions_have_no_sound_rule(function):
 def test_decompositions_are_called():
     covered = {spelling for example in EXAMPLES.values() for spelling in example.calls}
     assert DECOMPOSITIONS.keys() - covered - {"pow_", operator.ipow} == set()
+
+
+@each_elementwise
+def test_gradients_of_lines_and_boxes_are_finite(function):
+    """Of degenerate and wide boxes too: torch.where hides a NaN, its gradient does not."""
+    for settings in SETTINGS.get(function, [()]):
+        x = intervals(function)
+        kept = (x.upper < 20) & (x.lower > -20)
+        ends = [end[kept][:, None].requires_grad_() for end in (x.lower, x.upper)]
+        box = RULES[function](Box(*ends), *settings)
+        results = [*RELAXATIONS[function](Box(*ends), *settings), box.lower, box.upper]
+        for result in results:
+            if result.requires_grad:
+                gradients = torch.autograd.grad(result.sum(), ends, retain_graph=True, allow_unused=True)
+                assert all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+
+
+@needs_auto_lirpa
+@pytest.mark.parametrize(
+    ("function", "methods"),
+    [
+        (torch.exp, ("ibp", "crown-ibp", "crown")),
+        (lambda x: torch.log(x + 5), ("ibp", "crown-ibp", "crown")),
+        (torch.abs, ("ibp",)),
+        (lambda x: torch.sqrt(x + 5), ("ibp",)),
+        (lambda x: x**2, ("ibp",)),
+        (F.softplus, ("ibp",)),
+    ],
+    ids=["exp", "log", "abs", "sqrt", "square", "softplus"],
+)
+def test_margins_equal_auto_lirpa(function, methods):
+    """Where it has the operation, and the same relaxation of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Called(function), nn.Linear(8, 3)).double().eval()
+    x, labels = torch.rand(IMAGES, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    box = linf_box(x, 0.3, clip=None)
+    for method in methods:
+        with torch.no_grad():
+            found = BoundedModel(model, x).margins(box, labels, method, intersect=False)
+            expected = LirpaModel(model, x).margins(box, labels, method, intersect=False)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

@@ -85,11 +85,11 @@ def _derivative(function: Function) -> Function:
 
 
 def _chord(function: Function, derivative: Function, low: Tensor, high: Tensor, *settings: Any) -> Tensor:
-    """Its slope; the derivative in the middle of an interval that is (nearly) a point."""
+    """Its slope; of an interval that is (nearly) a point the derivative there, a constant, as any slope would do."""
     width, middle = high - low, (low + high) / 2
     wide = width > NARROW * (1 + middle.abs())
     rise = function(high, *settings) - function(low, *settings)
-    return torch.where(wide, rise / torch.where(wide, width, 1.0), derivative(middle, *settings))
+    return torch.where(wide, rise / torch.where(wide, width, 1.0), derivative(middle.detach(), *settings).detach())
 
 
 def _best(
