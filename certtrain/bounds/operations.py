@@ -283,8 +283,18 @@ def _bind_conv_transpose(
     return input, weight, bias, stride, padding, output_padding, groups, dilation
 
 
+def pads_first(module: nn.Module) -> bool:
+    """Is it a convolution that pads its input, with other values than zeros, and convolves without padding then?"""
+    return getattr(module, "padding_mode", "zeros") != "zeros"
+
+
+def padding_settings(module: Any) -> tuple[Any, ...]:
+    """How: the arguments of `F.pad` after the input."""
+    return tuple(module._reversed_padding_repeated_twice), module.padding_mode, None
+
+
 def _conv_settings(m: Any) -> tuple[Any, ...]:
-    return m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups
+    return m.weight, m.bias, m.stride, 0 if pads_first(m) else m.padding, m.dilation, m.groups
 
 
 def _conv_transpose_settings(m: Any) -> tuple[Any, ...]:

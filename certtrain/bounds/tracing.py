@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from certtrain.bounds import operations
@@ -74,8 +75,6 @@ class _Tracer(fx.Tracer):
         self._ambient = _ambient()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if getattr(m, "padding_mode", "zeros") != "zeros":  # a convolution, whose forward pads first
-            return False
         return module_entry(m) is not None or (
             type(m).__module__.startswith("torch.nn")
             and not isinstance(m, nn.Sequential | nn.ModuleList)
@@ -260,6 +259,9 @@ class _Recorder:
         given = (*args, *kwargs.values())
         if len(given) != 1:
             raise UnsupportedOperation(f"{self.where} is called with {len(given)} arguments, its rule is for one")
+        if operations.pads_first(module):
+            padding = operations.OPERATIONS[F.pad]
+            given = (self._operation(padding, given, module, lambda: operations.padding_settings(module)),)
         return self._operation(operation, given, module, lambda: read(module))
 
     def _attribute_of_value(self, value: Any, name: str) -> Any:
