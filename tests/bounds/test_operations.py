@@ -163,8 +163,8 @@ def dropout(dims: int) -> Example:
     return Example(shape, {"p": 0.3, "training": False}, [getattr(nn, f"Dropout{name}")(0.3).eval()], refused=refused)
 
 
-def along(name: str, refused: Sequence[Function], modules: Sequence[nn.Module] = (), **keywords: Any) -> Example:
-    return Example(IMAGE, keywords, modules, refused=refused)
+def moves(refused: Sequence[Function], **keywords: Any) -> Example:
+    return Example(IMAGE, keywords, refused=refused)
 
 
 batch_norm_statistics = {"running_mean": ramp(3), "running_var": ramp(3).square() + 0.5}
@@ -475,10 +475,9 @@ EXAMPLES: dict[Callable, Example] = {
         },
         refused=[lambda x: F.pad(x, (0, 0) * 3 + (1, 0)), lambda x: F.pad(x, (1, 1), value=float("inf"))],
     ),
-    narrow: along("narrow", [lambda x: x.narrow(0, 0, IMAGES)], dim=1, start=1, length=2),
-    torch.select: along("select", [lambda x: x.select(0, 1)], dim=-1, index=2),
-    torch.index_select: along(
-        "index_select",
+    narrow: moves([lambda x: x.narrow(0, 0, IMAGES)], dim=1, start=1, length=2),
+    torch.select: moves([lambda x: x.select(0, 1)], dim=-1, index=2),
+    torch.index_select: moves(
         [lambda x: x.index_select(0, torch.tensor([1, 0, 2])), lambda x: torch.index_select(x, -4, torch.arange(3))],
         dim=1,
         index=torch.tensor([2, 0, 2]),
@@ -601,6 +600,13 @@ class Called(nn.Module):
         return self.function(x * self.scale + self.shift).flatten(1)
 
 
+class Head(Called):
+    """A function that ends a network."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def spellings(operation: Operation) -> list[Any]:
     """Every public way to write the operation: functions, names of methods, classes of modules."""
     table = [*FUNCTIONS.items(), *METHODS.items(), *MODULES.items()]
@@ -671,7 +677,7 @@ each_elementwise = pytest.mark.parametrize(
     "function", [f for f in OPERATIONS if OPERATIONS[f].elementwise], ids=name_of
 )
 each_operation = pytest.mark.parametrize("function", EXAMPLES, ids=name_of)
-LAST = {torch.softmax, torch.log_softmax}  # only as a network's end: tests/bounds/test_soundness*
+LAST = {torch.softmax, torch.log_softmax}  # only as a network's end, see below
 
 
 # --- the table is whole -----------------------------------------------------------------------------------------------
@@ -912,6 +918,24 @@ def test_dropout_of_channels_draws_one_mask_for_clean_input_and_box(dims):
     assert (dropped.all(2) == dropped.any(2)).all()
     assert dropped.any()
     assert not dropped.all()
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_a_softmax_that_ends_the_network_leaves_the_margins_of_the_logits(name):
+    torch.manual_seed(0)
+    x, labels = torch.rand(IMAGES, 4, dtype=torch.float64), torch.tensor([0, 1, 2])
+    layer, box = nn.Linear(4, 3).double(), linf_box(x, 0.1)
+    expected = BoundedModel(layer, x).margins(box, labels)
+    module = {"softmax": nn.Softmax, "log_softmax": nn.LogSoftmax}[name]
+    heads = [module(1), module(-1)]
+    for head in (getattr(torch, name), getattr(F, name), lambda x, dim: getattr(x, name)(dim)):
+        heads += [Head(lambda x, head=head: head(x, 1)), Head(lambda x, head=head: head(x, dim=-1))]
+    for head in heads:
+        model = nn.Sequential(layer, head)
+        torch.testing.assert_close(BoundedModel(model, x).margins(box, labels), expected)
+    for wrong in (nn.Sequential(layer, module(0)), nn.Sequential(layer, module(1), nn.Linear(3, 3).double())):
+        with pytest.raises(UnsupportedOperation, match=r"axis 0|has no interval rule|one image"):
+            BoundedModel(wrong, x)
 
 
 @each_operation
