@@ -356,6 +356,6 @@ def _require_rules(graph: Graph[Any]) -> None:
     for step in graph.steps[1:]:
         if step.tracked and step.function not in interval.RULES.keys() | SETTLED_BY_CLEAN.keys():
             raise UnsupportedOperation(
-                f"{step.where} has no interval rule; use backend: lirpa, or write it with supported operations "
-                "(certtrain/bounds/operations.py lists them)"
+                f"{step.where} has no interval rule; use backend: lirpa, or add one (register_operation, "
+                "docs/extending.md)"
             )
