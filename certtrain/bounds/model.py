@@ -174,7 +174,7 @@ class BoundedModel:
         return CleanPass(output, clean.coefficients)
 
     def split(self, behind: int) -> Split:
-        """The network cut behind one of its activations, counted from 1 in the order of `relu_inputs`.
+        """The network cut behind one of its `activations`, counted from 1 in the order of the network.
 
         Raises:
             UsageError: there is no such activation, nothing nonlinear follows it, or what follows also reads values

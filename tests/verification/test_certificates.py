@@ -212,7 +212,7 @@ def test_other_stored_types_are_refused_by_loader_and_checker(part, dtype, tmp_p
     name = next(name for name in weights if part in name)
     weights[name] = weights[name].astype(dtype)
     save_file(weights, file)
-    with pytest.raises(CheckpointError, match=f"{name} as torch.{dtype}"):
+    with pytest.raises(CheckpointError, match=f"{name} is .* of {dtype}"):
         load_model(file)
     with pytest.raises(CertificateError, match=f"{name} as {dtype}"):
         SavedNetwork.read(file)
