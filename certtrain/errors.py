@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import ModuleType
@@ -52,15 +53,47 @@ class MissingDependency(CerttrainError, ImportError):
     """An optional library is needed and not installed."""
 
 
+MOST_LINES = 20  # of a message: a long list of things that are wrong has one cause
+
+
+def shortened(text: object, most: int = 60) -> str:
+    """`text` on one line of at most `most` characters, the middle left out where it is longer.
+
+    What would move the cursor or colour the terminal is shown as an escape.
+    """
+    line = str(text)
+    if len(line) > most:
+        tail = (most - 1) // 3
+        line = f"{line[: most - 1 - tail]}…{line[-tail:]}"
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return escaped if len(escaped) <= most else escaped[: most - 1] + "…"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """`value` as Python writes it, shortened; of what is large only as much is looked at as is shown."""
+    summary = reprlib.Repr()
+    summary.maxstring = summary.maxother = summary.maxlong = most
+    summary.maxlevel = 2
+    return shortened(summary.repr(value), most)
+
+
+def lines_of(message: object, most: int = 300) -> str:
+    """A message as it is printed: a line for each thing that is wrong, none longer than `most` characters."""
+    lines = [line for line in str(message).splitlines() if line.strip()] or [type(message).__name__]
+    surplus = len(lines) - MOST_LINES
+    rest = [f"and {surplus} more"] if surplus > 0 else []
+    return "\n".join([*(shortened(line, most) for line in lines[:MOST_LINES]), *rest])
+
+
 def unknown(kind: str, name: str, choices: Iterable[str], otherwise: str | None = None) -> UsageError:
     """The error for a name that is not among `choices`, with the nearest ones.
 
     Where none is near, all are listed, or `otherwise` says where they are.
     """
     choices = sorted(choices)
-    near = get_close_matches(name, choices, n=3, cutoff=0.5)
+    near = get_close_matches(shortened(name, 200), choices, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else otherwise or f"choose from {', '.join(choices)}"
-    return UsageError(f"unknown {kind} {name!r}: {hint}")
+    return UsageError(f"unknown {kind} {shown(name, 200)}: {hint}")
 
 
 def optional_module(name: str, extra: str) -> ModuleType:

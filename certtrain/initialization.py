@@ -9,13 +9,26 @@ import math
 import operator
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
 
 from certtrain.errors import unknown
 
-AFFINE_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+AFFINE_MODULES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 def ibp_init_(model: nn.Module) -> nn.Module:
@@ -25,7 +38,11 @@ def ibp_init_(model: nn.Module) -> nn.Module:
     whose input is ReLU(a sum of two branches), since the sum doubles the radius. Biases and BatchNorms stay.
     (Shi et al. 2021, section 3.1.)
 
-    The sums are found by torch.fx; where a network cannot be traced, layers are taken in the order they were
+    fan_in is the number of inputs that reach one output: for a transposed convolution, the mean over outputs. A layer
+    is a module, or a call such as F.linear(x, self.weight). Of a parametrized layer the effective weight is set
+    (weight_norm); one that cannot take it (spectral_norm, orthogonal) keeps its own, and a warning names it.
+
+    Layers and sums are found by torch.fx; where a network cannot be traced, modules are taken in the order they were
     registered, none is halved, and a warning says so.
     """
     return initialize_(model, "ibp")
@@ -35,52 +52,166 @@ def initialize_(model: nn.Module, scheme: str) -> nn.Module:
     """Initialize the weights of every affine layer but the last, in place: ibp, kaiming, xavier, orthogonal, default.
 
     "default" leaves the model as PyTorch made it.
+
+    Raises:
+        UsageError: there is no such scheme.
     """
     if scheme not in INITIALIZATIONS:
         raise unknown("initialization", scheme, INITIALIZATIONS)
     if scheme == "default":
         return model
-    fill = INITIALIZATIONS[scheme]
-    layers = _affine_layers(model)
+    kept = []
     with torch.no_grad():
-        for layer, after_sum in layers[:-1]:
-            fill(layer.weight)
-            if scheme == "ibp" and after_sum:
-                layer.weight /= 2
+        for weight in _affine_weights(model)[:-1]:
+            factor = 0.5 if scheme == "ibp" and weight.after_sum else 1.0
+            if not weight.draw_(INITIALIZATIONS[scheme], factor):
+                kept.append(weight.path)
+    if kept:
+        warnings.warn(
+            f"initialization {scheme} has no effect on {', '.join(kept)}: computed by a parametrization or by the "
+            "network itself, and kept as they are",
+            stacklevel=2,
+        )
     return model
 
 
-def _ibp_normal_(weight: Tensor) -> Tensor:
-    fan_in = nn.init._calculate_correct_fan(weight, "fan_in")
+Fill = Callable[[Tensor, float], Tensor]  # (outputs, inputs of a group, *kernel), fan_in
+
+
+def _ibp_normal_(weight: Tensor, fan_in: float) -> Tensor:
     return nn.init.normal_(weight, 0.0, math.sqrt(2 * math.pi) / fan_in)
 
 
-def _kaiming_normal_(weight: Tensor) -> Tensor:
+def _kaiming_normal_(weight: Tensor, fan_in: float) -> Tensor:
     return nn.init.kaiming_normal_(weight, nonlinearity="relu")
 
 
-INITIALIZATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+INITIALIZATIONS: dict[str, Fill] = {
     "ibp": _ibp_normal_,
     "kaiming": _kaiming_normal_,
-    "xavier": nn.init.xavier_normal_,
-    "orthogonal": nn.init.orthogonal_,
-    "default": lambda weight: weight,
+    "xavier": lambda weight, fan_in: nn.init.xavier_normal_(weight),
+    "orthogonal": lambda weight, fan_in: nn.init.orthogonal_(weight),
+    "default": lambda weight, fan_in: weight,
 }
 
 
-def _affine_layers(model: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Affine modules in the order they run, each with: is its input ReLU(a sum of two branches)?"""
+@dataclass(frozen=True)
+class _AffineWeight:
+    """The weight of one affine layer, attribute `name` of `owner`, and how the layer uses it.
+
+    `owner` is None for a weight that the network computes on its way; `path` then names the place.
+    """
+
+    path: str
+    owner: nn.Module | None
+    name: str
+    transposed: bool = False
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    after_sum: bool = False
+
+    def draw_(self, fill: Fill, factor: float) -> bool:
+        """Give the layer a new weight to compute with; or change nothing, where that cannot be: False."""
+        owner, name = self.owner, self.name
+        if owner is None:
+            return False
+        if name in owner._parameters:
+            parameter = owner.get_parameter(name)
+            parameter.copy_(factor * self._drawn(parameter, fill))
+            return True
+        before = {key: state.clone() for key, state in owner.state_dict().items()}
+        value = factor * self._drawn(getattr(owner, name), fill)
+        if _set_parametrized(owner, name, value) and torch.allclose(getattr(owner, name), value, rtol=1e-4, atol=1e-7):
+            return True
+        owner.load_state_dict(before)  # reading a spectral norm updates it
+        return False
+
+    def _drawn(self, weight: Tensor, fill: Fill) -> Tensor:
+        """A value for `weight` (out, in / groups, *kernel), of a transposed convolution (in, out / groups, *kernel)."""
+        if not self.transposed:
+            value = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            return fill(value, weight[0].numel())
+        inputs, outputs, *kernel = weight.shape[0] // self.groups, *weight.shape[1:]
+        value = weight.new_empty(self.groups * outputs, inputs, *kernel)
+        fill(value, inputs * math.prod(kernel) / math.prod(self.stride))  # a mean: strides leave gaps between inputs
+        return value.unflatten(0, (self.groups, outputs)).transpose(1, 2).reshape(weight.shape)
+
+
+def _set_parametrized(owner: nn.Module, name: str, value: Tensor) -> bool:
+    """By the parametrization's right inverse, or the hook of the older torch.nn.utils.weight_norm."""
+    if parametrize.is_parametrized(owner, name):
+        try:
+            setattr(owner, name, value)
+        except Exception:  # no right inverse, or a value outside its range: whatever its author raises
+            return False
+        return True
+    for hook in owner._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and hook.name == name:
+            getattr(owner, f"{name}_g").copy_(torch.norm_except_dim(value, 2, hook.dim))
+            getattr(owner, f"{name}_v").copy_(value)
+            setattr(owner, name, hook.compute_weight(owner))
+            return True
+    return False
+
+
+def _affine_weights(model: nn.Module) -> list[_AffineWeight]:
+    """Of the affine layers in the order they run."""
+    modules = dict(model.named_modules())
     try:
         nodes = fx.Tracer().trace(model).nodes
     except Exception as error:  # whatever a stranger's forward raises under tracing
-        warnings.warn(f"cannot trace {type(model).__name__} ({error}): layers behind sums are not halved", stacklevel=4)
-        return [(m, False) for m in model.modules() if isinstance(m, AFFINE_MODULES)]
-    modules = dict(model.named_modules())
-    found: dict[nn.Module, bool] = {}
+        warnings.warn(
+            f"cannot trace {type(model).__name__} ({error}): layers behind sums are not halved, and only modules of "
+            "torch.nn are initialized",
+            stacklevel=4,
+        )
+        return [_of_module(path, m) for path, m in modules.items() if isinstance(m, AFFINE_MODULES)]
+    found: dict[tuple[nn.Module | None, str], _AffineWeight] = {}
     for node in nodes:
+        weight = None
         if node.op == "call_module" and isinstance(modules[node.target], AFFINE_MODULES):
-            found.setdefault(modules[node.target], _is_relu_of_sum(node.all_input_nodes[0], modules))
-    return list(found.items())
+            weight = _of_module(node.target, modules[node.target])
+        elif node.op == "call_function" and node.target in _FUNCTIONS:
+            weight = _of_call(node, modules)
+        if weight is not None:
+            after_sum = _is_relu_of_sum(node.all_input_nodes[0], modules)
+            key = (weight.owner, weight.name if weight.owner else weight.path)
+            found.setdefault(key, replace(weight, after_sum=after_sum))
+    return list(found.values())
+
+
+def _of_module(path: str, module: nn.Module) -> _AffineWeight:
+    weight = f"{path}.weight" if path else "weight"
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return _AffineWeight(weight, module, "weight", True, module.groups, tuple(module.stride))
+    return _AffineWeight(weight, module, "weight")
+
+
+_TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+_FUNCTIONS = {F.linear, F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED_CONVOLUTIONS}
+
+
+def _of_call(node: fx.Node, modules: dict[str, nn.Module]) -> _AffineWeight | None:
+    """Of F.linear(x, weight) or F.conv2d(x, weight) where weight is a parameter of a module, or computed."""
+    source = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    if not isinstance(source, fx.Node):
+        return None
+    if source.op != "get_attr":
+        return _AffineWeight(f"what is computed from {', '.join(_parameters_behind(source))}", None, "")
+    path, _, name = str(source.target).rpartition(".")
+    place = (str(source.target), modules[path], name)
+    if node.target not in _TRANSPOSED_CONVOLUTIONS:  # of all others the weight's shape tells fan_in
+        return _AffineWeight(*place)
+    dimensions = _TRANSPOSED_CONVOLUTIONS[node.target]
+    groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    stride: Any = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
+    return _AffineWeight(*place, True, groups, (stride,) * dimensions if isinstance(stride, int) else tuple(stride))
+
+
+def _parameters_behind(node: fx.Node) -> list[str]:
+    if node.op == "get_attr":
+        return [str(node.target)]
+    return [name for source in node.all_input_nodes for name in _parameters_behind(source)]
 
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -90,7 +221,7 @@ _RESHAPING_MODULES = (nn.Flatten, nn.Identity, nn.Dropout)
 
 
 def _is_relu_of_sum(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    module = modules.get(node.target) if node.op == "call_module" else None
+    module = modules.get(str(node.target)) if node.op == "call_module" else None
     if node.target in _RESHAPES or isinstance(module, _RESHAPING_MODULES):
         return _is_relu_of_sum(node.all_input_nodes[0], modules)
     if not (node.target in _RELUS or isinstance(module, nn.ReLU)):

@@ -55,7 +55,7 @@ class Moments(NamedTuple):
     c and r are centre and radius, A and I the active (lower > 0) and inactive (upper < 0) neurons.
     """
 
-    count: Tensor
+    elements: Tensor  # how many
     radius: Tensor  # Σ r
     center: Tensor  # Σ c
     active_count: Tensor
@@ -66,11 +66,11 @@ class Moments(NamedTuple):
     inactive_squares: Tensor
 
     def plus(self, other: Moments) -> Moments:
-        return Moments(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
 
     def completed_by(self, total: Moments) -> Moments:
         """`total`, with gradient through this part of it only."""
-        return Moments(*(mine + (whole - mine).detach() for mine, whole in zip(self, total, strict=True)))
+        return Moments(*(part + (whole - part).detach() for part, whole in zip(self, total, strict=True)))
 
 
 def moments(box: Box) -> Moments:
@@ -97,7 +97,7 @@ def tightness_of(layers: Sequence[Moments], input_radius: Tensor, tol: float) ->
 
 def layer_tightness(layer: Moments, input_radius: Tensor) -> Tensor:
     """mean(r_0) / mean(r_i)."""
-    return input_radius / (layer.radius / layer.count).clamp(min=TINY)
+    return input_radius / (layer.radius / layer.elements).clamp(min=TINY)
 
 
 def relu_balance_of(layers: Sequence[Moments], tol: float) -> Tensor:
@@ -106,7 +106,7 @@ def relu_balance_of(layers: Sequence[Moments], tol: float) -> Tensor:
 
 
 def _imbalance(m: Moments, tol: float) -> Tensor:
-    mean = m.center / m.count
+    mean = m.center / m.elements
     active_variance = _deviation(m.active_squares, m.active, m.active_count, mean)
     inactive_variance = _deviation(m.inactive_squares, m.inactive, m.inactive_count, mean)
     value = torch.relu(tol - _folded(m.active, -m.inactive)) + torch.relu(

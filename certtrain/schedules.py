@@ -1,8 +1,9 @@
-"""Epsilon and learning rate as functions of the step."""
+"""Epsilon and learning rate as functions of the step, counted from 0."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -26,6 +27,12 @@ class SmoothedEpsilon:
         if not (0 <= self.mid <= 1 and self.beta >= 1):
             raise ValueError(f"need 0 <= mid <= 1 and beta >= 1, got mid={self.mid}, beta={self.beta}")
 
+    def ramp(self, step: int) -> float:
+        """The share of the steps between start and end that are done, in [0, 1]."""
+        if step >= self.end_step:
+            return 1.0
+        return 0.0 if step <= self.start_step else (step - self.start_step) / (self.end_step - self.start_step)
+
     def __call__(self, step: int) -> float:
         if step >= self.end_step:
             return self.max_eps
@@ -41,13 +48,76 @@ class SmoothedEpsilon:
         return at_bend + (self.max_eps - at_bend) * (elapsed - bend) / line
 
 
+Shape = Callable[[int], float]  # steps since the learning rate's warmup -> what the rate is multiplied by
+
+
+def constant(step: int) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True)
-class StepwiseRate:
-    """Learning rate: `base`, times `factor` at every milestone (a step) that has been reached."""
+class LearningRate:
+    """`base`, times everything that applies: pure in the step, so that a resumed run needs no state of it.
+
+    Args:
+        warmup_steps: in which the rate grows linearly, to reach its full value with the last of them.
+        shape: of what follows.
+        milestones: steps, at each of which the rate is multiplied by `factor` from then on.
+    """
 
     base: float
     milestones: Sequence[int] = ()
     factor: float = 0.2
+    warmup_steps: int = 0
+    shape: Shape = constant
 
     def __call__(self, step: int) -> float:
-        return self.base * self.factor ** sum(step >= milestone for milestone in self.milestones)
+        rate = self.base * self.factor ** sum(step >= milestone for milestone in self.milestones)
+        if step < self.warmup_steps:
+            return rate * (step + 1) / self.warmup_steps
+        return rate * self.shape(step - self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From 1 to `final`, which the step after the last of `steps` would have."""
+
+    steps: int
+    final: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        return 1 + (self.final - 1) * min(1.0, step / max(1, self.steps))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From 1 to `final` along half a cosine. (Loshchilov and Hutter 2017, arXiv 1608.03983.)"""
+
+    steps: int
+    final: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        share = min(1.0, step / max(1, self.steps))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass(frozen=True)
+class InverseRoot:
+    """√(timescale / step), 1 for the first `timescale` steps. (Zhai et al. 2022, arXiv 2106.04560.)"""
+
+    timescale: int
+
+    def __call__(self, step: int) -> float:
+        return math.sqrt(self.timescale / max(self.timescale, step))
+
+
+@dataclass(frozen=True)
+class Cooldown:
+    """1, and in the last `length` of `steps` linearly down to `final`. (Hägele et al. 2024, arXiv 2405.18392.)"""
+
+    steps: int
+    length: int
+    final: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        return Linear(self.length, self.final)(max(0, step - (self.steps - self.length)))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from certtrain.errors import UsageError, unknown
 from certtrain.models.feedforward import cnn7, cnn_large, cnn_small, mlp
 from certtrain.models.normalize import Normalize
+from certtrain.models.own import explained, imported, modules_from
 from certtrain.models.residual import Residual, resnext, wide_resnet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -35,6 +37,7 @@ def build_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     options: Mapping[str, Any] | None = None,
+    trust: bool = False,
 ) -> nn.Module:
     """The network `name` behind its input normalisation.
 
@@ -43,34 +46,55 @@ def build_model(
         image_shape: (C, H, W).
         mean, std: per-channel normalisation of pixels in [0, 1]; None for none.
         options: keyword arguments of the architecture, such as width.
+        trust: import the module of a "module:callable", which runs its code.
 
     Returns:
-        nn.Sequential(normalize, network), which maps images (B, C, H, W) in [0, 1] to logits (B, num_classes).
+        nn.Sequential(normalize, network), which maps images (B, C, H, W) in [0, 1] to logits (B, num_classes). Lazy
+        layers have their shapes.
+
+    Raises:
+        UsageError: there is no such network, it is not trusted, or it cannot be imported or built; says where,
+            in a file of one's own.
     """
-    architecture = _find(name)
+    architecture = find_model(name, trust)
     options = dict(options or {})
-    try:
+    with explained(f"model {name}"):
         inspect.signature(architecture).bind(tuple(image_shape), num_classes, **options)
-    except TypeError as error:
-        raise UsageError(f"model {name}: {error}") from error
-    network = architecture(tuple(image_shape), num_classes, **options)
+    with modules_from(), explained(f"model {name} cannot be built"):
+        network = architecture(tuple(image_shape), num_classes, **options)
     if not isinstance(network, nn.Module):
         raise UsageError(f"model {name} returned {type(network).__name__}, not a torch.nn.Module")
+    _shape_lazy_layers(network, image_shape)
     if mean is None or std is None:
         return nn.Sequential(OrderedDict(network=network))
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), network=network))
 
 
-def _find(name: str) -> Callable[..., nn.Module]:
+def find_model(name: str, trust: bool = False) -> Callable[..., nn.Module]:
+    """The architecture `name`, of MODELS, or where the caller trusts it the callable that "module:callable" names.
+
+    Raises:
+        UsageError: there is none, or it is not trusted.
+    """
     if ":" not in name:
         if name not in MODELS:
             raise unknown("model", name, MODELS)
         return MODELS[name]
-    module_name, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"model {name}: {error}") from error
+    if not trust:
+        raise UsageError(
+            f"model {name[:100]!r} is code outside certtrain, which runs when it is opened: if you know and trust it, "
+            "say --trust-model (in Python trust=True)"
+        )
+    return imported(name)
+
+
+def _shape_lazy_layers(network: nn.Module, image_shape: Sequence[int]) -> None:
+    """Run a network that has lazy layers once: until then they have no weights that could be trained or loaded."""
+    lazy = UninitializedBuffer | UninitializedParameter
+    if any(isinstance(tensor, lazy) for tensor in (*network.parameters(), *network.buffers())):
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, *image_shape))
+        network.train()
 
 
 __all__ = [
@@ -81,6 +105,7 @@ __all__ = [
     "cnn7",
     "cnn_large",
     "cnn_small",
+    "find_model",
     "mlp",
     "resnext",
     "wide_resnet",

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 class Normalize(nn.Module):
     """(x - mean) / std per channel; x is (B, C, H, W) in [0, 1]."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from certtrain.errors import UsageError
 from certtrain.models.layers import classifier, convolution, divided, is_large
+
+MOST_BLOCKS = 1000  # of a stage; a greater number, in a file from elsewhere, is a trap
 
 
 class Residual(nn.Module):
@@ -18,7 +21,7 @@ class Residual(nn.Module):
     ) -> None:
         super().__init__()
         self.branch = nn.Sequential(*branch)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out_channels:
             self.shortcut = nn.Sequential(*convolution(channels, out_channels, 1, stride, batch_norm=batch_norm))
 
@@ -71,7 +74,9 @@ def resnext(
     A stage has one block of bottleneck width 32 unless told otherwise, and two of width 8 for images of 64 pixels and
     more; a block's output has twice the channels of its grouped convolution. (Xie et al. 2017, arXiv 1611.05431.)
     """
-    per_stage = blocks or (2 if is_large(image_shape) else 1)
+    per_stage = (2 if is_large(image_shape) else 1) if blocks is None else blocks
+    if not 1 <= per_stage <= MOST_BLOCKS:
+        raise UsageError(f"resnext: blocks is between 1 and {MOST_BLOCKS}, not {per_stage}")
     bottleneck_width = bottleneck_width or (8 if is_large(image_shape) else 32)
     channels, stages = stem_width, []
     for stage, first_stride in enumerate((1, 2, 2)):

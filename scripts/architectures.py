@@ -21,13 +21,17 @@ from ablation import CIFAR10_MEAN, CIFAR10_STD, EPSILON, RESULTS
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.config import Config, load_config
 from certtrain.config.loading import runnable_configs
+from certtrain.config.methods import MethodSection
 from certtrain.data import load_dataset, to_float
 from certtrain.initialization import initialize_
 from certtrain.models import MODELS, build_model
 from certtrain.runs.train import versions
 from certtrain.runtime.files import write_json
 from certtrain.training.cost import network_size, step_macs
-from certtrain.training.objectives import Objective, Phase
+from certtrain.training.method import Phase
+from certtrain.training.methods import build_method
+from certtrain.training.regularization import Regularization
+from certtrain.training.step import GradientStep
 
 NETWORKS = ("cnn7", "wide-resnet", "resnext")
 DATA = {  # image shape, classes, training images
@@ -80,7 +84,7 @@ def costs_of(config: Config) -> dict[str, Any]:
     first = Phase.BEFORE if config.regularizers.weight else Phase.NATURAL
     phases = {"before": first, "warmup": Phase.WARMUP, "full": Phase.FULL}
     options = tuple(config.model.options.items())
-    method = (training.method, training.loss_fusion, config.regularizers.weight)
+    method = (training.method, config.regularizers.weight)
     macs = {
         part: images * macs_per_image(config.data.name, config.model.name, options, *method, phase)
         if epochs[part]
@@ -91,12 +95,10 @@ def costs_of(config: Config) -> dict[str, Any]:
 
 
 @cache
-def macs_per_image(
-    data: str, model: str, options: tuple, method: str, fusion: bool, weight: float, phase: Phase
-) -> float:
+def macs_per_image(data: str, model: str, options: tuple, method: MethodSection, weight: float, phase: Phase) -> float:
     shape = DATA[data][0]
-    objective = Objective(bounded(data, model, options), method, fusion, weight)
-    return step_macs(objective, shape, phase)
+    step = GradientStep(bounded(data, model, options), build_method(method), Regularization(weight))
+    return step_macs(step, shape, phase)
 
 
 @cache

@@ -38,8 +38,9 @@ from certtrain.models import build_model
 from certtrain.runs.train import resolve_device, versions
 from certtrain.runtime.allocation import keep_freed_memory
 from certtrain.runtime.files import write_json
-from certtrain.runtime.precision import layout_for
-from certtrain.training.objectives import Objective, Phase
+from certtrain.runtime.layout import layout_for
+from certtrain.training.method import Phase, scheduled
+from certtrain.training.step import GradientStep
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 GROWING = ["natural, eager", "certtrain, eager", "auto_LiRPA"]
@@ -76,11 +77,11 @@ def makers_of(setting: Setting) -> dict[str, Callable[[], Step]]:
         def make() -> Step:
             precision, compiled = options.get("precision", "float32"), "compile_for" in options
             model, optimizer = network(setting, layout_for(precision, setting.device, compiled))
-            objective = Objective(BoundedModel(model, images[:1], backend), **options)
-            eps, progress = torch.tensor([8 / 255, 0.5], device=setting.device)
+            gradient_step = GradientStep(BoundedModel(model, images[:1], backend), **options)
+            at = scheduled(8 / 255, 0.5, like=images)
 
             def step() -> None:
-                objective.backward(images, labels, eps, progress, setting.phase)
+                gradient_step.backward(images, labels, at, setting.phase)
                 finish(model, optimizer)
 
             return step

@@ -30,7 +30,10 @@ from certtrain.data import Split, load_dataset, to_float
 from certtrain.models import build_model
 from certtrain.runs.train import versions
 from certtrain.runtime.files import write_json
-from certtrain.training.objectives import Objective, Phase, proved
+from certtrain.training.losses import proved
+from certtrain.training.method import Phase, scheduled
+from certtrain.training.methods import IBP, CrownIBP
+from certtrain.training.step import GradientStep
 
 DIGITS_IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 20, "alpha-crown": 20}
 CIFAR_IMAGES = {"ibp": 200, "crown-ibp": 200, "crown": 10, "alpha-crown": 2}  # half a minute an image and more
@@ -111,14 +114,13 @@ def one_step(classes: int, form: str, batch: int = 8, repeats: int = 5) -> dict[
     options = {"width": 8, "linear_width": 128}
     model: nn.Module = build_model("cnn7", (3, 32, 32), classes, mean=(0.5,) * 3, std=(0.25,) * 3, options=options)
     images, labels = torch.rand(batch, 3, 32, 32), torch.randint(0, classes, (batch,))
-    method = "ibp" if form == "ibp" else "crown-ibp"
-    objective = Objective(BoundedModel(model.train(), images[:1]), method=method, loss_fusion=form == "fused")
-    eps, progress = torch.tensor(1 / 255), torch.tensor(0.25)
+    method = IBP() if form == "ibp" else CrownIBP(loss_fusion=form == "fused")
+    step = GradientStep(BoundedModel(model.train(), images[:1]), method)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
-        objective.backward(images, labels, eps, progress, Phase.WARMUP)
+        step.backward(images, labels, scheduled(1 / 255, 0.25), Phase.WARMUP)
         seconds.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return {"classes": classes, "form": form, "batch": batch, "seconds": statistics.median(seconds[1:]),

@@ -257,7 +257,7 @@ class Examination:
 
     def _trained(self, model: nn.Module) -> None:
         """In training mode, the box a point: the module's own output."""
-        if any(isinstance(module, nn.Dropout) for module in model.modules()):
+        if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in model.modules()):
             return
         double = deepcopy(model).double().train()
         x = self.question.upper.double()

@@ -30,7 +30,7 @@ import certtrain
 from certtrain.runs.callbacks import Recorder
 from certtrain.runs.train import epoch_batches, versions
 from certtrain.runtime.files import write_json
-from certtrain.training.objectives import Objective
+from certtrain.training.step import GradientStep
 from certtrain.training.trainer import Trainer
 
 SIZES = (1280, 2560, 5120)  # whole batches
@@ -79,7 +79,7 @@ def profile(config: dict[str, Any]) -> dict[str, float]:
     watch, adam = Stopwatch(), torch.optim.Adam
     parts = [
         (Trainer, "run", "the loop itself"),
-        (Objective, "backward", STEP[0]),
+        (GradientStep, "backward", STEP[0]),
         (nn.utils, "clip_grad_norm_", STEP[1]),
         (adam, "step", STEP[2]),
         (adam, "zero_grad", STEP[2]),

@@ -15,23 +15,25 @@ from typing import Any
 
 import torch
 from compare_bounds import RESULTS, trained_networks
+from rich.console import Console
 from torch import Tensor, nn
 
 import certtrain
 from certtrain.bounds import BoundedModel
-from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box, nearest_above, nearest_below
-from certtrain.data import Split, evaluation_batches
+from certtrain.bounds.rounding import ARITHMETICS, nearest_above, nearest_below
+from certtrain.data import Split, to_float
 from certtrain.runs.train import versions
 from certtrain.runtime.files import write_json
 from certtrain.verification.certificates import read_certificates, write_certificates
-from certtrain.verification.checker import SavedNetwork, check_row
+from certtrain.verification.checker import SavedNetwork, check
 from certtrain.verification.folding import fold_batch_norm
-from certtrain.verification.verify import Verification, verify
+from certtrain.verification.pixels import pixel_box
+from certtrain.verification.verify import Verification, parts_of, verify
 
 
 def price(model: nn.Module, data: Split, eps: float) -> list[dict[str, Any]]:
     """Verified error and seconds: plain bounds in float32 and float64, then those that cover rounding."""
-    double = fold_batch_norm(model, next(evaluation_batches(data, 1))[0]).double()  # only the arithmetic changes
+    double = fold_batch_norm(model, to_float(data.images[:1])).double()  # only the arithmetic changes
     rows = []
     for name, result in (
         ("plain, float32", verify(model, data, eps)[0]),
@@ -45,12 +47,13 @@ def price(model: nn.Module, data: Split, eps: float) -> list[dict[str, Any]]:
 def verify_double(model: nn.Module, data: Split, eps: float) -> Verification:
     """IBP of the network as real mathematics, in float64."""
     started = time.perf_counter()
-    net = BoundedModel(model, next(evaluation_batches(data, 1))[0].double())
+    net = BoundedModel(model, to_float(data.images[:1]).double())
     found = []
     with torch.no_grad():
-        for images, labels in evaluation_batches(data, 256):
-            margins = net.margins(enclosing_linf_box(images, eps), labels)
-            prediction = model(images.double()).argmax(1)
+        for _, part in parts_of(data, 256):
+            labels = part.labels
+            margins = net.margins(pixel_box(part.images, eps), labels)
+            prediction = model(to_float(part.images).double()).argmax(1)
             least = margins.scatter(1, labels[:, None], torch.inf).amin(1)
             found.append((prediction, prediction == labels, least))
     prediction, correct, least = (torch.cat(part) for part in zip(*found, strict=True))
@@ -64,16 +67,16 @@ def verify_double(model: nn.Module, data: Split, eps: float) -> Verification:
 def sample(model: nn.Module, data: Split, eps: float, wanted: int) -> dict[str, Any]:
     """Logits of random points of the boxes, half of them corners, as the network and as the folded one compute them."""
     generator = torch.Generator().manual_seed(0)
-    example = next(evaluation_batches(data, 1))[0]
+    example = to_float(data.images[:1])
     net, folded = BoundedModel(model, example), fold_batch_norm(model, example)
     points = outside = 0
     with torch.no_grad():
-        for images, labels in evaluation_batches(data, 128):
-            box = enclosing_linf_box(images, eps)
+        for _, part in parts_of(data, 128):
+            labels, box = part.labels, pixel_box(part.images, eps)
             bounds = net.ibp(box, arithmetic="float32")
             margins = net.margins(box, labels, arithmetic="float32")
             for round_ in range(-(-wanted // len(data))):
-                share = torch.rand(images.shape, generator=generator, dtype=torch.float64)
+                share = torch.rand(part.images.shape, generator=generator, dtype=torch.float64)
                 share = share.round() if round_ % 2 else share
                 point = inside(box.lower + share * (box.upper - box.lower), box.lower, box.upper)
                 points += len(labels)
@@ -95,16 +98,15 @@ def inside(point: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 def agreement(folder: Path, model: nn.Module, data: Split, eps: float) -> dict[str, Any]:
     """The independent checker on the verifier's certificates: one that does not hold ends the program."""
     results = verify(model, data, eps, arithmetic="float32")
-    network = SavedNetwork.read(folder / "model.safetensors")
+    network, images, labels = SavedNetwork.read(folder / "model.safetensors"), data.images.numpy(), data.labels.numpy()
+    config = {"data": {"name": "npz"}, "verification": {"eps": [eps]}}
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "certificates.parquet"
-        write_certificates(file, results, data, folder / "model.safetensors", {}, versions())
-        rows = read_certificates(file).rows
-    started = time.perf_counter()
-    for row in rows:
-        check_row(row, network, data.images.numpy(), data.labels.numpy())
-    seconds = (time.perf_counter() - started) / len(rows)
-    return {"checked": len(rows), "disagreements": 0, "checker_seconds_per_image": seconds}
+        write_certificates(file, results, data, folder / "model.safetensors", config, versions())
+        started = time.perf_counter()
+        check(read_certificates(file), network, "npz", images, labels, Console(quiet=True))
+        seconds = (time.perf_counter() - started) / len(data)
+    return {"checked": len(data), "disagreements": 0, "checker_seconds_per_image": seconds}
 
 
 def main() -> None:

@@ -1,17 +1,24 @@
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
+import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import certtrain.models
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.errors import UsageError
-from certtrain.initialization import ibp_init_, initialize_
+from certtrain.initialization import AFFINE_MODULES, ibp_init_, initialize_
 from certtrain.models import build_model
 from tests.networks import Block
 
@@ -189,3 +196,118 @@ def test_initialization_and_regularizers_load_neither_trainer_nor_data(module):
     assert "certtrain" in loaded
     for heavy in ("trainer", "certtrain.data", "certtrain.runs.train", "pydantic", "certtrain.models"):
         assert heavy not in loaded
+
+
+# --- every kind of affine layer --------------------------------------------------------------------------------------
+
+
+class Functional(nn.Module):
+    """The same layer, but its weight is a parameter of one's own that a function is called with."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.weight_of_its_own = nn.Parameter(layer.weight.detach().clone())
+        dimensions = self.weight_of_its_own.dim() - 2
+        if not dimensions:
+            self.function, self.arguments = F.linear, {}
+            return
+        transposed = layer.transposed
+        self.function = getattr(F, f"conv{'_transpose' * transposed}{dimensions}d")
+        self.arguments = {"stride": layer.stride, "groups": layer.groups, "dilation": layer.dilation}
+
+    @property
+    def weight(self) -> Tensor:
+        return self.weight_of_its_own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, weight=self.weight_of_its_own, **self.arguments)
+
+
+WRAPPERS = {
+    "plain": lambda layer: layer,
+    "weight-norm": parametrizations.weight_norm,
+    "weight-norm-hook": nn.utils.weight_norm,
+    "functional": Functional,
+}
+
+
+@st.composite
+def layers(draw) -> nn.Module:
+    kind = draw(st.sampled_from(AFFINE_MODULES))
+    few = st.integers(1, 3)
+    if kind is nn.Linear:
+        return nn.Linear(draw(st.integers(20, 60)), draw(st.integers(20, 60)), bias=False)
+    groups = draw(few)
+    sizes = {"kernel_size": draw(few), "stride": draw(few), "dilation": draw(st.integers(1, 2)), "groups": groups}
+    return kind(groups * draw(st.integers(6, 12)), groups * draw(st.integers(6, 12)), bias=False, **sizes)
+
+
+def inputs_of_an_output(layer: nn.Module) -> float:
+    """Mean number of inputs that a change of moves an output, by trying, away from the edges of images."""
+    layer = copy.deepcopy(layer).double()
+    nn.init.ones_(layer.weight)
+    if isinstance(layer, nn.Linear):
+        return layer(torch.ones(layer.in_features).double())[0].item()
+    dimensions = layer.weight.dim() - 2
+    reached = layer(torch.ones(1, layer.in_channels, *[14] * dimensions).double())[0, 0]  # a sum of ones
+    if not layer.transposed:
+        return reached[(0,) * dimensions].item()
+    edge = layer.dilation[0] * layer.kernel_size[0]
+    middle = slice(edge, edge + layer.stride[0])
+    return reached[(middle,) * dimensions].mean().item()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@given(layer=layers())
+@settings(deadline=None, max_examples=40)
+def test_the_effective_weight_has_the_deviation_of_the_inputs_that_reach_an_output(wrapper, layer):
+    fan_in = inputs_of_an_output(layer)
+    wrapped = WRAPPERS[wrapper](layer)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ibp_init_(nn.Sequential(wrapped, nn.ReLU(), nn.Linear(7, 2)))
+    effective = effective_weight(wrapped)
+    ratio = effective.std().item() * fan_in / math.sqrt(2 * math.pi)
+    assert ratio == pytest.approx(1, abs=5 / math.sqrt(2 * effective.numel()))
+
+
+def effective_weight(layer: nn.Module) -> Tensor:
+    """What the layer multiplies by, from unit inputs if it is linear: hooks have run then."""
+    if isinstance(layer, nn.Linear):
+        return layer(torch.eye(layer.in_features)).detach()
+    for hook in layer._forward_pre_hooks.values():
+        hook(layer, None)
+    return layer.weight.detach()
+
+
+class Masked(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (lambda: parametrizations.spectral_norm(nn.Linear(6, 6)), "hidden.weight"),
+        (lambda: parametrizations.orthogonal(nn.Linear(6, 6)), "hidden.weight"),
+        (lambda: nn.utils.spectral_norm(nn.Linear(6, 6)), "hidden.weight"),
+        (lambda: Masked(6, 6), "computed from hidden.weight"),
+    ],
+    ids=["spectral-norm", "orthogonal", "spectral-norm-hook", "masked"],
+)
+def test_a_weight_that_cannot_be_set_is_named_and_kept(layer, name):
+    model = nn.Sequential(OrderedDict(first=nn.Linear(4, 6), hidden=layer(), last=nn.Linear(6, 2)))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match=rf"no effect on .*{name}"):
+        ibp_init_(model)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
+    assert changed == {"first.weight"}
+
+
+def test_the_last_layer_is_the_classifier_even_if_it_is_a_call():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Functional(nn.Linear(6, 2)))
+    before = model[2].weight.detach().clone()
+    ibp_init_(model)
+    assert torch.equal(model[2].weight, before)

@@ -132,7 +132,7 @@ def test_any_callable_is_a_model(tmp_path, monkeypatch):
         "    return nn.Sequential(nn.Flatten(), nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, num_classes))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    model = build_model("somebodys:net", (1, 2, 2), 5, options={"hidden": 7})
+    model = build_model("somebodys:net", (1, 2, 2), 5, options={"hidden": 7}, trust=True)
     assert model.network[1].out_features == 7
     sys.modules.pop("somebodys")
 
@@ -149,7 +149,7 @@ def test_any_callable_is_a_model(tmp_path, monkeypatch):
 )
 def test_wrong_models_are_one_clear_line(name, options, message):
     with pytest.raises(UsageError, match=message) as error:
-        build_model(name, (3, 32, 32), 10, options=options)
+        build_model(name, (3, 32, 32), 10, options=options, trust=True)
     assert "\n" not in str(error.value)
 
 

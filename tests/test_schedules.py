@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from certtrain.schedules import SmoothedEpsilon, StepwiseRate
+from certtrain.schedules import Cooldown, Cosine, InverseRoot, LearningRate, Linear, Shape, SmoothedEpsilon
 
 
 def published(step: int, max_eps: Fraction, start: int, end: int, mid: Fraction, beta: int) -> Fraction:
@@ -48,6 +49,11 @@ def test_epsilon_never_falls_and_ends_exactly_at_its_maximum():
 
 def test_epsilon_without_a_ramp_jumps():
     assert [SmoothedEpsilon(0.3, 2, 2)(step) for step in range(4)] == [0.0, 0.0, 0.3, 0.3]
+    assert [SmoothedEpsilon(0.3, 2, 2).ramp(step) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_the_ramp_is_the_share_of_its_steps_that_are_done():
+    assert [SmoothedEpsilon(0.3, 2, 6).ramp(step) for step in range(8)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
 
 
 @pytest.mark.parametrize("arguments", [(0.1, 5, 4), (0.1, -1, 4), (0.1, 0, 4, 2.0), (0.1, 0, 4, 0.25, 0.5)])
@@ -57,5 +63,36 @@ def test_impossible_schedules_are_refused(arguments):
 
 
 def test_learning_rate_falls_at_each_milestone():
-    rate = StepwiseRate(1.0, [3, 5], 0.2)
+    rate = LearningRate(1.0, [3, 5], 0.2)
     assert [rate(step) for step in range(7)] == pytest.approx([1, 1, 1, 0.2, 0.2, 0.04, 0.04])
+
+
+SHAPES: dict[Shape, list[float]] = {
+    Linear(4): [1, 0.75, 0.5, 0.25, 0, 0],
+    Linear(4, final=0.2): [1, 0.8, 0.6, 0.4, 0.2, 0.2],
+    Cosine(4): [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0, 0],
+    Cosine(2, final=0.1): [1, 0.55, 0.1, 0.1],
+    InverseRoot(2): [1, 1, 1, math.sqrt(2 / 3), math.sqrt(0.5), math.sqrt(0.4)],
+    Cooldown(6, 2): [1, 1, 1, 1, 1, 0.5, 0],
+    Cooldown(3, 0): [1, 1, 1],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=repr)
+def test_shapes_of_the_learning_rate(shape):
+    assert [shape(step) for step in range(len(SHAPES[shape]))] == pytest.approx(SHAPES[shape], abs=1e-15)
+
+
+@given(
+    shape=st.sampled_from([Linear(50, 0.1), Cosine(50), InverseRoot(7), Cooldown(50, 10)]),
+    warmup=st.integers(0, 30),
+    step=st.integers(0, 200),
+)
+def test_a_rate_grows_through_warmup_then_falls_and_is_the_product_of_its_parts(shape, warmup, step):
+    rate = LearningRate(2.0, [40], 0.5, warmup, shape)
+    now, later = rate(step), rate(step + 1)
+    assert (now <= later) if step + 1 < warmup and step + 1 != 40 else (now >= later or step + 1 <= warmup)
+    fallen = 0.5 if step >= 40 else 1.0
+    expected = 2.0 * fallen * ((step + 1) / warmup if step < warmup else shape(step - warmup))
+    assert now == pytest.approx(expected, rel=1e-12)
+    assert warmup == 0 or LearningRate(2.0, warmup_steps=warmup)(warmup - 1) == 2.0

@@ -1,7 +1,22 @@
 """Sets that flow through a network."""
 
 from certtrain.bounds.box import Box, linf_box
+from certtrain.bounds.extending import register_operation
 from certtrain.bounds.interval import Bounds
+from certtrain.bounds.linear.relaxations import LinearRelaxation
 from certtrain.bounds.model import BoundedModel
+from certtrain.bounds.operations import Concave, Convex, PiecewiseLinear, Smooth, SShaped
 
-__all__ = ["BoundedModel", "Bounds", "Box", "linf_box"]
+__all__ = [
+    "BoundedModel",
+    "Bounds",
+    "Box",
+    "Concave",
+    "Convex",
+    "LinearRelaxation",
+    "PiecewiseLinear",
+    "SShaped",
+    "Smooth",
+    "linf_box",
+    "register_operation",
+]

@@ -82,25 +82,31 @@ def _settle_batch_norm(
     return scale_shift, (x, scale.view(channelwise), shift.view(channelwise))
 
 
-def _settle_dropout(
-    x: Any,
-    clean: Tensor | None,
-    dims: int,
-    batch_sum: BatchSum | None,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-) -> tuple[Callable, tuple]:
-    if not training or p == 0:
-        return torch.mul, (x, 1.0)
-    if batch_sum is not None:
-        raise UsageError("Dropout would draw the same for every part of a batch: train in one process, or without it")
-    if clean is None:
-        raise UsageError("Dropout is active in training mode: pass clean=, or call model.eval()")
-    return torch.mul, (x, F.dropout(torch.ones_like(clean), p, True))
+def _dropout(drop: Callable[..., Tensor]) -> Settle:
+    """Of a Dropout of single elements, or of whole channels: the mask that `drop` draws."""
+
+    def settle(
+        x: Any,
+        clean: Tensor | None,
+        dims: int,
+        batch_sum: BatchSum | None,
+        p: float = 0.5,
+        training: bool = True,
+    ) -> tuple[Callable, tuple]:
+        if not training or p == 0:
+            return torch.mul, (x, 1.0)
+        if batch_sum is not None:
+            raise UsageError(
+                "Dropout would draw the same for every part of a batch: train in one process, or without it"
+            )
+        if clean is None:
+            raise UsageError("Dropout is active in training mode: pass clean=, or call model.eval()")
+        return torch.mul, (x, drop(torch.ones_like(clean), p, True))
+
+    return settle
 
 
 SETTLED_BY_CLEAN: dict[Callable, Settle] = {
     F.batch_norm: _settle_batch_norm,
-    F.dropout: _settle_dropout,
+    **{drop: _dropout(drop) for drop in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)},
 }

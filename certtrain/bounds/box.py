@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from certtrain.errors import UsageError
 
 
 class Box:
@@ -98,7 +101,14 @@ def linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = 
         eps: perturbation radius in the units of `x`; a scalar tensor (so that a compiled step need not be rebuilt
             as it grows), or a tensor that broadcasts against `x`, for a radius per image.
         clip: the range pixels can take, or None for no cut.
+
+    Raises:
+        UsageError: `x` is not floating-point, or the radius is negative or not finite (a tensor is not looked into).
     """
+    if not x.is_floating_point():
+        raise UsageError(f"a box is drawn around floating-point images in [0, 1], not {x.dtype}")
+    if not isinstance(eps, Tensor) and not 0 <= eps < math.inf:
+        raise UsageError(f"a radius is a finite number and not negative, not {eps}")
     lower, upper = x - eps, x + eps
     if clip is not None:
         lower, upper = lower.clamp(*clip), upper.clamp(*clip)

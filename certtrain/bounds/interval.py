@@ -4,25 +4,37 @@ A rule takes the operation's arguments with boxes in the place of tensors and re
 (Gowal et al. 2018, arXiv 1810.12715.) The rules come in three families:
 
 bilinear   W x + b: centre through the map, radius through its absolute value
-monotone   both ends through the function
+monotone   both ends through the function; where it turns, the points at which it does as well
 reshaping  values only move or are averaged: every part of the box through the function
 
-The last two follow from an operation's traits. (`operations.py`)
+The last two follow from an operation's traits. (`operations.py`, `activations.py`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from certtrain.bounds import activations  # noqa: F401  whose records stand in OPERATIONS
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients, scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
-from certtrain.bounds.operations import OPERATIONS, WEIGHTED, add, cat, einsum, sub
+from certtrain.bounds.operations import (
+    OPERATIONS,
+    WEIGHTED,
+    Operation,
+    PiecewiseLinear,
+    add,
+    at_settings,
+    cat,
+    einsum,
+    sub,
+)
 from certtrain.errors import UnsupportedOperation
 
 Rule = Callable[..., Box]
@@ -59,6 +71,55 @@ def monotone(function: Callable[..., Tensor]) -> Rule:
         return Box(function(x.lower, *settings), function(x.upper, *settings))
 
     return rule
+
+
+def decreasing(function: Callable[..., Tensor]) -> Rule:
+    """Rule for an elementwise function that falls, or stays."""
+
+    def rule(x: Box, *settings: Any) -> Box:
+        return Box(function(x.upper, *settings), function(x.lower, *settings))
+
+    return rule
+
+
+def with_minimum(function: Callable[..., Tensor], minimum: float | Callable[..., float]) -> Rule:
+    """Rule for an elementwise function that falls up to one x and grows from there: exact."""
+
+    def rule(x: Box, *settings: Any) -> Box:
+        least = torch.as_tensor(at_settings(minimum, *settings), dtype=x.like.dtype, device=x.like.device)
+        nearest = least.clamp(x.lower, x.upper)
+        ends = function(x.lower, *settings), function(x.upper, *settings)
+        return Box(function(nearest, *settings), torch.maximum(*ends))
+
+    return rule
+
+
+def piecewise_linear(function: Callable[..., Tensor], kinks: Any) -> Rule:
+    """Rule for an elementwise function whose extremes are at the ends or at kinks in between: exact."""
+
+    def rule(x: Box, *settings: Any) -> Box:
+        values = [function(point, *settings) for point in clipped(x, at_settings(kinks, *settings))]
+        return Box(reduce(torch.minimum, values), reduce(torch.maximum, values))
+
+    return rule
+
+
+def clipped(x: Box, kinks: Sequence[Any]) -> list[Tensor]:
+    """The ends of each interval and the kinks between them, in order; a kink outside it is moved to the nearer end."""
+    lower, upper = x.lower, x.upper
+    points = [torch.as_tensor(kink, dtype=lower.dtype, device=lower.device) for kink in kinks]
+    return [lower, *[point.expand_as(lower).clamp(lower, upper) for point in points], upper]
+
+
+def positive_only(name: str, rule: Rule) -> Rule:
+    """`rule`, which holds for boxes above 0, with an error for any other."""
+
+    def checked(x: Box, *settings: Any) -> Box:
+        if not bool((x.lower > 0).all()):
+            raise UnsupportedOperation(f"{name} has a rule for values above 0 only, and a box here reaches further")
+        return rule(x, *settings)
+
+    return checked
 
 
 def reshaping(function: Callable[..., Tensor]) -> Rule:
@@ -99,18 +160,46 @@ def _div(x: Box, y: Any) -> Box:
     return Box.around(x.center / y, x.radius / abs(y))
 
 
-def _from_traits() -> dict[Callable, Rule]:
-    rules: dict[Callable, Rule] = {}
-    for function, operation in OPERATIONS.items():
-        if operation.increasing:
-            rules[function] = monotone(function)
-        elif operation.reshaping or operation.averaging:
-            rules[function] = reshaping(function)
-    return rules
+def rule_from_traits(operation: Operation) -> Rule | None:
+    """The rule that an operation's traits give, None where they say too little."""
+    function, rule = operation.function, None
+    if operation.increasing:
+        rule = monotone(function)
+    elif operation.decreasing:
+        rule = decreasing(function)
+    elif operation.minimum is not None:
+        rule = with_minimum(function, operation.minimum)
+    elif isinstance(operation.curve, PiecewiseLinear):
+        rule = piecewise_linear(function, operation.curve.kinks)
+    elif operation.reshaping or operation.averaging:
+        rule = reshaping(function)
+    return positive_only(operation.name, rule) if rule is not None and operation.positive else rule
+
+
+def _extremum(function: Callable[..., Tensor]) -> Rule:
+    """Of two boxes, or of a box and a constant: of both ends."""
+
+    def rule(x: Any, y: Any) -> Box:
+        return Box(function(_lower(x), _lower(y)), function(_upper(x), _upper(y)))
+
+    return rule
+
+
+def _lower(value: Any) -> Tensor:
+    return value.lower if isinstance(value, Box) else value
+
+
+def _upper(value: Any) -> Tensor:
+    return value.upper if isinstance(value, Box) else value
 
 
 RULES: dict[Callable, Rule] = {
-    **_from_traits(),
+    **{
+        function: rule
+        for function, operation in OPERATIONS.items()
+        if (rule := rule_from_traits(operation)) is not None
+    },
+    **{function: _extremum(function) for function in (torch.maximum, torch.minimum)},
     **{function: weighted(function) for function in WEIGHTED},
     **{function: bilinear(function) for function in (torch.mul, torch.matmul, einsum)},
     scale_shift: _scale_shift,
@@ -149,7 +238,7 @@ class Bounds:
 
     clean: logits of the clean input (B, K), None when only a box was given
     output: box of the logits (B, K)
-    relu_inputs: box before each ReLU, in the order of the network
+    relu_inputs: box before each ReLU, or activation of its kind (`Operation.rectifies`), in the order of the network
     affine_input: box that enters the first convolution or linear layer (after the input normalisation)
     tail, tail_input: the affine operations that end the network, and the box that enters them
     record: all calls and boxes, where the pass was asked to keep them
@@ -216,7 +305,11 @@ class JointPass:
         if call.function in WEIGHTED and args[0].clean is not None:
             result = _weighted_joint(call.function, *args)
         else:
-            result = Joint(_clean_result(call, args), RULES[call.function](*boxes))
+            try:
+                box = RULES[call.function](*boxes)
+            except UnsupportedOperation as error:
+                raise UnsupportedOperation(f"{call.where}: {error}") from error
+            result = Joint(_clean_result(call, args), box)
         if self._record:
             self.calls.append(call)
             self.boxes[call.index] = result.box
@@ -229,15 +322,23 @@ class JointPass:
         return value.box.like
 
 
+class CenterPass(JointPass):
+    """A joint pass in which BatchNorm in training mode takes its statistics from the middle of the box."""
+
+    def clean(self, value: Joint) -> Tensor:
+        return value.box.center
+
+
 def propagate(
     graph: Graph[Joint],
     box: Box,
     clean: Tensor | None,
     coefficients: Mapping[int, Coefficients] | None = None,
     record: bool = False,
+    from_center: bool = False,
 ) -> Bounds:
     """One joint pass of `clean` and `box` through `graph`; see `BoundedModel.ibp`."""
-    walk = JointPass(graph, record)
+    walk = CenterPass(graph, record) if from_center else JointPass(graph, record)
     result = graph.run(Joint(clean, box), walk, coefficients)
     return Bounds(
         result.clean,

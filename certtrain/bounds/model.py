@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from certtrain.bounds import interval, rounding
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import Box
-from certtrain.bounds.graph import Call, Graph, leaves
+from certtrain.bounds.graph import Call, Graph, Ref, leaves
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins
@@ -37,6 +37,21 @@ class CleanPass:
 
     output: Tensor
     coefficients: Mapping[int, Coefficients]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A network in two: everything up to value `at` of its record, and the tail behind it."""
+
+    graph: Graph[Any]
+    at: int
+
+    def tail(self, x: Tensor, coefficients: Mapping[int, Coefficients]) -> Tensor:
+        """The logits (B, K) that follow from values (B, ...) at the cut, with these BatchNorm coefficients."""
+        values: dict[int, Any] = {self.at: x}
+        indices = range(self.at + 1, len(self.graph.steps))
+        self.graph.advance(values, indices, _CleanTransform(), coefficients)
+        return values[self.graph.output]
 
 
 class BoundedModel:
@@ -96,6 +111,15 @@ class BoundedModel:
         return self._graphs[mode][1]
 
     @property
+    def activations(self) -> int:
+        """How many elementwise nonlinear operations there are."""
+        return len(self._activations())
+
+    def _activations(self) -> list[int]:
+        steps = enumerate(self.graph.steps)
+        return [index for index, step in steps if step.operation is not None and step.operation.elementwise]
+
+    @property
     def classes(self) -> int:
         """K, the number of logits."""
         return self._sizes.classes
@@ -107,6 +131,7 @@ class BoundedModel:
         coefficients: Mapping[int, Coefficients] | None = None,
         record: bool = False,
         arithmetic: str | None = None,
+        from_center: bool = False,
     ) -> Bounds:
         """Interval bounds of every output, in one joint pass of the box and the clean input.
 
@@ -118,10 +143,12 @@ class BoundedModel:
             record: keep every value's box, for margins by backward passes (`crown_margins`).
             arithmetic: bound what the network computes in this floating-point arithmetic ("float32", "tf32", "bf16",
                 "float64"), in any order of its sums, instead of real mathematics (`rounding.propagate`); box alone.
+            from_center: BatchNorm in training mode takes its statistics from the middle of the box instead of `clean`,
+                which then may, but need not, travel along.
         """
         if arithmetic is not None:
             return rounding.propagate(self.graph, box, arithmetic)
-        return interval.propagate(self.graph, box, clean, coefficients, record)
+        return interval.propagate(self.graph, box, clean, coefficients, record, from_center)
 
     def ibp_in_segments(
         self,
@@ -140,11 +167,29 @@ class BoundedModel:
         count = segments or math.isqrt(len(self.graph.steps))
         return propagate_in_segments(self.graph, box, coefficients, observe, count)
 
-    def clean_pass(self, x: Tensor) -> CleanPass:
-        """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with."""
+    def clean_pass(self, x: Tensor, coefficients: Mapping[int, Coefficients] | None = None) -> CleanPass:
+        """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with, `coefficients` where given."""
         clean = _CleanTransform()
-        output = self.graph.run(x, clean)
+        output = self.graph.run(x, clean, coefficients)
         return CleanPass(output, clean.coefficients)
+
+    def split(self, behind: int) -> Split:
+        """The network cut behind one of its `activations`, counted from 1 in the order of the network.
+
+        Raises:
+            UsageError: there is no such activation, nothing nonlinear follows it, or what follows also reads values
+                from before it.
+        """
+        cuts = self._activations()
+        if not 1 <= behind < len(cuts):
+            raise UsageError(f"the network has {len(cuts)} activations: it cannot be cut behind number {behind}")
+        at = cuts[behind - 1]
+        for step in self.graph.steps[at + 1 :]:
+            if any(ref.index < at for ref in leaves((step.args, dict(step.kwargs or {})), Ref)):
+                raise UsageError(
+                    f"the network cannot be cut behind activation {behind}: {step.where} reads a value before it"
+                )
+        return Split(self.graph, at)
 
     def margins(
         self,
@@ -176,12 +221,13 @@ class BoundedModel:
             (B, K), 0 in column y; an image whose other entries are all positive is proved.
 
         Raises:
-            UsageError: unknown method, a memory bound that does not suffice for one image, or an arithmetic for
-                another method than ibp.
+            UsageError: unknown method, a box that is empty or not of float32 or float64, labels outside the classes, a
+                memory bound that does not suffice for one image, or an arithmetic for another method than ibp.
             UnsupportedOperation: an operation has no linear relaxation.
         """
         if method not in METHODS:
             raise unknown("bound method", method, METHODS)
+        self._check_question(box, labels)
         if arithmetic is not None:
             if method != "ibp":
                 raise UsageError(
@@ -200,6 +246,19 @@ class BoundedModel:
                 bounds = self.ibp(mine, None if clean is None else clean[part], record=True)
                 found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
         return torch.cat(found)
+
+    def _check_question(self, box: Box, labels: Tensor) -> None:
+        """A wrong one would be answered all the same: an empty box has every property."""
+        if box.like.dtype not in (torch.float32, torch.float64):
+            raise UsageError(f"bounds are computed in float32 or float64, not for a box of {box.like.dtype}")
+        if not (box.lower <= box.upper).all():
+            raise UsageError("the box is empty, or has NaN in it: lower must be at most upper everywhere")
+        if labels.dtype != torch.int64 or labels.shape != (len(box.like),):
+            raise UsageError(
+                f"labels must be int64 of shape ({len(box.like)},), not {labels.dtype} {tuple(labels.shape)}"
+            )
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.classes):
+            raise UsageError(f"labels must be among the network's {self.classes} classes")
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
         """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""
@@ -297,6 +356,6 @@ def _require_rules(graph: Graph[Any]) -> None:
     for step in graph.steps[1:]:
         if step.tracked and step.function not in interval.RULES.keys() | SETTLED_BY_CLEAN.keys():
             raise UnsupportedOperation(
-                f"{step.where} has no interval rule; use backend: lirpa, or write it with supported operations "
-                "(certtrain/bounds/operations.py lists them)"
+                f"{step.where} has no interval rule; use backend: lirpa, or add one (register_operation, "
+                "docs/extending.md)"
             )

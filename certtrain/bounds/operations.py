@@ -54,6 +54,61 @@ class Affine(Enum):
         return self is Affine.ONE and sum(values) == 1
 
 
+@dataclass(frozen=True)
+class PiecewiseLinear:
+    """Straight between its kinks, wherever those are.
+
+    Args:
+        kinks: in increasing order, numbers or tensors that broadcast over x; or what gives them for the settings.
+    """
+
+    kinks: Sequence[Any] | Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Convex:
+    """Wherever it is defined: tangents lie below, chords above. `derivative(x, *settings)`: by default autograd's."""
+
+    derivative: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Concave:
+    """As `Convex`, turned over."""
+
+    derivative: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class SShaped:
+    """Increasing, convex left of 0, concave right of it, and symmetric: f(x) = 2 f(0) - f(-x)."""
+
+    derivative: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """Continuous, and twice continuously differentiable but for kinks.
+
+    Args:
+        curvature: no less than |f''| anywhere, a number; or, for tighter lines on wide boxes, (near, far, *settings) ->
+            no less than |f''(x)| wherever near <= |x| <= far, which are tensors.
+        kinks: as of `PiecewiseLinear`.
+    """
+
+    curvature: float | Callable[..., Any]
+    kinks: Sequence[Any] | Callable[..., Sequence[Any]] = ()
+
+
+Curve = PiecewiseLinear | Convex | Concave | SShaped | Smooth
+"""What is known of the graph of an elementwise function; its linear relaxation follows. (`linear/relaxations.py`)"""
+
+
+def at_settings(trait: Any, *settings: Any) -> Any:
+    """A trait that is the same for all settings, or a function of them."""
+    return trait(*settings) if callable(trait) else trait
+
+
 def _anything(*args: Any) -> None:
     return None
 
@@ -74,7 +129,14 @@ class Operation:
         averaging: sums or averages elements of its first operand with constant weights that are not negative.
         elementwise: acts on each element of its first operand alone.
         increasing: grows, or stays, with every element of its operands.
-        rectifies: passes what is above 0 and (nearly) blocks what is below, so that a neuron has states.
+        decreasing: of an elementwise function: falls, or stays.
+        minimum: of an elementwise function: the x where it is least; it falls left of that and grows right of it.
+            A number, or what gives one for the settings (-inf where it grows everywhere).
+        positive: defined for values above 0 only. A box that reaches further is an error that names the operation.
+        curve: of an elementwise function.
+        interval_only: has no linear relaxation on purpose: CROWN refuses it by name.
+        rectifies: passes what is above 0 and (nearly) blocks what is below, so that a neuron has states that
+            regularizers balance: ReLU and its smooth or leaky kin, not functions that saturate on both sides.
         view: the result may share memory with the first operand.
         identity: of its first operand, and the very same tensor, for these (canonical) arguments.
         parts: returns several tensors; the function takes, last, which one.
@@ -86,7 +148,7 @@ class Operation:
     bind: Bind
     functions: Sequence[Callable | tuple[Callable, Bind]] = ()
     methods: Sequence[str | tuple[str, Bind]] = ()
-    writes: Sequence[Callable] = ()
+    writes: Sequence[Callable | tuple[Callable, Bind]] = ()
     modules: Mapping[type[nn.Module], Callable[[Any], tuple[Any, ...]]] | None = None
     operands: int = 1
     affine: Affine = Affine.NO
@@ -94,6 +156,11 @@ class Operation:
     averaging: bool = False
     elementwise: bool = False
     increasing: bool = False
+    decreasing: bool = False
+    minimum: float | Callable[..., float] | None = None
+    positive: bool = False
+    curve: Curve | None = None
+    interval_only: bool = False
     rectifies: bool = False
     view: bool = False
     identity: Callable[..., bool] | None = None
@@ -126,7 +193,7 @@ def define(function: Callable[..., Any], bind: Bind, **traits: Any) -> Operation
         METHODS[name] = operation, own
     for kind, read in (operation.modules or {}).items():
         MODULES[kind] = operation, read
-    WRITES.update(operation.writes)
+    WRITES.update(spelling[0] if isinstance(spelling, tuple) else spelling for spelling in operation.writes)
     return operation
 
 
@@ -146,18 +213,18 @@ def _off_the_batch_axis(dims: int, *axes: Any) -> None:
     )
 
 
-def _batched(*dims: int) -> Callable[..., None]:
+def batched(*dims: int) -> Callable[..., None]:
     """The value has one of these numbers of dimensions; PyTorch takes fewer for an input without a batch axis."""
 
     def require(x: Shape, *args: Any) -> None:
-        _first_alone(x, *args)
+        first_alone(x, *args)
         wanted = " or ".join(map(str, dims))
         require_that(x.dims in dims, f"its input has {x.dims} dimensions, not {wanted}: where is the batch axis?")
 
     return require
 
 
-def _first_alone(x: Any, *others: Any) -> None:
+def first_alone(x: Any, *others: Any) -> None:
     """Only the first operand is a value."""
     require_that(
         isinstance(x, Shape) and not any(isinstance(other, Shape) for other in others),
@@ -186,7 +253,7 @@ def _axes(dim: Any) -> tuple[Any, ...]:
     return () if dim is None else tuple(dim) if isinstance(dim, tuple | list | torch.Size) else (dim,)
 
 
-def _only(value: Any, allowed: Any, name: str) -> None:
+def only(value: Any, allowed: Any, name: str) -> None:
     require_that(value is allowed or value == allowed, f"{name}={value!r} has no rule")
 
 
@@ -216,9 +283,18 @@ def _bind_conv_transpose(
     return input, weight, bias, stride, padding, output_padding, groups, dilation
 
 
+def pads_first(module: nn.Module) -> bool:
+    """Is it a convolution that pads its input, with other values than zeros, and convolves without padding then?"""
+    return getattr(module, "padding_mode", "zeros") != "zeros"
+
+
+def padding_settings(module: Any) -> tuple[Any, ...]:
+    """How: the arguments of `F.pad` after the input."""
+    return tuple(module._reversed_padding_repeated_twice), module.padding_mode, None
+
+
 def _conv_settings(m: Any) -> tuple[Any, ...]:
-    _only(m.padding_mode, "zeros", f"{type(m).__name__} with padding_mode")
-    return m.weight, m.bias, m.stride, m.padding, m.dilation, m.groups
+    return m.weight, m.bias, m.stride, 0 if pads_first(m) else m.padding, m.dilation, m.groups
 
 
 def _conv_transpose_settings(m: Any) -> tuple[Any, ...]:
@@ -226,7 +302,7 @@ def _conv_transpose_settings(m: Any) -> tuple[Any, ...]:
 
 
 def _linear_input(x: Any, *weights: Any) -> None:
-    _first_alone(x, *weights)
+    first_alone(x, *weights)
     require_that(x.dims >= 2, "its input has one dimension only: where is the batch axis?")
 
 
@@ -249,7 +325,7 @@ for _function, _torch, _module, _dims in (
         functions=(_torch,),
         operands=3,
         affine=Affine.FIRST,
-        require=_batched(_dims),
+        require=batched(_dims),
         modules={_module: _conv_settings},
     )
 for _function, _torch, _module, _dims in (
@@ -262,7 +338,7 @@ for _function, _torch, _module, _dims in (
         functions=(_torch,),
         operands=3,
         affine=Affine.FIRST,
-        require=_batched(_dims),
+        require=batched(_dims),
         modules={_module: _conv_transpose_settings},
     )
 
@@ -332,6 +408,25 @@ define(
 )
 
 
+def _affine_product(call: Any, input: Any, left: Any, right: Any, beta: Any, alpha: Any) -> Any:
+    """beta·input + alpha·(left @ right); factors of 1, the rule, are left out."""
+    product = call(torch.matmul, left, right)
+    product = product if alpha == 1 else call(torch.mul, product, alpha)
+    return call(add, product, input if beta == 1 else call(torch.mul, input, beta), 1)
+
+
+def _decompose_addmm(call: Any, input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    return _affine_product(call, input, mat1, mat2, beta, alpha)
+
+
+def _decompose_baddbmm(call: Any, input: Any, batch1: Any, batch2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    return _affine_product(call, input, batch1, batch2, beta, alpha)
+
+
+DECOMPOSITIONS |= {torch.addmm: _decompose_addmm, "addmm": _decompose_addmm}
+DECOMPOSITIONS |= {torch.baddbmm: _decompose_baddbmm, "baddbmm": _decompose_baddbmm}
+
+
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
@@ -344,17 +439,17 @@ def sub(x: Any, y: Any, alpha: float = 1) -> Any:
 
 
 def _bind_sum(input: Any, other: Any, *, alpha: float = 1, out: None = None) -> tuple[Any, ...]:
-    _only(out, None, "out")
+    only(out, None, "out")
     return input, other, alpha
 
 
 def _bind_two(input: Any, other: Any, *, out: None = None) -> tuple[Any, ...]:
-    _only(out, None, "out")
+    only(out, None, "out")
     return input, other
 
 
 def _bind_quotient(input: Any, other: Any, *, rounding_mode: str | None = None, out: None = None) -> tuple[Any, ...]:
-    _only(rounding_mode, None, "rounding_mode")
+    only(rounding_mode, None, "rounding_mode")
     return _bind_two(input, other, out=out)
 
 
@@ -432,65 +527,6 @@ define(
 WRITES |= {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
-
-
-def _bind_activation(input: Any, inplace: bool = False) -> tuple[Any, ...]:
-    return (input,)
-
-
-def _bind_leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> tuple[Any, ...]:
-    return input, negative_slope
-
-
-def _slope(x: Any, negative_slope: Any) -> None:
-    _first_alone(x, negative_slope)
-    require_that(
-        isinstance(negative_slope, int | float) and 0 <= negative_slope < math.inf,
-        f"negative_slope={negative_slope!r} is not monotone and has no rule",
-    )
-
-
-_GROWS = {"elementwise": True, "increasing": True}
-define(
-    F.relu,
-    _bind_activation,
-    functions=(torch.relu,),
-    methods=("relu", "relu_"),
-    writes=(torch.relu_, F.relu_),
-    modules={nn.ReLU: lambda m: ()},
-    rectifies=True,
-    **_GROWS,
-)
-define(
-    F.leaky_relu,
-    _bind_leaky_relu,
-    writes=(F.leaky_relu_,),
-    modules={nn.LeakyReLU: lambda m: (m.negative_slope,)},
-    rectifies=True,
-    require=_slope,
-    **_GROWS,
-)
-define(
-    torch.sigmoid,
-    lambda input: (input,),
-    functions=(F.sigmoid,),
-    methods=("sigmoid", "sigmoid_"),
-    writes=(torch.sigmoid_,),
-    modules={nn.Sigmoid: lambda m: ()},
-    **_GROWS,
-)
-define(
-    torch.tanh,
-    lambda input: (input,),
-    functions=(F.tanh,),
-    methods=("tanh", "tanh_"),
-    writes=(torch.tanh_,),
-    modules={nn.Tanh: lambda m: ()},
-    **_GROWS,
-)
-
-
 # --- pooling ----------------------------------------------------------------------------------------------------------
 
 
@@ -503,12 +539,12 @@ def _bind_max_pool(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> tuple[Any, ...]:
-    _only(return_indices, False, "return_indices")
+    only(return_indices, False, "return_indices")
     return input, kernel_size, stride or None, padding, dilation, ceil_mode
 
 
 def _max_pool_settings(m: Any) -> tuple[Any, ...]:
-    _only(m.return_indices, False, f"{type(m).__name__} with return_indices")
+    only(m.return_indices, False, f"{type(m).__name__} with return_indices")
     return m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode
 
 
@@ -536,12 +572,12 @@ def _bind_avg_pool2d(
 
 
 def _average(dims: int) -> Callable[..., None]:
-    batched = _batched(dims)
+    has_batch = batched(dims)
 
     def require(
         x: Any, kernel_size: Any, stride: Any, padding: Any, ceil_mode: Any, include_pad: Any, divisor: Any = None
     ) -> None:
-        batched(x, kernel_size, stride, padding)
+        has_batch(x, kernel_size, stride, padding)
         require_that(
             divisor is None or (isinstance(divisor, int) and 0 < divisor <= 2**40),
             f"divisor_override={divisor!r} has no rule: it must be from 1 to 2^40",
@@ -560,7 +596,7 @@ define(
     functions=(torch.max_pool1d,),
     modules={nn.MaxPool1d: _max_pool_settings},
     increasing=True,
-    require=_batched(3),
+    require=batched(3),
 )
 define(
     F.max_pool2d,
@@ -568,8 +604,75 @@ define(
     functions=(torch.max_pool2d,),
     modules={nn.MaxPool2d: _max_pool_settings},
     increasing=True,
-    require=_batched(4),
+    require=batched(4),
 )
+define(
+    F.max_pool3d,
+    _bind_max_pool,
+    functions=(torch.max_pool3d,),
+    modules={nn.MaxPool3d: _max_pool_settings},
+    increasing=True,
+    require=batched(5),
+)
+
+
+def _bind_adaptive_max(input: Any, output_size: Any, return_indices: bool = False) -> tuple[Any, ...]:
+    only(return_indices, False, "return_indices")
+    return input, output_size
+
+
+def _adaptive_max_settings(m: Any) -> tuple[Any, ...]:
+    only(m.return_indices, False, f"{type(m).__name__} with return_indices")
+    return (m.output_size,)
+
+
+for _function, _module, _dims in (
+    (F.adaptive_max_pool1d, nn.AdaptiveMaxPool1d, 3),
+    (F.adaptive_max_pool2d, nn.AdaptiveMaxPool2d, 4),
+):
+    define(
+        _function,
+        _bind_adaptive_max,
+        modules={_module: _adaptive_max_settings},
+        increasing=True,
+        require=batched(_dims),
+    )
+
+
+def _bind_extremum(input: Any, dim: Any = (), keepdim: bool = False, *, out: None = None) -> tuple[Any, ...]:
+    only(out, None, "out")
+    return input, dim, keepdim
+
+
+for _function in (torch.amax, torch.amin):
+    define(_function, _bind_extremum, methods=(_function.__name__,), increasing=True, require=_reduces)
+
+
+def _one_value(x: Any, y: Any) -> None:
+    require_that(
+        all(isinstance(operand, Shape | Tensor) for operand in (x, y)), "it compares with something that is no tensor"
+    )
+    _aligned(x, y)
+
+
+for _function in (torch.maximum, torch.minimum):
+    define(_function, _bind_two, methods=(_function.__name__,), operands=2, increasing=True, require=_one_value)
+
+
+def _of_two(function: Callable) -> Callable[..., Any]:
+    """`torch.max(x, y)`; of one tensor, along an axis or over all, it returns other things."""
+
+    def decomposition(call: Any, input: Any, *others: Any, other: Any = None, **settings: Any) -> Any:
+        found = [*others, *([] if other is None else [other])]
+        two = len(found) == 1 and not isinstance(found[0], int) and not settings
+        require_that(two, "of one tensor it has no rule: write amax or amin, and name the axes")
+        return call(function, input, found[0])
+
+    return decomposition
+
+
+DECOMPOSITIONS |= {torch.max: _of_two(torch.maximum), "max": _of_two(torch.maximum)}
+DECOMPOSITIONS |= {torch.min: _of_two(torch.minimum), "min": _of_two(torch.minimum)}
 define(
     F.avg_pool1d,
     _bind_avg_pool1d,
@@ -578,47 +681,52 @@ define(
     require=_average(3),
     modules={nn.AvgPool1d: lambda m: (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad)},
 )
-define(
-    F.avg_pool2d,
-    _bind_avg_pool2d,
-    affine=Affine.FIRST,
-    averaging=True,
-    require=_average(4),
-    modules={
-        nn.AvgPool2d: lambda m: (
-            m.kernel_size,
-            m.stride,
-            m.padding,
-            m.ceil_mode,
-            m.count_include_pad,
-            m.divisor_override,
-        )
-    },
-)
+for _function, _module, _dims in ((F.avg_pool2d, nn.AvgPool2d, 4), (F.avg_pool3d, nn.AvgPool3d, 5)):
+    define(
+        _function,
+        _bind_avg_pool2d,
+        affine=Affine.FIRST,
+        averaging=True,
+        require=_average(_dims),
+        modules={
+            _module: lambda m: (
+                m.kernel_size,
+                m.stride,
+                m.padding,
+                m.ceil_mode,
+                m.count_include_pad,
+                m.divisor_override,
+            )
+        },
+    )
 define(
     F.adaptive_avg_pool1d,
     _bind_adaptive,
     functions=(torch.adaptive_avg_pool1d,),
     affine=Affine.FIRST,
     averaging=True,
-    require=_batched(3),
+    require=batched(3),
     modules={nn.AdaptiveAvgPool1d: lambda m: (m.output_size,)},
 )
-define(
-    F.adaptive_avg_pool2d,
-    _bind_adaptive,
-    affine=Affine.FIRST,
-    averaging=True,
-    require=_batched(4),
-    modules={nn.AdaptiveAvgPool2d: lambda m: (m.output_size,)},
-)
+for _function, _module, _dims in (
+    (F.adaptive_avg_pool2d, nn.AdaptiveAvgPool2d, 4),
+    (F.adaptive_avg_pool3d, nn.AdaptiveAvgPool3d, 5),
+):
+    define(
+        _function,
+        _bind_adaptive,
+        affine=Affine.FIRST,
+        averaging=True,
+        require=batched(_dims),
+        modules={_module: lambda m: (m.output_size,)},
+    )
 
 
 def _bind_reduction(
     input: Any, dim: Any = None, keepdim: bool = False, *, dtype: None = None, out: None = None
 ) -> tuple[Any, ...]:
-    _only(dtype, None, "dtype")
-    _only(out, None, "out")
+    only(dtype, None, "dtype")
+    only(out, None, "out")
     return input, dim, keepdim
 
 
@@ -670,7 +778,7 @@ def _batch_norm_settings(m: Any) -> tuple[Any, ...]:
 
 
 def _channels(x: Any, *settings: Any) -> None:
-    _first_alone(x, *settings)
+    first_alone(x, *settings)
     require_that(x.dims >= 2, "its input has one dimension only: where is the batch axis?")
 
 
@@ -698,6 +806,19 @@ define(
     modules={nn.Dropout: lambda m: (m.p, m.training)},
     identity=lambda x, p, training: not training or p == 0,
 )
+for _function, _module, _dims in (
+    (F.dropout1d, nn.Dropout1d, 3),
+    (F.dropout2d, nn.Dropout2d, 4),
+    (F.dropout3d, nn.Dropout3d, 5),
+):
+    define(
+        _function,
+        _bind_dropout,
+        affine=Affine.FIRST,
+        modules={_module: lambda m: (m.p, m.training)},
+        identity=lambda x, p, training: not training or p == 0,
+        require=batched(_dims),
+    )
 
 
 def identity(x: Tensor) -> Tensor:
@@ -733,7 +854,7 @@ def _over(*positions: int) -> Callable[..., None]:
     """The settings at these positions (from 0) name axes, none of them the images'."""
 
     def require(x: Any, *settings: Any) -> None:
-        _first_alone(x, *settings)
+        first_alone(x, *settings)
         _off_the_batch_axis(x.dims, *[axis for position in positions for axis in _axes(settings[position])])
 
     return require
@@ -781,7 +902,7 @@ def _bind_pad(input: Any, pad: Any, mode: str = "constant", value: float | None 
 
 
 def _pads(x: Any, pad: Any, mode: str, value: Any) -> None:
-    _first_alone(x, pad, value)
+    first_alone(x, pad, value)
     require_that(len(pad) // 2 < x.dims, "it pads the batch axis")
     require_that(value is None or math.isfinite(value), f"padding with {value!r} has no rule")
 
@@ -883,8 +1004,181 @@ def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
     return identity if function is Tensor.detach else function
 
 
+for _dims in ("1d", "2d", "3d"):  # of modules that call it; what they pad with they hold themselves
+    MODULES |= {
+        getattr(nn, f"{_kind}{_dims}"): (OPERATIONS[F.pad], _settings)
+        for _kind, _settings in (
+            ("ZeroPad", lambda m: (tuple(m.padding), "constant", 0.0)),
+            ("ConstantPad", lambda m: (tuple(m.padding), "constant", m.value)),
+            ("ReflectionPad", lambda m: (tuple(m.padding), "reflect", None)),
+            ("ReplicationPad", lambda m: (tuple(m.padding), "replicate", None)),
+            ("CircularPad", lambda m: (tuple(m.padding), "circular", None)),
+        )
+    }
+
+
+def narrow(x: Tensor, dim: int, start: int, length: int) -> Tensor:
+    return x.narrow(dim, start, length)
+
+
+def _rolls(x: Any, shifts: Any, dims: Any) -> None:
+    require_that(
+        dims is not None and dims != (), "it rolls over all axes together, and would mix images: name the axes"
+    )
+    _over(1)(x, shifts, dims)
+
+
+def _repeats(x: Any, repeats: tuple[Any, ...]) -> None:
+    first_alone(x, *repeats)
+    require_that(len(repeats) <= x.dims, "it adds an axis before the images'")
+    require_that(len(repeats) < x.dims or repeats[0] == 1, "it repeats the images")
+
+
+def _expands(x: Any, sizes: Any) -> None:
+    first_alone(x, *sizes)
+    require_that(len(sizes) == x.dims and sizes[0] in (-1, x[0]), "it adds an axis before the images', or more images")
+
+
+def expand(x: Tensor, sizes: Any) -> Tensor:
+    return x.expand(_sizes(*sizes))
+
+
+def _moves_axes(x: Any, source: Any, destination: Any) -> None:
+    first_alone(x, source, destination)
+    for axes in (_axes(source), _axes(destination)):
+        _off_the_batch_axis(x.dims, *axes)
+
+
+_moves(
+    narrow,
+    lambda input, dim, start, length: (input, dim, start, length),
+    _over(0),
+    functions=(torch.narrow,),
+    methods=("narrow",),
+)
+_moves(
+    torch.select,
+    lambda input, dim, index: (input, dim, index),
+    _over(0),
+    methods=("select",),
+)
+_moves(
+    torch.index_select,
+    lambda input, dim, index, *, out=None: only(out, None, "out") or (input, dim, index),
+    _over(0),
+    view=False,
+    methods=("index_select",),
+)
+_moves(
+    torch.flip,
+    lambda input, dims: (input, dims),
+    _over(0),
+    view=False,
+    methods=(("flip", lambda input, *dims: (input, _sizes(*dims))),),
+)
+_moves(
+    torch.roll,
+    lambda input, shifts, dims=None: (input, shifts, dims),
+    _rolls,
+    view=False,
+    methods=("roll",),
+)
+_moves(
+    Tensor.repeat,
+    lambda input, *repeats: (input, _sizes(*repeats)),
+    _repeats,
+    view=False,
+    methods=("repeat",),
+)
+_moves(
+    torch.tile,
+    lambda input, dims: (input, dims),
+    _repeats,
+    view=False,
+    methods=(("tile", lambda input, *dims: (input, _sizes(*dims))),),
+)
+_moves(expand, lambda input, *sizes: (input, _sizes(*sizes)), _expands, methods=("expand",))
+DECOMPOSITIONS["expand_as"] = lambda call, input, other: call(expand, input, call(getattr, other, "shape"))
+_moves(
+    torch.movedim,
+    lambda input, source, destination: (input, source, destination),
+    _moves_axes,
+    functions=(torch.moveaxis,),
+    methods=("movedim", "moveaxis"),
+)
+_moves(
+    F.pixel_shuffle,
+    lambda input, upscale_factor: (input, upscale_factor),
+    batched(4),
+    view=False,
+    functions=(torch.pixel_shuffle,),
+    modules={nn.PixelShuffle: lambda m: (m.upscale_factor,)},
+)
+_moves(
+    F.pixel_unshuffle,
+    lambda input, downscale_factor: (input, downscale_factor),
+    batched(4),
+    view=False,
+    functions=(torch.pixel_unshuffle,),
+    modules={nn.PixelUnshuffle: lambda m: (m.downscale_factor,)},
+)
+_moves(
+    F.channel_shuffle,
+    lambda input, groups: (input, groups),
+    batched(3, 4, 5),
+    view=False,
+    functions=(torch.channel_shuffle,),
+    modules={nn.ChannelShuffle: lambda m: (m.groups,)},
+)
+
+
+# --- resizing: every new pixel is an average of old ones --------------------------------------------------------------
+
+RESIZING = {"nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area"}
+COPYING = {"nearest", "nearest-exact"}  # the average of one
+
+
+def _bind_interpolate(
+    input: Any,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> tuple[Any, ...]:
+    only(antialias, False, "antialias")
+    return input, size, scale_factor, mode, align_corners, recompute_scale_factor
+
+
+def _interpolates(x: Any, size: Any, scale_factor: Any, mode: Any, *settings: Any) -> None:
+    batched(3, 4, 5)(x, size, scale_factor)
+    require_that(mode in RESIZING, f"mode={mode!r} has no rule, {', '.join(sorted(RESIZING))} have")
+
+
+define(
+    F.interpolate,
+    _bind_interpolate,
+    functions=(
+        (
+            F.upsample,
+            lambda input, size=None, scale_factor=None, mode="nearest", align_corners=None: _bind_interpolate(
+                input, size, scale_factor, mode, align_corners
+            ),
+        ),
+    ),
+    affine=Affine.FIRST,
+    averaging=True,
+    require=_interpolates,
+    modules={nn.Upsample: lambda m: (m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor)},
+)
+
+
+# --- several tensors into one -----------------------------------------------------------------------------------------
+
+
 def _bind_cat(tensors: Any, dim: int = 0, *, out: None = None) -> tuple[Any, ...]:
-    _only(out, None, "out")
+    only(out, None, "out")
     return list(tensors), dim
 
 
@@ -905,6 +1199,14 @@ define(
     affine=Affine.JOINTLY,
     require=_joins,
 )
+
+
+def _decompose_stack(call: Any, tensors: Any, dim: int = 0, *, out: None = None) -> Any:
+    only(out, None, "out")
+    return call(cat, [call(Tensor.unsqueeze, tensor, dim) for tensor in tensors], dim)
+
+
+DECOMPOSITIONS[torch.stack] = _decompose_stack
 
 
 # --- one tensor into several: the recorder asks for each part on its own ----------------------------------------------
@@ -945,7 +1247,7 @@ _moves(unbind, lambda input, dim=0: (input, dim), _over(0), functions=(torch.unb
 
 
 def _bind_softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: None = None) -> tuple[Any, ...]:
-    _only(dtype, None, "dtype")
+    only(dtype, None, "dtype")
     return input, dim
 
 

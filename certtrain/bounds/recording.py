@@ -127,7 +127,7 @@ def probes(image: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(3, *image.shape[1:], generator=generator, dtype=torch.float64).to(image.device, image.dtype)
     low, high = image.amin(), image.amax()
-    width = high - low if high > low else torch.ones_like(high)
+    width = torch.where(high > low, high - low, 1.0)
     return low + width * torch.stack([noise[0], noise[1].round(), 0.9 * (image[0] - low) / width + 0.1 * noise[2]])
 
 

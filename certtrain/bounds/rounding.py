@@ -26,11 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from certtrain.bounds import interval
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.operations import (
+    COPYING,
     INSPECTED_ATTRIBUTES,
     INSPECTING_METHODS,
     INSPECTIONS,
@@ -83,6 +85,7 @@ ARITHMETICS: dict[str, Arithmetic] = {
 OURS = ARITHMETICS["float64"]
 COEFFICIENT_ROUNDINGS = 16  # from BatchNorm's four parameters to a weight that it is folded into, at the most
 LARGEST_FACTOR = 2.0**40  # of elementwise scalings; none smaller than its inverse either, but zero
+PLACE_ERROR = 2.0**-20  # of the place of a nearest pixel, which any arithmetic computes in float32 or better
 SPARE_ROUNDINGS = 24  # of ours, around a sum: magnitudes, error terms, conversions; far fewer than this
 
 
@@ -375,6 +378,66 @@ def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardB
     return _widened(ends, elementwise_error(a, 2), x.magnitude, a)
 
 
+def _prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
+    channelwise = weight.view(1, -1, *[1] * (x.like.dim() - 2))
+    center, sizes = interval.RULES[F.prelu](x, weight), channelwise.abs().clamp(min=1)
+    if not _is_harmless(weight):
+        return _unbounded(center.center)
+    return _widened(OutwardBox(center.lower, center.upper), elementwise_error(a, 4), x.magnitude * sizes, a)
+
+
+def _clamped(function: Callable[..., Tensor]) -> Rule:
+    """Between two ends, each of which is rounded as it is stored."""
+
+    def rule(a: Arithmetic, x: OutwardBox, lower: float | None, upper: float | None) -> OutwardBox:
+        ends = _monotone(function)(a, x, lower, upper)
+        most = max(abs(end) for end in (lower, upper) if end is not None)
+        return _widened(ends, elementwise_error(a, 1), torch.full_like(ends.center, most), a)
+
+    return rule
+
+
+def _abs(a: Arithmetic, x: OutwardBox) -> OutwardBox:
+    ends = interval.RULES[torch.abs](x)
+    return OutwardBox(ends.lower, ends.upper)
+
+
+def _extremum(function: Callable[..., Tensor]) -> Rule:
+    def rule(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
+        x, y = (value if isinstance(value, Box) else _stored(a, value) for value in (x, y))
+        return OutwardBox(function(x.lower, y.lower), function(x.upper, y.upper))
+
+    return rule
+
+
+def _interpolate(
+    a: Arithmetic,
+    x: OutwardBox,
+    size: Any,
+    scale_factor: Any,
+    mode: str,
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+) -> OutwardBox:
+    """Copies, of one of two neighbours where the place of the nearest is itself rounded."""
+    if mode not in COPYING:
+        raise UnsupportedOperation(f"mode={mode!r} has no sound rule: its rounding errors are not known")
+    settings = (size, scale_factor, mode, align_corners, recompute_scale_factor)
+    sizes = F.interpolate(x.like, *settings).shape[2:]
+    factors = scale_factor if isinstance(scale_factor, tuple | list) else [scale_factor] * len(sizes)
+    lower, upper = x.lower, x.upper
+    for axis, (after, factor) in enumerate(zip(sizes, factors, strict=True), start=2):
+        before = lower.shape[axis]
+        step = before / after if factor is None or recompute_scale_factor else 1 / factor
+        places = torch.arange(after, dtype=torch.float64, device=lower.device) + (mode == "nearest-exact") / 2
+        near, far = (
+            (places * step * (1 + error)).floor().long().clamp(0, before - 1) for error in (-PLACE_ERROR, PLACE_ERROR)
+        )
+        lower = torch.minimum(lower.index_select(axis, near), lower.index_select(axis, far))
+        upper = torch.maximum(upper.index_select(axis, near), upper.index_select(axis, far))
+    return OutwardBox(lower, upper)
+
+
 def _add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
     """A constant is rounded as it is stored, and so is alpha; then come its product and the sum."""
     if not _is_harmless(torch.tensor(float(alpha), dtype=torch.float64)):
@@ -483,16 +546,37 @@ EXACT = {function for function, operation in OPERATIONS.items() if operation.res
 EXACT_METHODS = {"t", "expand", "expand_as", "repeat"}
 """Of constants; values have no rule for them."""
 
+COMPARING = (
+    F.relu,
+    F.relu6,
+    F.max_pool1d,
+    F.max_pool2d,
+    F.max_pool3d,
+    F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d,
+    torch.amax,
+    torch.amin,
+)
+"""What returns one of its elements, or a constant that every arithmetic has."""
+
 RULES: dict[Callable, Rule] = {
     **{function: _weighted(function) for function in WEIGHTED},
     **{function: _product(function) for function in (torch.matmul, einsum)},
     **{function: _exact(function) for function in EXACT},
-    **{function: _monotone(function) for function in (F.relu, F.max_pool1d, F.max_pool2d)},
-    **{function: _averaging(function, _kernel) for function in (F.avg_pool1d, F.avg_pool2d)},
-    **{function: _averaging(function, _adaptive) for function in (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d)},
+    **{function: _monotone(function) for function in COMPARING},
+    **{function: _averaging(function, _kernel) for function in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)},
+    **{
+        function: _averaging(function, _adaptive)
+        for function in (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+    },
     **{function: _averaging(function, _reduced) for function in (torch.Tensor.mean, torch.Tensor.sum)},
     F.batch_norm: _batch_norm,
     F.leaky_relu: _leaky_relu,
+    F.prelu: _prelu,
+    **{function: _clamped(function) for function in (torch.clamp, F.hardtanh)},
+    torch.abs: _abs,
+    **{function: _extremum(function) for function in (torch.maximum, torch.minimum)},
+    F.interpolate: _interpolate,
     F.pad: _pad,
     cast: _cast,
     add: _add,

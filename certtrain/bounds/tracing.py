@@ -14,11 +14,13 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from certtrain.bounds import operations
@@ -58,6 +60,9 @@ class _Proxy(fx.Proxy):
 
     def __itruediv__(self, other: Any) -> fx.Proxy:
         return self._inplace(operator.itruediv, other)
+
+    def __ipow__(self, other: Any) -> fx.Proxy:
+        return self._inplace(operator.ipow, other)
 
 
 def _ambient() -> tuple[bool, ...]:
@@ -215,7 +220,7 @@ class _Recorder:
         if target in operations.INSPECTIONS or (node.op == "call_method" and target in operations.INSPECTING_METHODS):
             return self._append(Step(_callable(node, self.root), args, self.where, kwargs=kwargs))
         if target in operations.DECOMPOSITIONS:
-            return operations.DECOMPOSITIONS[target](self.call, *args, **kwargs)
+            return _bound(partial(operations.DECOMPOSITIONS[target], self.call), args, kwargs, self.where)
         entry = _entry(node)
         if entry is None:
             return self._append(Step(_callable(node, self.root), args, self.where, _without_rule(node), kwargs=kwargs))
@@ -257,6 +262,9 @@ class _Recorder:
         given = (*args, *kwargs.values())
         if len(given) != 1:
             raise UnsupportedOperation(f"{self.where} is called with {len(given)} arguments, its rule is for one")
+        if operations.pads_first(module):
+            padding = operations.OPERATIONS[F.pad]
+            given = (self._operation(padding, given, module, lambda: operations.padding_settings(module)),)
         return self._operation(operation, given, module, lambda: read(module))
 
     def _attribute_of_value(self, value: Any, name: str) -> Any:
@@ -302,11 +310,11 @@ class _Recorder:
         )
 
 
-def _bound(bind: Bind, args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> tuple[Any, ...]:
+def _bound(bind: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Any:
     try:
         return bind(*args, **kwargs)
     except TypeError as error:
-        reason = str(error).replace("<lambda>()", "it").replace("_bind_", "")
+        reason = str(error).replace("<lambda>()", "it").replace("_bind_", "").replace("_decompose_", "")
         raise UnsupportedOperation(f"{where} has no rule with these arguments: {reason}") from error
     except UnsupportedOperation as error:
         raise UnsupportedOperation(f"{where}: {error}") from error
@@ -410,23 +418,18 @@ def _spelling(node: fx.Node, root: nn.Module) -> str:
 
 def structure_of(model: nn.Module) -> tuple[Any, ...]:
     """Everything a recording has frozen: submodules, modes, hooks, and attributes that are no parameter or buffer."""
-    hooks_of_all = torch.nn.modules.module
-    return (
-        _frozen(hooks_of_all._global_forward_hooks),
-        _frozen(hooks_of_all._global_forward_pre_hooks),
-        *(
-            (
-                name,
-                _Same(module),
-                type(module),
-                _Same(type(module).forward),
-                module.training,
-                _frozen(module._forward_hooks),
-                _frozen(module._forward_pre_hooks),
-                tuple((key, _frozen(value)) for key, value in vars(module).items() if key not in _LIVE),
-            )
-            for name, module in model.named_modules(remove_duplicate=False)
-        ),
+    return tuple(
+        (
+            name,
+            _Same(module),
+            type(module),
+            _Same(type(module).forward),
+            module.training,
+            _frozen(module._forward_hooks),
+            _frozen(module._forward_pre_hooks),
+            tuple((key, _frozen(value)) for key, value in vars(module).items() if key not in _LIVE),
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
     )
 
 

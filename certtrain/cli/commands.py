@@ -1,54 +1,104 @@
 """What each command does: it calls the library, and shows what that returns.
 
-The library is imported inside the commands, so that `certtrain --help`, and a mistyped option, answer at once.
+Options, paths and configurations are checked first, and only then is the library imported that needs torch, so that
+whatever was mistyped is answered at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import os
+import re
+import signal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from certtrain.errors import CheckpointError, UsageError, optional_module
+from certtrain.errors import CheckpointError, DataError, UsageError, optional_module, shown
+from certtrain.runtime.device import check_device_name
+from certtrain.runtime.launch import is_first_process, launched
 
 if TYPE_CHECKING:
     from torch import nn
 
     from certtrain.config import Config
     from certtrain.runtime.distributed import Ranks
+    from certtrain.verification.certificates import ImageSet
+
+CHANGEABLE = "data, verification, epsilon, seed and backend"  # of the configuration of a network that is trained
+NOTHING_PROVED = 0.95  # a verified error from which on training has come to nothing
 
 
 def train_command(options: argparse.Namespace) -> int:
+    if not launched():  # ranks fail together, inside
+        _check_training(options)
+
+    from certtrain.config.loading import load_config
+    from certtrain.runs.progress import Output
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory
-    from certtrain.runtime.distributed import is_first_process
 
     keep_freed_memory()
-    console = Console(quiet=not is_first_process())
+    console = Output(quiet=not is_first_process())
+    config, overrides = _asked(options)
     run = train(
-        options.config,
+        config,
         options.out,
         device=options.device,
         resume=options.resume,
         overwrite=options.overwrite,
-        overrides=options.overrides,
+        overrides=overrides,
+        trust=options.trust_model,
         console=console,
     )
+    if run.interrupted_by == signal.SIGPIPE:
+        raise BrokenPipeError
     if run.summary is None:
         return 128 + (run.interrupted_by or 0)
-    show_results(console, run.summary["radii"])
-    console.print(
+    show_results(console, run.summary["radii"], run.summary["validation"])
+    for line in hints(load_config(run.summary["config"]), run.summary):
+        _tell(console, line)
+    _tell(
+        console,
         f"trained in {run.summary['train_seconds']:.0f} s; the network, and how it was made, is in {run.folder}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )
     return 0
+
+
+def _check_training(options: argparse.Namespace) -> None:
+    """Whatever can be told without torch is told now."""
+    from certtrain.runs.request import Request
+
+    config, overrides = _asked(options)
+    check_device_name(options.device)
+    request = Request.of(config, options.out, options.resume, options.overwrite, overrides)
+    stored, _ = request.stored()
+    asked = stored or request.config
+    assert asked is not None  # a request without either is refused
+    _require_data(asked)
+
+
+def _asked(options: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The config and the overrides; with --resume --out DIR the first override may stand in the config's place."""
+    config, overrides = options.config, options.overrides
+    if options.resume and config is not None and "=" in config and not os.path.exists(config):
+        return None, [config, *overrides]
+    return config, overrides
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _require_data(config: Config) -> None:
+    """A mistyped folder of one's own data is answered at once."""
+    path = config.data.path
+    if path is not None and not os.path.isdir(os.path.expanduser(path)):
+        raise DataError(f"data.path: there is no folder {path}")
 
 
 def _folder(run: Path) -> Path:
@@ -56,71 +106,108 @@ def _folder(run: Path) -> Path:
     return run if run.is_dir() else run.parent
 
 
-def _open(
-    options: argparse.Namespace, overrides: Sequence[str] = (), ranks: Ranks | None = None
-) -> tuple[nn.Module, Config]:
-    """The network that was named, on its device, and its run's configuration."""
-    from certtrain.config import load_config
+def _config_of(options: argparse.Namespace, run: Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of the run that was named, with what the command line changes of it.
+
+    Raises:
+        CheckpointError: there is nothing at `run`, or a model without its configuration.
+        UsageError: what is to be changed was settled by training.
+    """
+    from certtrain.config.loading import load_config
+
+    settled = [text for text in options.overrides if re.match(r"(training|optimizer|regularizers|model)\b", text)]
+    settled = [text for text in settled if not text.startswith("model.path=")]
+    if settled:
+        raise UsageError(f"{shown(settled[0])}: training has settled that; only {CHANGEABLE} can be changed")
+    check_device_name(getattr(options, "device", "cpu"))
+    file = _folder(run) / "config.yaml"
+    if file.is_file():
+        return load_config(file, [*options.overrides, changes or {}])
+    if any((_folder(run) / name).exists() for name in ("model.json", "model.safetensors", "last.ckpt")):
+        raise CheckpointError(f"{_folder(run)} is not a run directory: it has no config.yaml")
+    raise CheckpointError(f"there is no model at {run}: expected a run directory or its model.safetensors")
+
+
+def _open(options: argparse.Namespace, config: Config, ranks: Ranks | None = None) -> nn.Module:
+    """The network that was named, on its device."""
+    from certtrain.models.own import modules_from
     from certtrain.runs.checkpoint import load_model
     from certtrain.runs.train import resolve_device
     from certtrain.runtime.distributed import ALONE
 
-    model = load_model(options.run, resolve_device(options.device, ranks or ALONE))
-    file = _folder(options.run) / "config.yaml"
-    if not file.is_file():
-        raise CheckpointError(f"{_folder(options.run)} is not a run directory: it has no config.yaml")
-    return model, load_config(file, [*options.overrides, *overrides])
+    with modules_from(config.model.path):
+        place = resolve_device(options.device, ranks or ALONE)
+        return load_model(options.run, place, trust=options.trust_model)
 
 
 def verify_command(options: argparse.Namespace) -> int:
-    from certtrain.runs.checkpoint import write_json
-    from certtrain.runs.train import load_data, verify_run, versions
-    from certtrain.runtime.distributed import joined
-    from certtrain.verification.certificates import write_certificates
-
     if options.radius is not None:
         return _verify_radii(options)
     folder = _folder(options.run)
     weights = folder / "model.safetensors" if options.run.is_dir() else options.run
     if options.certificates and weights.suffix != ".safetensors":
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
+    if not launched():  # ranks fail together, inside
+        _require_data(_config_of(options, options.run, _verification_changes(options)))
+
+    from certtrain.runs.directory import check_output, write_results
+    from certtrain.runs.progress import Output
+    from certtrain.runs.train import load_data, verify_run, versions
+    from certtrain.runtime.distributed import joined
+    from certtrain.runtime.files import write_json
+    from certtrain.verification.certificates import write_certificates
+
     with joined() as ranks:
         with ranks.together():
-            model, config = _open(options, _verification_overrides(options), ranks)
+            if ranks.is_first and options.certificates:
+                check_output(options.certificates, options.run)
+            if ranks.is_first and options.json:
+                check_output(options.json, options.run, *filter(None, [options.certificates]), own="verify.json")
+            config = _config_of(options, options.run, _verification_changes(options))
+            model = _open(options, config, ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
         results = verify_run(config, model, dataset, options.limit, ranks)
         if not ranks.is_first:
             return 0
     summaries = [result.summary() for result in results]
-    show_results(Console(), summaries)
+    show_results(Output(), summaries)
     if options.certificates:
-        settings = config.model_dump(mode="json", exclude={"data": {"root", "path"}})  # where this machine keeps data
+        hidden = {"data": {"root", "path"}, "model": {"path"}}  # where this machine keeps things
+        settings = config.model_dump(mode="json", exclude=hidden)
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     content = {**summaries[0], "model": str(options.run), "radii": summaries, "versions": versions()}
-    write_json(options.json or folder / "verify.json", content)
+    if options.json:
+        write_json(options.json, content)
+    elif kept := write_results(folder / "verify.json", content):
+        print(f"the earlier results, which were others, are kept in {kept}")
     return 0
 
 
-def _verification_overrides(options: argparse.Namespace) -> list[str]:
-    sound = options.sound or ("float32" if options.certificates else None)
-    named = (("eps", options.eps), ("method", options.method), ("arithmetic", sound))
-    return [f"verification.{key}='{value}'" for key, value in named if value]
+def _verification_changes(options: argparse.Namespace) -> dict[str, Any]:
+    sound = "float32" if options.sound is None and options.certificates else options.sound
+    named = {"eps": options.eps, "method": options.method, "arithmetic": sound}
+    return {"verification": {key: value for key, value in named.items() if value is not None}}
 
 
 def _verify_radii(options: argparse.Namespace) -> int:
+    _refuse(options, "--radius", "certificates", "json", "method", *([] if options.radius is True else ["eps"]))
+    config = _config_of(options, options.run, _verification_changes(options))
+    _require_data(config)
+
     from certtrain.report.plots import errors_over_eps_png
-    from certtrain.runs.checkpoint import write_atomically, write_json
+    from certtrain.runs.directory import write_results
     from certtrain.runs.train import load_data, radii_of, versions
+    from certtrain.runtime.files import write_atomically
 
     optional_module("matplotlib", "report")  # known now rather than after all proofs
     folder = _folder(options.run)
-    model, config = _open(options, _verification_overrides(options))
     largest = 2 * max(config.test_radii) if options.radius is True else options.radius
     if largest <= 0:
         raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
+    model = _open(options, config)
     content = radii_of(config, model, load_data(config), largest, limit=options.limit).summary()
-    write_json(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
+    kept = write_results(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
     curves = {
         "pgd": (content["pgd_eps"], content["pgd_error"]),
         "verified": (content["eps"], content["verified_error"]),
@@ -129,7 +216,9 @@ def _verify_radii(options: argparse.Namespace) -> int:
     write_atomically(folder / "radius.png", lambda file: file.write(picture))
     shares = [f"{share:.0%} of the images: {_quantile(content['radii'], share):.5f}" for share in (0.25, 0.5, 0.75)]
     print("proved radius of at least " + ", ".join(shares))
-    print(f"wrote {folder / 'radius.json'} and radius.png")
+    print(
+        f"wrote {folder / 'radius.json'} and radius.png" + (f"; the earlier radii are kept in {kept}" if kept else "")
+    )
     return 0
 
 
@@ -139,51 +228,88 @@ def _quantile(radii: Sequence[float], share: float) -> float:
     return max(0.0, ordered[max(0, math.ceil(share * len(ordered)) - 1)])
 
 
+def _refuse(options: argparse.Namespace, asked: str, *names: str) -> None:
+    """None of the options may stand beside `asked`, which has no use for them."""
+    given = [f"--{name}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise UsageError(f"{' and '.join(given)} cannot be combined with {asked}")
+
+
 def check_command(options: argparse.Namespace) -> int:
-    from certtrain.config import load_config
-    from certtrain.runs.train import load_data
+    """Nothing here comes from the run but its network: which images are asked about, the user says."""
     from certtrain.verification.certificates import read_certificates
     from certtrain.verification.checker import SavedNetwork, check
+    from certtrain.verification.raw_images import read_test_set
 
     certificates = read_certificates(options.certificates)
-    folder = _folder(options.model)
-    network = SavedNetwork.read(folder / "model.safetensors")
-    named = [f"data.name={options.dataset}"] if options.dataset else []
-    test = load_data(load_config(folder / "config.yaml", [*named, *options.overrides])).test
-    console = Console()
-    counts = check(certificates, network, test.images.numpy(), test.labels.numpy(), console)
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    console.print(f"all {sum(counts.values())} certificates hold: {verdicts}", highlight=False)
+    network = SavedNetwork.read(_folder(options.model) / "model.safetensors")
+    name = options.dataset or certificates.header.data.name
+    images, labels = read_test_set(name, options.data)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    claims = check(certificates, network, name, images, labels, console, options.allow_partial)
+    data = certificates.header.data
+    console.print(f"the test set of {name}: {data.images} images, SHA-256 {data.sha256}, {_provenance(data)}")
+    partial = False
+    for claim in claims:
+        missing = data.images - claim.images
+        partial = partial or missing > 0
+        covered = f"PARTIAL, {claim.images} of {data.images} images" if missing else f"all {data.images} images"
+        counts = f"{claim.proved} proved, {claim.attacked} attacked, {claim.unknown} unknown"
+        console.print(f"{claim}: {covered}: {counts}" + f"; of {missing} images nothing is known" * (missing > 0))
+    total = sum(claim.images for claim in claims)
+    console.print(f"all {total} certificates hold" + ", but they leave images out: PARTIAL" * partial)
     return 0
 
 
-def export_command(options: argparse.Namespace) -> int:
-    from certtrain.export.onnx import export_onnx
-    from certtrain.export.vnnlib import export_vnnlib, open_images
-    from certtrain.runs.checkpoint import load_architecture
-    from certtrain.runs.train import load_data
+def _provenance(data: ImageSet) -> str:
+    from certtrain.verification.raw_images import KNOWN_TEST_SETS
 
+    if data.name in KNOWN_TEST_SETS:
+        return "which is the published one"
+    return "which this program does not know: compare it with that of the images you mean"
+
+
+def export_command(options: argparse.Namespace) -> int:
     if options.onnx is None and options.vnnlib is None:
         raise UsageError("say what to export: --onnx, or --vnnlib DIR")
+    if options.vnnlib is None:
+        _refuse(options, "--onnx alone", "eps", "limit", "timeout")
+    config = _config_of(options, options.run)
+
+    from certtrain.export.onnx import export_onnx
+    from certtrain.export.vnnlib import export_vnnlib, unknown_images
+    from certtrain.runs.checkpoint import load_architecture
+    from certtrain.runs.directory import check_output
+    from certtrain.runs.train import load_data
+
     folder = _folder(options.run)
-    model, config = _open(options)
+    if isinstance(options.onnx, Path):
+        check_output(options.onnx, options.run, own="model.onnx")
+    model = _open(options, config)
     if options.onnx is not None:
         file = folder / "model.onnx" if options.onnx is True else options.onnx
         export_onnx(model, load_architecture(folder)["image_shape"], file)
         print(f"wrote {file}")
     if options.vnnlib is not None:
         eps = config.epsilon.max if options.eps is None else options.eps
-        result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, options.timeout)
-        count, images = len(open_images(result)), len(result.correct)
-        print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images open at {eps:.5f}")
+        timeout = 300 if options.timeout is None else options.timeout
+        result = export_vnnlib(options.vnnlib, config, model, load_data(config), eps, options.limit, timeout)
+        count, images = len(unknown_images(result)), len(result.correct)
+        print(f"wrote {options.vnnlib}: the network, and properties of {count} of {images} images at {eps:.5f}")
     return 0
 
 
 def report_command(options: argparse.Namespace) -> int:
+    config = _config_of(options, options.run)
+    _require_data(config)
+
     from certtrain.report.page import write_report
+    from certtrain.runs.directory import check_output
     from certtrain.runs.train import load_data
 
-    model, config = _open(options)
+    if options.out:
+        check_output(options.out, options.run, own="report.html")
+    model = _open(options, config)
     file = options.out or _folder(options.run) / "report.html"
     write_report(_folder(options.run), config, model, load_data(config), file, options.limit)
     print(f"wrote {file}")
@@ -218,17 +344,41 @@ def models_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def show_results(console: Console, results: Sequence[dict]) -> None:
+def show_results(console: Console, results: Sequence[dict], validation: Sequence[dict] = ()) -> None:
+    """A row for each radius, and below them those of the validation images where there are any."""
     sound = f", sound in {results[0]['arithmetic']}" if results[0]["arithmetic"] else ""
     table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method']}{sound}")
+    if validation:
+        table.add_column("images")
     for column in ("epsilon", "natural error", "PGD error", "verified error", "seconds"):
         table.add_column(column, justify="right")
-    for result in results:
-        errors = [f"{result[key]:.2%}" for key in ("natural_error", "pgd_error", "verified_error")]
-        table.add_row(f"{result['eps']:.5f}", *errors, f"{result['seconds']:.1f}")
+    for name, split in (("test", results), ("validation", validation)):
+        for result in split:
+            errors = [f"{result[key]:.2%}" for key in ("natural_error", "pgd_error", "verified_error")]
+            images = [f"{result['images']} {name}"] if validation else []
+            table.add_row(*images, f"{result['eps']:.5f}", *errors, f"{result['seconds']:.1f}")
     console.print(table)
     if len(results[0]["stages"]) > 1:
         _show_stages(console, results)
+
+
+def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:
+    """What to try where training has come to nothing: a line, or none.
+
+    Args:
+        summary: of summary.json; its errors are those at the largest radius trained for.
+    """
+    if summary["verified_error"] < NOTHING_PROVED:
+        return []
+    if config.training.method.name == "natural":
+        return ["hint: hardly anything is proved: training.method natural does not train for that, ibp does"]
+    smaller = f"a smaller radius (epsilon.max={config.epsilon.max / 2:.3g})"
+    if summary["natural_error"] >= NOTHING_PROVED / 2:
+        return [f"hint: the network has learned little: try {smaller}, more epochs, another optimizer.lr"]
+    epsilon, epochs = config.epsilon, config.training.epochs
+    warmup = min(2 * epsilon.warmup_epochs, 3 * (epochs - epsilon.start_epoch + 1) // 4)  # of those there are
+    slower = f"a longer warmup (epsilon.warmup_epochs={warmup})" if warmup > epsilon.warmup_epochs else "more epochs"
+    return [f"hint: hardly anything is proved: try {slower}, {smaller}, training.method=crown-ibp"]
 
 
 def _show_stages(console: Console, results: Sequence[dict]) -> None:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import certtrain
-from certtrain.cli import commands
-from certtrain.errors import CerttrainError, ProcessLost
+from certtrain.cli import commands, terminal
+from certtrain.errors import CerttrainError, ProcessLost, lines_of, shortened, shown
+from certtrain.runtime.launch import is_first_process
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
 # the machine. Read when torch is imported, which the commands do; the user's own setting wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+MOST = 10**9  # of a number on the command line
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (failed), 2 (written wrong), 128 + n (ended by signal n)."""
+    terminal.accept_all_characters()
     options = _parse(arguments)
     try:
         return options.command(options)
@@ -29,13 +35,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CerttrainError, OSError) as error:
         if options.debug:
             raise
-        from certtrain.runtime.distributed import is_first_process
-
         if is_first_process() or isinstance(error, ProcessLost):  # it may be the first that was lost
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {lines_of(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, CerttrainError) else 1
     except KeyboardInterrupt:
         return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """The usage and one line, which quotes no more of a long argument than shows which one it is."""
+        super().error(shortened(message, 300))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -50,16 +60,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="certtrain", description="Train networks whose robustness is proved.")
+    parser = _Parser(prog="certtrain", description="Train networks whose robustness is proved.")
     parser.add_argument("--version", action="version", version=f"certtrain {certtrain.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = _command(subparsers, "train", "train a network from a YAML config, and verify it", commands.train_command)
-    train.add_argument("config", help="a YAML file, or the name of a shipped one, such as digits")
+    train.add_argument(
+        "config",
+        nargs="?",
+        help="a YAML file, or the name of a shipped one, such as digits; to resume, a run directory",
+    )
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
-    train.add_argument("--out", type=Path, help="run directory (default: runs/NAME)")
-    train.add_argument("--resume", action="store_true", help="continue the run in that directory")
-    train.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
+    train.add_argument("--out", type=_path, help="run directory (default: runs/NAME)")
+    existing = train.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in that directory")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
+    _add_trust(train)
 
     verify = _command(
         subparsers, "verify", "natural, PGD and verified error of a trained network", commands.verify_command
@@ -67,13 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(verify)
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
     verify.add_argument(
-        "--method", help="bounds, each for what those before left open: ibp,crown-ibp,crown,alpha-crown"
+        "--method", help="bounds, each for what those before left unknown: ibp,crown-ibp,crown,alpha-crown"
     )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument(
         "--sound", metavar="ARITHMETIC", help="bounds that cover the rounding of float32, tf32, bf16 or float64"
     )
-    verify.add_argument("--certificates", type=Path, metavar="FILE", help="write a Parquet file that `check` reads")
+    verify.add_argument("--certificates", type=_path, metavar="FILE", help="write a Parquet file that `check` reads")
     verify.add_argument(
         "--radius",
         nargs="?",
@@ -82,29 +98,36 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MAX",
         help="instead: the largest radius proved for each image, up to MAX (default: twice the largest tested)",
     )
-    verify.add_argument("--json", type=Path, help="where to write the results (default: verify.json in the run)")
+    verify.add_argument("--json", type=_path, help="where to write the results (default: verify.json in the run)")
 
     check = _command(
         subparsers, "check", "prove certificates again, by an independent program", commands.check_command, device=False
     )
-    check.add_argument("certificates", type=Path, help="a Parquet file that `verify --certificates` wrote")
-    check.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
-    check.add_argument("--model", type=Path, required=True, metavar="RUN", help="the run directory they are about")
-    check.add_argument("--dataset", metavar="NAME", help="where the images are read from (default: the run's data set)")
+    check.add_argument("certificates", type=_path, help="a Parquet file that `verify --certificates` wrote")
+    check.add_argument("--model", type=_path, required=True, metavar="RUN", help="the run directory they are about")
+    check.add_argument("--dataset", metavar="NAME", help="the data set that they must be about (default: any)")
+    check.add_argument(
+        "--data",
+        type=_path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where its files are: the folder of test.npz or test/, or that of the named data sets (default: data)",
+    )
+    check.add_argument("--allow-partial", action="store_true", help="permit certificates for some of the images only")
 
     export = _command(subparsers, "export", "write a trained network for other tools", commands.export_command)
     _add_run(export)
     export.add_argument(
-        "--onnx", nargs="?", type=Path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
+        "--onnx", nargs="?", type=_path, const=True, metavar="FILE", help="as ONNX (default: model.onnx in the run)"
     )
-    export.add_argument("--vnnlib", type=Path, metavar="DIR", help="with a VNN-LIB property for each image left open")
+    export.add_argument("--vnnlib", type=_path, metavar="DIR", help="with a VNN-LIB property for each unknown image")
     export.add_argument("--eps", type=_radius, help="radius of the properties (default: epsilon.max of the config)")
     export.add_argument("--limit", type=_positive, help="only the first N test images")
-    export.add_argument("--timeout", type=_positive, default=300, help="of a property, in instances.csv (default: 300)")
+    export.add_argument("--timeout", type=_positive, help="of a property, in instances.csv (default: 300)")
 
     report = _command(subparsers, "report", "show a run as an HTML page", commands.report_command)
     _add_run(report)
-    report.add_argument("--out", type=Path, help="where to write the page (default: report.html in the run)")
+    report.add_argument("--out", type=_path, help="where to write the page (default: report.html in the run)")
     report.add_argument("--limit", type=_positive, default=200, help="how many test images to look at (default: 200)")
 
     config = _command(
@@ -126,8 +149,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", type=Path, help="a run directory, or its model.safetensors or last.ckpt")
+    command.add_argument("run", type=_path, help="a run directory, or its model.safetensors or last.ckpt")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
+    _add_trust(command)
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-model",
+        action="store_true",
+        help="run the code that a run's files name as its model",
+    )
 
 
 def _command(
@@ -142,10 +174,15 @@ def _command(
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:20]) <= MOST):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number between 1 and {MOST}")
+    return int(text)
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path")
+    return Path(text)
 
 
 def _radius(text: str) -> float:
@@ -159,6 +196,6 @@ def _radius(text: str) -> float:
 
 def _image_shape(text: str) -> tuple[int, ...]:
     sizes = text.lower().replace("×", "x").split("x")
-    if len(sizes) != 3 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an image shape: write channels x height x width, as 3x32x32")
+    if len(sizes) != 3 or not all(re.fullmatch("[1-9][0-9]{0,3}", size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not an image shape: channels x height x width, as 3x32x32")
     return tuple(map(int, sizes))

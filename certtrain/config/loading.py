@@ -3,41 +3,82 @@
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import yaml
 from pydantic import ValidationError
 
+from certtrain.config.reading import NotPlainYaml, parse_yaml, read_yaml
 from certtrain.config.schema import Config
-from certtrain.errors import UsageError, unknown
+from certtrain.config.section import Section
+from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
+
+MOST_FILES = 32  # that one configuration is read from, bases of bases among them
+MOST_PARTS = 16  # of an override's key
+
+Overrides = Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
     """Read and check a configuration.
 
     Args:
         source: a YAML file, the name of one that certtrain ships (such as "digits"), a mapping, or a Config. A file or
-            mapping may name others under `base`, whose values it overrules section by section.
-        overrides: "section.key=value", the value written as in YAML.
+            mapping may name others under `base`, whose values it overrules section by section: YAML files in its
+            folder (of a mapping, the working directory) or below, or shipped ones.
+        overrides: values that overrule it: a mapping, of sections or of dotted keys; or a sequence of such mappings and
+            of texts "section.key=value", the value written as in YAML, as on the command line. A mapping is merged
+            section by section, a text replaces what stands at its key.
+
+    A network of one's own, `model.name` "module:callable", is looked for in the folder of the file (`model.path`).
 
     Raises:
         UsageError: one line per thing that is wrong, each naming the key, and the file where that is a base.
     """
     if isinstance(source, Config):
         source = source.model_dump(mode="json")
-    layers = _with_bases(None, source) if isinstance(source, Mapping) else _layers(config_path(source))
+    file = None if isinstance(source, Mapping) else config_path(source)
+    layers = _with_bases(None, source, []) if isinstance(source, Mapping) else _layers(file, [])
     values = reduce(_merged, [layer for _, layer in layers], {})
-    for override in overrides:
-        _apply(override, values)
+    for override in [overrides] if isinstance(overrides, Mapping) else overrides:
+        values = _merged(values, _nested(override)) if isinstance(override, Mapping) else _changed(values, override)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
-        lines = [_origin(problem["loc"], values, layers) + _describe(problem) for problem in error.errors()]
-        raise UsageError("\n".join(lines)) from error
+        lines = [_origin(_place(problem["loc"])[0], values, layers) + _describe(problem) for problem in error.errors()]
+        raise UsageError(lines_of("\n".join(lines))) from error
+    return _with_model_path(config, layers)
+
+
+def _with_model_path(config: Config, layers: Sequence[Layer]) -> Config:
+    """A network of one's own lies beside the file that names it, or where that is an override, beside the config."""
+    if ":" not in config.model.name or config.model.path is not None:
+        return config
+    named_in = [file for file, values in layers if _at(("model", "name"), values) == config.model.name]
+    file = named_in[-1] if named_in else layers[-1][0]
+    if file is None or file.parent == Path():
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(file.parent)})})
+
+
+def override_keys(overrides: Overrides) -> list[str]:
+    """The dotted keys that `overrides` name."""
+    keys: list[str] = []
+    for override in [overrides] if isinstance(overrides, Mapping) else overrides:
+        keys += list(_dotted(override)) if isinstance(override, Mapping) else [override.partition("=")[0].strip()]
+    return keys
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -54,7 +95,7 @@ def runnable_configs() -> list[str]:
 
 def config_path(name: str | Path) -> Path:
     """The file `name`, or else the configuration of that name that certtrain ships."""
-    return Path(name) if Path(name).is_file() else _shipped(Path(name))
+    return Path(name) if os.path.isfile(name) else _shipped(Path(name))  # false too of a name that no file can have
 
 
 def _shipped(name: Path) -> Path:
@@ -70,62 +111,105 @@ def _shipped(name: Path) -> Path:
 Layer = tuple[Path | None, Mapping[str, Any]]  # values, and the file they stand in
 
 
-def _layers(path: Path, asked_by: tuple[Path, ...] = ()) -> list[Layer]:
-    """The file, behind those it is based on: each overrules the ones before it."""
+def _layers(path: Path, read: list[Path], asked_by: tuple[Path, ...] = ()) -> list[Layer]:
+    """The file, behind those it is based on: each overrules the ones before it. `read` counts them."""
     chain = (*asked_by, path)
     if path.resolve() in [file.resolve() for file in asked_by]:
         raise UsageError(f"configs are based on each other: {' → '.join(map(str, chain))}")
-    return _with_bases(path, _read(path), chain)
+    read.append(path)
+    if len(read) > MOST_FILES:
+        raise UsageError(f"{path}: base: a configuration is read from at most {MOST_FILES} files")
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no configuration: expected sections such as data, model, training")
+    return _with_bases(path, values, read, chain)
 
 
-def _with_bases(path: Path | None, values: Mapping[str, Any], chain: tuple[Path, ...] = ()) -> list[Layer]:
+def _with_bases(
+    path: Path | None, values: Mapping[str, Any], read: list[Path], chain: tuple[Path, ...] = ()
+) -> list[Layer]:
     where = f"{path}: " if path else ""
     bases = values.get("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
-        raise UsageError(f"{where}base is the name of a config file, or a list of names, not {bases!r}")
+        raise UsageError(f"{where}base is the name of a config file, or a list of names, not {shown(bases)}")
     layers: list[Layer] = []
     for name in bases:
-        beside = path.parent / name if path else Path(name)
         try:
-            file = beside if beside.is_file() else _shipped(Path(name))
+            file = _base(path.parent if path else Path(), Path(name))
         except UsageError as error:
             raise UsageError(f"{where}base: {error}") from error
-        layers += _layers(file, chain)
+        layers += _layers(file, read, chain)
     return [*layers, (path, {key: value for key, value in values.items() if key != "base"})]
 
 
-def _merged(low: Any, high: Any) -> Any:
-    """`high` over `low`: mappings key by key, anything else whole."""
+def _base(folder: Path, name: Path) -> Path:
+    """A YAML file in `folder` or below, or else a shipped one: no other file's content can end up in a message."""
+    beside = folder / name
+    if name.suffix in (".yaml", ".yml") and os.path.isfile(beside):
+        if not beside.resolve().is_relative_to(folder.resolve()):
+            raise UsageError(f"{shortened(name)} lies outside {folder.resolve()}, the folder of what is based on it")
+        return beside
+    return _shipped(name)
+
+
+VARIANTS = ("method", "schedule")  # sections whose fields depend on their name
+
+
+def _merged(low: Any, high: Any, key: str = "") -> Any:
+    """`high` over `low`: mappings key by key, anything else whole, and so a variant over another one."""
+    low = _named(low) if key in VARIANTS else low
     if not (isinstance(low, Mapping) and isinstance(high, Mapping)):
         return high
-    return {**low, **{key: _merged(low.get(key), value) for key, value in high.items()}}
+    if key in VARIANTS and high.get("name", low.get("name")) != low.get("name"):
+        return high
+    return {**low, **{key: _merged(low.get(key), value, key) for key, value in high.items()}}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no configuration: expected sections such as data, model, training")
-    return values
+def _named(value: Any) -> Any:
+    """A bare name as the section that it stands for."""
+    return {"name": value} if isinstance(value, str) else value
 
 
-def _apply(override: str, values: dict[str, Any]) -> None:
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with {"a.b": c} written as {"a": {"b": c}}."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        parts = _parts(key)
+        if parts is None:
+            raise UsageError(f"{shown(key)} is not the key of an override: write section.key")
+        nested = _merged(nested, _replaced({}, parts, value))
+    return nested
+
+
+def _changed(values: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """The values with one replaced, by a text "section.key=value"."""
     key, separator, text = override.partition("=")
-    if not separator or not all(key.split(".")):
-        raise UsageError(f"{override!r} is not an override: write section.key=value")
+    parts = _parts(key) if separator else None
+    if parts is None:
+        raise UsageError(f"{shown(override)} is not an override: write section.key=value")
+    if not text.strip():
+        raise UsageError(f"{shown(override)}: the value is missing; write null for none")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{override!r}: the value is not valid YAML") from error
-    *sections, name = key.split(".")
-    for section in sections:
-        inner = values.get(section)
-        values[section] = dict(inner) if isinstance(inner, Mapping) else {}
-        values = values[section]
-    values[name] = value
+        value = parse_yaml(text)
+    except NotPlainYaml as error:
+        raise UsageError(f"{shown(override)}: the value is not valid YAML: {error}") from error
+    return _replaced(values, parts, value)
+
+
+def _replaced(values: Any, parts: Sequence[str], value: Any) -> Any:
+    if not parts:
+        return value
+    first, *rest = parts
+    values = values if isinstance(values, Mapping) else {}
+    inner = _named(values.get(first)) if first in VARIANTS and rest else values.get(first)
+    return {**values, first: _replaced(inner, rest, value)}
+
+
+def _parts(key: Any) -> list[str] | None:
+    """["a", "b"] of "a.b", or None where it is no such key."""
+    parts = key.split(".", MOST_PARTS) if isinstance(key, str) else []
+    return parts if all(parts) and 0 < len(parts) <= MOST_PARTS else None
 
 
 def _origin(location: Sequence[str | int], values: Mapping[str, Any], layers: Sequence[Layer]) -> str:
@@ -146,25 +230,67 @@ def _at(location: Sequence[str | int], values: Any) -> Any:
 
 def _describe(problem: Mapping[str, Any]) -> str:
     """One line for one of pydantic's findings."""
-    location = [str(part) for part in problem["loc"]]
-    where = ".".join(location)
+    location, _ = _place(problem["loc"])
+    where = shortened(".".join(shortened(part) for part in location), 120)
     if problem["type"] == "extra_forbidden":
-        section = _section_at(location[:-1])
-        near = get_close_matches(location[-1], section, n=3, cutoff=0.5)
-        return f"unknown key {where}: " + (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"{'.'.join(location[:-1]) or 'a config'} has {', '.join(section)}"
-        )
+        return f"unknown key {where}: {_instead(problem['loc'])}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{where}.name is missing"
     if problem["type"] == "missing":
         return f"{where} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-    return (f"{where}: " if where else "") + message + shown
+    message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] == "value_error" else f" (got {shown(problem['input'])})"
+    return (f"{where}: " if where else "") + message + got
 
 
-def _section_at(location: Sequence[str]) -> list[str]:
-    section: Any = Config
+_MESSAGES = {  # where pydantic speaks of Python rather than of YAML
+    "model_type": "a section is expected, key: value",
+    "dict_type": "a mapping is expected, key: value",
+    "tuple_type": "a list is expected",
+}
+
+
+def _instead(location: Sequence[str | int]) -> str:
+    """What could be meant by an unknown key."""
+    *outer, key = location
+    path, section = _place(outer)
+    siblings = _variants(_place(outer[:-1])[1])  # where the section is one of several
+    inside = {name: _variants(kind) for name, kind in _keys(section).items()}
+    for place, variants in {
+        ".".join(path): siblings,
+        **{".".join([*path, name]): v for name, v in inside.items()},
+    }.items():
+        owners = [name for name, variant in variants.items() if key in _keys(variant)]
+        if owners:
+            return f"it belongs to {place} {', '.join(owners)}"
+    near = get_close_matches(shortened(key), _keys(section), n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    where = ".".join(path) + (f" {outer[-1]}" if siblings else "")
+    return f"{where or 'a config'} has {', '.join(_keys(section))}"
+
+
+def _place(location: Sequence[str | int]) -> tuple[list[str], Any]:
+    """The keys that lead to `location`, and the type of what is there; pydantic's has a variant's name in it, too."""
+    path: list[str] = []
+    place: Any = Config
     for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
+        if part in _variants(place):
+            place = _variants(place)[part]
+        else:
+            path.append(str(part))
+            place = _keys(place).get(part)
+    return path, place
+
+
+def _variants(place: Any) -> dict[str, type[Section]]:
+    """By name, where the fields depend on the name."""
+    sections = [kind for kind in get_args(place) if isinstance(kind, type) and issubclass(kind, Section)]
+    return {kind.model_fields["name"].default: kind for kind in sections if "name" in kind.model_fields}
+
+
+def _keys(place: Any) -> dict[str, Any]:
+    """The keys of a section, with their types; of anything else none."""
+    if not (isinstance(place, type) and issubclass(place, Section)):
+        return {}
+    return {field.alias or name: field.annotation for name, field in place.model_fields.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from certtrain.data.batches import (
     steps_per_epoch,
     to_float,
 )
-from certtrain.data.dataset import Dataset, Split
+from certtrain.data.dataset import Dataset, Split, require_two_classes
 from certtrain.data.digits import load_digits
 from certtrain.data.folder import load_folder
 from certtrain.data.npz import load_npz
@@ -32,6 +33,7 @@ __all__ = [
     "epoch_batches",
     "evaluation_batches",
     "load_dataset",
+    "require_two_classes",
     "steps_per_epoch",
     "to_float",
 ]
@@ -73,7 +75,7 @@ def load_dataset(
 
     Raises:
         UsageError: unknown name; `path` missing or out of place; a validation split that is not smaller than train.
-        DataError: the data is missing, corrupt, or breaks the data set's layout.
+        DataError: the data is missing, corrupt, breaks the data set's layout, or is of one class only.
     """
     if name not in DATASETS:
         raise unknown("data set", name, DATASETS)
@@ -81,5 +83,7 @@ def load_dataset(
         raise UsageError(f"data set {name!r} needs the folder to read: set data.path")
     if name not in _OWN_PATH and path is not None:
         raise UsageError(f"data set {name!r} is read from data.root and takes no data.path")
-    folder = Path(root if path is None else path).expanduser()
-    return DATASETS[name](folder, download).with_validation(validation, seed)
+    folder = Path(os.path.expanduser(root if path is None else path))  # which leaves ~nobody as it is
+    dataset = DATASETS[name](folder, download)
+    require_two_classes(dataset.train)
+    return dataset.with_validation(validation, seed)

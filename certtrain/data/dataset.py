@@ -125,6 +125,17 @@ class Dataset:
         return replace(self, train=self.train.take(~held_out), validation=self.train.take(held_out))
 
 
+def require_two_classes(train: Split) -> None:
+    """Refuse a training set of one class: a constant network would be right everywhere, and proved to be.
+
+    Raises:
+        DataError: all labels are the same.
+    """
+    low, high = (int(bound) for bound in train.labels.aminmax())
+    if low == high:
+        raise DataError(f"all {len(train)} training images have the label {low}: there is nothing to tell apart")
+
+
 def identity_normalization(channels: int) -> dict[str, tuple[float, ...]]:
     """`mean` and `std` of a `Dataset` whose pixels enter the network as they are."""
     return {"mean": (0.0,) * channels, "std": (1.0,) * channels}

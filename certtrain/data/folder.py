@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -10,13 +12,16 @@ from certtrain.data.dataset import Dataset, Split, identity_normalization
 from certtrain.data.decoding import decode_images
 from certtrain.errors import DataError
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 
 def load_folder(path: Path, download: bool) -> Dataset:
     """torchvision's ImageFolder layout: `<path>/train/CLASS/*.png` (jpg, …) and `<path>/test/CLASS/…`.
 
     `val` stands in for a missing `test`. Classes are the folders below `train`, sorted by name; `test` may lack some
-    of them and may have no others; every folder holds an image. All images have one size and are read as RGB.
-    Normalisation is the identity. Nothing is downloaded.
+    of them and may have no others; every folder holds an image. Hidden files and folders, such as .ipynb_checkpoints,
+    are passed over. A class may be a link to its folder; links to folders below that are refused. All images have one
+    size and are read as RGB (`decode_images` says which). Normalisation is the identity. Nothing is downloaded.
     """
     train_folder = path / "train"
     test_folder = path / "test" if (path / "test").is_dir() else path / "val"
@@ -32,15 +37,34 @@ def load_folder(path: Path, download: bool) -> Dataset:
 
 
 def _scan(folder: Path) -> tuple[list[str], list[tuple[Path, str]]]:
-    """The class names below `folder`, sorted, and the image files with their class names."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-
+    """The class names below `folder`, sorted, and the image files with their class names, sorted within each."""
     try:
-        classes, index = find_classes(folder)
-        samples = make_dataset(folder, index, IMG_EXTENSIONS)
+        with os.scandir(folder) as entries:
+            classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        samples = [(file, name) for name in classes for file in _images(folder / name)]
     except OSError as error:
         raise DataError(f"{folder} is not a folder of class folders with images: {error}") from error
-    return classes, [(Path(file), classes[label]) for file, label in samples]
+    if not classes:
+        raise DataError(f"{folder} has no class folders with images")
+    return classes, samples
+
+
+def _images(folder: Path) -> list[Path]:
+    """Every image file below the folder of a class."""
+    found = []
+    for place, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if os.path.islink(os.path.join(place, name)):  # to follow it could lead round in a circle, or through /dev
+                raise DataError(f"{os.path.join(place, name)} is a link to a folder: put the images themselves there")
+        found += [Path(place, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+    if not found:
+        raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
+    return sorted(found, key=lambda file: (str(file.parent), file.name))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _read(

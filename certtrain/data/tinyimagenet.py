@@ -38,7 +38,7 @@ def load_tinyimagenet(root: Path, download: bool) -> Dataset:
     if not source.is_dir():
         _install(root, download)
     try:
-        classes = sorted((source / "wnids.txt").read_text().split())
+        classes = sorted(_text(source / "wnids.txt").split())
         train, test = _train_files(source, classes), _test_files(source, classes)
         return Dataset(
             train=_read("train", *train, root),
@@ -49,6 +49,12 @@ def load_tinyimagenet(root: Path, download: bool) -> Dataset:
         )
     except OSError as error:
         raise DataError(f"{source} is incomplete or unreadable: {error}") from error
+
+
+def _text(file: Path) -> str:
+    if not file.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(f"{file} is missing or no regular file")
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def _train_files(source: Path, classes: Sequence[str]) -> tuple[list[Path], list[int]]:
@@ -67,7 +73,7 @@ def _test_files(source: Path, classes: Sequence[str]) -> tuple[list[Path], list[
     annotations = source / "val" / "val_annotations.txt"
     index = {wnid: label for label, wnid in enumerate(classes)}
     files, labels = [], []
-    for number, line in enumerate(annotations.read_text().splitlines(), 1):
+    for number, line in enumerate(_text(annotations).splitlines(), 1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in index:
@@ -99,9 +105,11 @@ def _read(part: str, files: Sequence[Path], labels: Sequence[int], root: Path) -
 
 def _read_cache(cache: Path, count: int) -> np.ndarray | None:
     """The cached images, mapped into memory, or None if there are none to be trusted."""
+    if not cache.is_file():
+        return None
     try:
         images = np.lib.format.open_memmap(cache, mode="c")  # copy on write: torch wants writable memory
-    except (OSError, ValueError, EOFError):  # missing; damaged; truncated
+    except (OSError, ValueError, EOFError):  # unreadable; damaged; truncated
         return None
     return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
 
@@ -124,7 +132,7 @@ def _write_cache(cache: Path, images: np.ndarray) -> None:
 def _install(root: Path, download: bool) -> None:
     """Put the extracted archive at `<root>/tiny-imagenet-200`, whole or not at all."""
     archive = root / f"{FOLDER}.zip"
-    if not archive.exists() and not download:
+    if not archive.is_file() and not download:
         raise DataError(
             f"TinyImageNet: there is neither {root / FOLDER} nor {archive}. Put the official archive ({URL}) there, "
             "or have it downloaded: data.download=true"
@@ -132,7 +140,7 @@ def _install(root: Path, download: bool) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{FOLDER}-") as temporary:
-            if not archive.exists():
+            if not archive.is_file():
                 archive = Path(temporary) / archive.name
                 _download(archive)
             _extract(archive, Path(temporary))

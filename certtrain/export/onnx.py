@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from certtrain.errors import UnsupportedOperation, optional_module
+from certtrain.models.normalize import Normalize
 from certtrain.runtime.files import write_atomically
 from certtrain.verification.folding import fold_batch_norm
 
@@ -31,6 +32,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
     onnx = optional_module("onnx", "export")
     example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
     folded = fold_batch_norm(model, example.to(next(model.parameters()).device)).cpu()
+    _write_out_the_batch_axis(folded, model)
     content = io.BytesIO()
     try:
         with warnings.catch_warnings():
@@ -39,7 +41,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
             torch.onnx.export(
                 folded,
                 (example,),
-                content,
+                content,  # type: ignore[arg-type]  # without dynamo a buffer will do
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=["image"],
@@ -50,3 +52,12 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
         raise UnsupportedOperation(f"the network cannot be written as ONNX: {str(error).splitlines()[0]}") from error
     onnx.checker.check_model(onnx.load_model_from_string(content.getvalue()), full_check=True)
     write_atomically(file, lambda target: target.write(content.getvalue()))
+
+
+def _write_out_the_batch_axis(folded: nn.Module, model: nn.Module) -> None:
+    """Constants of the input normalisation as (1, C, 1, 1): alpha-beta-CROWN refuses (C, 1, 1) in its fast mode."""
+    for path, module in model.named_modules():
+        if isinstance(module, Normalize):
+            owner = folded.get_submodule(path)
+            for name in ("mean", "std"):
+                setattr(owner, name, getattr(owner, name)[None])

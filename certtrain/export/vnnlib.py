@@ -12,18 +12,17 @@ from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
 from certtrain.errors import UsageError, optional_module
 from certtrain.export.onnx import export_onnx
-from certtrain.runs.directory import make_folder
 from certtrain.runs.train import verify_run
-from certtrain.runtime.files import write_text
+from certtrain.runtime.files import make_folder, write_text
 from certtrain.verification.verify import Verification
 
 
 def export_vnnlib(
     folder: Path, config: Config, model: nn.Module, dataset: Dataset, eps: float, limit: int | None, timeout: int
 ) -> Verification:
-    """Write the network, a property for each test image that is open, and instances.csv, which lists them.
+    """Write the network, a property for each test image that is unknown, and instances.csv, which lists them.
 
-    Open is an image that is classified right, proved neither by IBP nor by the configuration's methods, and not
+    Unknown is an image that is classified right, proved neither by IBP nor by the configuration's methods, and not
     attacked by its PGD.
 
     Args:
@@ -33,7 +32,7 @@ def export_vnnlib(
         timeout: seconds that a verifier should spend on a property, for instances.csv.
 
     Returns:
-        What was found out about the images; those of `open_images` have a property.
+        What was found out about the images; those of `unknown_images` have a property.
 
     Raises:
         UsageError: there is something in `folder`.
@@ -43,12 +42,12 @@ def export_vnnlib(
         raise UsageError(f"{folder} is not an empty folder: name a new one")
     optional_module("onnx", "export")  # known now rather than after hours of proofs
     methods = dict.fromkeys(("ibp", *config.verification.method))
-    config = load_config(config, [f"verification.eps={eps!r}", f"verification.method='{','.join(methods)}'"])
+    config = load_config(config, {"verification": {"eps": eps, "method": list(methods)}})
     (result,) = verify_run(config, model, dataset, limit)
-    make_folder(folder, overwrite=False)
+    make_folder(folder)
     export_onnx(model, dataset.image_shape, folder / "model.onnx")
     rows = []
-    for index in open_images(result):
+    for index in unknown_images(result):
         image, label = to_float(dataset.test.images[index]), int(dataset.test.labels[index])
         name = f"image_{index:05}.vnnlib"
         title = f"; test image {index}, label {label}, epsilon {eps!r}\n"
@@ -58,9 +57,9 @@ def export_vnnlib(
     return result
 
 
-def open_images(result: Verification) -> list[int]:
+def unknown_images(result: Verification) -> list[int]:
     """Those that are classified right, and neither proved nor attacked."""
-    return result.open.nonzero()[:, 0].tolist()
+    return result.unknown.nonzero()[:, 0].tolist()
 
 
 def vnnlib_property(lower: Tensor, upper: Tensor, label: int, classes: int) -> str:

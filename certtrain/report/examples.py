@@ -1,4 +1,4 @@
-"""What became of single test images: proved, attacked, left open, or misclassified."""
+"""What became of single test images: proved, attacked, unknown, or misclassified."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def judge(
     Returns:
         What was found, and under each of the names of `fates` the first `most` examples.
     """
-    (result,) = verify_run(load_config(config, [f"verification.eps={eps!r}"]), model, dataset, limit)
+    (result,) = verify_run(load_config(config, {"verification.eps": eps}), model, dataset, limit)
     split = dataset.test.take(slice(len(result.correct)))
     images = to_float(split.images)
     points = images.clone()
@@ -60,4 +60,9 @@ def judge(
 
 def fates(result: Verification) -> dict[str, Tensor]:
     """A flag (N,) per image for each thing that can become of it; every image has one fate."""
-    return {"proved": result.proved, "open": result.open, "attacked": result.attacked, "misclassified": ~result.correct}
+    return {
+        "proved": result.proved,
+        "unknown": result.unknown,
+        "attacked": result.attacked,
+        "misclassified": ~result.correct,
+    }

@@ -6,8 +6,7 @@ import base64
 import importlib.resources
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -22,17 +21,19 @@ from certtrain.data import Dataset
 from certtrain.errors import CheckpointError
 from certtrain.report import plots
 from certtrain.report.examples import Example, fates, judge
+from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
+from certtrain.runs.progress import read_records
 from certtrain.runtime.files import write_text
 
 EXAMPLES = 12  # of each fate
 MEANING = {
     "proved": "no perturbation within epsilon changes the prediction",
-    "open": "classified right, neither proved nor attacked",
+    "unknown": "classified right, neither proved nor attacked",
     "attacked": "PGD found a misclassified point within epsilon",
     "misclassified": "wrong without any perturbation",
 }
 Curve = tuple[list[float], list[float]]  # epsilons, errors
-SHOWN = ("proved", "attacked", "open")
+SHOWN = ("proved", "attacked", "unknown")
 
 
 def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, file: Path, limit: int) -> None:
@@ -43,11 +44,8 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
         MissingDependency: matplotlib is not installed.
     """
     summary, epochs = _read_summary(run), _read_epochs(run)
-    try:
-        shown, curves = _show(config, summary), error_curves(run, summary)
-        drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*curves)}
-    except KeyError as error:
-        raise CheckpointError(f"the run in {run} was written by another version: its files lack {error}") from error
+    shown, curves = _show(config, summary), error_curves(run, summary)
+    drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*curves)}
     result, examples = judge(config, model, dataset, summary["eps"], limit, EXAMPLES)
     counts = {name: int(flags.sum()) for name, flags in fates(result).items()}
     methods = ", ".join(config.verification.method)
@@ -71,14 +69,14 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
 def error_curves(run: Path, summary: Mapping[str, Any]) -> tuple[float, dict[str, Curve]]:
     """Natural error, and PGD and verified error over epsilon: of radius.json, else verify.json, else the summary."""
     if (run / "radius.json").exists():
-        radius = _read_json(run / "radius.json")
+        radius = _read(Radii, run / "radius.json")
         natural = radius["natural_error"]
         curves = {
             "pgd": (radius["pgd_eps"], radius["pgd_error"]),
             "verified": (radius["eps"], radius["verified_error"]),
         }
     else:
-        source = _read_json(run / "verify.json") if (run / "verify.json").exists() else summary
+        source = _read(Verified, run / "verify.json") if (run / "verify.json").exists() else summary
         radii = sorted(source["radii"], key=lambda result: result["eps"])
         natural, eps = radii[0]["natural_error"], [result["eps"] for result in radii]
         curves = {key: (eps, [result[f"{key}_error"] for result in radii]) for key in ("pgd", "verified")}
@@ -92,29 +90,25 @@ def _from_zero(natural: float, eps: Sequence[float], errors: Sequence[float]) ->
 def _read_summary(run: Path) -> dict[str, Any]:
     if not (run / "summary.json").is_file():
         raise CheckpointError(f"{run} holds no finished run (it has no summary.json): continue it with train --resume")
-    return _read_json(run / "summary.json")
+    return _read(Summary, run / "summary.json")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    with _described(file):
-        return dict(json.loads(file.read_text()))
+def _read(kind: type[Record], file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
+    return checked(kind, content, file)
 
 
 def _read_epochs(run: Path) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
-    with _described(file):
-        epochs = [json.loads(line) for line in file.read_text().splitlines()]
+    epochs = [checked(Epoch, record, file) for record in read_records(file)]
     if not epochs:
         raise CheckpointError(f"{file} is empty: there is nothing to plot")
+    if len({len(epoch["layers"]) for epoch in epochs}) > 1:
+        raise CheckpointError(f"{file} was written by another version, or edited: its epochs have other layers")
     return epochs
-
-
-@contextmanager
-def _described(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -138,7 +132,7 @@ def _show(config: Config, summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _subtitle(config: Config, summary: Mapping[str, Any]) -> str:
-    parts = (config.model.name, config.data.name, f"trained by {config.training.method}", f"seed {config.seed}")
+    parts = (config.model.name, config.data.name, f"trained by {config.training.method.name}", f"seed {config.seed}")
     return f"{', '.join(parts)}; {summary['images']} test images, bounds by {summary['method'].replace(',', ', ')}"
 
 
@@ -228,8 +222,11 @@ def _name(index: int, classes: Sequence[str]) -> str:
 
 
 def _data_uri(image: Tensor) -> str:
-    """A PNG of an image (C, H, W) in [0, 1]; grey unless it has three channels."""
-    pixels = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
+    """A PNG of an image (C, H, W) in [0, 1]; grey unless it has three channels; of one pixel, its channels in a row."""
+    if image.shape[1:] == (1, 1):
+        pixels = image.view(1, -1)
+    else:
+        pixels = image.permute(1, 2, 0) if len(image) == 3 else image.mean(0)
     file = io.BytesIO()
     Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(file, format="png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from torch import Tensor
 
-from certtrain.runs.checkpoint import save_checkpoint
 from certtrain.report.layer_statistics import layer_statistics
-from certtrain.runtime.distributed import Ranks
-from certtrain.training.objectives import SMALLEST_RADIUS
+from certtrain.runs.checkpoint import save_checkpoint
 from certtrain.runs.progress import MetricsFile, ProgressDisplay, TensorBoard, epoch_record
+from certtrain.runs.state import run_state
+from certtrain.runtime.distributed import Ranks
+from certtrain.training.step import SMALLEST_RADIUS
 from certtrain.training.trainer import EpochReport, Trainer
 
 PROBE_IMAGES = 256  # of the training set, on which each layer's statistics are taken
@@ -97,21 +99,27 @@ class Recorder(Follower):
         return self._seconds_before + time.monotonic() - self._started
 
     def after_step(self, trainer: Trainer) -> bool:
-        self._display.after_step(trainer)
+        self._show(self._display.after_step, trainer)
         return super().after_step(trainer)
+
+    def _show(self, show: Callable[[Any], None], what: Any) -> None:
+        """A reader who has left ends the run as a signal does, SIGPIPE in its name: it is saved."""
+        try:
+            show(what)
+        except (BrokenPipeError, SystemExit):  # the latter is what rich's own consoles raise
+            self._noted = signal.SIGPIPE
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
         self.images_per_second = report.images_per_second
-        layers = layer_statistics(trainer.objective.net, self._probe, max(report.eps, SMALLEST_RADIUS))
+        layers = layer_statistics(trainer.gradient_step.net, self._probe, max(report.eps, SMALLEST_RADIUS))
         record = epoch_record(report, layers, self.seconds)
         self._metrics.add(record)
         self._tensorboard.add(record)
-        self._display.after_epoch(report)
+        self._show(self._display.after_epoch, report)
         if time.monotonic() - self._saved_at >= self._checkpoint_seconds:
             self.save(trainer)
         return super().after_epoch(trainer, report)
 
     def save(self, trainer: Trainer) -> None:
-        state = {"model": trainer.model.state_dict(), "trainer": trainer.state_dict(), "seconds": self.seconds}
-        save_checkpoint(self._folder / "last.ckpt", state)
+        save_checkpoint(self._folder / "last.ckpt", run_state(trainer, self.seconds))
         self._saved_at = time.monotonic()

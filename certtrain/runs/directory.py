@@ -1,13 +1,18 @@
-"""What a run directory holds, and when one may be entered, continued or cleared."""
+"""What a run directory holds, when one may be entered, continued or cleared, and what may be written beside it."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from certtrain.config import Config
+from certtrain.config import Config, load_config
+from certtrain.config.loading import Overrides, override_keys
 from certtrain.errors import CheckpointError, UsageError
+from certtrain.runtime.files import replaceable, write_atomically, write_json
 
 RUN_FILES = (
     "config.yaml",
@@ -22,48 +27,111 @@ RUN_FILES = (
     "model.onnx",
     "report.html",
 )
+TENSORBOARD = "tensorboard"
 
 
-def check_folder(folder: Path, config: Config, resume: bool, overwrite: bool) -> bool:
-    """Whether there is a checkpoint to continue in `folder`, in which nothing is changed yet."""
+def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
+    """Where a run goes that was not told where: runs/NAME after its config file."""
+    if not isinstance(config, str | Path):
+        raise UsageError("a run that is not read from a file needs an output folder: pass out=")
+    return Path("runs") / Path(config).stem
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "model.json").is_file()
+
+
+# --- entering ---------------------------------------------------------------------------------------------------------
+
+
+def run_to_continue(folder: Path, resume: bool, overwrite: bool) -> Config | None:
+    """The configuration of the run in `folder` that is to be continued; None where a new one starts.
+
+    Nothing is changed yet.
+
+    Raises:
+        UsageError: there is something, and neither `resume` nor `overwrite` was said, or it is no run.
+        CheckpointError: it cannot be continued.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder")
     occupied = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if occupied and resume:
-        _require_same_config(folder, config)
-        return (folder / "last.ckpt").is_file()
+        stored = stored_config(folder)
+        finished = [name for name in ("model.safetensors", "summary.json") if (folder / name).exists()]
+        if finished and not (folder / "last.ckpt").is_file():
+            raise CheckpointError(
+                f"{folder} has a {finished[0]} but no last.ckpt to continue from: "
+                "train it anew with --overwrite, or elsewhere with --out"
+            )
+        return stored
     if occupied and not overwrite:
         raise UsageError(f"{folder} holds a run: continue it with --resume, replace it with --overwrite, or name --out")
     if occupied and not (folder / "config.yaml").exists():
         raise UsageError(f"{folder} is not a run directory (it has no config.yaml): it is not overwritten")
-    return False
+    return None
 
 
-def make_folder(folder: Path, overwrite: bool) -> None:
+def stored_config(folder: Path) -> Config:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
-    if overwrite:
-        _clear(folder)
-
-
-def _require_same_config(folder: Path, config: Config) -> None:
-    try:
-        before = dict(yaml.safe_load((folder / "config.yaml").read_text()))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        return load_config(folder / "config.yaml")
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} holds no run to resume: its config.yaml cannot be read") from error
-    here = config.model_dump(mode="json")
-    different = [key for key in here if before.get(key) != here[key]]
-    if different:
-        raise UsageError(f"{folder} holds a run of another configuration: {', '.join(different)} differ")
 
 
-def _clear(folder: Path) -> None:
+def differences(stored: Config, asked: Config) -> dict[str, str]:
+    """Of each value that differs, under its key "section.key": what it is in the run, and what was asked for."""
+    run, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (stored, asked))
+    return {
+        key: f"{key} is {_shown(run, key)} there, {_shown(here, key)} here"
+        for key in dict.fromkeys((*run, *here))
+        if run.get(key, _shown) != here.get(key, _shown)
+    }
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return f"{values[key]!r:.60}" if key in values else "absent"
+
+
+def require_agreement(folder: Path, stored: Config, asked: Config, overrides: Overrides | None = None) -> list[str]:
+    """What is asked for when the run in `folder` is continued must be what it was started with.
+
+    Args:
+        overrides: what `asked` was made with; only what these name must agree. None: all of it.
+
+    Returns:
+        A text for each difference that does not matter: a file need not repeat the overrides the run was started with.
+    """
+    different = differences(stored, asked)
+    named = None if overrides is None else override_keys(overrides)
+    wrong = [
+        text
+        for key, text in different.items()
+        if named is None or any(f"{key}.".startswith(f"{name}.") for name in named)
+    ]
+    if wrong:
+        raise UsageError(f"{folder} holds a run of another configuration: {'; '.join(wrong)}")
+    return list(different.values())
+
+
+# --- clearing ---------------------------------------------------------------------------------------------------------
+
+
+def clear(folder: Path) -> None:
     """Remove a run's own files; anything else that lies there stays."""
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
-    for events in (folder / "tensorboard").glob("events.out.tfevents.*"):
+    for kept in _kept_results(folder):
+        kept.unlink()
+    for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
         events.unlink()
 
 
@@ -72,3 +140,76 @@ def remove_temporaries(folder: Path) -> None:
     for name in RUN_FILES:
         for temporary in folder.glob(f".{name}.*.tmp"):
             temporary.unlink(missing_ok=True)
+
+
+# --- writing beside it ------------------------------------------------------------------------------------------------
+
+
+def check_output(path: Path, *used: Path, own: str | None = None) -> None:
+    """See to it, before hours of work, that writing `path` will replace nothing that is needed.
+
+    Args:
+        used: other files that the command reads or writes.
+        own: the name of the run's file that the command writes by itself, and so may replace.
+
+    Raises:
+        UsageError: it is a run's own file, one of `used`, or no file (`replaceable`), or there is no such folder.
+    """
+    target = replaceable(path)
+    if not target.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {target.parent}")
+    for file in used:
+        if target == file.resolve() or (target.exists() and _same(target, file)):
+            raise UsageError(f"{path} is a file that is read or written here already: name another")
+    for folder in {target.parent, *(_folder_of(file) for file in used)}:
+        if not (folder / "config.yaml").is_file():
+            continue
+        for name in RUN_FILES:
+            owned = folder / name
+            if name != own and (target == owned.resolve() or (target.exists() and _same(target, owned))):
+                raise UsageError(f"{path} is {name} of the run in {folder}: name another file")
+    if target.parent.name == TENSORBOARD and (target.parent.parent / "config.yaml").is_file():
+        raise UsageError(f"{path} is among the TensorBoard files of a run: name another file")
+
+
+def _folder_of(file: Path) -> Path:
+    return (file if file.is_dir() else file.parent).resolve()
+
+
+def _same(file: Path, other: Path) -> bool:
+    return other.exists() and os.path.samefile(file, other)
+
+
+def write_results(file: Path, content: Mapping[str, Any]) -> Path | None:
+    """Write a JSON file; what lies there already, and says something else, is kept under a number.
+
+    Returns:
+        Where it is kept, or None.
+    """
+    kept = None
+    if file.is_file() and not _say_the_same(file, content):
+        numbered = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
+        kept = next(path for path in numbered if not path.exists())
+        before = file.read_bytes()
+        write_atomically(kept, lambda copy: copy.write(before))
+    write_json(file, content)
+    return kept
+
+
+def _kept_results(folder: Path) -> list[Path]:
+    return [path for stem in ("verify", "radius") for path in folder.glob(f"{stem}-*.json")]
+
+
+def _say_the_same(file: Path, content: Mapping[str, Any]) -> bool:
+    try:
+        before = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return _without_times(before) == _without_times(json.loads(json.dumps(content)))
+
+
+def _without_times(value: Any) -> Any:
+    """The same question, asked again, has the same answer but for these."""
+    if isinstance(value, dict):
+        return {key: _without_times(item) for key, item in value.items() if key not in ("seconds", "versions")}
+    return [_without_times(item) for item in value] if isinstance(value, list) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,31 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from certtrain.runtime.files import write_text
-from certtrain.report.layer_statistics import LayerStatistics
 from certtrain.errors import CheckpointError
+from certtrain.report.layer_statistics import LayerStatistics
+from certtrain.runtime.files import write_text
 from certtrain.training.trainer import EpochReport, Trainer
 
 
+class Output(Console):
+    """Standard output. Where its reader has left, as `head` does, BrokenPipeError; nothing more is written then."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise BrokenPipeError
+
+
 class MetricsFile:
-    """metrics.jsonl: one line per epoch. A resumed run drops the lines of epochs that it will train again."""
+    """metrics.jsonl: one line per epoch. A resumed run drops the lines of epochs that it will train again.
+
+    Raises:
+        CheckpointError: a line is no epoch's record.
+    """
 
     def __init__(self, path: Path, keep_epochs: int) -> None:
         self._path = path
-        old = path.read_text().splitlines() if path.exists() else []
-        self._lines = [line for line in old if json.loads(line)["epoch"] <= keep_epochs]
+        old = read_records(path) if path.exists() else []
+        self._lines = [json.dumps(record) for record in old if record["epoch"] <= keep_epochs]
 
     @property
     def last(self) -> dict[str, Any]:
@@ -34,6 +47,30 @@ class MetricsFile:
     def add(self, record: dict[str, Any]) -> None:
         self._lines.append(json.dumps(record))
         write_text(self._path, "\n".join(self._lines) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, in order; blank lines are none.
+
+    Raises:
+        CheckpointError: it cannot be read, or a line is no epoch's record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or corrupt ({error})") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+            raise CheckpointError(f"{path} is missing or corrupt (line {number} is no record of an epoch)")
+        records.append(record)
+    return records
 
 
 class TensorBoard:
@@ -47,9 +84,16 @@ class TensorBoard:
     def __init__(self, folder: Path, keep_epochs: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        self._file = folder / f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        self._started = max(time.time(), self._latest(folder) + 1e-6)
+        self._file = folder / f"events.out.tfevents.{self._started:.6f}.{platform.node()}.{os.getpid()}"
         start = SessionLog(status=SessionLog.START)
         self._append(Event(file_version="brain.Event:2"), Event(step=keep_epochs + 1, session_log=start))
+
+    @staticmethod
+    def _latest(folder: Path) -> float:
+        """The time in the last file's name: TensorBoard reads them by name, also where the clock was set back."""
+        stamps = (re.match(r"events\.out\.tfevents\.(\d{1,12}(\.\d+)?)", file.name) for file in folder.glob("events.*"))
+        return max((float(stamp[1]) for stamp in stamps if stamp), default=0.0)
 
     def add(self, record: dict[str, Any]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -68,7 +112,7 @@ class TensorBoard:
             self._file.parent.mkdir(exist_ok=True)
             with open(self._file, "ab") as file:
                 for event in events:
-                    event.wall_time = time.time()
+                    event.wall_time = max(time.time(), self._started)
                     RecordWriter(file).write(event.SerializeToString())
         except OSError as error:
             raise CheckpointError(f"could not write {self._file}: {error}") from error
@@ -103,6 +147,7 @@ class ProgressDisplay:
             disable=not console.is_terminal,
             transient=True,
         )
+        self._said_compiling = False
         self._task = self._bar.add_task("starting", total=total_steps, completed=done)
 
     def __enter__(self) -> ProgressDisplay:
@@ -117,11 +162,20 @@ class ProgressDisplay:
             epoch = min(trainer.epoch + 1, self._epochs)
             self._bar.update(self._task, completed=trainer.step, description=f"epoch {epoch}/{self._epochs}")
 
+    def compiling(self) -> None:
+        """The step is being compiled, while nothing else would be told; the next step takes the word away."""
+        if self._bar.disable and not self._said_compiling:
+            self._console.print("compiling the training step, a minute or two; later runs find it on disk")
+        self._said_compiling = True
+        self._bar.update(self._task, description="compiling the step")
+
+    def compiled(self) -> None:
+        self._bar.update(self._task, description="training")
+
     def after_epoch(self, report: EpochReport) -> None:
         m = report.metrics
-        errors = [f"natural {m['natural_error']:7.2%}"]
-        if "verified_error" in m:
-            errors.append(f"verified {m['verified_error']:7.2%}")
+        names = [name for name in ("natural", "adversarial", "robust", "verified") if f"{name}_error" in m]
+        errors = [f"{name} {m[f'{name}_error']:7.2%}" for name in names]
         parts = [
             f"epoch {report.epoch:>{len(str(self._epochs))}}/{self._epochs}",
             f"eps {report.eps:.5f}",

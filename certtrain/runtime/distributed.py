@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from certtrain.errors import CerttrainError, ProcessLost, UsageError
+from certtrain.runtime.launch import launched
 
 T = TypeVar("T")
 
+
+class _Sliceable(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Any: ...
+
+
+S = TypeVar("S", bound=_Sliceable)
+
 TIMEOUT = timedelta(minutes=30)  # for a rank that is silent; one that dies is noticed at once
-LAUNCHED = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # as torchrun sets
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Ranks:
         """Whether this is the one process that prints, and that reads and writes the run directory."""
         return self.rank == 0
 
-    def share(self, whole: T) -> T:
+    def share(self, whole: S) -> S:
         """This rank's part of a sequence: consecutive, and of a length that differs by at most one from the others'."""
         return whole[len(whole) * self.rank // self.size : len(whole) * (self.rank + 1) // self.size]
 
@@ -125,10 +133,14 @@ class Ranks:
 
     def one_per_machine_first(self, work: Callable[[], T]) -> T:
         """`work()`; what the first process of a machine leaves on its disk (a download, a cache) the others find."""
+        results = []
         with self.together():
-            result = work() if self.local_rank == 0 else None
+            if self.local_rank == 0:
+                results.append(work())
         with self.together():
-            return result if self.local_rank == 0 else work()
+            if self.local_rank != 0:
+                results.append(work())
+        return results[0]
 
     def own_device(self, device: torch.device) -> torch.device:
         """`device`, or of its kind the GPU that belongs to this process."""
@@ -179,15 +191,6 @@ def joined() -> Iterator[Ranks]:
         ) from error
     if ours:  # after an error not: it could wait for a process that is no more
         dist.destroy_process_group()
-
-
-def launched() -> bool:
-    return os.environ.keys() >= LAUNCHED
-
-
-def is_first_process() -> bool:
-    """`Ranks.is_first` before, or without, `joined`."""
-    return not launched() or os.environ["RANK"] == "0"
 
 
 class _Sum(torch.autograd.Function):

@@ -4,34 +4,69 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from certtrain.errors import CheckpointError
+from certtrain.errors import CheckpointError, UsageError
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Call `write` with a temporary file, flush it to disk, and rename it to `path`.
 
-    Whatever happens on the way, `path` holds either what it held before or the whole new content.
+    Whatever happens on the way, `path` holds either what it held before or the whole new content. Where `path` is a
+    link, it stays one, and the file it leads to is replaced.
 
     Raises:
         CheckpointError: the disk is full, or the folder cannot be written to.
+        UsageError: `path` is no regular file (`replaceable`).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = replaceable(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise CheckpointError(f"could not write {path}: {cause}; what was there before is unchanged") from error
+        os.replace(temporary, target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"could not write {path}: {error}; what was there before is unchanged") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of what went wrong, the first thing is told
+            temporary.unlink(missing_ok=True)
+
+
+def replaceable(path: Path) -> Path:
+    """Where `path` leads, behind links: a regular file, or a place where nothing is yet.
+
+    Raises:
+        UsageError: it is a device, a pipe, a folder: what a rename would replace, and must not.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return path.resolve()
+    except OSError as error:  # a loop of links, a file where a folder should be
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise UsageError(f"{path} is {kinds.get(stat.S_IFMT(mode), 'a device')}, not a file: it is not replaced")
+    return path.resolve()
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it, where they are missing.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,15 +24,6 @@ def training_precision(precision: Precision, device: torch.device) -> Iterator[N
         yield
 
 
-def layout_for(precision: Precision, device: torch.device, compiled: bool) -> torch.memory_format:
-    """How convolutions' weights should lie, and with them everything between.
-
-    Tensor cores read channels last, and so do a CPU's convolutions in a compiled step, which converts nothing between.
-    """
-    faster = precision != "float32" if device.type == "cuda" else compiled
-    return torch.channels_last if faster else torch.contiguous_format
-
-
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 products as such: no TF32, no bfloat16 splits, no autocast; the process's settings come back after."""

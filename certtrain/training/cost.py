@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from certtrain.bounds.model import evaluating
 from certtrain.errors import UsageError
 from certtrain.models import build_model
-from certtrain.training.objectives import Objective, Phase
+from certtrain.training.method import Phase, scheduled
+from certtrain.training.step import GradientStep
 
 
 class Size(NamedTuple):
@@ -41,17 +44,26 @@ def network_size(
     return Size(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 
-def step_macs(objective: Objective, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:
+def clean_macs(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Multiply-accumulates of the clean pass of one image (C, H, W). Modes and statistics stay."""
+    some = next(model.parameters())
+    image = torch.zeros(1, *image_shape, device=some.device, dtype=some.dtype)
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(image)
+    return counter.get_total_flops() // 2
+
+
+def step_macs(step: GradientStep, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:
     """Multiply-accumulates of one training step in a phase, forward and backward, for each image of its batch.
 
     Elementwise work (ReLU, BatchNorm, |W|) is not counted. The network's weights stay; BatchNorm counts the step.
     """
+    _ = step.net.graph  # recorded, and checked, with numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
         images, labels = torch.empty(batch_size, *image_shape), torch.zeros(batch_size, dtype=torch.int64)
-        eps = torch.tensor(0.0)
         with FlopCounterMode(display=False, custom_mapping={_CONVOLUTION_BACKWARD: _convolution_backward}) as counter:
-            objective.backward(images, labels, eps, eps, phase)
-    objective.net.model.zero_grad(set_to_none=True)
+            step.backward(images, labels, scheduled(0.0), phase)
+    step.net.model.zero_grad(set_to_none=True)
     return counter.get_total_flops() / 2 / batch_size
 
 

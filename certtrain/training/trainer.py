@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.errors import DivergedError
-from certtrain.training.objectives import Objective
+from certtrain.training.method import Scheduled
+from certtrain.training.noise import step_keys
+from certtrain.training.step import GradientStep
 
 Batches = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]  # (epoch, first step of it) -> images, labels
 
@@ -63,25 +65,29 @@ class Trainer:
     """Takes steps until the last; its whole state is in `state_dict`, and the batches follow from the step alone.
 
     Args:
-        model, objective, optimizer: what is trained, on what, and how.
+        model, gradient_step, optimizer: what is trained, on what, and how.
         batches: the batches of an epoch, from any step of it on, or this process's share of each.
         batch_sizes: images in each batch of an epoch, over all processes.
         epochs: the length of the run.
         eps, max_eps: the radius as a function of the step, and where it ends.
+        ramp: the share of warmup's steps that are done, as a function of the step.
         lr: the learning rate as a function of the step.
         clip: bound on the gradient's norm, None for none.
+        seed: of what steps draw at random.
     """
 
     model: nn.Module
-    objective: Objective
+    gradient_step: GradientStep
     optimizer: torch.optim.Optimizer
     batches: Batches
     batch_sizes: Sequence[int]
     epochs: int
     eps: Callable[[int], float]
     max_eps: float
+    ramp: Callable[[int], float]
     lr: Callable[[int], float]
     clip: float | None = None
+    seed: int = 0
     step: int = 0
     sums: Sums = field(default_factory=Sums)
 
@@ -107,10 +113,9 @@ class Trainer:
         while self.step < self.total_steps:
             first = self.step % self.steps_per_epoch
             started, images_seen = time.perf_counter(), 0
-            radii = self._radii_until_the_epochs_end()
-            sizes = self.batch_sizes[first:]
-            for batch, size, radius in zip(self.batches(self.epoch, first), sizes, radii, strict=True):
-                self._take_step(*batch, size, *radius)
+            sizes, schedules = self.batch_sizes[first:], self._scheduled_until_the_epochs_end()
+            for batch, size, at in zip(self.batches(self.epoch, first), sizes, schedules, strict=True):
+                self._take_step(*batch, size, at)
                 images_seen += size
                 if observer.after_step(self) and self.step < self.total_steps:
                     self.check_finite()
@@ -125,18 +130,20 @@ class Trainer:
                 return False
         return True
 
-    def _radii_until_the_epochs_end(self) -> Tensor:
-        """(steps, 2) on the device, epsilon and its share of the maximum: sent once, so that no step waits for it."""
+    def _scheduled_until_the_epochs_end(self) -> Iterator[Scheduled]:
+        """Of every step left of the epoch, on the device: sent once, so that no step waits for it."""
         steps = range(self.step, (self.epoch + 1) * self.steps_per_epoch)
-        radii = torch.tensor([self.eps(step) for step in steps], device=next(self.model.parameters()).device)
-        return torch.stack([radii, radii / self.max_eps if self.max_eps else torch.ones_like(radii)], dim=1)
+        values = torch.tensor([(self.eps(step), self.ramp(step)) for step in steps])
+        eps, ramp = values.to(next(self.model.parameters()).device).unbind(1)
+        eps_ratio = eps / self.max_eps if self.max_eps else torch.ones_like(eps)
+        return map(Scheduled, eps, eps_ratio, ramp, step_keys(self.seed, torch.tensor(steps)).to(eps.device))
 
-    def _take_step(self, images: Tensor, labels: Tensor, size: int, eps: Tensor, progress: Tensor) -> None:
+    def _take_step(self, images: Tensor, labels: Tensor, size: int, at: Scheduled) -> None:
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.step)
-        phase = self.objective.phase(self.eps(self.step), self.max_eps)
-        metrics = self.objective.backward(images, labels, eps, progress, phase, size)
+            group["lr"] = self.lr(self.step) * group.get("rate_factor", 1.0)
+        phase = self.gradient_step.phase(self.eps(self.step), self.max_eps)
+        metrics = self.gradient_step.backward(images, labels, at, phase, size)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()

@@ -75,7 +75,7 @@ class PGD:
                 margin = logits.gather(1, labels[:, None])[:, 0] - others.amax(1)
                 (gradient,) = torch.autograd.grad(margin.sum(), x)
             result = torch.where(broken[:, None, None, None], result, x.detach())
-            broken = broken | (margin.detach() <= 0)
+            broken = broken | (logits.detach().argmax(1) != labels)  # not at a tie that the label wins
             if step == self.steps or bool(broken.all()):
                 break
             size = eps * self.step_size * (1.0 if step < self.steps / 2 else 0.1)

@@ -4,13 +4,16 @@ Nothing of the program that proved them takes part: no tracing, no torch, no bou
 of a network is written out below as what it does to an interval [center - radius, center + radius] of one image's
 values, in float64. The error of every sum, the deployed network's and numpy's own, is at most e·(Σ|w||x| + |b|) with
 e = k·u / (1 - k·u) for k roundings of relative size u, and goes into the radius (docs/soundness.md).
+
+The network that is proved is the one that `certtrain.load_model` gives: model.json's architecture with the values of
+model.safetensors, which must be stored as float32 (and BatchNorm's counters as int64), so that loading rounds nothing.
+Other types are refused here and there. Images are those that `raw_images` reads.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,8 @@ from rich.console import Console
 from rich.progress import track
 
 from certtrain.errors import CertificateError
-from certtrain.verification.certificates import Certificates, digest
+from certtrain.verification.certificates import VERDICTS, Certificates, Claim, digest, split_digest
+from certtrain.verification.coverage import check_coverage
 
 Array = np.ndarray
 
@@ -33,15 +37,32 @@ TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "tf32": 2.0**-126, "bf16": 
 LARGEST = {"float64": 2.0**1023, "float32": 2.0**127, "tf32": 2.0**127, "bf16": 2.0**127}
 NUMPY_ROUNDINGS = 24  # around any sum of ours, at the most
 FOLDING_ROUNDINGS = 16  # from BatchNorm's parameters to a weight it may be folded into
+LARGEST_SCALE = 2.0**40  # of BatchNorm's parameters: what an underflow may be multiplied by
 AGREEMENT = 1e-7  # relative; two derivations of one margin in float64 differ by less
 
 
+class Sums(NamedTuple):
+    """The sums of products that made a value: their length, Σ|w| and |b| at the most, and the largest |x| they meet.
+
+    normalized: a BatchNorm has followed already.
+    """
+
+    terms: int
+    weight: float
+    bias: float
+    largest: float
+    normalized: bool = False
+
+
 class Interval(NamedTuple):
-    """All values within `radius` of `center`; `terms` is the length of the sums that made them, 1 if none did."""
+    """All values within `radius` of `center`.
+
+    sums: those that a BatchNorm here may be folded into, where only reshaping stands between; None if there are none.
+    """
 
     center: Array
     radius: Array
-    terms: int = 1
+    sums: Sums | None = None
 
     @property
     def magnitude(self) -> Array:
@@ -82,12 +103,17 @@ class Propagation:
         bias = self.weights.get(f"{name}.bias", np.zeros(len(kernels)))
         terms = kernels[0].size
         radius = radius + self._sum_error(terms) * np.abs(bias)
-        return Interval((center + bias).transpose(2, 0, 1), radius.transpose(2, 0, 1) * (1 + 2.0**-40), terms)
+        sums = Sums(terms, np.abs(kernels).sum(), np.abs(bias).max(), x.magnitude.max())
+        return Interval((center + bias).transpose(2, 0, 1), radius.transpose(2, 0, 1) * (1 + 2.0**-40), sums)
 
     def linear(self, x: Interval, name: str) -> Interval:
         weight = self.weights[f"{name}.weight"]
         bias = self.weights.get(f"{name}.bias", np.zeros(len(weight)))
-        return Interval(*self._sums(x.center, x.radius, weight, bias), weight.shape[1])
+        sums = Sums(weight.shape[1], np.abs(weight).sum(), np.abs(bias).max(), x.magnitude.max())
+        return Interval(*self._sums(x.center, x.radius, weight, bias), sums)
+
+    def flatten(self, x: Interval) -> Interval:
+        return Interval(x.center.ravel(), x.radius.ravel(), x.sums)
 
     def batch_norm(self, x: Interval, name: str) -> Interval:
         mean, variance, weight, bias = (
@@ -97,9 +123,25 @@ class Propagation:
         scale = weight / np.sqrt(variance + 1e-5)
         parameters = np.abs(mean * scale) + np.abs(bias)
         moved = Interval((x.center - mean) * scale + bias, x.radius * np.abs(scale))
+        small = max(np.abs(mean).max(), np.abs(bias).max()) < LARGEST_SCALE
+        if not (small and self._is_harmless(variance + 1e-5, scale, weight)):
+            return moved._replace(radius=np.full_like(moved.radius, np.inf))
         magnitude = np.abs(scale) * x.magnitude + parameters
         moved = self._widened(moved, self._elementwise(FOLDING_ROUNDINGS), magnitude)
-        return self._widened(moved, self._sum_error(x.terms), parameters)
+        if x.sums is not None and x.sums.normalized:
+            raise CertificateError(f"{name} follows another BatchNorm: folding both rounds more often than is counted")
+        terms = 1 if x.sums is None else x.sums.terms
+        moved = self._widened(moved, self._sum_error(terms), parameters)
+        return moved if x.sums is None else self._folded(moved, x.sums, np.abs(scale).max(), parameters.max())
+
+    def _folded(self, x: Interval, sums: Sums, scale: float, parameters: float) -> Interval:
+        """With what underflows of folded weights cost; everything, where a folded sum may overflow."""
+        lost = 8 * sums.terms * LARGEST_SCALE * TINY[self.arithmetic] * (1 + sums.largest)
+        fits = (
+            2 * (sums.weight * scale * (1 + sums.largest) + sums.bias * scale + parameters) <= LARGEST[self.arithmetic]
+        )
+        radius = (x.radius + lost) * (1 + 2.0**-40) if fits else np.full_like(x.radius, np.inf)
+        return Interval(x.center, radius, sums._replace(normalized=True))
 
     def relu(self, x: Interval) -> Interval:
         lower = np.maximum(np.nextafter(x.center - x.radius, -np.inf), 0)
@@ -154,7 +196,13 @@ class Propagation:
     def _widened(self, x: Interval, error: float, magnitude: Array) -> Interval:
         underflow = 2.0**60 * TINY[self.arithmetic]
         radius = (x.radius + error * magnitude + underflow) * (1 + 2.0**-40)
-        return Interval(x.center, np.where(2 * (magnitude + radius) <= LARGEST[self.arithmetic], radius, np.inf))
+        fits = 2 * (magnitude + radius) <= LARGEST[self.arithmetic]
+        return Interval(x.center, np.where(fits, radius, np.inf))
+
+    def _is_harmless(self, *parameters: Array) -> bool:
+        """No intermediate result of a BatchNorm can overflow, or lose more in an underflow than `_widened` allows."""
+        sizes = np.abs(np.concatenate([values.ravel() for values in parameters]))
+        return bool(((sizes == 0) | ((sizes > 1 / LARGEST_SCALE) & (sizes < LARGEST_SCALE))).all())
 
 
 def _patches(image: Array, kernel: tuple[int, ...], stride: int, padding: int) -> Array:
@@ -179,7 +227,7 @@ def _layers(p: Propagation, x: Interval, name: str, positions: Iterable[int], st
         elif weight is None:
             following = p.weights.get(f"{name}.{position + 1}.weight")
             flattens = x.center.ndim == 3 and following is not None and following.ndim == 2
-            x = Interval(x.center.ravel(), x.radius.ravel()) if flattens else p.relu(x)
+            x = p.flatten(x) if flattens else p.relu(x)
         elif weight.ndim == 4:
             x = p.convolution(x, layer, stride(weight), weight.shape[2] // 2, len(x.center) // weight.shape[1])
         elif weight.ndim == 2:
@@ -238,7 +286,8 @@ class SavedNetwork:
         """From model.safetensors, with model.json beside it.
 
         Raises:
-            CertificateError: they cannot be read, or the checker does not know the architecture.
+            CertificateError: they cannot be read, do not fit each other, hold values of other types than float32, or
+                the checker does not know the architecture.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -246,13 +295,30 @@ class SavedNetwork:
         try:
             content = file.read_bytes()
             architecture = json.loads((file.parent / "model.json").read_text())["model"]
-            weights = {name: value.astype(np.float64) for name, value in load(content).items()}
-            name = architecture["name"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            stored = load(content)
+            name = str(architecture["name"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise CertificateError(f"{file} or its model.json cannot be read ({error})") from error
         if name not in STRIDES:
             raise CertificateError(f"the checker does not know the network {name}; it knows {', '.join(STRIDES)}")
-        return cls(architecture, weights, digest(content))
+        for key, value in stored.items():
+            expected = np.int64 if key.endswith(".num_batches_tracked") else np.float32
+            if value.dtype != expected:
+                raise CertificateError(f"{file} holds {key} as {value.dtype}, not {np.dtype(expected)}")
+        network = cls(architecture, {key: value.astype(np.float64) for key, value in stored.items()}, digest(content))
+        network._require_fit()
+        return network
+
+    def _require_fit(self) -> None:
+        """Raises CertificateError where the weights are not those of the architecture."""
+        try:
+            shape, classes = tuple(map(int, self.architecture["image_shape"])), self.architecture["num_classes"]
+            last = self.classifier_input(np.zeros(shape), np.zeros(shape), "float32")
+            rows = len(self.weights[f"{last.last_layer}.weight"])
+        except (LookupError, ValueError, TypeError, AttributeError, StopIteration) as error:
+            raise CertificateError(f"the weights are not those of the network in model.json ({error})") from error
+        if rows != classes or classes < 2:
+            raise CertificateError(f"the network has {rows} logits, model.json says {classes} classes")
 
     def classifier_input(self, lower: Array, upper: Array, arithmetic: str) -> ClassifierInput:
         """What can enter the last layer for any (C, H, W) image between the two."""
@@ -262,7 +328,7 @@ class SavedNetwork:
             if "normalize.mean" in self.weights:
                 x = p.normalize(x, "normalize.mean", "normalize.std")
             a, last = self.architecture, _last_position(p, "network")
-            strides = iter(STRIDES[a["name"]](a["image_shape"], a.get("options", {})))
+            strides = iter(STRIDES[a["name"]](a["image_shape"], a.get("options") or {}))
             x = _layers(p, x, "network", range(last), lambda _: next(strides))
             return ClassifierInput(p, x, f"network.{last}", a["num_classes"])
 
@@ -293,29 +359,50 @@ class ClassifierInput:
 
 
 def check(
-    certificates: Certificates, network: SavedNetwork, images: Array, labels: Array, console: Console
-) -> dict[str, int]:
-    """Check every certificate; returns how many there are of each verdict.
+    certificates: Certificates,
+    network: SavedNetwork,
+    name: str,
+    images: Array,
+    labels: Array,
+    console: Console,
+    allow_partial: bool = False,
+) -> tuple[Claim, ...]:
+    """Check that the certificates hold, and that they are all there; returns what they claim, which then is true.
 
     Args:
-        images: uint8 (N, C, H, W); labels: (N,): the test set.
+        name: of the data set.
+        images: uint8 (N, C, H, W); labels: (N,): its whole test split, as `raw_images` reads it.
         console: where progress goes.
+        allow_partial: claims may be about some images only.
 
     Raises:
         CertificateError: the first thing that does not hold.
     """
-    check_header(certificates, network)
-    for row in track(certificates.rows, "checking", console=console, transient=True, disable=not console.is_terminal):
+    check_header(certificates, network, name, images, labels)
+    certificates.check_size(len(images), images[0].size)
+    claims = check_coverage(certificates, len(images), allow_partial)
+    total = sum(claim.images for claim in claims)
+    shown = console.is_terminal
+    for row in track(certificates.rows(), "checking", total, console=console, transient=True, disable=not shown):
         check_row(row, network, images, labels)
-    return dict(Counter(row["verdict"] for row in certificates.rows))
+    return claims
 
 
-def check_header(certificates: Certificates, network: SavedNetwork) -> None:
-    """Raises CertificateError if the certificates are about another network."""
-    if certificates.metadata.get("model_sha256") != network.sha256:
+def check_header(certificates: Certificates, network: SavedNetwork, name: str, images: Array, labels: Array) -> None:
+    """Raises CertificateError if the certificates are about another network, or other images."""
+    header = certificates.header
+    if header.model_sha256 != network.sha256:
         raise CertificateError("these certificates are about another model: its model.safetensors has another SHA-256")
-    if certificates.metadata.get("model") != network.architecture:
+    if header.model != network.architecture:
         raise CertificateError("these certificates are about another model: its model.json differs")
+    if header.data.name != name:
+        raise CertificateError(f"these certificates are about the data set {header.data.name}, not {name}")
+    if header.data.images != len(images):
+        raise CertificateError(f"the header says {header.data.images} test images, {name} has {len(images)}")
+    if header.data.sha256 != split_digest(images, labels):
+        raise CertificateError(
+            f"these certificates are about other test images or labels than {name}'s: SHA-256 differs"
+        )
 
 
 def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labels: Array) -> None:
@@ -335,18 +422,19 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
         raise CertificateError(f"index {index}: another image than the data set's")
     if int(labels[index]) != label:
         raise CertificateError(f"index {index}: label {label}, the data set says {int(labels[index])}")
+    if not 0 <= label < network.architecture["num_classes"]:
+        raise CertificateError(f"index {index}: label {label} is none of the network's classes")
     if row["method"] != "ibp" or row["arithmetic"] not in UNIT:
         raise CertificateError(f"index {index}: bounds by {row['method']} in {row['arithmetic']} cannot be checked")
     if not (np.isfinite(eps) and eps >= 0):
         raise CertificateError(f"index {index}: epsilon is {eps}")
-    image = (images[index].astype(np.float32) / np.float32(255)).astype(np.float64)
-    lower = np.clip(np.nextafter(image - eps, -np.inf), 0, 1)
-    upper = np.clip(np.nextafter(image + eps, np.inf), 0, 1)
+    lower, upper = _pixel_box(images[index], eps)
     margin = network.classifier_input(lower, upper, row["arithmetic"]).margin(label)
     if margin != row["margin"] and not abs(margin - row["margin"]) <= AGREEMENT * max(1.0, abs(margin)):
         raise CertificateError(f"index {index}: the margin is {margin:.9g}, the certificate says {row['margin']:.9g}")
     if (row["verdict"] == "proved") != (margin > 0):
         raise CertificateError(f"index {index}: verdict {row['verdict']}, but the margin is {margin:.9g}")
+    image = (images[index].astype(np.float32) / np.float32(255)).astype(np.float64)
     if not (0 <= row["prediction"] < network.architecture["num_classes"] and _predicts(network, image, row)):
         raise CertificateError(f"index {index}: the prediction is not {row['prediction']}")
     _check_verdict(row, network, image, (lower, upper))
@@ -355,7 +443,7 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
 def _check_verdict(row: Mapping[str, Any], network: SavedNetwork, image: Array, box: tuple[Array, Array]) -> None:
     index, label, verdict, adversarial = (row[key] for key in ("index", "label", "verdict", "adversarial"))
     correct = row["prediction"] == label
-    if verdict not in ("proved", "attacked", "open"):
+    if verdict not in VERDICTS:
         raise CertificateError(f"index {index}: unknown verdict {verdict!r}")
     if verdict != "attacked" and not correct:
         raise CertificateError(f"index {index}: verdict {verdict}, but the prediction is not the label")
@@ -374,6 +462,13 @@ def _check_verdict(row: Mapping[str, Any], network: SavedNetwork, image: Array, 
 def _predicts(network: SavedNetwork, image: Array, row: Mapping[str, Any]) -> bool:
     proved = row["verdict"] == "proved" and row["prediction"] == row["label"]  # which the margin has shown
     return proved or network.classifier_input(image, image, row["arithmetic"]).can_predict(row["prediction"])
+
+
+def _pixel_box(image: Array, eps: float) -> tuple[Array, Array]:
+    """Every representation of every image within `eps` of a stored one: three roundings to float32, and ours."""
+    pixels = image.astype(np.float64) / 255
+    reach = eps + 2.0**-22 * (pixels + eps)
+    return np.maximum(pixels - reach, 0.0), np.minimum(pixels + reach, 1.0)
 
 
 def _inside(point: Array, lower: Array, upper: Array) -> bool:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.model import evaluating
-from certtrain.data import Split, evaluation_batches
+from certtrain.data import Split, to_float
 from certtrain.runtime.precision import full_precision
-from certtrain.training.objectives import proved
-from certtrain.verification.attacks import PGD, logits_of
-from certtrain.verification.verify import perturbation_box, verify
+from certtrain.training.losses import proved
+from certtrain.verification.attacks import PGD
+from certtrain.verification.pixels import perturbation_box
+from certtrain.verification.verify import check_fit, checked_radii, device_of, parts_of, predictions, verify
 
 CURVE_POINTS = 101
 ATTACKED_POINTS = 9
@@ -23,8 +24,13 @@ ATTACKED_POINTS = 9
 
 @dataclass(frozen=True)
 class Radii:
-    """Per image the largest radius proved (N,), -1 where the image is misclassified; no more than `max_eps`."""
+    """What was found for each image, (N,) each, in the order of the split.
 
+    correct: the unperturbed image is classified right; proved: the largest radius proved, no more than `max_eps`, and
+    -1 where not even the image itself is proved: where it is misclassified, or the bounds are too loose at radius 0.
+    """
+
+    correct: Tensor
     proved: Tensor
     max_eps: float
     pgd_eps: tuple[float, ...]
@@ -33,7 +39,7 @@ class Radii:
 
     @property
     def natural_error(self) -> float:
-        return (self.proved < 0).double().mean().item()
+        return (~self.correct).double().mean().item()
 
     def verified_error(self, eps: float) -> float:
         """Share of images that are not proved at `eps`."""
@@ -51,6 +57,7 @@ class Radii:
             "pgd_eps": list(self.pgd_eps),
             "pgd_error": list(self.pgd_error),
             "radii": self.proved.tolist(),
+            "correct": self.correct.tolist(),
         }
 
 
@@ -70,28 +77,34 @@ def certified_radii(
     Args:
         model, data, attack, arithmetic, seed: as of `verify`; the PGD error is taken at a few radii, 0 among them.
         max_eps: where the search ends; a radius found is at most max_eps / 2^halvings too small, and never too large.
+
+    Raises:
+        UsageError, DataError: as of `verify`.
     """
-    device = next(model.parameters()).device
-    data = data.to(device)
+    (max_eps,) = checked_radii(max_eps)
+    data = data.to(device_of(model))
     with evaluating(model), full_precision(), torch.no_grad():
-        net = BoundedModel(model, next(evaluation_batches(data, 1))[0])
-        batches = evaluation_batches(data, batch_size)
-        found = [_bisect(net, images, labels, max_eps, arithmetic, halvings) for images, labels in batches]
+        check_fit(model, data)
+        net = BoundedModel(model, to_float(data.images[:1]))
+        found = [_bisect(net, part, max_eps, arithmetic, halvings) for _, part in parts_of(data, batch_size)]
+    correct, radii = (torch.cat(part).cpu() for part in zip(*found, strict=True))
     grid = torch.linspace(0, max_eps, ATTACKED_POINTS, dtype=torch.float64).tolist() if attack else []
     errors = _pgd_errors(model, data, grid, attack, batch_size, seed)
-    return Radii(torch.cat(found).cpu(), max_eps, tuple(grid), errors, arithmetic)
+    return Radii(correct, radii, max_eps, tuple(grid), errors, arithmetic)
 
 
 def _bisect(
-    net: BoundedModel, images: Tensor, labels: Tensor, max_eps: float, arithmetic: str | None, halvings: int
-) -> Tensor:
-    def holds(eps: Tensor) -> Tensor:
-        per_image = eps.view(-1, *[1] * (images.dim() - 1))
-        radius = per_image.to(images.dtype) if arithmetic is None else per_image
-        return proved(net.margins(perturbation_box(images, radius, arithmetic), labels, arithmetic=arithmetic))
+    net: BoundedModel, data: Split, max_eps: float, arithmetic: str | None, halvings: int
+) -> tuple[Tensor, Tensor]:
+    """`Radii.correct` and `Radii.proved` of a batch."""
+    labels = data.labels
 
-    correct = logits_of(net.model, images).argmax(1) == labels
-    low = torch.zeros(len(labels), dtype=torch.float64, device=images.device)
+    def holds(eps: Tensor) -> Tensor:
+        box = perturbation_box(data.images, eps.view(-1, 1, 1, 1), arithmetic)
+        return proved(net.margins(box, labels, arithmetic=arithmetic))
+
+    correct = predictions(net.model, to_float(data.images)) == labels
+    low = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     high = torch.full_like(low, max_eps)
     everywhere, somewhere = holds(high), holds(low)
     for _ in range(halvings):
@@ -99,7 +112,7 @@ def _bisect(
         inside = holds(middle)
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     low = torch.where(everywhere, max_eps, low)
-    return torch.where(correct & somewhere, low, -1.0)
+    return correct, torch.where(correct & somewhere, low, -1.0)
 
 
 def _pgd_errors(

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.model import evaluating
-from certtrain.bounds.rounding import arithmetic_named, enclosing_linf_box
-from certtrain.data import Split, evaluation_batches
+from certtrain.bounds.rounding import arithmetic_named
+from certtrain.data import Split, to_float
 from certtrain.data.seeding import generator
-from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.errors import DataError, UnsupportedOperation, UsageError
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
-from certtrain.training.objectives import proved
+from certtrain.training.losses import proved
 from certtrain.verification.attacks import PGD, logits_of
 from certtrain.verification.folding import fold_batch_norm
+from certtrain.verification.pixels import perturbation_box
 
 
 @dataclass
@@ -43,9 +44,10 @@ class Stage:
 class Verification:
     """What was found at one epsilon; per-image tensors (N,) on the CPU, in the order of the split.
 
-    prediction: the class of the unperturbed image; correct: it is the label; attacked: right, but PGD found a
-    misclassified point; adversarial: those points (M, C, H, W), in order; proved: no perturbation of at most eps in any
-    pixel changes the prediction, which is right; margin: smallest lower bound of z_y - z_j, j ≠ y.
+    prediction: the class of the unperturbed image, -1 where its logits are not all numbers; correct: it is the label;
+    attacked: right, but PGD found a misclassified point; adversarial: those points (M, C, H, W), in order; proved: no
+    perturbation of at most eps in any pixel changes the prediction, which is right; margin: smallest lower bound of
+    z_y - z_j, j ≠ y.
     stages: the methods of the cascade, in order; arithmetic: that of the deployed network for which the bounds hold,
     None for real mathematics; seconds: all of it, the attack included.
     """
@@ -62,7 +64,7 @@ class Verification:
     seconds: float
 
     @property
-    def open(self) -> Tensor:
+    def unknown(self) -> Tensor:
         """(N,) bool: classified right, neither proved nor attacked."""
         return self.correct & ~self.proved & ~self.attacked
 
@@ -126,35 +128,42 @@ def verify(
     settings are. Only images that are classified right and not proved are attacked: a proved one cannot be.
 
     Args:
+        model: with float32 parameters; it returns logits (B, K), K ≥ 2, of images (B, C, H, W) in [0, 1].
         data: images; it is moved to the model's device.
         eps: radius, or radii.
-        method: of `BoundedModel.margins`, or several by price: each sees only the images that those before left open.
+        method: of `BoundedModel.margins`, or several by price: each sees only the images that those before left
+            unknown.
         attack: None for none; the PGD error is then a lower bound, the natural error.
         limit: only the first so many images.
         backend: of `BoundedModel`.
         arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
-            `bounds.rounding`, in any order of its sums; for method ibp. None: the network as real mathematics.
+            `bounds.rounding`, in any order of its sums, for every representation of the pixels (`pixel_box`); for
+            method ibp. None: the network as real mathematics.
         ranks: the processes that share the images.
 
     Returns:
         A Verification per radius, of all images in every process.
 
     Raises:
-        UsageError: an arithmetic that is unknown, or that method or backend cannot cover; fewer images than processes.
+        UsageError: a radius that is negative or not finite; a model of another type or with other outputs; an
+            arithmetic that is unknown, or that method or backend cannot cover; fewer images than processes.
+        DataError: a label that is none of the model's classes.
     """
-    device = next(model.parameters()).device
-    images = range(len(data))[:limit]
+    radii = checked_radii(eps)
+    device = device_of(model)
+    everything = data.take(slice(limit))
+    images = range(len(everything))
     if len(images) < ranks.size:
         raise UsageError(f"{len(images)} test images for {ranks.size} processes: take more images, or fewer processes")
     mine = ranks.share(images)
-    data = data.take(slice(mine.start, mine.stop)).to(device)
-    radii = [eps] if isinstance(eps, int | float) else list(eps)
+    data = everything.take(slice(mine.start, mine.stop)).to(device)
     methods = (method,) if isinstance(method, str) else tuple(method)
     if arithmetic is not None:
         _require_sound(methods, backend, arithmetic)
     question = _Question(methods, arithmetic, attack, batch_size, seed, mine.start)
     with evaluating(model), full_precision():
-        example = next(evaluation_batches(data, 1))[0]
+        check_fit(model, everything)  # of all, so that every process finds the same
+        example = to_float(data.images[:1])
         network = _fewest_operations(model, example) if backend == "native" and arithmetic is None else model
         net = BoundedModel(network, example, backend)
         found = [question.answer(net, data, radius) for radius in radii]
@@ -167,6 +176,63 @@ def _fewest_operations(model: nn.Module, example: Tensor) -> nn.Module:
         return fold_batch_norm(model, example)
     except UnsupportedOperation:
         return model
+
+
+def checked_radii(eps: float | Sequence[float]) -> list[float]:
+    """One radius or several as a list of floats.
+
+    Raises:
+        UsageError: none; or one that is no number, negative, infinite or NaN.
+    """
+    try:
+        radii = [float(eps)] if isinstance(eps, int | float) else [float(radius) for radius in eps]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"eps must be a number or several, not {eps!r}") from error
+    if not radii:
+        raise UsageError("eps: name at least one radius")
+    for radius in radii:
+        if not (math.isfinite(radius) and radius >= 0):
+            raise UsageError(f"eps: a radius is a finite number and not negative, not {radius}")
+    return radii
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+
+def check_fit(model: nn.Module, data: Split) -> None:
+    """Whether `data` can be asked of `model`, which is in eval mode.
+
+    Raises:
+        UsageError: parameters that are not finite float32, or outputs that are not logits (B, K) in float32 with K ≥ 2.
+        DataError: a label that is none of the K classes.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UsageError(f"verification is of float32 networks; {name} is {_type_name(parameter)}: model.float()")
+        if not parameter.isfinite().all():
+            raise UsageError(f"the network cannot be verified: {name} has values that are infinite or NaN")
+    with torch.no_grad():
+        output = model(to_float(data.images[:1].to(device_of(model))))
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 1 or output.shape[1] < 2:
+        shown = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(f"the model must return logits (B, K) of at least two classes; one image gives {shown}")
+    if output.dtype != torch.float32:
+        raise UsageError(f"the model must return float32 logits, not {_type_name(output)}")
+    low, high = (int(bound) for bound in data.labels.aminmax())
+    if low < 0 or high >= output.shape[1]:
+        raise DataError(f"labels reach from {low} to {high}, outside the model's classes 0 to {output.shape[1] - 1}")
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, images: Tensor) -> Tensor:
+    """The classes (B,) of float images (B, C, H, W), -1 where a logit is NaN: that is no prediction."""
+    logits = logits_of(model, images)
+    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
 
 
 def _require_sound(methods: Sequence[str], backend: str, arithmetic: str) -> None:
@@ -193,14 +259,15 @@ class _Question:
         started = time.perf_counter()
         stages = tuple(Stage(method) for method in self.methods)
         found: list[tuple[Tensor, ...]] = []
-        positions = itertools.count(self.first, self.batch_size)
-        for position, (images, labels) in zip(positions, evaluation_batches(data, self.batch_size)):  # noqa: B905
+        for start, part in parts_of(data, self.batch_size):
+            images, labels = to_float(part.images), part.labels
+            prediction = predictions(net.model, images)
+            correct = prediction == labels
             with torch.no_grad():
-                prediction = logits_of(net.model, images).argmax(1)
-                correct = prediction == labels
-                margins = self._cascade(net, images, labels, eps, correct, stages)
+                box = perturbation_box(part.images, eps, self.arithmetic)
+                margins = self._cascade(net, box, labels, correct, stages)
             holds = proved(margins) & correct
-            attacked, points = self._attacks(net.model, images, labels, eps, correct & ~holds, position)
+            attacked, points = self._attacks(net.model, images, labels, eps, correct & ~holds, self.first + start)
             smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
             found.append((prediction, correct, attacked, points, holds, smallest))
         parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
@@ -218,13 +285,10 @@ class _Question:
             attacked[chosen], points = broken, points[broken]
         return attacked, points
 
-    def _cascade(
-        self, net: BoundedModel, images: Tensor, labels: Tensor, eps: float, correct: Tensor, stages: Sequence[Stage]
-    ) -> Tensor:
-        """Margins (B, K) by the first stage, then by one after another for those right and open."""
-        box = perturbation_box(images, eps, self.arithmetic)
+    def _cascade(self, net: BoundedModel, box: Box, labels: Tensor, correct: Tensor, stages: Sequence[Stage]) -> Tensor:
+        """Margins (B, K) by the first stage, then by one after another for those right and unknown."""
         options = {} if self.arithmetic is None else {"arithmetic": self.arithmetic}
-        margins = torch.full((len(images), net.classes), -torch.inf, dtype=box.like.dtype, device=images.device)
+        margins = torch.full((len(labels), net.classes), -torch.inf, dtype=box.like.dtype, device=labels.device)
         margins.scatter_(1, labels[:, None], 0.0)
         for position, stage in enumerate(stages):
             left = (torch.ones_like(correct) if position == 0 else correct & ~proved(margins)).nonzero()[:, 0]
@@ -232,16 +296,18 @@ class _Question:
                 break
             started = time.perf_counter()
             mine = box.map(lambda values, left=left: values[left])
-            margins[left] = torch.maximum(margins[left], net.margins(mine, labels[left], stage.method, **options))
+            bounds = net.margins(mine, labels[left], stage.method, **options)
+            bounds = torch.where(bounds.isnan(), -torch.inf, bounds)  # nothing is known, whatever comes after
+            margins[left] = torch.maximum(margins[left], bounds)
             stage.images += len(left)
             stage.proved += int((proved(margins[left]) & correct[left]).sum())
             stage.seconds += time.perf_counter() - started
         return margins
 
 
-def perturbation_box(images: Tensor, eps: float | Tensor, arithmetic: str | None) -> Box:
-    """What is asked about: a box that rounding has not made smaller where the bounds cover rounding."""
-    return linf_box(images, eps) if arithmetic is None else enclosing_linf_box(images, eps)
+def parts_of(data: Split, size: int) -> Iterator[tuple[int, Split]]:
+    """`data` in its own order, `size` images at a time, each part with the position of its first."""
+    return ((start, data.take(slice(start, start + size))) for start in range(0, len(data), size))
 
 
 def _share(flags: Tensor) -> float:

@@ -214,7 +214,7 @@ MIXES: dict[str, tuple[Forward, str]] = {
     "less the negative axis": (lambda self, x: x - x.sum(-2, keepdim=True), "sum.*batch axis"),
     "cat along 0": (lambda self, x: torch.cat([x, x], 0)[: x.size(0)], "cat.*batch axis"),
     "cat by default": (lambda self, x: torch.cat([x])[: x.size(0)], "cat.*batch axis"),
-    "tokens folded in": (lambda self, x: self.layer(x.repeat(1, 2).reshape(-1, 4)).view(-1, 8)[:, :4], "repeat"),
+    "tokens folded in": (lambda self, x: self.layer(x.repeat(1, 2).reshape(-1, 4)).view(-1, 8)[:, :4], "reshape"),
     "folded and back": (lambda self, x: x.reshape(-1, 2).reshape(-1, 4), "reshape.*batch axis"),
     "flatten(0)": (lambda self, x: x.flatten(0).view(-1, 4), "flatten.*batch axis"),
     "unflatten(0)": (lambda self, x: x.unflatten(0, (1, -1))[0], "unflatten.*batch axis"),

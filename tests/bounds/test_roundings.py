@@ -244,7 +244,7 @@ def leaky_relu(a: Adversary, x: Values, slope: float) -> Values:
     return a.stored(np.where(x > 0, x, below))
 
 
-def max_pool(function: Callable[..., Tensor]) -> Callable[..., Values]:
+def chosen(function: Callable[..., Tensor]) -> Callable[..., Values]:
     """Comparisons are exact, so that the place of the largest can be found among ranks."""
 
     def by_hand(a: Adversary, x: Values, *settings) -> Values:
@@ -254,6 +254,29 @@ def max_pool(function: Callable[..., Tensor]) -> Callable[..., Values]:
         return np.array(order, dtype=object)[largest.long().numpy()]
 
     return by_hand
+
+
+def extremum(choose: Callable[[Values, Values], Values]) -> Callable[..., Values]:
+    def by_hand(a: Adversary, x, y) -> Values:
+        return choose(*(value if isinstance(value, np.ndarray) else a.constant(value) for value in (x, y)))
+
+    return by_hand
+
+
+def clamped(a: Adversary, x: Values, lower: float | None, upper: float | None) -> Values:
+    x = x if lower is None else np.maximum(x, a.constant(lower))
+    return x if upper is None else np.minimum(x, a.constant(upper))
+
+
+def prelu(a: Adversary, x: Values, weight: Tensor) -> Values:
+    slope = a.constant(weight).reshape(1, -1, *[1] * (x.ndim - 2))
+    return a.stored(np.where(x > 0, x, a.rounded(x * slope)))
+
+
+def resized(a: Adversary, x: Values, *settings) -> Values:
+    """With the places of the nearest as float32 has them."""
+    numbers = torch.arange(x.size, dtype=torch.float32).reshape(x.shape)
+    return x.reshape(-1)[F.interpolate(numbers, *settings).long().numpy()]
 
 
 def joined(a: Adversary, parts, dim: int) -> Values:
@@ -276,12 +299,32 @@ BY_HAND: dict[Callable, Callable[..., Values]] = {
             F.avg_pool2d,
             F.adaptive_avg_pool1d,
             F.adaptive_avg_pool2d,
+            F.adaptive_avg_pool3d,
+            F.avg_pool3d,
             Tensor.mean,
             Tensor.sum,
         )
     },
-    F.max_pool1d: max_pool(F.max_pool1d),
-    F.max_pool2d: max_pool(F.max_pool2d),
+    **{
+        function: chosen(function)
+        for function in (
+            F.max_pool1d,
+            F.max_pool2d,
+            F.max_pool3d,
+            F.adaptive_max_pool1d,
+            F.adaptive_max_pool2d,
+            torch.amax,
+            torch.amin,
+        )
+    },
+    F.relu6: lambda a, x: np.minimum(np.maximum(x, Fraction(0)), Fraction(6)),
+    F.prelu: prelu,
+    torch.clamp: clamped,
+    F.hardtanh: clamped,
+    torch.abs: lambda a, x: abs(x),
+    torch.maximum: extremum(np.maximum),
+    torch.minimum: extremum(np.minimum),
+    F.interpolate: resized,
     F.relu: lambda a, x: np.where(x > 0, x, Fraction(0)),
     F.leaky_relu: leaky_relu,
     F.batch_norm: batch_norm,
@@ -363,6 +406,41 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sum": (lambda: One(lambda self, x: x.sum(2)), SHAPE),
     "max_pool1d": (lambda: nn.MaxPool1d(2), (2, 6)),
     "max_pool2d": (lambda: nn.MaxPool2d(3, 2, 1), SHAPE),
+    "max_pool3d": (lambda: nn.MaxPool3d(2), (1, 2, 4, 2)),
+    "avg_pool3d": (lambda: nn.AvgPool3d(2), (1, 2, 4, 2)),
+    "adaptive_avg_pool3d": (lambda: nn.AdaptiveAvgPool3d((1, 3, 2)), (1, 2, 4, 2)),
+    "adaptive_max_pool": (
+        lambda: nn.Sequential(nn.AdaptiveMaxPool2d((3, 2)), nn.Flatten(2), nn.AdaptiveMaxPool1d(4)),
+        SHAPE,
+    ),
+    "amax": (lambda: One(lambda self, x: torch.cat([x.amax((1, 3)), x.amin(2).flatten(1)], 1)), SHAPE),
+    "abs": (lambda: One(lambda self, x: x.abs()), SHAPE),
+    "relu6": (lambda: nn.ReLU6(), SHAPE),
+    "prelu": (lambda: nn.PReLU(2), SHAPE),
+    "clamp": (lambda: One(lambda self, x: x.clamp(-0.1, 0.7).clamp(max=0.3)), SHAPE),
+    "hardtanh": (lambda: nn.Hardtanh(-0.3, 0.1), SHAPE),
+    "maximum": (lambda: One(lambda self, x: torch.maximum(x, self.c), spread(2, 4, 4)), SHAPE),
+    "minimum": (lambda: One(lambda self, x: torch.minimum(x, x.transpose(2, 3)), spread(2, 4, 4)), SHAPE),
+    "interpolate": (lambda: nn.Upsample(size=(82, 7)), (1, 2, 4)),
+    "interpolate, exact": (lambda: nn.Upsample(scale_factor=2.3, mode="nearest-exact"), (1, 2, 16)),
+    "more moves": (
+        lambda: One(
+            lambda self, x: torch.cat(
+                [
+                    x.flip(1).roll(1, 2).flatten(1),
+                    x.narrow(2, 1, 2).select(3, 0).flatten(1),
+                    x.index_select(1, self.c).movedim(1, 2).flatten(1),
+                    torch.tile(x, (1, 1, 2)).repeat(1, 2, 1, 1).flatten(1),
+                    x[:, :1].expand(-1, 3, -1, -1).flatten(1),
+                    F.pixel_unshuffle(F.pixel_shuffle(x.reshape(-1, 8, 2, 2), 2), 2).flatten(1),
+                    F.channel_shuffle(x, 2).flatten(1),
+                ],
+                1,
+            ),
+            torch.tensor([1, 0]),
+        ),
+        SHAPE,
+    ),
     "relu": (lambda: nn.ReLU(), SHAPE),
     "leaky_relu": (lambda: nn.LeakyReLU(0.1), SHAPE),
     "batch_norm": (lambda: nn.BatchNorm2d(2), SHAPE),
@@ -455,9 +533,8 @@ def test_no_adversary_leaves_the_box(name, arithmetic):
         assert outside(box, graph.run(values, ByHand(adversary))) == 0, vars(adversary)
 
 
-ROUNDING = [
-    name for name in CASES if name not in {"max_pool1d", "max_pool2d", "relu", "pad", "neg", "reshaping", "parts"}
-]
+EXACT_CASES = {"neg", "abs", "pad", "relu", "relu6", "amax", "minimum", "reshaping", "parts", "more moves"}
+ROUNDING = [name for name in CASES if name not in EXACT_CASES and "max_pool" not in name and "interpolate" not in name]
 
 
 @pytest.mark.parametrize("name", ROUNDING)

@@ -1,10 +1,13 @@
+import os
 from fractions import Fraction
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from certtrain.config import Config, load_config
-from certtrain.config.schema import OPTIMIZERS
+from certtrain.config.schema import parse_radius
 from certtrain.errors import UsageError
 
 SMALLEST = {
@@ -43,7 +46,7 @@ def test_shipped_configs_hold_the_published_settings(name):
     assert config.optimizer.clip == 10
     assert config.training.batch_size == published["batch"]
     assert (config.data.crop, config.data.flip) == (published["crop"], published["crop"] > 0)
-    assert (config.model.name, config.training.initialization, config.training.method) == ("cnn7", "ibp", "ibp")
+    assert (config.model.name, config.training.initialization, config.training.method.name) == ("cnn7", "ibp", "ibp")
     assert config.regularizers.weight == (0.2 if name.startswith("tiny") else 0.5)
     assert (config.regularizers.tolerance, config.regularizers.l1) == (0.5, 0)
     assert config.regularizers.tightness
@@ -119,7 +122,7 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
     [
         ("trainng", "{}", "unknown key trainng: did you mean training\\?"),
         ("training.epoch", "3", "unknown key training.epoch: did you mean epochs\\?"),
-        ("model.colour", "red", "unknown key model.colour: model has name, options"),
+        ("model.colour", "red", "unknown key model.colour: model has name, path, options"),
         ("colour", "red", "unknown key colour: a config has seed, data, model"),
         ("training.epochs", "many", "training.epochs: .*integer.*'many'"),
         ("training.epochs", "0", "training.epochs: .*greater than or equal to 1"),
@@ -129,7 +132,7 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
         ("optimizer.lr", "fast", "optimizer.lr: .*number.*'fast'"),
         ("optimizer.lr", "-1", "optimizer.lr: .*greater than 0"),
         ("optimizer.lr", ".nan", "optimizer.lr: .*finite"),
-        ("optimizer.milestones", "5", "optimizer.milestones: .*tuple"),
+        ("optimizer.milestones", "5", "optimizer.milestones: a list is expected .got 5"),
         ("epsilon.max", "1.5", "epsilon.max: a radius lies between 0 and 1 .*1.5"),
         ("epsilon.max", "256/255", "epsilon.max: a radius lies between 0 and 1 .*256/255"),
         ("epsilon.max", "-0.1", "epsilon.max: a radius lies between 0 and 1 .*-0.1"),
@@ -151,7 +154,17 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
         ("data.name", "cifar", "data.name: unknown data set 'cifar': did you mean cifar10.*\\?"),
         ("optimizer.name", "adam", "optimizer.name: unknown optimizer 'adam': did you mean .*Adam.*\\?"),
         ("training.initialization", "kaming", "training.initialization: unknown initialization .*kaiming"),
-        ("training.method", "ipb", "training.method: .*'ibp'.*'ipb'"),
+        ("training.method", "ipb", "training.method: unknown training method 'ipb': did you mean ibp\\?"),
+        ("training.loss_fusion", "true", "unknown key training.loss_fusion: it belongs to training.method crown-ibp"),
+        (
+            "training.method",
+            "{name: ibp, loss_fusion: true}",
+            "unknown key .*: it belongs to training.method crown-ibp",
+        ),
+        ("training.method", "{name: crown-ibp, loss_fuson: true}", "unknown key .*: did you mean loss_fusion\\?"),
+        ("training.method", "{name: ibp, colour: red}", "unknown key .*: training.method ibp has name"),
+        ("training.method", "{loss_fusion: true}", "training.method.name is missing"),
+        ("training.method", "{name: crown-ibp, beta: [1, 2]}", "training.method.beta.1: .* less than or equal to 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_that_names_the_key(key, value, message):
@@ -293,7 +306,7 @@ def test_what_is_wrong_in_a_base_is_reported_with_that_file(write):
     first, second = file.with_name("first.yaml"), file.with_name("second.yaml")
     assert set(str(caught.value).splitlines()) == {
         f"{first}: unknown key training.epocs: did you mean epochs?",
-        f"{first}: optimizer.lr: Input should be a valid number, unable to parse string as a number (got 'fast')",
+        f"{first}: optimizer.lr: Input should be a valid number (got 'fast')",
         f"{second}: seed: Input should be greater than or equal to 0 (got -1)",
         "unknown key model.nam: did you mean name?",
         "data.limit: Input should be greater than or equal to 2 (got 1)",
@@ -306,6 +319,204 @@ def test_a_base_is_not_blamed_for_what_overrules_it(write):
         load_config(file, ["seed=-2"])
 
 
-def test_optimizers_that_cannot_train_a_network_by_steps_are_not_offered():
-    assert {"Adam", "AdamW", "SGD", "RMSprop"} <= OPTIMIZERS.keys()
-    assert not {"Optimizer", "LBFGS", "SparseAdam"} & OPTIMIZERS.keys()
+# --- whoever wrote it: one short line for each thing that is wrong ----------------------------------------------------
+
+
+def lines_of_error(source, overrides=()):
+    with pytest.raises(UsageError) as caught:
+        load_config(source, overrides)
+    lines = str(caught.value).split("\n")
+    assert 0 < max(map(len, lines)) <= 300
+    assert all(line.isprintable() for line in lines)
+    return lines
+
+
+WHOLE = ["seed", "data.limit", "data.crop", "epsilon.start_epoch", "epsilon.warmup_epochs", "training.epochs",
+         "training.batch_size", "training.accumulation", "verification.limit", "verification.batch_size",
+         "verification.pgd_steps", "verification.pgd_restarts"]  # fmt: skip
+NUMBERS = ["data.validation", "epsilon.max", "epsilon.mid", "epsilon.beta", "regularizers.weight", "regularizers.l1",
+           "regularizers.tolerance", "optimizer.lr", "optimizer.factor", "optimizer.clip",
+           "training.checkpoint_seconds", "verification.pgd_step_size", "verification.eps"]  # fmt: skip
+LISTS = ["data.mean", "data.std", "verification.eps", "verification.method"]
+
+
+@pytest.mark.parametrize("key", WHOLE)
+@pytest.mark.parametrize("value", ["true", "'3'", "3.5", "٣", "1e3", "18446744073709551616", "-1", "[3]", "{a: 3}"])
+def test_only_a_whole_number_in_range_is_one(key, value):
+    (line,) = lines_of_error(SMALLEST, [f"{key}={value}"])
+    assert line.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize("value", ["true", "٣", "1e400", ".inf", ".nan", "x", "{a: 3}", "1e99999999", "-1"])
+def test_only_a_finite_number_is_one(key, value):
+    (line,) = lines_of_error(SMALLEST, [f"{key}={value}"])
+    assert key in line
+
+
+@pytest.mark.parametrize("key", LISTS)
+@pytest.mark.parametrize("value", ["[]", "''", "{}", "[[]]", "[true]", "[null]"])
+def test_a_list_has_something_in_it(key, value):
+    (line,) = lines_of_error(SMALLEST, [f"{key}={value}"])
+    assert line.startswith(f"{key}")
+
+
+@pytest.mark.parametrize("section", ["data", "model", "epsilon", "training", "optimizer", "verification"])
+@pytest.mark.parametrize("value", ["3", "[1]", "text", "null"])
+def test_a_section_is_a_mapping(section, value):
+    assert lines_of_error(SMALLEST, [f"{section}={value}"])[0].startswith(f"{section}: a section is expected")
+
+
+@given(st.text(st.characters(exclude_characters="."), min_size=1), st.sampled_from([1, 10**4]))
+def test_whatever_a_key_or_a_value_is_the_line_stays_short(text, times):
+    long = text * times
+    lines_of_error({**SMALLEST, "x" + long: 1, "seed": long})
+    lines_of_error({**SMALLEST, "data": {"name": long}, "epsilon": {"max": long}, "verification": {"method": long}})
+    lines_of_error({**SMALLEST, "training": {"epochs": [long] * 1000, "x" + long: {}}})
+    lines_of_error("x" + long.replace("\0", ""))
+
+
+SECTIONS = {name: getattr(field.annotation, "model_fields", {}) for name, field in Config.model_fields.items()}
+KEYS = [*(f"{name}.{key}" for name, keys in SECTIONS.items() for key in keys), *SECTIONS, "base", "data.x", "x"]
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.complex_numbers(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.integers() | st.none(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(KEYS), ANYTHING)
+def test_whatever_stands_anywhere_is_a_config_or_one_short_line_for_each_mistake(key, value):
+    section, _, name = key.rpartition(".")
+    changed = {section: {**SMALLEST.get(section, {}), name: value}} if section else {name: value}
+    try:
+        config = load_config({**SMALLEST, **changed})
+    except UsageError as error:
+        lines = str(error).split("\n")
+    else:
+        lines = [""]
+        assert load_config(yaml.safe_load(config.to_yaml())) == config
+    assert max(map(len, lines)) <= 300
+
+
+def test_a_thousand_mistakes_are_not_a_thousand_lines():
+    lines = lines_of_error({**SMALLEST, "verification": {"eps": ["x"] * 1000}})
+    assert lines[-1] == "and 980 more"
+    assert len(lines) == 21
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "- a: [\n", "secret: hunter2\n  more: x", "hunter2", "a: *hunter2x\n", "&a [*a]"]
+)
+def test_a_file_that_is_no_config_is_not_shown(write, content):
+    (line,) = lines_of_error(write(other=content, own="base: other.yaml"))
+    assert "other.yaml" in line
+    assert "hunter2\n" not in line
+    assert "secret" not in line
+
+
+def test_a_base_is_a_yaml_file_in_the_folder_of_what_is_based_on_it_or_shipped(write, tmp_path):
+    folder = tmp_path / "configs"
+    (folder / "parts").mkdir(parents=True)
+    (tmp_path / "secret.yaml").write_text("password: hunter2")
+    (folder / "link.yaml").symlink_to(tmp_path / "secret.yaml")
+    (folder / "notes.txt").write_text("password: hunter2")
+    (folder / "parts" / "part.yaml").write_text("seed: 7")
+    own = folder / "own.yaml"
+    for base in [tmp_path / "secret.yaml", "../secret.yaml", "parts/../../secret.yaml", "link.yaml", "notes.txt",
+                 "/etc/passwd", "/dev/stdin", "/proc/self/environ", folder, "parts", ".", "~/x.yaml"]:  # fmt: skip
+        own.write_text(yaml.safe_dump({"base": str(base)}))
+        (line,) = lines_of_error(own)
+        assert "password" not in line
+        assert "base: " in line
+    own.write_text("base: [digits, parts/part.yaml]")
+    assert load_config(own).seed == 7
+
+
+@pytest.mark.parametrize("kind", ["chain", "fan"])
+def test_bases_are_counted(write, kind):
+    """A chain of 1,000 files; and 8 files each based eight times on the one before it, 16 million to read."""
+    write(f0="seed: 1\n")
+    count, width = (1000, 1) if kind == "chain" else (8, 8)
+    for number in range(1, count):
+        file = write(**{f"f{number}": f"base: [{', '.join([f'f{number - 1}.yaml'] * width)}]"})
+    (line,) = lines_of_error(file)
+    assert "at most 32 files" in line
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "loop.yaml").symlink_to(tmp_path / "loop.yaml")
+    (tmp_path / "device.yaml").symlink_to("/dev/zero")
+    for name in ("pipe", "loop", "device"):
+        lines_of_error(tmp_path / f"{name}.yaml")
+        (tmp_path / "own.yaml").write_text(f"base: {name}.yaml")
+        lines_of_error(tmp_path / "own.yaml")
+    (tmp_path / "large.yaml").write_bytes(b"a: [" + b"1, " * 10**6 + b"]")
+    assert "more than" in lines_of_error(tmp_path / "large.yaml")[0]
+
+
+# --- overrides as values ----------------------------------------------------------------------------------------------
+
+
+def test_a_mapping_of_overrides_is_merged_by_section_or_by_dotted_key():
+    base = {**SMALLEST, "model": {"name": "mlp", "options": {"widths": [4]}}}
+    nested = load_config(base, {"model": {"options": {"batch_norm": False}}, "optimizer": {"lr": 0.5}})
+    dotted = load_config(base, {"model.options.batch_norm": False, "optimizer.lr": 0.5})
+    assert nested == dotted
+    assert nested.model.options == {"widths": [4], "batch_norm": False}
+    assert load_config(base, ["seed=1", {"seed": 2}, "optimizer.lr=0.5"]).seed == 2
+    assert base["model"]["options"] == {"widths": [4]}
+
+
+@given(st.text(max_size=30))
+def test_a_text_in_a_mapping_stays_that_text(text):
+    """Quotes, braces, what looks like a number: no value is read as YAML on its way."""
+    assert load_config(SMALLEST, {"data.root": text}).data.root == text
+    assert load_config(SMALLEST, {"model": {"options": {"x": text}}}).model.options == {"x": text}
+
+
+@pytest.mark.parametrize("key", ["", ".", "a.", ".a", 3, None, "a" + ".a" * 100])
+def test_a_key_of_an_override_names_a_place(key):
+    assert "is not the key of an override" in lines_of_error(SMALLEST, {key: 1})[0]
+
+
+@pytest.mark.parametrize("text", ["seed=", "seed= ", "verification.eps=", "seed" + ".a" * 100 + "=1", "x" * 10**5])
+def test_an_override_without_a_key_or_a_value_is_one_line(text):
+    assert len(lines_of_error(SMALLEST, [text])) == 1
+
+
+@given(st.floats(0, 1))
+def test_a_radius_is_read_as_the_number_that_is_written(radius):
+    assert parse_radius(repr(radius)) == radius
+    assert parse_radius(f" {radius:.17e} ") == radius
+
+
+@given(st.integers(0, 10**18), st.integers(1, 10**18))
+def test_a_fraction_is_rounded_once(numerator, denominator):
+    numerator, denominator = sorted((numerator, denominator))
+    assert parse_radius(f"{numerator} / {denominator}") == float(Fraction(numerator, denominator))
+
+
+# --- a network of one's own -------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_the_file_that_names_a_network_is_kept(write, tmp_path, monkeypatch):
+    file = write(own="base: digits\nmodel: {name: 'net:plain'}\n", over="base: digits\n")
+    assert load_config(file.with_name("own.yaml")).model.path == str(tmp_path)
+    assert load_config(file, ["model.name=net:plain"]).model.path == str(tmp_path)
+    assert load_config(file, ["model.name=net:plain", "model.path=elsewhere"]).model.path == "elsewhere"
+    assert load_config(file).model.path is None
+    monkeypatch.chdir(tmp_path)
+    assert load_config("own.yaml").model.path is None, "the working directory is looked through anyway"
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(load_config(tmp_path / "own.yaml").to_yaml())
+    assert load_config(resolved).model.path == str(tmp_path)

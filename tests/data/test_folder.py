@@ -36,6 +36,7 @@ def test_reads_class_folders_as_rgb(tmp_path, test_name):
 
 def test_test_comes_before_val(tmp_path):
     write(tmp_path / "train" / "ape" / "1.png")
+    write(tmp_path / "train" / "bee" / "1.png")
     expected = write(tmp_path / "test" / "ape" / "1.png")
     write(tmp_path / "val" / "ape" / "1.png")
     np.testing.assert_array_equal(load_dataset("folder", path=tmp_path).test.images[0].numpy(), expected)
@@ -43,6 +44,7 @@ def test_test_comes_before_val(tmp_path):
 
 def test_many_images_stay_in_order(tmp_path):
     expected = [write(tmp_path / "train" / "ape" / f"{i:03}.png", size=(2, 2)) for i in range(150)]
+    expected.append(write(tmp_path / "train" / "bee" / "000.png", size=(2, 2)))
     write(tmp_path / "test" / "ape" / "1.png", size=(2, 2))
     np.testing.assert_array_equal(load_dataset("folder", path=tmp_path).train.images.numpy(), expected)
 

@@ -1,3 +1,5 @@
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -43,7 +45,8 @@ def test_grey_images_need_no_channel_axis(tmp_path):
     ("images", "labels", "message"),
     [
         (rgb(2).astype(np.float32), np.array([0, 1]), r"uint8 .* not float32"),
-        (rgb(2)[0, 0], np.array([0, 1]), r"\(5, 3\)"),
+        (rgb(2)[0, 0, 0], np.array([0, 1]), r"\(3,\)"),
+        (rgb(2)[None], np.array([0, 1]), r"\(1, 2, 4, 5, 3\)"),
         (rgb(2), np.array([0.0, 1.0]), "labels must be integers"),
         (rgb(2), np.array([0, -1]), "labels must not be negative, the smallest is -1"),
         (rgb(2), np.array([0, 10**12]), "a label is 1000000000000"),
@@ -94,3 +97,39 @@ def test_missing_files_and_arrays_are_named(tmp_path):
     np.savez(tmp_path / "train.npz", images=rgb(1))
     with pytest.raises(DataError, match="labels"):
         load_dataset("npz", path=tmp_path)
+
+
+def bomb(file, claimed, written):
+    """An archive whose images claim a shape, and have so many zeros."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape, dtype in (("images", claimed, "|u1"), ("labels", claimed[:1], "<i8")):
+            with archive.open(f"{name}.npy", "w") as array:
+                np.lib.format.write_array_header_1_0(array, {"descr": dtype, "fortran_order": False, "shape": shape})
+                for _ in range(written >> 20):
+                    array.write(bytes(2**20))
+
+
+@pytest.mark.parametrize(
+    ("claimed", "written", "message"),
+    [
+        ((2**40, 8, 8), 2**20, r"is truncated: images of shape"),
+        ((2**62, 2**62, 2**62), 2**20, r"is truncated: images of shape"),
+        ((2**20, 8, 8), 2**26, r"is no data set: its .* bytes claim to unpack to 134,"),
+    ],
+)
+def test_an_archive_that_is_larger_unpacked_than_any_images_is_not_unpacked(
+    tmp_path, monkeypatch, claimed, written, message
+):
+    monkeypatch.setattr("certtrain.data.npz.LARGEST_UNCHECKED", 2**24)
+    monkeypatch.setattr(np, "load", lambda *arguments, **options: pytest.fail("it was read"))
+    bomb(tmp_path / "train.npz", claimed, written)
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset("npz", path=tmp_path)
+    assert str(tmp_path / "train.npz") in str(caught.value)
+
+
+def test_drawings_that_shrink_well_are_read(tmp_path):
+    for part in ("train", "test"):
+        np.savez_compressed(tmp_path / f"{part}.npz", images=np.zeros((500, 28, 28), np.uint8), labels=np.arange(500))
+    assert (tmp_path / "train.npz").stat().st_size < 500 * 28 * 28 / 100
+    assert len(load_dataset("npz", path=tmp_path).train) == 500

@@ -14,7 +14,7 @@ import torch
 
 import certtrain
 from certtrain.config import Config, load_config
-from certtrain.training.objectives import Objective
+from certtrain.training.step import GradientStep
 from tests.commands import one_thread
 
 DATA = Path(os.environ.get("CERTTRAIN_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
@@ -72,7 +72,7 @@ def test_cifar10_by_crown_ibp_resumed_once_is_the_uninterrupted_run(cifar10, cli
 
 def interrupt_after(step: int, config: Config, folder: Path) -> certtrain.Run:
     """Train until a signal comes during `step`."""
-    backward, count = Objective.backward, 0
+    backward, count = GradientStep.backward, 0
 
     def counting(self, *arguments):
         nonlocal count
@@ -82,7 +82,7 @@ def interrupt_after(step: int, config: Config, folder: Path) -> certtrain.Run:
         return backward(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setattr(Objective, "backward", counting)
+        patch.setattr(GradientStep, "backward", counting)
         return certtrain.train(config, folder, device="cpu")
 
 

@@ -16,7 +16,7 @@ from certtrain.config import load_config
 from certtrain.data import Dataset, Split, load_dataset
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.export.onnx import export_onnx
-from certtrain.export.vnnlib import export_vnnlib, open_images, outer_box, vnnlib_property
+from certtrain.export.vnnlib import export_vnnlib, outer_box, unknown_images, vnnlib_property
 from certtrain.models import Normalize
 from certtrain.runs.checkpoint import load_model
 from tests.commands import contents
@@ -48,7 +48,11 @@ def test_onnxruntime_computes_what_the_network_computes(build, tmp_path):
         (logits,) = network.run(["logits"], {"image": images.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), model.eval()(images), atol=1e-5, rtol=1e-5)
-    assert {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node} <= STANDARD
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert {node.op_type for node in graph.node} <= STANDARD
+    normalisation = {node.input[1] for node in graph.node if node.op_type in ("Sub", "Div")}
+    shapes = [tuple(stored.dims) for stored in graph.initializer if stored.name in normalisation]
+    assert shapes == [(1, 3, 1, 1)] * 2  # verifiers want the batch axis written out
 
 
 def test_a_batch_norm_over_tokens_is_not_folded_into_the_features(tmp_path):
@@ -129,12 +133,12 @@ def config_with(**verification):
     )
 
 
-def test_open_images_get_a_property_and_its_counterexamples_fool_the_network(tmp_path):
+def test_unknown_images_get_a_property_and_its_counterexamples_fool_the_network(tmp_path):
     """At distances 127.5, 2.5, 22.5 (wrong) and 1.5 from the threshold, in 1/255; nothing is attacked."""
     folder = tmp_path / "open"
     data = one_pixel_images([0, 130, 150, 126], [0, 1, 0, 0])
     result = export_vnnlib(folder, config_with(pgd_restarts=0), Threshold(), data, 5 / 255, limit=None, timeout=60)
-    assert open_images(result) == [1, 3]
+    assert unknown_images(result) == [1, 3]
     rows = list(csv.reader((folder / "instances.csv").open()))
     assert rows == [["model.onnx", "image_00001.vnnlib", "60"], ["model.onnx", "image_00003.vnnlib", "60"]]
     network = session(folder / "model.onnx")
@@ -149,10 +153,10 @@ def test_open_images_get_a_property_and_its_counterexamples_fool_the_network(tmp
         export_vnnlib(folder, again, Threshold(), data, 5 / 255, limit=None, timeout=60)
 
 
-def test_attacked_images_are_not_open(tmp_path):
+def test_attacked_images_are_not_unknown(tmp_path):
     data = one_pixel_images([0, 130], [0, 1])
     result = export_vnnlib(tmp_path / "open", config_with(), Threshold(), data, 5 / 255, limit=None, timeout=60)
-    assert open_images(result) == []
+    assert unknown_images(result) == []
     assert sorted(contents(tmp_path / "open")) == ["instances.csv", "model.onnx"]
 
 
@@ -179,7 +183,7 @@ def test_export_of_a_run(cli, run, tmp_path):
     ("arguments", "code", "message"),
     [
         ([], 2, "say what to export: --onnx, or --vnnlib DIR"),
-        (["--onnx", "/nowhere/model.onnx"], 1, "could not write /nowhere/model.onnx"),
+        (["--onnx", "/nowhere/model.onnx"], 2, "/nowhere/model.onnx cannot be written: there is no folder /nowhere"),
         (["--onnx", "--eps", "8/0"], 2, "'8/0' is not a radius"),
         (["--vnnlib", "open", "data.nmae=mnist"], 2, "did you mean name"),
     ],

@@ -1,24 +1,30 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
+import math
 import re
 import sys
 from dataclasses import replace
+from functools import reduce
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from certtrain.bounds import linf_box
 from certtrain.config import load_config
 from certtrain.data import Dataset, Split, load_dataset
+from certtrain.errors import CheckpointError
 from certtrain.report import plots
 from certtrain.report.examples import fates, judge
-from certtrain.report.page import error_curves, write_report
+from certtrain.report.page import _read_epochs, _read_summary, _show, error_curves, write_report
 from certtrain.runs.checkpoint import load_model
 from tests.commands import contents
 from tests.networks import Threshold
@@ -117,7 +123,7 @@ def test_every_image_has_the_fate_that_is_known():
     flags = torch.stack(list(fates(result).values()))
     assert (flags.sum(0) == 1).all()
     found = {name: [example.index for example in group] for name, group in examples.items()}
-    assert found == {"proved": [0], "open": [], "attacked": [1, 3], "misclassified": [2]}
+    assert found == {"proved": [0], "unknown": [], "attacked": [1, 3], "misclassified": [2]}
     for example in examples["attacked"]:
         assert example.prediction != example.label
         assert linf_box(example.image, 5 / 255).contains(example.point).all()
@@ -127,10 +133,10 @@ def test_every_image_has_the_fate_that_is_known():
     assert torch.equal(proved.image, proved.point)
 
 
-def test_without_an_attack_images_are_open_and_only_the_first_are_shown():
+def test_without_an_attack_images_are_unknown_and_only_the_first_are_shown():
     result, examples = threshold_images(restarts=0, most=1)
-    assert fates(result)["open"].tolist() == [False, True, False, True]
-    assert [example.index for example in examples["open"]] == [1]
+    assert fates(result)["unknown"].tolist() == [False, True, False, True]
+    assert [example.index for example in examples["unknown"]] == [1]
     result, _ = threshold_images(restarts=0, limit=1)
     assert len(result.correct) == 1
 
@@ -188,12 +194,16 @@ def test_every_layer_has_its_panel(layers):
     [
         ("summary.json", None, "no finished run"),
         ("summary.json", "{", "summary.json is missing or corrupt"),
-        ("summary.json", "{}", "lack 'radii'"),
+        ("summary.json", "{}", "summary.json was written by another version, or edited: eps: Field required"),
         ("metrics.jsonl", None, "metrics.jsonl is missing or corrupt"),
         ("metrics.jsonl", "", "metrics.jsonl is empty"),
         ("metrics.jsonl", '{"epoch": 1', "metrics.jsonl is missing or corrupt"),
-        ("metrics.jsonl", '{"epoch": 1}', "lack 'layers'"),
-        ("radius.json", "{}", "lack 'natural_error'"),
+        (
+            "metrics.jsonl",
+            '{"epoch": 1}',
+            "metrics.jsonl was written by another version, or edited: layers: Field required",
+        ),
+        ("radius.json", "{}", "radius.json was written by another version, or edited: natural_error: Field required"),
         ("model.safetensors", None, "is not finished: resume it"),
     ],
 )
@@ -207,6 +217,60 @@ def test_an_unfinished_or_damaged_run_is_one_line(cli, run, name, content, messa
     assert outcome.code == 1
     assert message in outcome.error
     assert contents(run) == before
+
+
+RESULT = {"eps": 0.1, "natural_error": 0.1, "pgd_error": 0.2, "verified_error": 0.3}
+OTHER = [None, True, "text", [], {}, [[]], {"a": 1}, -1, 2.0, math.nan, math.inf, 10**400, [1, "x"], [None], "9" * 1000]
+
+
+def items(value, path=()):
+    """Where everything in a nested JSON value stands."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from items(item, (*path, key))
+
+
+@given(data=st.data())
+@settings(max_examples=120, deadline=None)
+@pytest.mark.parametrize("name", ["summary.json", "verify.json", "radius.json", "metrics.jsonl"])
+def test_edited_results_are_one_line_or_shown(reference, tmp_path_factory, name, data):
+    """A key is gone, or a value is another; nothing but drawing follows, which the first test of a page shows."""
+    lines = (reference / "metrics.jsonl").read_text().splitlines()
+    whole = {
+        "summary.json": [json.loads((reference / "summary.json").read_text())],
+        "verify.json": [{"radii": [RESULT]}],
+        "radius.json": [
+            {"natural_error": 0.1, "eps": [0.1], "verified_error": [1], "pgd_eps": [0.1], "pgd_error": [0]}
+        ],
+        "metrics.jsonl": [json.loads(line) for line in lines],
+    }
+    run = tmp_path_factory.mktemp("edited")
+    for file, records in copy.deepcopy(whole).items():
+        if file == name:
+            *inner, last = data.draw(st.sampled_from([path for path in items(records) if len(path) > 1]))
+            place = reduce(lambda value, key: value[key], inner, records)
+            place[last] = data.draw(st.sampled_from(OTHER))
+            if data.draw(st.booleans()):
+                del place[last]
+        (run / file).write_text("\n".join(map(json.dumps, records)))
+    try:
+        summary, epochs = _read_summary(run), _read_epochs(run)
+        _show(load_config(reference / "config.yaml"), summary)
+        curves = [error_curves(run, summary)]
+        (run / "radius.json").unlink()
+        curves.append(error_curves(run, summary))
+    except CheckpointError as error:
+        message = str(error)
+    else:
+        for natural, drawn in curves:
+            assert math.isfinite(natural)
+            assert all(len(eps) == len(errors) for eps, errors in drawn.values())
+            assert all(math.isfinite(float(value)) for eps, errors in drawn.values() for value in (*eps, *errors))
+        assert all(layer.keys() == {"tightness", *plots.STATES} for epoch in epochs for layer in epoch["layers"])
+        return
+    assert name in message
+    assert "\n" not in message
+    assert len(message) < 400
 
 
 def test_without_matplotlib_the_way_out_is_named(cli, run, monkeypatch):

@@ -9,17 +9,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 
 from certtrain.bounds import BoundedModel
-from certtrain.runtime.compilation import Compiled
-from certtrain.training.objectives import Metrics, Objective, Phase
+from certtrain.models import build_model
+from certtrain.runtime.compilation import Compiled, announced, compiling_pays
+from certtrain.training.cost import clean_macs, network_size
+from certtrain.training.losses import Metrics
+from certtrain.training.method import Phase, Scheduled, scheduled
+from certtrain.training.methods import IBP, MTLIBP, SABR, TAPS, CrownIBP, ExpIBP
+from certtrain.training.step import GradientStep
 from tests.networks import randomized
 
 BATCH = 6
 METHODS = {
-    "ibp": {"method": "ibp", "l1": 1e-4},
-    "crown-ibp": {"method": "crown-ibp"},
-    "fused": {"method": "crown-ibp", "loss_fusion": True},
+    "ibp": {"method": IBP(), "l1": 1e-4},
+    "crown-ibp": {"method": CrownIBP()},
+    "fused": {"method": CrownIBP(loss_fusion=True)},
+    "sabr": {"method": SABR(attack={"steps": 2})},
+    "mtl-ibp": {"method": MTLIBP(kappa=[0.5, 0.1], attack={"steps": 2, "restarts": 2, "statistics": "running"})},
+    "taps": {"method": TAPS(latent={"steps": 2})},
+    "exp-ibp": {"method": ExpIBP(attack={"steps": 2, "clamp_to_box": False})},
 }
 
 
@@ -38,16 +48,19 @@ def network(width: int = 3) -> nn.Module:
     return randomized(layers).train()
 
 
-def objective(model: nn.Module, compiled: bool = True, **options) -> Objective:
-    return Objective(BoundedModel(model, torch.zeros(1, 1, 8, 8)), compile_for=BATCH if compiled else None, **options)
+def gradient_step(model: nn.Module, compiled: bool = True, **options) -> GradientStep:
+    return GradientStep(
+        BoundedModel(model, torch.zeros(1, 1, 8, 8)), compile_for=BATCH if compiled else None, **options
+    )
 
 
-def step(objective: Objective, phase: Phase, seed: int = 0) -> Metrics:
+def step(trained: GradientStep, phase: Phase, seed: int = 0) -> Metrics:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(BATCH, 1, 8, 8, generator=generator)
     labels = torch.randint(0, 4, (BATCH,), generator=generator)
-    progress = torch.rand((), generator=generator)
-    return objective.backward(images, labels, 0.05 * progress, progress, phase)
+    eps_ratio = torch.rand((), generator=generator)
+    at = Scheduled(0.05 * eps_ratio, eps_ratio, eps_ratio, torch.tensor(seed))
+    return trained.backward(images, labels, at, phase)
 
 
 def results(model: nn.Module, metrics: Metrics) -> dict[str, Tensor]:
@@ -78,22 +91,32 @@ def only_captured(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "phase"), [*(("ibp", phase) for phase in Phase), ("fused", Phase.WARMUP)])
+@pytest.mark.parametrize(
+    ("method", "phase"), [*(("ibp", phase) for phase in Phase), ("fused", Phase.WARMUP), ("mtl-ibp", Phase.WARMUP)]
+)
 def test_a_compiled_step_is_the_eager_one_within_rounding(method, phase):
     found = []
     for compiled in (True, False):
         model = network()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found.append(results(model, step(objective(model, compiled, **METHODS[method]), phase)))
+            found.append(results(model, step(gradient_step(model, compiled, **METHODS[method]), phase)))
     check_equal(*found)
 
 
-@pytest.mark.parametrize("method", ["ibp", "fused", pytest.param("crown-ibp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "ibp",
+        "fused",
+        "mtl-ibp",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("crown-ibp", "sabr", "exp-ibp", "taps")),
+    ],
+)
 def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
     """Epsilon and the regularizers' weight move with every step, the learning rate with some."""
     mine, other = network(), network()
-    compiled, eager = objective(mine, **METHODS[method]), objective(other, compiled=False, **METHODS[method])
+    compiled, eager = gradient_step(mine, **METHODS[method]), gradient_step(other, compiled=False, **METHODS[method])
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3, fused=True) for model in (mine, other)]
     phases = (Phase.BEFORE, Phase.WARMUP, Phase.FULL)
     for number, phase in enumerate(phases):
@@ -105,29 +128,28 @@ def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
                 optimizer.param_groups[0]["lr"] = 1e-4 / (1 + number + seed)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-    assert counters["stats"]["unique_graphs"] == len(phases)
+    attack = METHODS[method]["method"].attack is not None  # one more, for its gradient
+    assert counters["stats"]["unique_graphs"] == len(phases) + attack
 
 
 def test_many_networks_may_be_trained_in_one_process(only_captured):
     for width in range(1, 11):
         linear = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 4))
-        step(objective(linear), Phase.NATURAL)
+        step(gradient_step(linear), Phase.NATURAL)
     assert counters["stats"]["unique_graphs"] == 10
 
 
 def test_a_last_smaller_batch_is_not_compiled(only_captured):
     model = network()
-    trained = objective(model)
-    trained.backward(
-        torch.rand(BATCH - 1, 1, 8, 8), torch.zeros(BATCH - 1).long(), torch.tensor(0.1), torch.tensor(1.0), Phase.FULL
-    )
+    trained = gradient_step(model)
+    trained.backward(torch.rand(BATCH - 1, 1, 8, 8), torch.zeros(BATCH - 1).long(), scheduled(0.1), Phase.FULL)
     assert counters["stats"]["unique_graphs"] == 0
 
 
 def test_without_a_compiler_one_warning_and_the_eager_step():
     missing = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     mine, other = network(), network()
-    compiled, eager = objective(mine), objective(other, compiled=False)
+    compiled, eager = gradient_step(mine), gradient_step(other, compiled=False)
     with torch._inductor.config.patch(missing):
         with pytest.warns(UserWarning, match="the training step is not compiled"):
             first = step(compiled, Phase.FULL)
@@ -156,7 +178,61 @@ def test_an_error_of_the_users_own_is_theirs_to_see():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training step is not compiled")
 def test_labels_that_the_network_has_no_class_for_are_an_error():
-    trained = objective(network())
+    trained = gradient_step(network())
     images, labels = torch.rand(BATCH, 1, 8, 8), torch.full((BATCH,), 9)
     with pytest.raises((IndexError, RuntimeError)):
-        trained.backward(images, labels, torch.tensor(0.1), torch.tensor(1.0), Phase.FULL)
+        trained.backward(images, labels, scheduled(0.1), Phase.FULL)
+
+
+class Doubling(nn.Module):
+    def twice(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize("within_cache", [True, False])
+def test_a_library_that_a_kill_cut_off_is_compiled_anew(within_cache, tmp_path, monkeypatch):
+    """PyTorch leaves it in its cache, and every later run would end by it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    library = tmp_path / ("cache" if within_cache else "elsewhere") / "kernel.so"
+    library.parent.mkdir()
+    library.touch()
+    compiled = Compiled(Doubling().twice)
+
+    def load(x: Tensor) -> Tensor:
+        if library.exists():
+            raise InductorError(ImportError("file too short", path=str(library)), None)
+        return 2 * x
+
+    compiled._function = load
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert compiled(torch.ones(1)) == 2
+    assert (len(caught), library.exists()) == ((0, False) if within_cache else (1, True))
+
+
+def test_compiling_is_announced_and_nothing_else_is(only_captured):
+    told = []
+    compiled = Compiled(Doubling().twice)
+    with announced(lambda: told.append("starts"), lambda: told.append("ends")):
+        compiled(torch.ones(1))
+        assert (told[0], told[-1]) == ("starts", "ends")
+        told.clear()
+        compiled(torch.ones(1))
+        assert not told
+    compiled(torch.ones(2))
+    assert not told
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_long_runs_are_compiled_and_short_ones_are_not(device):
+    """Of digits, and of CIFAR-10 as published: steps, and clean multiply-accumulates of the whole run."""
+    digits = network_size("cnn-small", (1, 8, 8), 10).macs * 1437 * 60
+    cifar = network_size("cnn7", (3, 32, 32), 10).macs * 50_000 * 160
+    assert not compiling_pays(torch.device(device), 60 * 12, digits)
+    assert compiling_pays(torch.device(device), 160 * 391, cifar)
+
+
+def test_clean_macs_are_those_of_the_network():
+    model = build_model("cnn-small", (1, 8, 8), 10)
+    assert clean_macs(model, (1, 8, 8)) == network_size("cnn-small", (1, 8, 8), 10).macs
+    assert model.training

@@ -23,7 +23,9 @@ from certtrain.errors import UsageError
 from certtrain.runs.callbacks import Follower
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runtime.distributed import ALONE, Ranks, joined
-from certtrain.training.objectives import Objective, Phase
+from certtrain.training.method import Phase, scheduled
+from certtrain.training.methods import IBP, SABR, STAPS, CrownIBP, ExpIBP
+from certtrain.training.step import GradientStep
 from certtrain.verification.attacks import PGD
 from certtrain.verification.verify import verify
 from tests.commands import contents, exit_code, one_thread, start_ranks, train_arguments
@@ -61,12 +63,18 @@ def test_dropout_is_refused_where_batches_are_shared():
 # --- gradients and proofs, in float64 --------------------------------------------------------------------------------
 
 METHODS = {
-    "ibp": {"method": "ibp"},
-    "fusion": {"method": "crown-ibp", "loss_fusion": True},
-    "checkpointing": {"method": "ibp", "activation_checkpointing": True},
+    "ibp": {"method": IBP()},
+    "fusion": {"method": CrownIBP(loss_fusion=True)},
+    "checkpointing": {"method": IBP(), "activation_checkpointing": True},
+    "sabr": {"method": SABR(attack={"steps": 2, "restarts": 2}, w=0.7)},
+    "staps": {"method": STAPS(attack={"steps": 2}, latent={"steps": 2})},
+    "exp-ibp": {"method": ExpIBP(attack={"steps": 2, "statistics": "running"})},
 }
 CASES = [(phase, "ibp", parts) for phase in Phase for parts in (1, 2, 4)]
-CASES += [(Phase.WARMUP, method, parts) for method in ("fusion", "checkpointing") for parts in (1, 2)]
+CASES += [
+    (Phase.WARMUP, method, parts) for method in ("fusion", "checkpointing", "sabr", "exp-ibp") for parts in (1, 2)
+]
+CASES += [(Phase.FULL, "staps", parts) for parts in (1, 2)]
 BATCH = 10  # not divisible by 4: shares of 2 and 3 images
 
 
@@ -97,16 +105,16 @@ def network():
 def steps(ranks):
     """For each case two steps, of 10 and of 9 images: their metrics, gradients, and the buffers after them."""
     images, labels = examples()
-    images, eps, progress = images.double() / 255, torch.tensor(0.01).double(), torch.tensor(0.25).double()
+    images, at = images.double() / 255, scheduled(0.01, 0.25, like=images.new_empty(0, dtype=torch.float64))
     found = {}
     for phase, method, parts in CASES:
         model = network()
         net = BoundedModel(model, images[:1], batch_sum=ranks.sum if ranks.size > 1 else None)
-        objective = Objective(net, **METHODS[method], l1=1e-4, accumulation=parts, ranks=ranks)
+        step = GradientStep(net, **METHODS[method], l1=1e-4, accumulation=parts, ranks=ranks)
         outcomes = []
         for size in (BATCH, BATCH - 1):
             share = [ranks.share(tensor[:size]) for tensor in (images, labels)]
-            metrics = objective.backward(*share, eps, progress, phase, size)
+            metrics = step.backward(*share, at, phase, size)
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             outcomes.append({"metrics": metrics, "gradients": gradients, "buffers": dict(model.named_buffers())})
             outcomes[-1] = copy.deepcopy(outcomes[-1])

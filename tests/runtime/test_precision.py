@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.runtime.precision import full_precision, layout_for, training_precision
-from certtrain.training.objectives import Objective, Phase
+from certtrain.runtime.precision import full_precision, training_precision
+from certtrain.training.method import Phase, scheduled
+from certtrain.training.step import GradientStep
 from tests.networks import narrow_cnn7, pooling_network, residual_network
 
 
@@ -71,20 +72,6 @@ def test_channels_last_weights_bring_everything_into_their_layout_and_change_no_
         bounds = net.ibp(linf_box(images, 0.01), clean=images)
         images_between = [part for box in bounds.relu_inputs for part in (box.center, box.radius) if part.dim() == 4]
         assert all(part.is_contiguous(memory_format=layout) for part in images_between)
-        metrics = Objective(net).backward(images, labels, torch.tensor(0.01), torch.tensor(0.5), Phase.WARMUP)
+        metrics = GradientStep(net).backward(images, labels, scheduled(0.01, 0.5), Phase.WARMUP)
         found.append([*metrics.values(), *(p.grad for p in model.parameters()), *model.buffers()])
     torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize(
-    ("device", "precision", "compiled", "layout"),
-    [
-        ("cpu", "bf16", False, torch.contiguous_format),
-        ("cpu", "float32", True, torch.channels_last),
-        ("cuda", "float32", True, torch.contiguous_format),
-        ("cuda", "tf32", False, torch.channels_last),
-        ("cuda", "bf16", True, torch.channels_last),
-    ],
-)
-def test_channels_last_is_for_tensor_cores_and_compiled_steps_on_cpus(device, precision, compiled, layout):
-    assert layout_for(precision, torch.device(device), compiled) is layout

@@ -69,7 +69,13 @@ def test_waiting_is_noticed(wait):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["training.method=crown-ibp"], ["training.accumulation=2", "data.flip=true", "data.crop=1"]]
+    "options",
+    [
+        [],
+        ["training.method=crown-ibp"],
+        ["training.method=mtl-ibp"],
+        ["training.accumulation=2", "data.flip=true", "data.crop=1"],
+    ],
 )
 def test_no_step_of_an_epoch_waits_for_the_device(train, observed, options):
     mode, forbidden_at = NoWaiting(), []

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from certtrain.data import Split
 from certtrain.verification.attacks import PGD
@@ -31,6 +32,31 @@ def test_the_radius_is_the_distance_to_the_decision(pixels, arithmetic):
     for eps, error in zip(radii.pgd_eps, radii.pgd_error, strict=True):
         assert error == pytest.approx(((distance < eps) | (expected < 0)).double().mean().item())
         assert error <= radii.verified_error(eps + 1e-4)
+
+
+def test_what_is_right_but_not_provable_is_no_natural_error():
+    """|x| - |x| is 0, but not for intervals: label 0 wins by 0.1, and no bound shows it."""
+
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = nn.Linear(1, 2, bias=False)
+            self.both.weight.data.copy_(torch.tensor([[100.0], [-100.0]]))
+            self.register_buffer("lead", torch.tensor([0.1, 0.0]))
+
+        def forward(self, x):
+            halves = torch.relu(self.both(x.flatten(1)))
+            zero = halves - halves
+            return zero + self.lead
+
+    data = Split(torch.tensor([100, 100], dtype=torch.uint8).view(-1, 1, 1, 1), torch.tensor([0, 1]))
+    radii = certified_radii(Loose(), data, 0.3, arithmetic="float32")
+    assert radii.correct.tolist() == [True, False]
+    assert radii.natural_error == radii.summary()["natural_error"] == 0.5
+    assert radii.verified_error(0.0) <= 1
+    tight = certified_radii(Loose(), data, 0.3, arithmetic="bf16")
+    assert tight.proved.tolist() == [-1, -1]
+    assert (tight.natural_error, tight.verified_error(0.0)) == (0.5, 1.0)
 
 
 def test_the_curve_is_what_verification_says(run, cli):

@@ -7,8 +7,10 @@ from torch import nn
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import Split
 from certtrain.data.seeding import generator
+from certtrain.errors import DataError, UnsupportedOperation, UsageError
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.verification.attacks import PGD
+from certtrain.verification.radius import certified_radii
 from certtrain.verification.verify import verify
 from tests.networks import Threshold, narrow_cnn7, randomized
 
@@ -65,6 +67,115 @@ def test_verify_leaves_the_models_mode_and_statistics_alone():
     verify(model, Split(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)), 0.1)
     assert model.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+# --- what is refused, and what is never called proved -----------------------------------------------------------------
+
+QUESTIONS = {
+    "verify": lambda model, data, eps=0.1: verify(model, data, eps),
+    "verify, sound": lambda model, data, eps=0.1: verify(model, data, eps, arithmetic="float32"),
+    "radius": lambda model, data, eps=0.1: certified_radii(model, data, eps),
+}
+
+
+class Returns(nn.Module):
+    """A network of one pixel whose output is `change` of the logits of `Threshold`."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.threshold, self.change = Threshold(), change
+
+    def forward(self, x):
+        return self.change(self.threshold(x))
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("eps", [-1e-300, -0.1, float("nan"), float("inf"), -float("inf"), "0.1", None])
+def test_a_radius_that_is_none_is_refused(question, eps):
+    with pytest.raises(UsageError, match="eps"):
+        QUESTIONS[question](Threshold(), pixels([0], [0]), eps)
+
+
+@pytest.mark.parametrize("eps", [[], [0.1, -0.1], [0.1, "x"]])
+def test_so_is_one_of_several(eps):
+    with pytest.raises(UsageError, match="eps"):
+        verify(Threshold(), pixels([0], [0]), eps)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("label", [-1, 2, 10**9])
+def test_a_label_outside_the_classes_is_refused(question, label):
+    with pytest.raises(DataError, match="outside the model's classes 0 to 1"):
+        QUESTIONS[question](Threshold(), pixels([0, 0], [0, label]))
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Threshold().half(), "linear.weight is float16"),
+        (Threshold().bfloat16(), "linear.weight is bfloat16"),
+        (Threshold().double(), "linear.weight is float64"),
+        (Returns(lambda z: z[:, 0]), r"logits \(B, K\).*\(1,\)"),
+        (Returns(lambda z: z[:, :1]), "at least two classes"),
+        (Returns(lambda z: z[:, :, None]), r"\(1, 2, 1\)"),
+        (Returns(lambda z: z.repeat(2, 1)), r"\(2, 2\)"),
+        (Returns(lambda z: (z, z)), "tuple"),
+        (Returns(lambda z: z.half()), "float16"),
+        (Returns(lambda z: z.double()), "float64"),
+        (Returns(lambda z: z > 0), "bool"),
+        (Returns(lambda z: z.long()), "int64"),
+    ],
+)
+def test_a_model_that_gives_no_float32_logits_is_refused(question, model, message):
+    with pytest.raises(UsageError, match=message):
+        QUESTIONS[question](model, pixels([0, 255], [0, 1]))
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_parameters_that_are_not_finite_are_refused(question, value):
+    model = Threshold()
+    with torch.no_grad():
+        model.linear.bias[1] = value
+    with pytest.raises(UsageError, match=r"linear\.bias has values that are infinite or NaN"):
+        QUESTIONS[question](model, pixels([0], [0]))
+
+
+@pytest.mark.parametrize("arithmetic", [None, "float32"])
+def test_an_image_whose_logits_are_undefined_is_not_proved(arithmetic):
+    """Bright pixels overflow, and infinity times 0 is NaN, whose argmax may be the label: no prediction even so."""
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 2)
+    )
+    with torch.no_grad():
+        for layer, weight, bias in ((1, 3e38, None), (3, 1.0, 0.0), (5, 0.0, torch.tensor([1.0, 0.0]))):
+            model[layer].weight.fill_(weight)
+            if bias is not None:
+                model[layer].bias.copy_(torch.as_tensor(bias))
+    assert model(torch.ones(1, 1, 1, 1)).isnan().all()
+    data = pixels([0, 0, 255, 255], [0, 1, 0, 1])
+    (result,) = verify(model, data, 1e-3, attack=PGD(2, 2), arithmetic=arithmetic)
+    assert result.prediction.tolist() == [0, 0, -1, -1]
+    assert result.correct.tolist() == [True, False, False, False]
+    assert not result.proved[1:].any()
+    radii = certified_radii(model, data, 0.1, arithmetic=arithmetic)
+    assert radii.natural_error == 0.75
+    assert (radii.proved[1:] == -1).all()
+
+
+def test_a_module_that_writes_into_its_input_does_not_change_the_question():
+    class Writes(Threshold):
+        def forward(self, x):
+            logits = super().forward(x)
+            x.zero_()
+            return logits
+
+    try:
+        (result,) = verify(Writes(), pixels([255, 200], [1, 1]), 0.1)
+    except UnsupportedOperation:  # as good an answer
+        return
+    assert result.correct.tolist() == [True, True]
 
 
 def seeded(count: int, seed: int = 0) -> list[torch.Generator]:

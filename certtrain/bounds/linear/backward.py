@@ -6,7 +6,7 @@ arXiv 1811.00866.) Only lower bounds appear: an upper bound is a lower bound of 
 
 affine       by its transpose; autograd's vector-Jacobian product knows every one of them
 elementwise  where A > 0 by the line below the function, where A < 0 by the line above it (`relaxations.py`)
-max pooling  by the input that is largest at least, or by a constant
+a maximum    by the input that is largest at least, or by a constant; of two values, as y + ReLU(x - y)
 
 and one that has none of these is an error.
 """
@@ -14,6 +14,7 @@ and one that has none of these is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Record
-from certtrain.bounds.linear.relaxations import RELAXATIONS, unstable_relus
-from certtrain.bounds.operations import add, differentiable, identity, reshape, sub
+from certtrain.bounds.linear.relaxations import RELAXATIONS, relu, unstable_relus
+from certtrain.bounds.operations import add, cast, differentiable, identity, reshape, sub
 from certtrain.errors import UnsupportedOperation
 
 Slopes = Mapping[int, Tensor]  # by call: slope of the line below, (B, 1 or R, ...)
@@ -122,6 +123,64 @@ def _max_pool(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contribu
     return [(ref, pulled.view(*a.shape[:2], *boxes[ref.index].shape[1:]))], constant
 
 
+def _maximum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
+    """max(x, y) = y + ReLU(x - y), min(x, y) = y - ReLU(y - x), of two values or of a value and a constant."""
+
+    def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+        x, y = (boxes[value.index] if isinstance(value, Ref) else Box(value, value) for value in call.args)
+        above, below = (x, y) if sign > 0 else (y, x)
+        lines = relu(Box(above.lower - below.upper, above.upper - below.lower))
+        positive, negative = (sign * a).clamp(min=0), (sign * a).clamp(max=0)
+        pulled = sign * (positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None])
+        constant = _dot(positive, lines.lower_offset) + _dot(negative, lines.upper_offset)
+        contributions = []
+        for value, part in zip(call.args, (pulled, a - pulled), strict=True):
+            if isinstance(value, Ref):
+                contributions.append((value, part.sum_to_size(*a.shape[:2], *boxes[value.index].shape[1:])))
+            else:
+                constant = constant + _dot(part, value.expand(a.shape[0:1] + a.shape[2:]))
+        return contributions, constant
+
+    return rule
+
+
+def _pooled(pool: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Contributions, Tensor]]:
+    """Below: the input whose lower bound is largest. Above: a constant."""
+
+    def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+        ref, *settings = call.args
+        box = boxes[ref.index]
+        _, chosen = pool(box.lower, *settings)
+        ceiling = call.function(box.upper, *settings)
+        target = a.new_zeros(*a.shape[:3], box.shape[2:].numel())
+        indices = chosen.flatten(2)[:, None].expand(-1, a.shape[1], -1, -1)
+        pulled = target.scatter_add(3, indices, a.clamp(min=0).flatten(3))
+        return [(ref, pulled.view(*a.shape[:2], *box.shape[1:]))], _dot(a.clamp(max=0), ceiling)
+
+    return rule
+
+
+def _extreme(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
+    """The largest, or smallest, along axes. On one side the input that is so at least (at most), else a constant."""
+
+    def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+        ref, dim, keepdim = call.args
+        box = boxes[ref.index]
+        axes = sorted(axis % len(box.shape) for axis in (dim if isinstance(dim, tuple | list) else (dim,)))
+        kept = [axis for axis in range(len(box.shape)) if axis not in axes]
+        guaranteed = (box.lower if sign > 0 else -box.upper).permute(*kept, *axes).flatten(len(kept))
+        chosen = F.one_hot(guaranteed.argmax(-1), guaranteed.shape[-1]).to(a.dtype)
+        chosen = chosen.unflatten(-1, [box.shape[axis] for axis in axes])
+        chosen = chosen.permute(*[(kept + axes).index(axis) for axis in range(len(box.shape))])
+        for axis in [] if keepdim else axes:
+            a = a.unsqueeze(axis + 1)
+        follows, rest = (a.clamp(min=0), a.clamp(max=0)) if sign > 0 else (a.clamp(max=0), a.clamp(min=0))
+        limit = box.upper.amax(axes, True) if sign > 0 else box.lower.amin(axes, True)
+        return [(ref, follows * chosen[:, None])], _dot(rest, limit)
+
+    return rule
+
+
 def _tuple(value: Any, length: int) -> tuple[int, ...]:
     return (value,) * length if isinstance(value, int) else tuple(value)
 
@@ -141,8 +200,19 @@ def _largest_other(upper: Tensor, chosen: Tensor, *pooling: Any) -> Tensor:
 
 Rule = Callable[[Call, Tensor, Mapping[int, Box]], tuple[Contributions, Tensor]]
 
+KEEP_ORDER = (
+    identity,
+    cast,
+    torch.flatten,
+    reshape,
+    Tensor.contiguous,
+    Tensor.clone,
+    Tensor.detach,  # whose vector-Jacobian product is 0
+    Tensor.unflatten,
+)
+
 RULES: dict[Callable, Rule] = {
-    **{function: _reshaped for function in (torch.flatten, reshape, Tensor.contiguous, Tensor.unflatten, identity)},
+    **{function: _reshaped for function in KEEP_ORDER},
     scale_shift: _scaled,
     add: _sum(1),
     sub: _sum(-1),
@@ -151,6 +221,13 @@ RULES: dict[Callable, Rule] = {
     F.conv2d: _conv(torch.nn.grad.conv2d_input),
     F.max_pool1d: _max_pool,
     F.max_pool2d: _max_pool,
+    F.max_pool3d: _pooled(partial(F.max_pool3d, return_indices=True)),
+    F.adaptive_max_pool1d: _pooled(partial(F.adaptive_max_pool1d, return_indices=True)),
+    F.adaptive_max_pool2d: _pooled(partial(F.adaptive_max_pool2d, return_indices=True)),
+    torch.amax: _extreme(1),
+    torch.amin: _extreme(-1),
+    torch.maximum: _maximum(1),
+    torch.minimum: _maximum(-1),
 }
 """Of operations whose transpose, or relaxation as a whole, is written down; any other affine call has `_affine`."""
 

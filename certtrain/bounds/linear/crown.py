@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import RULES, Bounds, Record
 from certtrain.bounds.linear.backward import Slopes, lower_bounds
-from certtrain.bounds.linear.relaxations import RELAXATIONS, unstable_relus
+from certtrain.bounds.linear.relaxations import RELAXATIONS
+from certtrain.bounds.operations import OPERATIONS, PiecewiseLinear, at_settings
 
 
 def margin_rows(labels: Tensor, classes: int, like: Tensor) -> Tensor:
@@ -68,6 +69,10 @@ def _tightened_box(record: Record, index: int, call: Call, rows_at_once: int, in
 
 
 def _undecided(box: Box, call: Call) -> Tensor:
-    if call.function in (F.relu, F.leaky_relu):
-        return unstable_relus(box)
-    return box.upper > box.lower
+    """Where a tighter box may give tighter lines: a piecewise linear function is what it is but around its kinks."""
+    curve = OPERATIONS[call.function].curve if call.function in OPERATIONS else None
+    if not isinstance(curve, PiecewiseLinear):
+        return box.upper > box.lower
+    settings = call.args[1:]
+    inside = [(kink > box.lower) & (kink < box.upper) for kink in at_settings(curve.kinks, *settings)]
+    return reduce(torch.logical_or, inside, torch.zeros_like(box.lower, dtype=torch.bool))

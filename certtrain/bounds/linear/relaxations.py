@@ -1,17 +1,39 @@
-"""Linear relaxations of elementwise functions: a line below and a line above, on each element's interval."""
+"""Linear relaxations of elementwise functions: a line below and a line above, on each element's interval.
+
+(Leaky) ReLU's are written down; any other's follow from what its record says of its curve:
+
+piecewise linear   f(x) - s x is least and greatest at an end or a kink, which gives the best lines of any slope s
+convex             a tangent below, the chord above; concave, the other way round
+s-shaped           a tangent that touches on one side of 0, or the chord
+smooth             as piecewise linear, over a grid, and a little further off: see `smooth`
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from certtrain.bounds.box import Box
+from certtrain.bounds.interval import clipped
+from certtrain.bounds.operations import (
+    OPERATIONS,
+    Concave,
+    Convex,
+    Operation,
+    PiecewiseLinear,
+    Smooth,
+    SShaped,
+    at_settings,
+)
 
 TINY = 1e-30
+NARROW = 1e-6  # relative width of an interval over which a chord's slope would be made of rounding errors
+GRID = 32  # points to which a smooth function is looked at
 
 
 class LinearRelaxation(NamedTuple):
@@ -48,9 +70,143 @@ def unstable_relus(x: Box) -> Tensor:
     return (x.lower < 0) & (x.upper > 0)
 
 
-def _s_shaped(
-    function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]
-) -> Callable[[Box], LinearRelaxation]:
+Function = Callable[..., Tensor]
+Relaxation = Callable[..., LinearRelaxation]
+
+
+def _derivative(function: Function) -> Function:
+    """By autograd; differentiable in turn."""
+
+    def derivative(x: Tensor, *settings: Any) -> Tensor:
+        value, pull_back = torch.func.vjp(lambda point: function(point, *settings), x)
+        return pull_back(torch.ones_like(value))[0]
+
+    return derivative
+
+
+def _chord(function: Function, derivative: Function, low: Tensor, high: Tensor, *settings: Any) -> Tensor:
+    """Its slope; of an interval that is (nearly) a point the derivative there, a constant, as any slope would do."""
+    width, middle = high - low, (low + high) / 2
+    wide = width > NARROW * (1 + middle.abs())
+    rise = function(high, *settings) - function(low, *settings)
+    return torch.where(wide, rise / torch.where(wide, width, 1.0), derivative(middle.detach(), *settings).detach())
+
+
+def _best(
+    slopes: Sequence[Tensor], points: Sequence[Tensor], values: Sequence[Tensor], errors: Sequence[Any]
+) -> LinearRelaxation:
+    """The lines of the given slopes that enclose the graph, the tightest: those with the best value in the middle.
+
+    Between neighbouring points f(x) - s x leaves the range of its two values by no more than the error given for them.
+    (The value of a line in the middle of an interval, times its width, is the area below it.)
+    """
+    middle = (points[0] + points[-1]) / 2
+    found: LinearRelaxation | None = None
+    for slope in slopes:
+        rests = [value - slope * point for point, value in zip(points, values, strict=True)]
+        low, high = rests[0], rests[0]
+        for rest, before, error in zip(rests[1:], rests, errors, strict=False):
+            low = torch.minimum(low, torch.minimum(before, rest) - error)
+            high = torch.maximum(high, torch.maximum(before, rest) + error)
+        if found is None:
+            found = LinearRelaxation(slope, low, slope, high)
+            continue
+        below = slope * middle + low > found.lower_slope * middle + found.lower_offset
+        above = slope * middle + high < found.upper_slope * middle + found.upper_offset
+        found = LinearRelaxation(
+            torch.where(below, slope, found.lower_slope),
+            torch.where(below, low, found.lower_offset),
+            torch.where(above, slope, found.upper_slope),
+            torch.where(above, high, found.upper_offset),
+        )
+    assert found is not None
+    return found
+
+
+def piecewise_linear(function: Function, kinks: Any) -> Relaxation:
+    """Lines with the slope of the chord or of one of the pieces, whichever are tightest."""
+    derivative = _derivative(function)
+
+    def lines(x: Box, *settings: Any) -> LinearRelaxation:
+        points = clipped(x, at_settings(kinks, *settings))
+        values = [function(point, *settings) for point in points]
+        chord = _chord(function, derivative, points[0], points[-1], *settings)
+        pieces = []
+        for low, high in pairwise(points):
+            wide = high - low > NARROW * (1 + low.abs())
+            rise = function(high, *settings) - function(low, *settings)
+            pieces.append(torch.where(wide, rise / torch.where(wide, high - low, 1.0), chord))
+        return _best([chord, *pieces], points, values, [0.0] * len(pieces))
+
+    return lines
+
+
+def smooth(function: Function, curve: Smooth) -> Relaxation:
+    """Lines with the slope of the chord, or of the tangent at an end, whichever are tightest.
+
+    Let p < q be neighbours in a grid that contains the kinks, so that f is twice continuously differentiable between
+    them, with |f''| <= M there, and let c be its chord from p to q. For x in between, f(x) - c(x) = f''(ξ)/2·(x-p)(x-q)
+    for some ξ (the error of linear interpolation), so |f(x) - c(x)| <= M (q-p)²/8. Then f(x) - s x, for any slope s,
+    is within that of c(x) - s x, a linear function whose extremes are its values at p and q. The least of those over
+    all neighbours, minus M (q-p)²/8, and the greatest, plus it, are the offsets of lines that enclose f.
+
+    The grid is even in asinh(x), so that wide boxes are looked at closely where functions of this kind bend: near 0.
+    """
+    derivative = _derivative(function)
+
+    def lines(x: Box, *settings: Any) -> LinearRelaxation:
+        knots = clipped(x, at_settings(curve.kinks, *settings))
+        points = [knots[0]]
+        for low, high in pairwise(knots):
+            points += _between(low, high, -(-GRID // (len(knots) - 1)))
+        values = [function(point, *settings) for point in points]
+        errors = [_curvature(curve, low, high, *settings) * (high - low).square() / 8 for low, high in pairwise(points)]
+        chord = _chord(function, derivative, x.lower, x.upper, *settings)
+        tangents = [derivative(x.lower, *settings), derivative(x.upper, *settings)]
+        return _best([chord, *tangents], points, values, errors)
+
+    return lines
+
+
+def _between(low: Tensor, high: Tensor, count: int) -> list[Tensor]:
+    """`count` points after `low`, the last of them `high`."""
+    start, end = torch.asinh(low), torch.asinh(high)
+    inner = [torch.sinh(start + (end - start) * (i / count)).clamp(low, high) for i in range(1, count)]
+    return [*inner, high]
+
+
+def _curvature(curve: Smooth, low: Tensor, high: Tensor, *settings: Any) -> Any:
+    if not callable(curve.curvature):
+        return curve.curvature
+    apart = torch.where((low < 0) & (high > 0), 0.0, 1.0)
+    near, far = torch.minimum(low.abs(), high.abs()) * apart, torch.maximum(low.abs(), high.abs())
+    return curve.curvature(near, far, *settings)
+
+
+def convex(function: Function, derivative: Function) -> Relaxation:
+    """Below the tangent in the middle, of which no other has more area below it; above the chord."""
+
+    def lines(x: Box, *settings: Any) -> LinearRelaxation:
+        middle = (x.lower + x.upper) / 2
+        tangent = derivative(middle, *settings)
+        chord = _chord(function, derivative, x.lower, x.upper, *settings)
+        ends = [function(end, *settings) - chord * end for end in (x.lower, x.upper)]
+        return LinearRelaxation(tangent, function(middle, *settings) - tangent * middle, chord, torch.maximum(*ends))
+
+    return lines
+
+
+def concave(function: Function, derivative: Function) -> Relaxation:
+    negative = convex(lambda *args: -function(*args), lambda *args: -derivative(*args))
+
+    def lines(x: Box, *settings: Any) -> LinearRelaxation:
+        turned = negative(x, *settings)
+        return LinearRelaxation(-turned.upper_slope, -turned.upper_offset, -turned.lower_slope, -turned.lower_offset)
+
+    return lines
+
+
+def s_shaped(function: Function, derivative: Function) -> Relaxation:
     """Lines for an increasing function, convex left of 0 and concave right of it, with f(x) = 2 f(0) - f(-x)."""
 
     def below(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,17 +243,23 @@ def _s_shaped(
     return lines
 
 
-def _sigmoid_derivative(x: Tensor) -> Tensor:
-    return torch.sigmoid(x) * torch.sigmoid(-x)
+def relaxation_from_traits(operation: Operation) -> Relaxation | None:
+    """The relaxation that an operation's curve gives; None where nothing is known of that."""
+    function, curve = operation.function, operation.curve
+    if isinstance(curve, PiecewiseLinear):
+        return piecewise_linear(function, curve.kinks)
+    if isinstance(curve, Smooth):
+        return smooth(function, curve)
+    rules = {Convex: convex, Concave: concave, SShaped: s_shaped}
+    return None if curve is None else rules[type(curve)](function, curve.derivative or _derivative(function))
 
 
-def _tanh_derivative(x: Tensor) -> Tensor:
-    return 1 - torch.tanh(x).square()
-
-
-RELAXATIONS: dict[Callable, Callable[..., LinearRelaxation]] = {
+RELAXATIONS: dict[Callable, Relaxation] = {
+    **{
+        function: relaxation
+        for function, operation in OPERATIONS.items()
+        if (relaxation := relaxation_from_traits(operation)) is not None
+    },
     F.relu: relu,
     F.leaky_relu: leaky_relu,
-    torch.sigmoid: _s_shaped(torch.sigmoid, _sigmoid_derivative),
-    torch.tanh: _s_shaped(torch.tanh, _tanh_derivative),
 }

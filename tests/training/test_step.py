@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss
-from certtrain.training.objectives import Metrics, Objective, Phase, proved
+from certtrain.training.losses import Metrics, proved
+from certtrain.training.method import Method, Phase, scheduled
+from certtrain.training.methods import IBP, CrownIBP, Natural
+from certtrain.training.regularization import Regularization
+from certtrain.training.step import Batch, GradientStep
 from tests.networks import narrow_cnn7, randomized, residual_network
 
-EPS, PROGRESS = torch.tensor(2 / 255, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
+EPS, EPS_RATIO = torch.tensor(2 / 255, dtype=torch.float64), torch.tensor(0.25, dtype=torch.float64)
+AT = scheduled(2 / 255, 0.25, like=EPS)
 
 
 def batch(size: int = 12) -> tuple[Tensor, Tensor]:
@@ -34,10 +40,10 @@ def network() -> nn.Module:
 
 def step(model: nn.Module, phase: Phase, **options) -> Metrics:
     images, labels = batch()
-    return Objective(BoundedModel(model, images), **options).backward(images, labels, EPS, PROGRESS, phase)
+    return GradientStep(BoundedModel(model, images), **options).backward(images, labels, AT, phase)
 
 
-def published_loss(model: nn.Module, phase: Phase, method: str) -> Tensor:
+def published_loss(model: nn.Module, phase: Phase, method: Method) -> Tensor:
     """DESIGN's objective, the bounds those of auto_LiRPA; λ = 0.5, τ = 0.5, L1 weight 1e-4."""
     images, labels = batch()
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -51,17 +57,17 @@ def published_loss(model: nn.Module, phase: Phase, method: str) -> Tensor:
         loss = loss + F.cross_entropy(bounds.clean, labels)
     else:
         margins = net.margins(linf_box(images, eps), labels, clean=images)
-        if method == "crown-ibp" and phase is Phase.WARMUP:
+        if isinstance(method, CrownIBP) and phase is Phase.WARMUP:
             backward = net.margins(linf_box(images, eps), labels, "crown-ibp", clean=images, intersect=False)
-            margins = (1 - PROGRESS) * backward + PROGRESS * margins
+            margins = (1 - EPS_RATIO) * backward + EPS_RATIO * margins
         loss = loss + F.cross_entropy(-margins, labels)
     if phase is not Phase.FULL:
         regularizer = tightness_loss(bounds.relu_inputs, bounds.affine_input) + relu_balance_loss(bounds.relu_inputs)
-        loss = loss + 0.5 * (1 - PROGRESS) * regularizer
+        loss = loss + 0.5 * (1 - EPS_RATIO) * regularizer
     return loss
 
 
-@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
+@pytest.mark.parametrize("method", [IBP(), CrownIBP()], ids=["ibp", "crown-ibp"])
 @pytest.mark.parametrize("phase", Phase)
 def test_loss_and_gradient_equal_the_published_objective(phase, method):
     ours, theirs = network(), network()
@@ -77,9 +83,9 @@ def test_loss_and_gradient_equal_the_published_objective(phase, method):
 def test_loss_fusion_bounds_the_cross_entropy_itself():
     """The fused loss of the step is that of its joint pass, with the share that warmup has left; the rest stays."""
     images, labels = batch()
-    fused, plain = (step(network(), Phase.WARMUP, method="crown-ibp", loss_fusion=fusion) for fusion in (True, False))
+    fused, plain = (step(network(), Phase.WARMUP, method=CrownIBP(loss_fusion=fusion)) for fusion in (True, False))
     bounds = BoundedModel(network(), images).ibp(linf_box(images, EPS), clean=images, record=True)
-    expected = fused_cross_entropy(bounds, labels, 1 - PROGRESS).mean()
+    expected = fused_cross_entropy(bounds, labels, 1 - EPS_RATIO).mean()
     assert fused["robust_loss"].item() == pytest.approx(expected.item(), rel=1e-12)
     assert fused["robust_loss"] != plain["robust_loss"]
     for term in ("tightness_loss", "relu_balance_loss", "natural_error"):
@@ -91,26 +97,26 @@ def test_loss_fusion_bounds_the_cross_entropy_itself():
 def test_crown_ibp_ends_as_ibp(eps, fusion):
     """At the end of warmup β is 0, and what is left is the loss of IBP; before it there are no bounds at all."""
     images, labels = batch()
-    progress, phase = torch.tensor(1.0).double(), Phase.WARMUP if eps else Phase.BEFORE
+    at, phase = scheduled(eps, 1.0, like=images), Phase.WARMUP if eps else Phase.BEFORE
 
-    def loss(**options) -> float:
-        objective = Objective(BoundedModel(network(), images), **options)
-        return objective.backward(images, labels, torch.tensor(eps).double(), progress, phase)["loss"].item()
+    def loss(method: Method) -> float:
+        trained = GradientStep(BoundedModel(network(), images), method)
+        return trained.backward(images, labels, at, phase)["loss"].item()
 
-    assert loss(method="crown-ibp", loss_fusion=fusion) == pytest.approx(loss(method="ibp"), rel=1e-9)
+    assert loss(CrownIBP(loss_fusion=fusion)) == pytest.approx(loss(IBP()), rel=1e-9)
 
 
 @pytest.mark.parametrize("parts", [2, 4, 5])
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(
     "method",
-    [{"method": "ibp"}, {"method": "crown-ibp"}, {"method": "crown-ibp", "loss_fusion": True}],
+    [IBP(), CrownIBP(), CrownIBP(loss_fusion=True)],
     ids=["ibp", "crown-ibp", "fusion"],
 )
 def test_accumulation_gives_the_whole_batchs_gradient_and_statistics(phase, parts, method):
     whole, divided = network(), network()
-    expected = step(whole, phase, **method, l1=1e-4)
-    metrics = step(divided, phase, **method, l1=1e-4, accumulation=parts)
+    expected = step(whole, phase, method=method, l1=1e-4)
+    metrics = step(divided, phase, method=method, l1=1e-4, accumulation=parts)
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12)
@@ -152,7 +158,7 @@ def test_activation_checkpointing_keeps_less_for_the_way_back(phase):
 
     def bytes_kept(checkpointing: bool) -> int:
         """After a forward pass: what autograd has saved, and what Python holds, such as that between segments."""
-        objective = Objective(BoundedModel(model, images[:1]), activation_checkpointing=checkpointing)
+        trained = GradientStep(BoundedModel(model, images[:1]), activation_checkpointing=checkpointing)
         gc.collect()
         before = {id(thing) for thing in gc.get_objects()}
         storages = {}
@@ -162,11 +168,11 @@ def test_activation_checkpointing_keeps_less_for_the_way_back(phase):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            terms = objective._terms(images, labels, EPS.float(), PROGRESS.float(), phase)
+            terms = trained._terms(1.0, Batch(images, labels, labels), scheduled(2 / 255, 0.25), phase)
         for thing in gc.get_objects():
             if id(thing) not in before and type(thing) is Tensor:
                 keep(thing)
-        assert terms["robust_loss"].requires_grad  # alive until here
+        assert terms.losses["robust_loss"].requires_grad  # alive until here
         return sum(storages.values())
 
     assert bytes_kept(True) < 0.6 * bytes_kept(False)
@@ -195,13 +201,75 @@ def test_proved_needs_every_margin_but_the_labels_own():
         ({}, 0.0, Phase.BEFORE),
         ({}, 0.1, Phase.WARMUP),
         ({}, 0.3, Phase.FULL),
-        ({"regularization": 0.0}, 0.0, Phase.NATURAL),
-        ({"regularization": 0.0}, 0.1, Phase.WARMUP),
-        ({"tightness": False, "relu_balance": False}, 0.0, Phase.NATURAL),
-        ({"method": "natural"}, 0.1, Phase.NATURAL),
-        ({"method": "crown-ibp"}, 0.1, Phase.WARMUP),
-        ({"method": "crown-ibp"}, 0.3, Phase.FULL),
+        ({"regularization": Regularization(0.0)}, 0.0, Phase.NATURAL),
+        ({"regularization": Regularization(0.0)}, 0.1, Phase.WARMUP),
+        ({"regularization": Regularization(tightness=False, relu_balance=False)}, 0.0, Phase.NATURAL),
+        ({"method": Natural()}, 0.1, Phase.NATURAL),
+        ({"method": CrownIBP()}, 0.1, Phase.WARMUP),
+        ({"method": CrownIBP()}, 0.3, Phase.FULL),
     ],
 )
 def test_phases(options, eps, phase):
-    assert Objective(BoundedModel(nn.Linear(2, 2), torch.rand(1, 2)), **options).phase(eps, 0.3) is phase
+    assert GradientStep(BoundedModel(nn.Linear(2, 2), torch.rand(1, 2)), **options).phase(eps, 0.3) is phase
+
+
+# --- networks of other kinds -----------------------------------------------------------------------------------------
+
+
+def without_batch_norm(activation: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 256, 8), activation, nn.Linear(8, 5)).double().train()
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_accumulation_without_batch_norm(phase):
+    whole, divided = without_batch_norm(nn.ReLU()), without_batch_norm(nn.ReLU())
+    assert_same_step(divided, step(divided, phase, accumulation=3), whole, step(whole, phase))
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_accumulation_with_a_batch_norm_that_the_regularizers_do_not_reach(phase):
+    """Before warmup the boxes' loss looks no further than the last ReLU."""
+
+    def with_batch_norm_last() -> nn.Module:
+        torch.manual_seed(0)
+        layers = (nn.Flatten(), nn.Linear(3 * 256, 8), nn.ReLU(), nn.Linear(8, 5), nn.BatchNorm1d(5))
+        return nn.Sequential(*layers).double().train()
+
+    whole, divided = with_batch_norm_last(), with_batch_norm_last()
+    assert_same_step(divided, step(divided, phase, accumulation=3), whole, step(whole, phase))
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Identity()])
+def test_regularizers_without_an_activation_they_know_are_an_error_that_names_the_keys(activation):
+    with pytest.raises(UsageError, match=r"regularizers\.weight to 0.* regularizers\.tightness"):
+        step(without_batch_norm(activation), Phase.WARMUP)
+    metrics = step(without_batch_norm(activation), Phase.WARMUP, regularization=Regularization(0.0))
+    assert metrics["loss"] == metrics["robust_loss"] > 0
+
+
+def test_verified_is_the_bound_on_the_whole_box_and_what_is_trained_has_a_name_of_its_own():
+    """While β > 0 the margins of CROWN-IBP training are a mixture; afterwards they are IBP's."""
+    images, labels = batch()
+    expected = BoundedModel(network(), images).margins(linf_box(images, EPS), labels, clean=images)
+    for phase in (Phase.WARMUP, Phase.FULL):
+        metrics = step(network(), phase, method=CrownIBP())
+        assert metrics["verified_error"].item() == pytest.approx(1 - proved(expected).double().mean().item())
+        assert ("robust_error" in metrics) == (phase is Phase.WARMUP)
+
+
+@pytest.mark.parametrize(("beta", "along"), [((1.0, 0.5), "epsilon"), ((0.8, 0.2), "steps")])
+def test_beta_falls_between_its_ends_with_epsilon_or_with_the_steps(beta, along):
+    """β = 0.75 and 0.5 of the way; at full epsilon the second value stays."""
+    images, labels = batch()
+    for at, phase, share in (
+        (scheduled(2 / 255, 0.25, 0.5, like=EPS), Phase.WARMUP, 0.25 if along == "epsilon" else 0.5),
+        (scheduled(2 / 255, like=EPS), Phase.FULL, 1.0),
+    ):
+        weight = beta[0] + (beta[1] - beta[0]) * share
+        net = BoundedModel(network(), images)
+        bounds = net.ibp(linf_box(images, EPS), clean=images, record=True)
+        margins = weight * net.margins_of(bounds, labels, "crown-ibp") + (1 - weight) * net.margins_of(bounds, labels)
+        trained = GradientStep(BoundedModel(network(), images), CrownIBP(beta=beta, beta_along=along))
+        found = trained.backward(images, labels, at, phase)["robust_loss"]
+        torch.testing.assert_close(found, F.cross_entropy(-margins, labels), rtol=1e-10, atol=0)

@@ -1,0 +1,221 @@
+"""The training methods' own fields: `training.method` is one of these sections, chosen by its name.
+
+What each method computes is in `certtrain.training.methods`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from certtrain.config.section import Section, Share
+from certtrain.errors import unknown
+
+
+def _constant(value: Any) -> Any:
+    """One number means that it stays."""
+    return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Ramp = Annotated[
+    tuple[Share, Share], Field(strict=False), BeforeValidator(_constant)
+]  # as epsilon begins to grow, and from warmup's end on
+
+
+class StepsSection(Section):
+    """Steps along the sign of a gradient."""
+
+    steps: int = Field(8, ge=1)
+    decay: float = Field(0.1, gt=0)  # of the step size ...
+    decay_at: Annotated[tuple[Share, ...], Field(strict=False)] = ()  # ... each time these shares of the steps are done
+    restarts: int = Field(1, ge=1)  # the one with the largest loss is taken
+
+
+class AttackSection(StepsSection):
+    """PGD on the cross-entropy of images. (Madry et al. 2018, arXiv 1706.06083.)
+
+    Its step size is a share of the radius that is attacked, eps_factor · epsilon.
+    """
+
+    step_size: float = Field(0.25, gt=0)
+    start: Literal["uniform", "image"] = "uniform"  # where the first restart begins; the others begin anywhere
+    eps_factor: float = Field(1.0, gt=0)
+    clamp_to_box: bool = True  # move the point found back to within epsilon of the image
+    statistics: Literal["clean", "running"] = "clean"  # of BatchNorm while attacking: of the clean batch, or running
+
+
+class LatentAttackSection(StepsSection):
+    """PGD on the margins of a network's tail; its step size is a share of the box's width there."""
+
+    step_size: float | None = Field(None, gt=0)  # null: 2 / steps, but at least 0.2
+    decay: float = Field(0.2, gt=0)
+    decay_at: Annotated[tuple[Share, ...], Field(strict=False)] = (0.7,)
+
+
+class MethodSection(Section):
+    """A training method by name."""
+
+    name: str
+    boxes_only: ClassVar[bool] = True  # needs no more of the network than boxes, which backward may compute again
+
+    @property
+    def on_lirpa(self) -> bool:
+        """Whether auto_LiRPA can compute what it needs."""
+        return True
+
+    @property
+    def trains_on_box_alone(self) -> bool:
+        """Whether its loss, once epsilon is above 0, is a function of nothing but one box."""
+        return False
+
+
+class NaturalSection(MethodSection):
+    """Cross-entropy of clean images, no bounds."""
+
+    name: Literal["natural"] = "natural"
+
+
+class RobustSection(MethodSection):
+    """What all methods but natural training have: a loss of clean images beside the robust one."""
+
+    loss_of_one_box: ClassVar[bool] = False  # its robust loss is a function of the propagated box alone
+    w: Share = 1.0  # weight of the robust loss, 1 - w that of the clean one (CTBench)
+    kappa: Ramp = (0.0, 0.0)  # weight of the clean loss, linear in the steps of warmup (CROWN-IBP, CTRAIN)
+
+    @model_validator(mode="after")
+    def _one_weight(self) -> RobustSection:
+        if self.w < 1 and any(self.kappa):
+            raise ValueError("w and kappa both weigh the clean loss: set one of them")
+        return self
+
+    @property
+    def trains_on_box_alone(self) -> bool:
+        return self.loss_of_one_box and self.w == 1 and not any(self.kappa)
+
+
+class AttackingSection(RobustSection):
+    """What the methods have that look for bad points first."""
+
+    attack: AttackSection = AttackSection()
+
+    @property
+    def on_lirpa(self) -> bool:
+        return False
+
+
+class AdversarialSection(AttackingSection):
+    """Cross-entropy at attacked points, no bounds. (Madry et al. 2018, arXiv 1706.06083.)"""
+
+    name: Literal["adversarial"] = "adversarial"
+
+
+class IBPSection(RobustSection):
+    """Interval bound propagation. (Gowal et al. 2018, arXiv 1810.12715.)"""
+
+    name: Literal["ibp"] = "ibp"
+    loss_of_one_box: ClassVar[bool] = True
+
+
+class CrownIBPSection(RobustSection):
+    """Margins β·CROWN-IBP + (1 - β)·IBP. (Zhang et al. 2020, arXiv 1906.06316.)"""
+
+    name: Literal["crown-ibp"] = "crown-ibp"
+    loss_of_one_box: ClassVar[bool] = True
+    loss_fusion: bool = False  # bound the cross-entropy itself: one backward row instead of one for each class
+    beta: Ramp = (1.0, 0.0)
+    beta_along: Literal["epsilon", "steps"] = "epsilon"  # β is linear in eps / max_eps, or in the steps of warmup
+    boxes_only: ClassVar[bool] = False
+
+    @property
+    def on_lirpa(self) -> bool:
+        return not self.loss_fusion
+
+
+class SABRSection(AttackingSection):
+    """IBP of small boxes around attacked points. (Müller et al. 2023, arXiv 2210.04871.)"""
+
+    name: Literal["sabr"] = "sabr"
+    loss_of_one_box: ClassVar[bool] = True
+    lambda_: Share = Field(0.4, alias="lambda")  # the small box's radius ...
+    radius: Literal["box", "epsilon"] = "box"  # ... as a share of the cut box's, pixel by pixel, or of epsilon
+
+
+class CCIBPSection(AttackingSection):
+    """Convex combination of IBP's margins and attacked ones. (De Palma et al. 2024, arXiv 2305.13991.)"""
+
+    name: Literal["cc-ibp"] = "cc-ibp"
+    alpha: Share = 0.5  # weight of the margins of IBP
+
+
+class MTLIBPSection(AttackingSection):
+    """Convex combination of the IBP loss and the attacked one. (De Palma et al. 2024, arXiv 2305.13991.)"""
+
+    name: Literal["mtl-ibp"] = "mtl-ibp"
+    alpha: Share = 0.5  # weight of the IBP loss
+
+
+class ExpIBPSection(AttackingSection):
+    """Product of powers of the IBP loss and the attacked one. (De Palma et al. 2024, arXiv 2305.13991.)"""
+
+    name: Literal["exp-ibp"] = "exp-ibp"
+    alpha: Share = 0.5  # exponent of the IBP loss
+    product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
+
+
+class TailSection(RobustSection):
+    """What the methods have that bound a network's head by IBP and attack its tail."""
+
+    tail: int = Field(1, ge=1)  # activations in the part that is attacked
+    latent: LatentAttackSection = LatentAttackSection()
+    link: float = Field(0.5, gt=0, le=1)  # share of the box's width, from each end, in which points move that end
+    gradient_scale: float = Field(4.0, gt=0)  # of the gradient through the tail's loss
+    product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
+    boxes_only: ClassVar[bool] = False
+
+    @property
+    def on_lirpa(self) -> bool:
+        return False
+
+
+class TAPSSection(TailSection):
+    """IBP of the head, attacks on the tail. (Mao et al. 2023, arXiv 2305.04574.)"""
+
+    name: Literal["taps"] = "taps"
+
+
+class STAPSSection(TailSection):
+    """TAPS of small boxes around attacked points. (Mao et al. 2023, arXiv 2305.04574.)"""
+
+    name: Literal["staps"] = "staps"
+    lambda_: Share = Field(0.4, alias="lambda")  # as for sabr
+    radius: Literal["box", "epsilon"] = "box"
+    attack: AttackSection = AttackSection()
+
+
+AnyMethod = (
+    NaturalSection
+    | AdversarialSection
+    | IBPSection
+    | CrownIBPSection
+    | SABRSection
+    | CCIBPSection
+    | MTLIBPSection
+    | ExpIBPSection
+    | TAPSSection
+    | STAPSSection
+)
+METHOD_SECTIONS: dict[str, type[MethodSection]] = {
+    section.model_fields["name"].default: section for section in get_args(AnyMethod)
+}
+
+
+def _by_name(value: Any) -> Any:
+    """A bare name means a method with its defaults."""
+    name = value.get("name") if isinstance(value, dict) else value
+    if isinstance(name, str) and name not in METHOD_SECTIONS:
+        raise unknown("training method", name, METHOD_SECTIONS)
+    return {"name": value} if isinstance(value, str) else value
+
+
+ChosenMethod = Annotated[AnyMethod, Field(discriminator="name"), BeforeValidator(_by_name)]

@@ -1,0 +1,185 @@
+"""YAML as configurations use it: plain data, read in bounded time and memory, whoever wrote it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from certtrain.errors import UsageError, shortened
+
+MOST_CHARACTERS = 1 << 18  # of a file, or of an override
+MOST_NODES = 10_000  # values, those that an alias repeats counted each time
+MOST_DEPTH = 32  # of lists and mappings in each other
+MOST_DIGITS = 40  # of a number
+
+# As in YAML 1.2, where 5e-4 is a number, 010 is ten, 1:30 and 2024-01-01 are text; yes, no, on and off stay booleans.
+# ASCII alone: Python reads digits of every script.
+_INTEGER = re.compile(r"[-+]?(?:0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+|[0-9]+(?:_[0-9]+)*)\Z")
+_FLOAT = re.compile(
+    r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+)
+_BOOLEAN = re.compile(r"(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)\Z")
+_NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
+_MERGE = re.compile(r"<<\Z")
+
+
+class NotPlainYaml(ValueError):
+    """What is wrong with a text, in one line that says where and shows no more of the text than one word."""
+
+
+def parse_yaml(text: str) -> Any:
+    """The one value that `text` is: mappings with distinct keys that are text, lists, text, numbers, booleans, None.
+
+    Raises:
+        NotPlainYaml: it is not YAML, holds anything else, or is larger or deeper than a configuration is.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise NotPlainYaml(f"more than {MOST_CHARACTERS} characters")
+    try:
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:  # its own text quotes whole lines
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = ": ".join(part for part in (error.context, error.problem) if part)
+        raise NotPlainYaml(shortened(reason, 160) + line) from error
+    except yaml.reader.ReaderError as error:
+        raise NotPlainYaml(f"character {error.position + 1}: {error.reason}") from error
+    except yaml.YAMLError as error:
+        raise NotPlainYaml(shortened(" ".join(str(error).split()), 120)) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in the file `path`.
+
+    Raises:
+        UsageError: it is not a regular file, not UTF-8, or not plain YAML; no line of it is shown.
+    """
+    if not path.is_file():  # nor a device or a pipe, which would be read without end
+        raise UsageError(f"{path} is not a file")
+    with open(path, "rb") as file:
+        content = file.read(4 * MOST_CHARACTERS + 1)
+    try:
+        return parse_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not valid YAML: it is not UTF-8 text") from error
+    except NotPlainYaml as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+
+
+def write_yaml(value: Any) -> str:
+    """`value` as text that `parse_yaml`, and readers of YAML 1.1, read back as the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - as the library declares it
+    yaml_constructors: dict[Any, Any] = {}  # noqa: RUF012
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._nodes = self._depth = 0
+        self._sizes: dict[str, int] = {}  # anchor -> nodes of its finished value
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        event, before = self.peek_event(), self._nodes
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.anchors and event.anchor not in self._sizes:
+                raise _problem(f"*{shortened(event.anchor)} refers to itself", event)
+            self._nodes += self._sizes.get(event.anchor, 0)
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > MOST_NODES:
+            raise _problem(f"more than {MOST_NODES} values", event)
+        if self._depth > MOST_DEPTH:
+            raise _problem(f"more than {MOST_DEPTH} lists or mappings in each other", event)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if event.anchor is not None and not isinstance(event, yaml.AliasEvent):
+            self._sizes[event.anchor] = self._nodes - before
+        return node
+
+    def integer(self, node: yaml.Node) -> int:
+        text = self._matching(node, _INTEGER, "an integer").replace("_", "")
+        digits = text.lstrip("+-")
+        value = int(digits, {"0x": 16, "0o": 8, "0b": 2}.get(digits[:2], 10))
+        return -value if text.startswith("-") else value
+
+    def float(self, node: yaml.Node) -> float:
+        text = self._matching(node, _FLOAT, "a number").replace("_", "")
+        value = float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
+        if math.isinf(value) and "inf" not in text.lower():
+            raise _problem(f"{text} is beyond the range of numbers", node)
+        return value
+
+    def boolean(self, node: yaml.Node) -> bool:
+        return self._matching(node, _BOOLEAN, "true or false").lower() in ("yes", "true", "on")
+
+    def null(self, node: yaml.Node) -> None:
+        self._matching(node, _NULL, "null")
+
+    def sequence(self, node: yaml.Node) -> list[Any]:
+        return self.construct_sequence(node, deep=True)
+
+    def mapping(self, node: yaml.Node) -> dict[str, Any]:
+        """Keys are text, whatever they look like."""
+        if not isinstance(node, yaml.MappingNode):
+            raise _problem("a mapping is expected", node)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _problem("a key is a word, not a list or a mapping", key)
+            if key.value in seen:
+                raise _problem(f"duplicate key {shortened(key.value)}", key)
+            seen.add(key.value)
+        self.flatten_mapping(node)  # what is merged in by << comes first, and is overruled
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+    def other(self, node: yaml.Node) -> Any:
+        raise _problem(f"the tag {shortened(node.tag)} has no meaning in a configuration", node)
+
+    def _matching(self, node: yaml.Node, pattern: re.Pattern[str], kind: str) -> str:
+        text = self.construct_scalar(node)
+        if not pattern.match(text):
+            raise _problem(f"{shortened(text)!r} is not {kind}", node)
+        if len(text) > MOST_DIGITS:
+            raise _problem(f"a number of {len(text)} characters", node)
+        return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes all that either version of YAML would not read as text."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _problem(text: str, where: yaml.Node | yaml.Event) -> ConstructorError:
+    return ConstructorError(None, None, text, where.start_mark)
+
+
+for _kind, _pattern, _first, _constructor in (
+    ("null", _NULL, ["~", "n", "N", ""], _Loader.null),
+    ("bool", _BOOLEAN, list("yYnNtTfFoO"), _Loader.boolean),
+    ("int", _INTEGER, list("+-0123456789"), _Loader.integer),
+    ("float", _FLOAT, list("+-.0123456789"), _Loader.float),
+    ("merge", _MERGE, ["<"], None),
+    ("str", None, None, _Loader.construct_scalar),
+    ("seq", None, None, _Loader.sequence),
+    ("map", None, None, _Loader.mapping),
+):
+    if _pattern is not None:
+        _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, _first)
+        _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, _first)
+    if _constructor is not None:
+        _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _constructor)
+_Loader.add_constructor(None, _Loader.other)

@@ -1,0 +1,63 @@
+"""The learning rate schedules' own fields: `optimizer.schedule` is one of these sections, chosen by its name.
+
+Each is about the steps from the end of the rate's warmup to the end of the run; `certtrain.schedules` computes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field
+
+from certtrain.config.section import Section, Share
+from certtrain.errors import unknown
+
+
+class ConstantSection(Section):
+    """The rate stays."""
+
+    name: Literal["constant"] = "constant"
+
+
+class LinearSection(Section):
+    """The rate falls linearly."""
+
+    name: Literal["linear"] = "linear"
+    final: Share = 0.0  # what is left of it at the end
+
+
+class CosineSection(Section):
+    """The rate falls along half a cosine."""
+
+    name: Literal["cosine"] = "cosine"
+    final: Share = 0.0
+
+
+class InverseRootSection(Section):
+    """The rate falls as 1 / √step."""
+
+    name: Literal["inverse-root"] = "inverse-root"
+    timescale_epochs: float = Field(1.0, gt=0)  # after which it begins to fall
+
+
+class CooldownSection(Section):
+    """The rate stays, and falls linearly at the end."""
+
+    name: Literal["cooldown"] = "cooldown"
+    length: Share = 0.2  # share of the run in which it falls
+    final: Share = 0.0
+
+
+ScheduleSection = ConstantSection | LinearSection | CosineSection | InverseRootSection | CooldownSection
+SCHEDULES = [section.model_fields["name"].default for section in get_args(ScheduleSection)]
+
+
+def _by_name(value: Any) -> Any:
+    """A bare name means a schedule with its defaults."""
+    name = value.get("name") if isinstance(value, dict) else value
+    if isinstance(name, str) and name not in SCHEDULES:
+        raise unknown("schedule", name, SCHEDULES)
+    return {"name": value} if isinstance(value, str) else value
+
+
+ChosenSchedule = Annotated[ScheduleSection, Field(discriminator="name"), BeforeValidator(_by_name)]

@@ -1,0 +1,110 @@
+"""What a report reads of a run's JSON files, checked before anything is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from certtrain.errors import CheckpointError
+
+MOST_LAYERS = 1000
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]  # NaN is neither
+Radius = Annotated[float, Field(ge=0, le=1)]
+
+
+class Record(BaseModel):
+    """Of a mapping the keys that are needed; others may be there."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Stage(Record):
+    method: str
+    images: Count
+    proved: Count
+    seconds: FiniteFloat
+
+
+class Errors(Record):
+    eps: Radius
+    natural_error: Share
+    pgd_error: Share
+    verified_error: Share
+
+
+class Result(Errors):
+    images: Count
+    stages: list[Stage] = []
+
+
+class Summary(Result):
+    """Of summary.json."""
+
+    method: str
+    radii: list[Result] = Field(min_length=1)
+    versions: dict[str, str] = {}
+    train_seconds: FiniteFloat
+    images_per_second: FiniteFloat
+
+
+class Verified(Record):
+    """Of verify.json."""
+
+    radii: list[Errors] = Field(min_length=1)
+
+
+class Radii(Record):
+    """Of radius.json: errors over epsilon."""
+
+    natural_error: Share
+    eps: list[Radius] = Field(min_length=1)
+    verified_error: list[Share]
+    pgd_eps: list[Radius]
+    pgd_error: list[Share]
+
+    @model_validator(mode="after")
+    def _one_error_for_each_radius(self) -> Radii:
+        if (len(self.verified_error), len(self.pgd_error)) != (len(self.eps), len(self.pgd_eps)):
+            raise ValueError("there are not as many errors as epsilons")
+        return self
+
+
+class Layer(Record):
+    """Of a line of metrics.jsonl, one for each ReLU."""
+
+    tightness: float
+    active: Share
+    inactive: Share
+    unstable: float  # what the others leave of 1, which rounding may bring below 0
+
+
+class Epoch(Record):
+    """A line of metrics.jsonl; every other number is a metric's mean over the epoch."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+    epoch: Annotated[int, Field(ge=1, le=10**7)]
+    layers: list[Layer] = Field(max_length=MOST_LAYERS)
+
+
+R = TypeVar("R", bound=Record)
+
+
+def checked(kind: type[R], content: Any, file: Path) -> dict[str, Any]:
+    """`content` of `file` as a mapping of what `kind` needs.
+
+    Raises:
+        CheckpointError: something is missing, or of another type; which one is said.
+    """
+    try:
+        return kind.model_validate(content).model_dump()
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise CheckpointError(
+            f"{file} was written by another version, or edited: {where + ': ' if where else ''}{problem['msg']:.150}"
+        ) from error

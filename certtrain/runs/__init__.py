@@ -1,0 +1,1 @@
+"""From a configuration to a directory that holds a trained, verified network."""

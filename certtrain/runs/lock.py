@@ -1,0 +1,94 @@
+"""One process at a time in a run directory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from certtrain.errors import CheckpointError, UsageError
+from certtrain.runtime.files import make_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out
+    fcntl = None
+
+LOCK = ".lock"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep other processes that claim `folder` out of it; made where it is missing, removed again if it stays empty.
+
+    What holds is the operating system's lock on the file `.lock`, which ends with the process that took it, however
+    that ends; a file that a killed one has left holds nobody out. The file says who holds it.
+
+    Raises:
+        CheckpointError: another process is in it, or it cannot be made.
+        UsageError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a folder")
+    new = not folder.exists()
+    make_folder(folder)
+    descriptor = _locked(folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()  # while it is held: who has opened it meanwhile looks again
+        os.close(descriptor)
+        if new:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+
+
+def _locked(folder: Path) -> int:
+    """The open, locked lock file of `folder`; closing it gives the lock back."""
+    file = folder / LOCK
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written to: {error.strerror}") from error
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise CheckpointError(f"{file} is not a file of certtrain: remove it")
+            _lock(descriptor, folder)
+            if _is_still(descriptor, file):
+                with suppress(OSError):  # a full disk: the lock holds all the same
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}, {time.ctime()}".encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # whoever held it has removed it in between
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = " ".join(os.pread(descriptor, 200, 0).decode(errors="replace").split()) or "another process"
+        raise CheckpointError(
+            f"another run goes on in {folder} ({holder}): wait for it, end it, or name another folder with --out"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems that cannot lock
+            raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
+
+
+def _is_still(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat(follow_symlinks=False))
+    except FileNotFoundError:
+        return False

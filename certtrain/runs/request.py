@@ -1,0 +1,86 @@
+"""What `train` was asked for, and whether the run directory agrees; answered without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from certtrain.config import Config, load_config
+from certtrain.config.loading import Overrides, shipped_configs
+from certtrain.errors import UsageError
+from certtrain.runs.directory import default_folder, is_run, require_agreement, run_to_continue
+from certtrain.runs.lock import claimed
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `train` was asked for.
+
+    config: None where the run to be continued has it; whole: whether all of it must agree with a run that is continued,
+    or only what the overrides name; own: the caller wrote it, rather than a run directory that may be another's.
+    """
+
+    folder: Path
+    config: Config | None
+    overrides: Overrides
+    resume: bool
+    overwrite: bool
+    whole: bool
+    own: bool
+
+    @classmethod
+    def of(
+        cls,
+        config: str | Path | Mapping[str, Any] | Config | None,
+        out: str | Path | None,
+        resume: bool,
+        overwrite: bool,
+        overrides: Overrides,
+    ) -> Request:
+        is_path = isinstance(config, str | Path)
+        run = Path(config) if is_path and Path(config).is_dir() and str(config) not in shipped_configs() else None
+        if run is not None and not resume:
+            raise UsageError(f"{run} is a folder: to continue the run in it say --resume, to train anew name a config")
+        if run is not None and out is not None and run.resolve() != Path(out).resolve():
+            raise UsageError(f"the run in {run} is continued where it is, not in {out}")
+        if config is None and not (resume and out):
+            raise UsageError("name a config, or with --resume the run directory to continue")
+        if run is not None or config is None:
+            return cls(run or Path(out), None, overrides, resume, overwrite, whole=False, own=False)
+        folder = Path(out) if out is not None else default_folder(config)
+        own = not (is_path and Path(config).is_file() and is_run(Path(config).parent))
+        return cls(folder, load_config(config, overrides), overrides, resume, overwrite, whole=not is_path, own=own)
+
+    def stored(self) -> tuple[Config | None, list[str]]:
+        """The configuration of the run that is continued, if any, and how it differs from what is asked.
+
+        Nothing is changed.
+
+        Raises:
+            UsageError, CheckpointError: the folder does not allow what is asked, or holds another run.
+        """
+        if self.config is None and not self.folder.is_dir():
+            raise UsageError(f"there is no run in {self.folder} to continue")
+        stored = run_to_continue(self.folder, self.resume, self.overwrite)
+        if stored is None:
+            if self.config is None:
+                raise UsageError(f"there is no run in {self.folder} to continue")
+            return None, []
+        asked = load_config(stored, self.overrides) if self.config is None else self.config
+        return stored, require_agreement(self.folder, stored, asked, None if self.whole else self.overrides)
+
+    def enter(self, held: ExitStack, tell: Callable[[str], None]) -> Config | None:
+        """Claim the folder until `held` ends; returns the configuration of the run in it that is continued, if any."""
+        self.stored()
+        held.enter_context(claimed(self.folder))
+        stored, differences = self.stored()
+        for difference in differences:
+            tell(f"as the run was started: {difference}")
+        return stored
+
+    def trusts(self, config: Config) -> bool:
+        """Whether the caller's own configuration names the model."""
+        return self.own and self.config is not None and self.config.model.name == config.model.name

@@ -1,0 +1,244 @@
+"""What a resume point must hold: the state that the trainer which is to continue it would itself save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from certtrain.errors import CheckpointError
+from certtrain.runs.checkpoint import require_same_shapes
+from certtrain.runs.tensor_file import one_line
+from certtrain.training.trainer import Trainer
+
+MOST_THREADS = 1024
+
+Rule = Callable[[Any, str], None]  # given a value and where it stands; raises Misfit
+
+
+class Misfit(Exception):
+    """What is wrong, and where."""
+
+
+def run_state(trainer: Trainer, seconds: float) -> dict[str, Any]:
+    """The resume point of a run that has trained for so many seconds."""
+    return {"trainer": trainer.state_dict(), "seconds": seconds, "threads": torch.get_num_threads()}
+
+
+def check_state(state: Any, trainer: Trainer, source: Path) -> None:
+    """Compare `state`, whose tensors may be on the meta device, with what `trainer` would save.
+
+    Raises:
+        CheckpointError: a key is missing or unknown, or a value is of another type, dtype or shape.
+    """
+    try:
+        weights = {"model": _anything, "steps_per_epoch": whole(1)}
+        record({"trainer": record(weights, others=_anything)}, others=_anything)(state, "")
+        record({}, others=_anything)(state["trainer"]["model"], "trainer.model")
+        require_same_shapes(trainer.model.state_dict(), state["trainer"]["model"], source)
+        if state["trainer"]["steps_per_epoch"] != trainer.steps_per_epoch:
+            raise CheckpointError(
+                f"{source} was saved with {state['trainer']['steps_per_epoch']} steps per epoch, "
+                f"the training set now gives {trainer.steps_per_epoch}: the data has changed"
+            )
+        _expected(trainer)(state, "")
+    except Misfit as misfit:
+        raise CheckpointError(f"{source} does not fit this run: {misfit}") from None
+
+
+def continue_from(state: Mapping[str, Any], trainer: Trainer, source: Path) -> None:
+    """Load a checked state into `trainer`.
+
+    The optimizer's settings remain the trainer's own, which follow from the configuration; what it keeps of a parameter
+    is laid out in memory as the parameter is, which its fused kernels take for granted.
+
+    Raises:
+        CheckpointError: torch does not take it, such as a state of the random numbers that is none.
+    """
+    saved, optimizer = state["trainer"], trainer.optimizer
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = {
+        index: {name: _laid_out_as(parameters[index], value) for name, value in values.items()}
+        for index, values in saved["optimizer"]["state"].items()
+    }
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        trainer.load_state_dict({**saved, "optimizer": {"state": kept, "param_groups": groups}})
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} does not fit this run: {one_line(error)}") from error
+
+
+def _laid_out_as(parameter: Tensor, value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.dim() or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+# --- the schema -------------------------------------------------------------------------------------------------------
+
+
+def _expected(trainer: Trainer) -> Rule:
+    fields = {key: like(value) for key, value in trainer.state_dict().items()}
+    byte_states = list_of(tensor(torch.uint8, dimensions=1))
+    fields |= {
+        "step": whole(0, trainer.total_steps),
+        "optimizer": _optimizer(trainer.optimizer),
+        "sums": record(
+            {
+                "values": mapping_to(tensor(dimensions=0)),
+                "weights": mapping_to(whole(0)),
+                "first_bad_step": optional(tensor(dimensions=0)),
+            }
+        ),
+        "random": record({"cpu": like(torch.get_rng_state()), "cuda": byte_states}),
+    }
+    return record({"trainer": record(fields), "seconds": number(), "threads": whole(1, MOST_THREADS)})
+
+
+def _optimizer(optimizer: torch.optim.Optimizer) -> Rule:
+    """Of each parameter nothing yet, or what this optimizer keeps of it after a step."""
+    groups = optimizer.state_dict()["param_groups"]
+    kept = {index: record(fields) for index, fields in enumerate(_kept_after_a_step(optimizer))}
+
+    def state(value: Any, where: str) -> None:
+        _require(isinstance(value, dict), where, "is not a mapping", value)
+        for index, fields in value.items():
+            _require(isinstance(index, int) and index in kept, where, f"has an unknown parameter {index!r:.40}")
+            if fields != {}:
+                kept[index](fields, f"{where}.{index}")
+
+    def param_groups(value: Any, where: str) -> None:
+        _require(isinstance(value, list) and len(value) == len(groups), where, f"are not {len(groups)}")
+        for position, (group, own) in enumerate(zip(value, groups, strict=True)):
+            indices = sequence([whole(index, index) for index in own["params"]])
+            record({"params": indices}, others=_anything)(group, f"{where}.{position}")
+
+    return record({"state": state, "param_groups": param_groups})
+
+
+def _kept_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Rule]]:
+    """What an optimizer keeps is up to its class and settings: found by a step of its like, without gradient."""
+    groups = [
+        {**group, "params": [torch.zeros_like(p, requires_grad=True) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trial = type(optimizer)(groups)
+    trial.step()
+    return [{name: like(value) for name, value in trial.state[parameter].items()} for parameter in parameters]
+
+
+def like(template: Any) -> Rule:
+    """The same keys and types; tensors of the same dtype and shape."""
+    if isinstance(template, Tensor):
+        return tensor(template.dtype, template.shape)
+    if isinstance(template, Mapping):
+        return record({key: like(value) for key, value in template.items()})
+    if isinstance(template, Sequence) and not isinstance(template, str):
+        return sequence([like(value) for value in template])
+    if isinstance(template, float):
+        return number()
+    return of_type(type(template))
+
+
+def record(fields: Mapping[Any, Rule], others: Rule | None = None) -> Rule:
+    """A mapping with these keys, and no others unless they have a rule."""
+
+    def check(value: Any, where: str) -> None:
+        _require(isinstance(value, dict), where, "is not a mapping", value)
+        for key in fields:
+            _require(key in value, where, f"lacks {key}")
+        for key, item in value.items():
+            rule = fields.get(key, others)
+            _require(rule is not None, where, f"has an unknown key {key!r:.40}")
+            rule(item, f"{where}.{key}".removeprefix("."))
+
+    return check
+
+
+def sequence(rules: Sequence[Rule]) -> Rule:
+    def check(value: Any, where: str) -> None:
+        _require(isinstance(value, list) and len(value) == len(rules), where, f"is not a list of {len(rules)}", value)
+        for position, (rule, item) in enumerate(zip(rules, value, strict=True)):
+            rule(item, f"{where}.{position}")
+
+    return check
+
+
+def list_of(rule: Rule) -> Rule:
+    def check(value: Any, where: str) -> None:
+        _require(isinstance(value, list), where, "is not a list", value)
+        for position, item in enumerate(value):
+            rule(item, f"{where}.{position}")
+
+    return check
+
+
+def mapping_to(rule: Rule) -> Rule:
+    """Any names, each with such a value."""
+
+    def check(value: Any, where: str) -> None:
+        _require(isinstance(value, dict), where, "is not a mapping", value)
+        for key, item in value.items():
+            _require(isinstance(key, str), where, f"has a key {key!r:.40}")
+            rule(item, f"{where}.{key}")
+
+    return check
+
+
+def optional(rule: Rule) -> Rule:
+    return lambda value, where: None if value is None else rule(value, where)
+
+
+def tensor(dtype: torch.dtype | None = None, shape: Sequence[int] | None = None, dimensions: int | None = None) -> Rule:
+    """Of this dtype (any floating-point one, if none is given), and this shape or number of dimensions."""
+
+    def check(value: Any, where: str) -> None:
+        _require(isinstance(value, Tensor), where, "is not a tensor", value)
+        right = value.is_floating_point() if dtype is None else value.dtype == dtype
+        _require(right, where, f"is of {value.dtype}, not {dtype or 'floating-point'}")
+        right = shape is None or value.shape == torch.Size(shape)
+        _require(right, where, f"is of shape {tuple(value.shape)}, not {tuple(shape or ())}")
+        right = dimensions is None or value.dim() == dimensions
+        _require(right, where, f"has {value.dim()} dimensions, not {dimensions}")
+
+    return check
+
+
+def whole(low: int, high: int | None = None) -> Rule:
+    def check(value: Any, where: str) -> None:
+        most = 2**63 - 1 if high is None else high
+        _require(
+            type(value) is int and low <= value <= most, where, f"is not a whole number from {low} to {most}", value
+        )
+
+    return check
+
+
+def number() -> Rule:
+    """A finite one."""
+
+    def check(value: Any, where: str) -> None:
+        _require(type(value) in (int, float) and math.isfinite(value), where, "is not a number", value)
+
+    return check
+
+
+def of_type(kind: type) -> Rule:
+    return lambda value, where: _require(type(value) is kind, where, f"is not of type {kind.__name__}", value)
+
+
+def _anything(value: Any, where: str) -> None:
+    return None
+
+
+def _require(holds: bool, where: str, problem: str, value: Any = None) -> None:
+    if not holds:
+        shown = "" if value is None else f" ({value!r:.40})"
+        raise Misfit(f"{where or 'it'} {problem}{'' if isinstance(value, Tensor | dict | list) else shown}")

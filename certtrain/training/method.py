@@ -1,0 +1,143 @@
+"""What a training method is: a region that is propagated, a bound of the network on it, and a loss of both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
+from certtrain.bounds.batch_norm import Coefficients
+from certtrain.config.methods import AttackSection, MethodSection, RobustSection
+from certtrain.training.losses import Metrics
+
+
+class Phase(Enum):
+    """What is minimised at this point of the schedule; a step is compiled once for each."""
+
+    NATURAL = "natural"  # cross-entropy of the clean logits, no bounds at all
+    BEFORE = "before"  # epsilon is 0: natural cross-entropy and the regularizers
+    WARMUP = "warmup"  # epsilon grows: the method's loss and the regularizers, which fade
+    FULL = "full"  # epsilon has reached its maximum: the method's loss alone
+
+
+class Scheduled(NamedTuple):
+    """What the schedules say at one step: scalar tensors on the device, so that a compiled step need not be rebuilt.
+
+    eps: the radius now; eps_ratio: eps / max_eps; ramp: the share of warmup's steps that are done.
+    key: int64, of the step's random numbers (`noise.uniform`).
+    """
+
+    eps: Tensor
+    eps_ratio: Tensor
+    ramp: Tensor
+    key: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch, or a part of one, and what the network makes of it: all that a method's losses are functions of.
+
+    labels: (B,); positions: (B,), of the images in the whole batch.
+    bounds: of the method's region, where it has one.
+    adversarial: logits (B, K) at the attacked points, where the method asks for them.
+    coefficients: of the BatchNorms, where the clean input went ahead.
+    """
+
+    net: BoundedModel
+    labels: Tensor
+    positions: Tensor
+    bounds: Bounds | None
+    adversarial: Tensor | None = None
+    coefficients: Mapping[int, Coefficients] | None = None
+
+    def ibp_margins(self) -> Tensor:
+        return self.net.margins_of(self.bounds, self.labels)
+
+
+class Losses(NamedTuple):
+    """Means over a part: the losses that make up the robust one, and errors, both by the names they are shown under.
+
+    A `verified_error` is always that of a bound on the whole epsilon box.
+    """
+
+    losses: Metrics
+    errors: Metrics
+
+
+Options = TypeVar("Options", bound=MethodSection)
+
+
+class Method(Generic[Options]):
+    """What every method answers; its options come as a section, or as keyword arguments.
+
+    is_robust: has a loss for epsilon > 0.
+    has_region: propagates a set.
+    asks_for_logits: its losses look at the logits at attacked points.
+    asks_for_coefficients: its losses look at the BatchNorms' coefficients.
+
+    Raises:
+        pydantic.ValidationError: an option outside its range.
+    """
+
+    Section: ClassVar[type[MethodSection]]
+    is_robust: ClassVar[bool] = True
+    has_region: ClassVar[bool] = True
+    asks_for_logits: ClassVar[bool] = False
+    asks_for_coefficients: ClassVar[bool] = False
+
+    def __init__(self, options: Options | None = None, **fields: Any) -> None:
+        self.options: Options = options or self.Section(**fields)
+
+    @property
+    def attack(self) -> AttackSection | None:
+        """How points are attacked before each step, where they are."""
+        return getattr(self.options, "attack", None)
+
+    @property
+    def is_of_batch_means(self) -> bool:
+        """Whether `robust_loss` must be given means over the whole batch; otherwise the mean of parts' will do."""
+        return False
+
+    def region(self, images: Tensor, eps: Tensor, points: Tensor | None) -> Box:
+        """The set that is propagated: for images (B, C, H, W), and the points attacked around them."""
+        return linf_box(images, eps)
+
+    def require(self, net: BoundedModel) -> None:
+        """Raises UsageError if the method cannot train this network."""
+
+    def keeps_boxes(self, phase: Phase) -> bool:
+        """Whether its losses look at the boxes inside the network (`Bounds.record`)."""
+        return False
+
+    def losses(self, part: Part, at: Scheduled, phase: Phase) -> Losses:
+        """The losses that `robust_loss` combines."""
+        raise NotImplementedError
+
+    def robust_loss(self, losses: Metrics) -> Tensor:
+        return losses["robust_loss"]
+
+    def natural_weight(self, at: Scheduled) -> Tensor | float:
+        """Of the cross-entropy of the clean logits, beside 1 minus it of the robust loss."""
+        options = self.options
+        if not isinstance(options, RobustSection):
+            return 0.0
+        return along(options.kappa, at.ramp) if any(options.kappa) else 1 - options.w
+
+
+def along(ends: tuple[float, float], share: Tensor) -> Tensor:
+    """The first of `ends` where `share` is 0, the second where it is 1, linear between."""
+    return ends[0] + (ends[1] - ends[0]) * share
+
+
+def scheduled(
+    eps: float, eps_ratio: float = 1.0, ramp: float | None = None, like: Tensor | None = None, key: int = 0
+) -> Scheduled:
+    """One step's `Scheduled`, of `like`'s type and on its device; ramp: by default eps_ratio."""
+    like = torch.empty(()) if like is None else like
+    values = like.new_tensor((eps, eps_ratio, eps_ratio if ramp is None else ramp))
+    return Scheduled(*values.unbind(), torch.tensor(key, device=like.device))

@@ -1,0 +1,73 @@
+"""Attacks on a network's tail, and the link by which their gradients reach its head.
+
+Mao et al. 2023, "Connecting certified and adversarial training", arXiv 2305.04574.
+Latent points have shape (B, K, ...): for each image one point for each class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from certtrain.bounds import Box
+from certtrain.config.methods import LatentAttackSection
+from certtrain.training.attack import Uniform, ascended
+
+SMALLEST_WIDTH = 1e-5  # that the link divides by
+
+
+@torch.no_grad()
+def latent_points(
+    options: LatentAttackSection, tail: Callable[[Tensor], Tensor], box: Box, labels: Tensor, uniform: Uniform
+) -> Tensor:
+    """(B, K, ...): in the box, where the logit of class t is large beside the label's.
+
+    Args:
+        tail: latent points -> logits (B, K, K).
+        box: (B, ...), of the head's results.
+        uniform: random numbers of the points' shape.
+    """
+    lower, upper = box.lower.detach()[:, None], box.upper.detach()[:, None]
+    around = Box(lower, upper)
+
+    def excess(x: Tensor) -> Tensor:
+        return -pairwise_margins(tail(x), labels)
+
+    gradient = torch.func.grad(lambda x: excess(x).sum())
+    step_size = options.step_size or max(0.2, 2 / options.steps)
+    best: Tensor | None = None
+    for restart in range(options.restarts):
+        start = lower + uniform(restart) * (upper - lower)
+        points = ascended(options, step_size, start, around, upper - lower, gradient)
+        if best is not None:
+            better = excess(points) > excess(best)
+            points = torch.where(better.view(*better.shape, *[1] * (points.dim() - 2)), points, best)
+        best = points
+    return best
+
+
+def pairwise_margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, K): z_y - z_t from the logits (B, K, K) at the point for class t."""
+    of_label = logits.gather(2, labels[:, None, None].expand(-1, logits.shape[1], 1))[:, :, 0]
+    return of_label - logits.diagonal(dim1=1, dim2=2)
+
+
+def linked(points: Tensor, box: Box, share: float) -> Tensor:
+    """`points` (B, K, ...), as functions of the ends of `box` (B, ...).
+
+    A point's gradient reaches the upper end where the point lies in the upper `share` c of the box's width, by
+    (x - (u - c(u - l))) / (c(u - l)): not at all at the inner end of that part, whole at u. Symmetrically the lower.
+    """
+    lower, upper = box.lower[:, None], box.upper[:, None]
+    reach = share * (upper - lower).detach()
+    width = reach.clamp(min=SMALLEST_WIDTH)
+    to_upper = ((points - (upper.detach() - reach)) / width).clamp(min=0)
+    to_lower = (((lower.detach() + reach) - points) / width).clamp(min=0)
+    return points + to_upper * (upper - upper.detach()) + to_lower * (lower - lower.detach())
+
+
+def with_gradient_scaled(value: Tensor, factor: float) -> Tensor:
+    """`value`; its gradient is multiplied."""
+    return factor * value + (1 - factor) * value.detach()

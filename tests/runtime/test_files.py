@@ -1,0 +1,86 @@
+"""What a write may replace: regular files, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from certtrain.errors import CheckpointError, UsageError
+from certtrain.runtime.files import write_text
+from tests.commands import contents
+
+
+def device(path):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 7))  # a /dev/full of one's own
+    except PermissionError:
+        pytest.skip("devices can be made by root alone")
+
+
+def bound_socket(path):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+
+
+KINDS = {"a folder": Path.mkdir, "a pipe": os.mkfifo, "a socket": bound_socket, "a device": device}
+
+
+def seen(folder):
+    """Name, kind and identity of everything in a folder."""
+    return {path.name: (path.lstat().st_mode, path.lstat().st_ino) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, monkeypatch, kind, through_a_link):
+    monkeypatch.chdir(tmp_path)  # paths of sockets are short
+    KINDS[kind](Path("there"))
+    if through_a_link:
+        Path("link").symlink_to("there")
+    before = seen(tmp_path)
+    with pytest.raises(UsageError, match=f"is {kind}, not a file"):
+        write_text(Path("link" if through_a_link else "there"), "text")
+    assert seen(tmp_path) == before
+
+
+def test_behind_a_link_the_file_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("before")
+    (tmp_path / "link").symlink_to("elsewhere/file")
+    (tmp_path / "new").symlink_to("elsewhere/not yet")
+    write_text(tmp_path / "link", "after")
+    write_text(tmp_path / "new", "new")
+    assert contents(tmp_path / "elsewhere") == {"file": b"after", "not yet": b"new"}
+    assert os.readlink(tmp_path / "link") == "elsewhere/file"
+    assert os.readlink(tmp_path / "new") == "elsewhere/not yet"
+
+
+def test_links_in_a_circle_and_files_for_folders_are_one_line(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "a", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match="cannot be written: ") as caught:
+            write_text(path, "text")
+        assert "\n" not in str(caught.value)
+    assert set(contents(tmp_path)) == {"file"}
+
+
+def test_a_clean_up_that_fails_does_not_hide_what_went_wrong(tmp_path, monkeypatch):
+    """As on a disk that has become read-only, where not even a file that is not there can be removed."""
+
+    def read_only(*arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (tmp_path / "file").write_text("before")
+    monkeypatch.setattr("builtins.open", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(CheckpointError, match=r"could not write .*Read-only.*what was there before is unchanged"):
+        write_text(tmp_path / "file", "after")
+    monkeypatch.undo()
+    assert contents(tmp_path) == {"file": b"before"}

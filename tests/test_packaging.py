@@ -1,0 +1,44 @@
+"""What a wheel holds is what the repository does: a folder or a file that is not listed would be missing from it."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+FOLDERS = {"certtrain.models": ROOT / "models", "certtrain.configs": ROOT / "configs"}
+
+
+def folder_of(package: str) -> Path:
+    return FOLDERS.get(package, ROOT / package.replace(".", "/"))
+
+
+def test_every_folder_with_code_is_a_package_that_is_listed():
+    found = {path.parent for path in (ROOT / "certtrain").rglob("*.py")} | set(FOLDERS.values())
+    assert {folder_of(package) for package in SETUPTOOLS["packages"]} == found
+    assert all((folder / "__init__.py").is_file() for folder in found)
+
+
+def test_every_file_that_is_no_code_is_listed():
+    listed = {
+        path
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for path in folder_of(package).glob(pattern)
+    }
+    folders = [ROOT / "certtrain", *FOLDERS.values()]
+    files = {path for folder in folders for path in folder.rglob("*") if path.is_file()}
+    assert listed == {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert ROOT / "certtrain" / "py.typed" in listed
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository")
+def test_git_ignores_no_code():
+    folders = [ROOT / name for name in ("certtrain", "models", "configs", "tests", "scripts")]
+    files = [str(path) for folder in folders for path in folder.rglob("*.py")]
+    ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True)
+    assert ignored.stdout == ""

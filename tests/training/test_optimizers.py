@@ -1,0 +1,103 @@
+"""Which parameters an optimizer gets, in which group; its learning rate from a configuration."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from certtrain.config import load_config
+from certtrain.config.schema import OptimizerSection
+from certtrain.errors import UsageError
+from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.training.optimizers import build_optimizer, build_rate
+from tests.networks import narrow_cnn7
+
+
+@pytest.mark.parametrize("name", ["AdamW", "RAdam", "NAdam", "SGD"])
+def test_batch_norm_and_biases_do_not_decay_where_that_is_asked_for(name):
+    """A step without gradient shrinks what decays, and nothing else."""
+    model = narrow_cnn7()
+    section = OptimizerSection(name=name, lr=0.1, decay_vectors=False, arguments={"weight_decay": 0.5})
+    optimizer = build_optimizer(section, model)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, value in model.named_parameters():
+        assert torch.equal(value, before[key]) == (value.dim() == 1), key
+
+
+def test_by_default_everything_is_one_group():
+    model = narrow_cnn7()
+    (group,) = build_optimizer(OptimizerSection(), model).param_groups
+    assert list(map(id, group["params"])) == list(map(id, model.parameters()))
+
+
+@pytest.mark.parametrize("arguments", [{"momentun": 0.9}, {"betas": [2, 0.9]}])
+def test_arguments_that_torch_refuses_are_a_usage_error(arguments):
+    with pytest.raises(UsageError, match=r"optimizer\.arguments"):
+        build_optimizer(OptimizerSection(arguments=arguments), narrow_cnn7())
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1, 1, 1, 1, 1, 1, 1]),
+        ({"milestones": [1, 3]}, [1, 1, 0.2, 0.2, 0.2, 0.2, 0.04, 0.04]),
+        ({"milestones": [1], "milestones_from": "ramp"}, [1, 1, 1, 1, 1, 1, 0.2, 0.2]),
+        ({"schedule": {"name": "linear"}, "warmup_epochs": 1}, [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ({"schedule": "cooldown"}, [1, 1, 1, 1, 1, 1, 1, 0.5]),
+        (
+            {"schedule": {"name": "inverse-root", "timescale_epochs": 2}},
+            [1, 1, 1, 1, 1, *((4 / s) ** 0.5 for s in (5, 6, 7))],
+        ),
+    ],
+)
+def test_the_rate_of_a_configuration(options, expected):
+    """Four epochs of two steps, of which epsilon grows in the first two."""
+    rate = build_rate(OptimizerSection(lr=1.0, **options), steps_per_epoch=2, epochs=4, ramp_end=4)
+    assert [rate(step) for step in range(8)] == pytest.approx(expected)
+
+
+def test_a_run_follows_its_schedule_and_vectors_have_a_rate_of_their_own(train, tmp_path):
+    """Three epochs of three steps: the last steps of each are 2, 5 and 8 of 9."""
+    options = [
+        "optimizer.lr=0.003",
+        "optimizer.milestones=[]",
+        "optimizer.schedule=linear",
+        "optimizer.vector_factor=2",
+    ]
+    assert train(*options).code == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["lr"] for line in lines] == pytest.approx([0.003 * (1 - s / 9) for s in (2, 5, 8)])
+    state = load_checkpoint(tmp_path / "run" / "last.ckpt")["trainer"]["optimizer"]
+    weights, vectors = state["param_groups"]
+    assert vectors["lr"] == pytest.approx(2 * weights["lr"])
+
+
+def test_a_network_may_be_trained_at_a_larger_radius_than_it_is_tested_at(train, tmp_path):
+    assert train("epsilon.train_factor=1.5").code == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["eps"] == pytest.approx(0.15)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["eps"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimizer.schedule=cosin"], r"optimizer\.schedule: unknown schedule 'cosin': did you mean cosine"),
+        (
+            ["optimizer.schedule={name: cosine, length: 0.1}"],
+            r"unknown key .*: it belongs to optimizer\.schedule cooldown",
+        ),
+        (["optimizer.schedule={name: cosine, final: 2}"], r"optimizer\.schedule\.final: .*less than or equal to 1"),
+        (["optimizer.warmup_epochs=61"], r"optimizer\.warmup_epochs: 61 of 60 epochs"),
+        (["optimizer.milestones_from=ramp"], r"optimizer\.milestones: 76 is not before the end"),
+        (["epsilon.train_factor=11"], r"epsilon\.train_factor: 11 times max is above 1"),
+    ],
+)
+def test_what_is_wrong_is_said(overrides, message):
+    with pytest.raises(UsageError, match=message):
+        load_config("digits", overrides)
