@@ -47,7 +47,7 @@ class Follower:
         """The first process does."""
 
     def _agree(self) -> None:
-        self.signal = self._ranks.largest(self._noted) or None
+        self.signal = self._ranks.all_reduce_max(self._noted) or None
 
     @contextmanager
     def until_signalled(self) -> Iterator[None]:
