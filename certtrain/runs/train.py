@@ -54,7 +54,7 @@ from certtrain.training.methods import build_method
 from certtrain.training.optimizers import build_optimizer, build_rate
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
-from certtrain.training.trainer import Batches, Trainer
+from certtrain.training.trainer import Batches, Observer, Trainer
 from certtrain.verification.attacks import PGD
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.verification.verify import Verification, verify
@@ -62,7 +62,7 @@ from certtrain.verification.verify import Verification, verify
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, or one that a signal ended (`interrupted_by`, to be resumed)."""
+    """A finished run, or one that a signal (`interrupted_by`) or a callback ended, without summary, to be resumed."""
 
     folder: Path
     model: nn.Module
@@ -80,6 +80,7 @@ def train(
     overrides: Overrides = (),
     trust: bool = False,
     console: Console | None = None,
+    callbacks: Sequence[Observer] = (),
 ) -> Run:
     """Train a network, verify it, and leave everything in a run directory.
 
@@ -95,6 +96,8 @@ def train(
         trust: import the code that a run directory's files name as its model. What one's own `config` names is
             imported in any case.
         console: where progress goes.
+        callbacks: told of every step and epoch, in each process; one that returns True ends the run, which is saved
+            to be resumed. What they keep is not part of the checkpoint.
 
     Under torchrun every process calls this with the same arguments, and they train one network together.
 
@@ -111,7 +114,7 @@ def train(
             stored = request.enter(held, partial(_tell, console)) if ranks.is_first else None
         stored = ranks.broadcast(stored)
         prepared = _prepare(request, stored, place, trust, ranks, console, held)
-        observer, finished = _fit(prepared, ranks, console)
+        observer, finished = _fit(prepared, ranks, console, callbacks)
         if not finished:
             ranks.barrier()  # torchrun ends all as soon as one has ended
             return Run(prepared.folder, prepared.model, None, interrupted_by=observer.signal)
@@ -174,15 +177,15 @@ def _prepare(
     return Prepared(folder, config, model, dataset, trainer, 0.0 if state is None else state["seconds"])
 
 
-def _fit(run: Prepared, ranks: Ranks, console: Console) -> tuple[Follower, bool]:
-    """Train to the end, or until a signal; returns the observer, and whether the last step was reached."""
+def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Observer]) -> tuple[Follower, bool]:
+    """Train to the end, or until a signal or a callback; the observer, and whether the last step was reached."""
     trainer = run.trainer
     with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
-        observer = Follower(ranks)
+        observer = Follower(ranks, callbacks)
         if ranks.is_first:
             probe, _ = next(training_batches(run.config, run.dataset)(0, 0))
             every = run.config.training.checkpoint_seconds
-            observer = Recorder(run.folder, every, trainer, probe, display, ranks, run.seconds_before)
+            observer = Recorder(run.folder, every, trainer, probe, display, ranks, run.seconds_before, callbacks)
         compiles = _compiles(run.config, run.model, run.dataset)
         told = announced(display.compiling, display.compiled) if compiles else nullcontext()
         with observer.until_signalled(), safe_convolutions(run.model, run.dataset.image_shape), told:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.cli import main
 from certtrain.data import Augmentation, Split, epoch_batches
@@ -284,6 +285,28 @@ def test_a_signal_to_one_process_ends_all_at_its_step_and_others_resume(tmp_path
     assert codes == [0, 0], log
     assert f"resuming {run} after step {step} of 20" in log
     check_same_run(run, one)
+
+
+class EndsAt(certtrain.Observer):
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self, trainer):
+        return trainer.step == self.step
+
+
+def train_until(rank, step, config, folder):
+    """This rank's callback ends the run after this step."""
+    callbacks = [EndsAt(step)] if os.environ["RANK"] == str(rank) else []
+    run = certtrain.train(config, folder, device="cpu", callbacks=callbacks)
+    return 0 if run.summary is None and run.interrupted_by is None else 1
+
+
+def test_a_callback_of_one_process_ends_all_at_its_step(tmp_path, one):
+    run = tmp_path / "run"
+    children = start_ranks(2, partial(train_until, 1, 5, one / "config.yaml", run), tmp_path / "log")
+    assert [exit_code(child) for child in children] == [0, 0], (tmp_path / "log").read_text()
+    assert load_checkpoint(run / "last.ckpt")["trainer"]["step"] == 5
 
 
 # --- written wrong ---------------------------------------------------------------------------------------------------
