@@ -297,8 +297,8 @@ class _Question:
             if len(left) == 0:
                 break
             started = time.perf_counter()
-            mine = box.map(lambda values, left=left: values[left])
-            bounds = net.margins(mine, labels[left], stage.method, **options)
+            remaining = box.map(lambda values, left=left: values[left])
+            bounds = net.margins(remaining, labels[left], stage.method, **options)
             bounds = torch.where(bounds.isnan(), -torch.inf, bounds)  # nothing is known, whatever comes after
             margins[left] = torch.maximum(margins[left], bounds)
             stage.images += len(left)
