@@ -65,9 +65,8 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
 def _template() -> Any:
     jinja2 = optional_module("jinja2", "report")
     loader = jinja2.PackageLoader("certtrain", "report")
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(
-        "page.html"
-    )
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("page.html")
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
