@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from certtrain.runs.checkpoint import load_model
     from certtrain.runs.train import Run, train
+    from certtrain.training.trainer import Observer
     from certtrain.verification.verify import Verification, verify
 
 __version__ = "0.1.0"
-__all__ = ["Run", "Verification", "load_model", "train", "verify"]
+__all__ = ["Observer", "Run", "Verification", "load_model", "train", "verify"]
 
 _HOMES = {
     "load_model": "certtrain.runs.checkpoint",
     "train": "certtrain.runs.train",
     "Run": "certtrain.runs.train",
+    "Observer": "certtrain.training.trainer",
     "verify": "certtrain.verification",
     "Verification": "certtrain.verification",
 }

@@ -174,8 +174,8 @@ def measure(setting: Setting, names: list[str] | None = None) -> list[dict[str, 
         order.reverse()
     rate = matrix_product_rate(setting.device)
     rows = []
-    for name, mine in times.items():
-        seconds = statistics.median(mine)
+    for name, all_seconds in times.items():
+        seconds = statistics.median(all_seconds)
         work = operations.get("certtrain, eager" if name.startswith("certtrain") else name)
         rows.append(
             {
@@ -185,11 +185,11 @@ def measure(setting: Setting, names: list[str] | None = None) -> list[dict[str, 
                 "classes": setting.classes,
                 "seconds": seconds,
                 "images_per_second": setting.batch / seconds,
-                "of_natural": ratio(mine, times.get("natural, eager")),
-                "of_auto_lirpa": ratio(mine, times.get("auto_LiRPA")),
+                "of_natural": ratio(all_seconds, times.get("natural, eager")),
+                "of_auto_lirpa": ratio(all_seconds, times.get("auto_LiRPA")),
                 "of_matrix_product_rate": work and work / seconds / rate,
                 "peak_bytes": memory.get(name),
-                "all_seconds": mine,
+                "all_seconds": all_seconds,
             }
         )
     return rows
@@ -219,8 +219,8 @@ def resident_bytes(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def ratio(mine: list[float], other: list[float] | None) -> float | None:
-    return statistics.median(a / b for a, b in zip(mine, other, strict=True)) if other else None
+def ratio(seconds: list[float], other: list[float] | None) -> float | None:
+    return statistics.median(a / b for a, b in zip(seconds, other, strict=True)) if other else None
 
 
 def show(rows: list[dict[str, Any]]) -> None:

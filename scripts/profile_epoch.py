@@ -118,7 +118,7 @@ def main() -> None:
     config["verification"] |= {"limit": 1, "pgd_steps": 0}
     seconds = profile(config)
     whole = sum(seconds.values())
-    rows = [{"part": part, "seconds": mine, "share": mine / whole} for part, mine in seconds.items()]
+    rows = [{"part": part, "seconds": taken, "share": taken / whole} for part, taken in seconds.items()]
     rows.sort(key=lambda row: -row["seconds"])
     inside = sum(row["share"] for row in rows if row["part"] in STEP)
     sizes = [{"images": size, "seconds_by_epoch": seconds_by_epoch(config, size)} for size in SIZES]

@@ -75,11 +75,11 @@ def seeds_table(summaries: list[dict[str, Any]]) -> str:
 def methods_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| network | method | images | error: certtrain | auto_LiRPA | s per image: certtrain | auto_LiRPA |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
-    for mine in (row for row in rows if row["engine"] == "certtrain"):
-        (other,) = (row for row in rows if row["engine"] != "certtrain" and same_question(row, mine))
-        errors = (row.get("failed") or f"{100 * row['verified_error']:.1f} %" for row in (mine, other))
-        seconds = ("–" if "failed" in row else f"{row['seconds_per_image']:.3g}" for row in (mine, other))
-        lines.append(f"| {mine['network']} | {mine['method']} | {mine['images']} | {' | '.join([*errors, *seconds])} |")
+    for row in (r for r in rows if r["engine"] == "certtrain"):
+        (other,) = (r for r in rows if r["engine"] != "certtrain" and same_question(r, row))
+        errors = (r.get("failed") or f"{100 * r['verified_error']:.1f} %" for r in (row, other))
+        seconds = ("–" if "failed" in r else f"{r['seconds_per_image']:.3g}" for r in (row, other))
+        lines.append(f"| {row['network']} | {row['method']} | {row['images']} | {' | '.join([*errors, *seconds])} |")
     return "\n".join(lines)
 
 
@@ -205,10 +205,10 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
     lines = ["| variant | seeds | natural error | PGD error | verified error | dead ReLUs | diverged at ε |"]
     lines.append("|---|---:|---:|---:|---:|---:|---|")
     for name in VARIANTS:
-        mine = [row for row in rows if row["variant"] == name]
-        cells = [spread(mine, key) for key in ("natural_error", "pgd_error", "verified_error", "dead")]
-        diverged = ", ".join(f"{row['diverged_at']:.4f}" for row in mine if row["diverged_at"] is not None)
-        lines.append(f"| {name} | {len(mine)} | " + " | ".join(cells) + f" | {diverged or 'none'} |")
+        runs = [row for row in rows if row["variant"] == name]
+        cells = [spread(runs, key) for key in ("natural_error", "pgd_error", "verified_error", "dead")]
+        diverged = ", ".join(f"{row['diverged_at']:.4f}" for row in runs if row["diverged_at"] is not None)
+        lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + f" | {diverged or 'none'} |")
     return "\n".join(lines)
 
 
@@ -255,9 +255,9 @@ def plot_ablation(rows: list[dict[str, Any]]) -> None:
 
     figure, panel = plt.subplots(figsize=(8, 4), layout="constrained")
     for position, name in enumerate(VARIANTS):
-        mine = [row for row in rows if row["variant"] == name and "verified_error" in row]
+        runs = [row for row in rows if row["variant"] == name and "verified_error" in row]
         for key, colour in (("natural_error", "tab:blue"), ("pgd_error", "tab:orange"), ("verified_error", "tab:red")):
-            values = [100 * row[key] for row in mine]
+            values = [100 * row[key] for row in runs]
             label = key.replace("_", " ").replace("pgd", "PGD") if position == 0 else None
             panel.scatter([position] * len(values), values, color=colour, alpha=0.7, label=label)
     panel.set(xticks=range(len(VARIANTS)), xticklabels=list(VARIANTS), ylabel="error on test images, %")

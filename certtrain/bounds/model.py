@@ -242,8 +242,8 @@ class BoundedModel:
         found = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and method != "alpha-crown"):
             for part in portions:
-                mine = box.map(lambda values, part=part: values[part])
-                bounds = self.ibp(mine, None if clean is None else clean[part], record=True)
+                portion = box.map(lambda values, part=part: values[part])
+                bounds = self.ibp(portion, None if clean is None else clean[part], record=True)
                 found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
         return torch.cat(found)
 

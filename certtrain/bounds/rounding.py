@@ -82,11 +82,11 @@ ARITHMETICS: dict[str, Arithmetic] = {
     "bf16": Arithmetic(_power(-22), _power(-8), _power(-8), *_FLOAT32_RANGE),
 }
 
-OURS = ARITHMETICS["float64"]
+BOUND_ARITHMETIC = ARITHMETICS["float64"]  # in which the bounds themselves are computed
 COEFFICIENT_ROUNDINGS = 16  # from BatchNorm's four parameters to a weight that it is folded into, at the most
 LARGEST_FACTOR = 2.0**40  # of elementwise scalings; none smaller than its inverse either, but zero
 PLACE_ERROR = 2.0**-20  # of the place of a nearest pixel, which any arithmetic computes in float32 or better
-SPARE_ROUNDINGS = 24  # of ours, around a sum: magnitudes, error terms, conversions; far fewer than this
+SPARE_ROUNDINGS = 24  # of a bound's, around a sum: magnitudes, error terms, conversions; far fewer than this
 
 
 def arithmetic_named(name: str) -> Arithmetic:
@@ -110,29 +110,30 @@ def _compound(unit: Fraction, count: int) -> Fraction | None:
 
 @lru_cache(maxsize=1024)
 def sum_error(arithmetic: Arithmetic, terms: int, foldings: int = 1) -> float:
-    """Eq. 4: e with |computed - exact| ≤ e·(Σ|w_i||x_i| + |b|), for the deployed network's deviation plus ours.
+    """Eq. 4: e with |computed - exact| ≤ e·(Σ|w_i||x_i| + |b|), for the deployed network's deviation plus the bound's.
 
     `foldings`: BatchNorms that may be folded into the weights, one after the other.
     """
     deployed = _compound(arithmetic.unit, terms + 1 + max(1, foldings) * COEFFICIENT_ROUNDINGS)
-    ours = _compound(OURS.unit, terms + 1 + SPARE_ROUNDINGS)
-    if deployed is None or ours is None:
+    bound = _compound(BOUND_ARITHMETIC.unit, terms + 1 + SPARE_ROUNDINGS)
+    if deployed is None or bound is None:
         return math.inf
-    return _rounded_up((1 + arithmetic.operands) * (1 + arithmetic.stored) ** 2 * deployed - 1 + ours - 1)
+    return _rounded_up((1 + arithmetic.operands) * (1 + arithmetic.stored) ** 2 * deployed - 1 + bound - 1)
 
 
 @lru_cache(maxsize=1024)
 def elementwise_error(arithmetic: Arithmetic, roundings: int) -> float:
     """Eq. 6: the same for a few operations on single elements, relative to the sum of the magnitudes they combine."""
-    deployed, ours = _compound(arithmetic.unit, roundings), _compound(OURS.unit, roundings + SPARE_ROUNDINGS)
-    return _rounded_up((1 + arithmetic.stored) ** 2 * deployed - 1 + ours - 1)
+    deployed = _compound(arithmetic.unit, roundings)
+    bound = _compound(BOUND_ARITHMETIC.unit, roundings + SPARE_ROUNDINGS)
+    return _rounded_up((1 + arithmetic.stored) ** 2 * deployed - 1 + bound - 1)
 
 
 @lru_cache(maxsize=1024)
 def _inflation(terms: int) -> float:
     """Eq. 5: what a float64 sum of so many non-negative terms is multiplied by to be no less than the exact one."""
-    ours = _compound(OURS.unit, terms + SPARE_ROUNDINGS)
-    return math.inf if ours is None else _rounded_up(ours)
+    bound = _compound(BOUND_ARITHMETIC.unit, terms + SPARE_ROUNDINGS)
+    return math.inf if bound is None else _rounded_up(bound)
 
 
 # --- boxes whose conversions round outward ----------------------------------------------------------------------------

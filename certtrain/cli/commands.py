@@ -153,11 +153,11 @@ def verify_command(options: argparse.Namespace) -> int:
     from certtrain.runs.directory import check_output, write_results
     from certtrain.runs.progress import Output
     from certtrain.runs.train import load_data, verify_run, versions
-    from certtrain.runtime.distributed import joined
+    from certtrain.runtime.distributed import process_group
     from certtrain.runtime.files import write_json
     from certtrain.verification.certificates import write_certificates
 
-    with joined() as ranks:
+    with process_group() as ranks:
         with ranks.together():
             if ranks.is_first and options.certificates:
                 check_output(options.certificates, options.run)

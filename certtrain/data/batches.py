@@ -88,8 +88,8 @@ def epoch_batches(
     shifts = torch.randint(-augmentation.crop, augmentation.crop + 1, (n, 2), generator=stream).to(device)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        mine = share(range(step * batch_size, min((step + 1) * batch_size, n)))
-        here = slice(mine.start, mine.stop)
+        positions = share(range(step * batch_size, min((step + 1) * batch_size, n)))
+        here = slice(positions.start, positions.stop)
         chosen = order[here]
         if augmentation == NO_AUGMENTATION:
             images = split.images[chosen]

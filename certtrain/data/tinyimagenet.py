@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-import urllib.request
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -131,6 +130,8 @@ def _write_cache(cache: Path, images: np.ndarray) -> None:
 
 def _install(root: Path, download: bool) -> None:
     """Put the extracted archive at `<root>/tiny-imagenet-200`, whole or not at all."""
+    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
     archive = root / f"{FOLDER}.zip"
     if not archive.is_file() and not download:
         raise DataError(
@@ -141,36 +142,20 @@ def _install(root: Path, download: bool) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{FOLDER}-") as temporary:
             if not archive.is_file():
+                download_url(URL, temporary, archive.name)
                 archive = Path(temporary) / archive.name
-                _download(archive)
-            _extract(archive, Path(temporary))
+            if not check_integrity(archive, MD5):
+                raise DataError(f"{archive.name} is not the official archive: its md5 is not {MD5}")
+            _require_inside_folder(archive)
+            extract_archive(archive, temporary)
             os.replace(Path(temporary) / FOLDER, root / FOLDER)
-    except (OSError, HTTPException, zipfile.BadZipFile) as error:
+    except (OSError, HTTPException, RecursionError, zipfile.BadZipFile) as error:  # RecursionError: of redirects
         raise DataError(f"TinyImageNet: could not download or extract {URL} into {root}: {error}") from error
 
 
-def _download(archive: Path) -> None:
-    from rich.console import Console
-    from rich.progress import wrap_file
-
-    console = Console(stderr=True)
-    with urllib.request.urlopen(URL, timeout=60) as response, open(archive, "wb") as file:
-        total = int(response.headers.get("Content-Length", 0))
-        with wrap_file(
-            response, total, description="Downloading TinyImageNet", console=console, disable=not console.is_terminal
-        ) as body:
-            while block := body.read(1 << 20):
-                file.write(block)
-
-
-def _extract(archive: Path, into: Path) -> None:
-    with open(archive, "rb") as file:
-        digest = hashlib.file_digest(file, "md5").hexdigest()
-    if digest != MD5:
-        raise DataError(f"{archive.name} is not the official archive: its md5 is {digest}, not {MD5}")
+def _require_inside_folder(archive: Path) -> None:
     with zipfile.ZipFile(archive) as members:
         for name in members.namelist():
             parts = PurePosixPath(name).parts
             if not parts or parts[0] != FOLDER or ".." in parts:
                 raise DataError(f"{archive.name} holds a file outside {FOLDER}/: {name}")
-        members.extractall(into)

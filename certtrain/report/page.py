@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 
 from certtrain.config import Config
 from certtrain.data import Dataset
-from certtrain.errors import CheckpointError
+from certtrain.errors import CheckpointError, optional_module
 from certtrain.report import plots
 from certtrain.report.examples import Example, fates, judge
 from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
@@ -41,26 +38,35 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
 
     Raises:
         CheckpointError: the run is not finished, or one of its files is missing or corrupt.
-        MissingDependency: matplotlib is not installed.
+        MissingDependency: matplotlib or jinja2 is not installed.
     """
+    page = _template()
     summary, epochs = _read_summary(run), _read_epochs(run)
     shown, curves = _show(config, summary), error_curves(run, summary)
     drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*curves)}
     result, examples = judge(config, model, dataset, summary["eps"], limit, EXAMPLES)
     counts = {name: int(flags.sum()) for name, flags in fates(result).items()}
-    methods = ", ".join(config.verification.method)
-    content = {
-        "title": escape(run.resolve().name),
-        "gallery_intro": f"The first {len(result.correct)} test images, bounds by {methods}. "
-        "The margin is the smallest lower bound of the label's logit minus another's.",
-        "bar": _bar(counts),
-        "gallery": "\n".join(
-            _gallery(name, counts[name], examples[name], dataset.classes, result.eps) for name in SHOWN
-        ),
-        "config": escape(config.to_yaml()),
-    }
-    template = importlib.resources.files("certtrain.report").joinpath("page.html").read_text(encoding="utf-8")
-    write_text(file, Template(template).substitute(drawn | shown | content))
+    text = page.render(
+        shown,
+        title=run.resolve().name,
+        plots=drawn,
+        images=len(result.correct),
+        methods=", ".join(config.verification.method),
+        fates=[(name, count, MEANING[name]) for name, count in counts.items()],
+        gallery=[
+            (name, counts[name], [_figure(example, dataset.classes, result.eps) for example in examples[name]])
+            for name in SHOWN
+        ],
+        config=config.to_yaml(),
+    )
+    write_text(file, text)
+
+
+def _template() -> Any:
+    jinja2 = optional_module("jinja2", "report")
+    loader = jinja2.PackageLoader("certtrain", "report")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("page.html")
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -119,15 +125,15 @@ def _draw(epochs: plots.Epochs) -> dict[str, str]:
     return {draw.__name__: draw(epochs) for draw in drawings}
 
 
-def _show(config: Config, summary: Mapping[str, Any]) -> dict[str, str]:
+def _show(config: Config, summary: Mapping[str, Any]) -> dict[str, Any]:
     radii = summary["radii"]
     return {
-        "subtitle": escape(_subtitle(config, summary)),
+        "subtitle": _subtitle(config, summary),
         "tiles": _tiles(summary),
-        "results": _table(("epsilon", "natural", "PGD", "verified", "images"), map(_result_row, radii)),
-        "stages": _table(("epsilon", "method", "images", "proved", "seconds"), _stage_rows(radii)),
+        "results": [_result_row(result) for result in radii],
+        "stages": _stage_rows(radii),
         "eps": _radius(summary["eps"]),
-        "versions": _table(("", ""), summary["versions"].items()),
+        "versions": summary["versions"],
     }
 
 
@@ -136,8 +142,8 @@ def _subtitle(config: Config, summary: Mapping[str, Any]) -> str:
     return f"{', '.join(parts)}; {summary['images']} test images, bounds by {summary['method'].replace(',', ', ')}"
 
 
-def _tiles(summary: Mapping[str, Any]) -> str:
-    tiles = {
+def _tiles(summary: Mapping[str, Any]) -> dict[str, str]:
+    return {
         "epsilon": _radius(summary["eps"]),
         "natural error": f"{summary['natural_error']:.2%}",
         "PGD error": f"{summary['pgd_error']:.2%}",
@@ -145,9 +151,6 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         "training": _duration(summary["train_seconds"]),
         "images per second": f"{summary['images_per_second']:.0f}",
     }
-    return "".join(
-        f'<div class="tile"><b>{value}</b><span class="soft">{name}</span></div>' for name, value in tiles.items()
-    )
 
 
 def _duration(seconds: float) -> str:
@@ -159,14 +162,6 @@ def _duration(seconds: float) -> str:
         if minutes
         else f"{rest} s"
     )
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    def line(cells: Iterable[Any], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    names = line(head, "th") if any(head) else ""
-    return f"<table>{names}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 def _result_row(result: Mapping[str, Any]) -> tuple[str, ...]:
@@ -188,25 +183,14 @@ def _radius(eps: float) -> str:
     return f"{steps}/255" if steps > 0 and abs(eps * 255 - steps) < 1e-6 else f"{eps:.5g}"
 
 
-def _bar(counts: Mapping[str, int]) -> str:
-    parts = "".join(f'<span class="{name}" style="flex:{count}"></span>' for name, count in counts.items() if count)
-    key = "".join(f'<li><i class="{name}"></i>{count} {name}: {MEANING[name]}</li>' for name, count in counts.items())
-    return f'<div class="bar">{parts}</div><ul class="key">{key}</ul>'
-
-
-def _gallery(fate: str, count: int, examples: Sequence[Example], classes: Sequence[str], eps: float) -> str:
-    if not examples:
-        return ""
-    figures = "".join(_figure(example, classes, eps) for example in examples)
-    return f'<h3>{fate.capitalize()} ({len(examples)} of {count})</h3><div class="gallery">{figures}</div>'
-
-
-def _figure(example: Example, classes: Sequence[str], eps: float) -> str:
-    pictures = "".join(f'<img src="{_data_uri(picture)}" alt="">' for picture in _pictures(example, eps))
-    label, prediction = (escape(_name(index, classes)) for index in (example.label, example.prediction))
-    verdict = f"<b>{label}</b>" if example.prediction == example.label else f"<b>{label}</b> → <b>{prediction}</b>"
-    text = f"{verdict}<br>margin {example.margin:.2g}<br>image {example.index}"
-    return f'<figure class="example"><div>{pictures}</div><figcaption>{text}</figcaption></figure>'
+def _figure(example: Example, classes: Sequence[str], eps: float) -> dict[str, Any]:
+    return {
+        "index": example.index,
+        "label": _name(example.label, classes),
+        "prediction": _name(example.prediction, classes),
+        "margin": f"{example.margin:.2g}",
+        "pictures": [_data_uri(picture) for picture in _pictures(example, eps)],
+    }
 
 
 def _pictures(example: Example, eps: float) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,36 +18,39 @@ from certtrain.runs.progress import MetricsFile, ProgressDisplay, TensorBoard, e
 from certtrain.runs.state import run_state
 from certtrain.runtime.distributed import Ranks
 from certtrain.training.step import SMALLEST_RADIUS
-from certtrain.training.trainer import EpochReport, Trainer
+from certtrain.training.trainer import EpochReport, Observer, Trainer
 
 PROBE_IMAGES = 256  # of the training set, on which each layer's statistics are taken
+CALLBACK = 1  # ended the run, in the place of a signal's number: less than those of the signals that do
 
 
 class Follower:
-    """Ends the run when a signal has come, to this process or another: all of them after the same step.
+    """Calls `callbacks`, and ends the run when one of them says so or a signal has come, on this rank or another.
 
-    What every process but the first does, and nothing else.
+    All ranks end after the same step. What every process but the first does, and nothing else.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._noted = 0
+    def __init__(self, ranks: Ranks, callbacks: Sequence[Observer] = ()) -> None:
+        self._ranks, self._callbacks = ranks, callbacks
+        self._noted, self._ended_by_callback = 0, False
         self.signal: int | None = None
 
     def after_step(self, trainer: Trainer) -> bool:
-        self._agree()
+        self._ended_by_callback |= any([callback.after_step(trainer) for callback in self._callbacks])
         within_epoch = trainer.step % trainer.steps_per_epoch != 0  # at its end, after_epoch ends the run
-        return self.signal is not None and within_epoch
+        return self._ended() and within_epoch
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
-        self._agree()
-        return self.signal is not None
+        self._ended_by_callback |= any([callback.after_epoch(trainer, report) for callback in self._callbacks])
+        return self._ended()
 
     def save(self, trainer: Trainer) -> None:
         """The first process does."""
 
-    def _agree(self) -> None:
-        self.signal = self._ranks.largest(self._noted) or None
+    def _ended(self) -> bool:
+        reason = self._ranks.all_reduce_max(self._noted or (CALLBACK if self._ended_by_callback else 0))
+        self.signal = reason if reason > CALLBACK else None
+        return reason > 0
 
     @contextmanager
     def until_signalled(self) -> Iterator[None]:
@@ -83,8 +86,9 @@ class Recorder(Follower):
         display: ProgressDisplay,
         ranks: Ranks,
         seconds_before: float = 0.0,
+        callbacks: Sequence[Observer] = (),
     ) -> None:
-        super().__init__(ranks)
+        super().__init__(ranks, callbacks)
         self._folder, self._display = folder, display
         self._checkpoint_seconds = checkpoint_seconds
         self._metrics = MetricsFile(folder / "metrics.jsonl", trainer.epoch)

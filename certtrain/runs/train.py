@@ -44,7 +44,7 @@ from certtrain.runs.request import Request
 from certtrain.runs.state import check_state, continue_from
 from certtrain.runtime.compilation import announced, compiling_pays
 from certtrain.runtime.device import check_device_name
-from certtrain.runtime.distributed import ALONE, Ranks, joined
+from certtrain.runtime.distributed import ALONE, Ranks, process_group
 from certtrain.runtime.files import write_json, write_text
 from certtrain.runtime.layout import lay_out_, layout_for, safe_convolutions
 from certtrain.schedules import SmoothedEpsilon
@@ -54,7 +54,7 @@ from certtrain.training.methods import build_method
 from certtrain.training.optimizers import build_optimizer, build_rate
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
-from certtrain.training.trainer import Batches, Trainer
+from certtrain.training.trainer import Batches, Observer, Trainer
 from certtrain.verification.attacks import PGD
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.verification.verify import Verification, verify
@@ -62,7 +62,7 @@ from certtrain.verification.verify import Verification, verify
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, or one that a signal ended (`interrupted_by`, to be resumed)."""
+    """A finished run, or one that a signal (`interrupted_by`) or a callback ended, without summary, to be resumed."""
 
     folder: Path
     model: nn.Module
@@ -80,6 +80,7 @@ def train(
     overrides: Overrides = (),
     trust: bool = False,
     console: Console | None = None,
+    callbacks: Sequence[Observer] = (),
 ) -> Run:
     """Train a network, verify it, and leave everything in a run directory.
 
@@ -95,6 +96,8 @@ def train(
         trust: import the code that a run directory's files name as its model. What one's own `config` names is
             imported in any case.
         console: where progress goes.
+        callbacks: told of every step and epoch, in each process; one that returns True ends the run, which is saved
+            to be resumed. What they keep is not part of the checkpoint.
 
     Under torchrun every process calls this with the same arguments, and they train one network together.
 
@@ -103,17 +106,17 @@ def train(
             resume nor overwrite was said.
         DataError, CheckpointError, DivergedError, ProcessLost: as they say; the last good checkpoint stays.
     """
-    with joined() as ranks, ExitStack() as held:
+    with process_group() as ranks, ExitStack() as held:
         console = console or Output(quiet=not ranks.is_first)
         with ranks.together():
             request = Request.of(config, out, resume, overwrite, overrides)
             place = resolve_device(device, ranks)
             stored = request.enter(held, partial(_tell, console)) if ranks.is_first else None
-        stored = ranks.from_first(stored)
+        stored = ranks.broadcast(stored)
         prepared = _prepare(request, stored, place, trust, ranks, console, held)
-        observer, finished = _fit(prepared, ranks, console)
+        observer, finished = _fit(prepared, ranks, console, callbacks)
         if not finished:
-            ranks.wait()  # torchrun ends all as soon as one has ended
+            ranks.barrier()  # torchrun ends all as soon as one has ended
             return Run(prepared.folder, prepared.model, None, interrupted_by=observer.signal)
         return Run(prepared.folder, prepared.model, _evaluate(prepared, observer, ranks))
 
@@ -158,7 +161,7 @@ def _prepare(
         state = load_checkpoint(checkpoint, check) if resumed else None
         if resumed:
             MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
-    state = ranks.from_first(state)
+    state = ranks.broadcast(state)
     if state is not None:
         continue_from(state, trainer, checkpoint)
         _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
@@ -174,15 +177,15 @@ def _prepare(
     return Prepared(folder, config, model, dataset, trainer, 0.0 if state is None else state["seconds"])
 
 
-def _fit(run: Prepared, ranks: Ranks, console: Console) -> tuple[Follower, bool]:
-    """Train to the end, or until a signal; returns the observer, and whether the last step was reached."""
+def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Observer]) -> tuple[Follower, bool]:
+    """Train to the end, or until a signal or a callback; the observer, and whether the last step was reached."""
     trainer = run.trainer
     with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
-        observer = Follower(ranks)
+        observer = Follower(ranks, callbacks)
         if ranks.is_first:
             probe, _ = next(training_batches(run.config, run.dataset)(0, 0))
             every = run.config.training.checkpoint_seconds
-            observer = Recorder(run.folder, every, trainer, probe, display, ranks, run.seconds_before)
+            observer = Recorder(run.folder, every, trainer, probe, display, ranks, run.seconds_before, callbacks)
         compiles = _compiles(run.config, run.model, run.dataset)
         told = announced(display.compiling, display.compiled) if compiles else nullcontext()
         with observer.until_signalled(), safe_convolutions(run.model, run.dataset.image_shape), told:
@@ -216,10 +219,10 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
             "train_seconds": round(observer.seconds, 2),
             "images_per_second": round(observer.images_per_second, 1),
             "steps": run.trainer.step,
-            "processes": ranks.size,
+            "processes": ranks.world_size,
         }
         write_json(run.folder / "summary.json", summary)
-    return ranks.from_first(summary)
+    return ranks.broadcast(summary)
 
 
 def _keep_threads(saved: int, console: Console, held: ExitStack) -> None:
@@ -334,7 +337,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     if training.batch_norm != BatchNormSection() and not _has_batch_norm(model):
         raise UsageError(f"training.batch_norm: model {config.model.name} has no BatchNorm")
     _check_shares(config, dataset, sizes, ranks)
-    batch_sum = None if ranks.size == 1 else ranks.sum
+    batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
     gradient_step = GradientStep(
         BoundedModel(model, to_float(split.images[:1]), config.backend, batch_sum),
         build_method(training.method),
@@ -472,22 +475,22 @@ def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
 
 def _check_shares(config: Config, dataset: Dataset, sizes: Sequence[int], ranks: Ranks) -> None:
     """Every process must have a share of every batch, and one of the test images."""
-    if ranks.size == 1:
+    if ranks.world_size == 1:
         return
     training = config.training
-    if min(sizes) < ranks.size:
+    if min(sizes) < ranks.world_size:
         raise UsageError(
-            f"{ranks.size} processes: {sum(sizes)} training images in batches of {training.batch_size} leave one of "
-            f"{min(sizes)}, not enough for a share each: choose another training.batch_size, or fewer processes"
+            f"{ranks.world_size} processes: {sum(sizes)} training images in batches of {training.batch_size} leave one "
+            f"of {min(sizes)}, not enough for a share each: choose another training.batch_size, or fewer processes"
         )
-    unit = ranks.size * training.accumulation
+    unit = ranks.world_size * training.accumulation
     if training.batch_size % unit:
         below = training.batch_size // unit * unit
         nearest = " or ".join(str(size) for size in (below, below + unit) if size)
         raise UsageError(
-            f"training.batch_size: {training.batch_size} cannot be shared evenly by {ranks.size} processes "
+            f"training.batch_size: {training.batch_size} cannot be shared evenly by {ranks.world_size} processes "
             f"x {training.accumulation} parts: choose {nearest}"
         )
     tested = min(len(dataset.test), config.verification.limit or len(dataset.test))
-    if tested < ranks.size:
-        raise UsageError(f"{tested} test images for {ranks.size} processes: start fewer")
+    if tested < ranks.world_size:
+        raise UsageError(f"{tested} test images for {ranks.world_size} processes: start fewer")

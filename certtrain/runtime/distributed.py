@@ -1,6 +1,6 @@
-"""The processes that train one network together, as torchrun starts them; nothing else knows how they talk.
+"""The process group that trains one network, as torchrun starts it; nothing else calls torch.distributed.
 
-Each rank takes its share of every batch, and what is a sum over the batch is added up over ranks: the statistics of
+Each rank takes its share of every batch, and what is a sum over the batch is all-reduced: the statistics of
 BatchNorm and of the regularizers, with gradient; the gradients of the parameters; the metrics. The loss of a rank is
 its share of the batch's loss, so that losses and gradients add up as well, however uneven the shares are.
 """
@@ -39,100 +39,107 @@ TIMEOUT = timedelta(minutes=30)  # for a rank that is silent; one that dies is n
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, and how many there are. Every method that talks to the others must be called by all of them."""
+    """This process's place in the process group. Collectives must be called by every rank.
+
+    Args:
+        rank: of this process, from 0.
+        world_size: processes in the group.
+        local_rank, local_world_size: the same on this machine.
+    """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_size: int = 1
+    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that prints, and that reads and writes the run directory."""
+        """Whether this is rank 0, which alone prints, and reads and writes the run directory."""
         return self.rank == 0
 
     def share(self, whole: S) -> S:
         """This rank's part of a sequence: consecutive, and of a length that differs by at most one from the others'."""
-        return whole[len(whole) * self.rank // self.size : len(whole) * (self.rank + 1) // self.size]
+        return whole[len(whole) * self.rank // self.world_size : len(whole) * (self.rank + 1) // self.world_size]
 
-    # --- tensors --------------------------------------------------------------------------------------------------
+    # --- collectives of tensors -----------------------------------------------------------------------------------
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, on all of them, with gradient to every rank's part."""
-        return tensor if self.size == 1 else _Sum.apply(tensor)
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, on every rank, with gradient to every rank's tensor."""
+        return tensor if self.world_size == 1 else _AllReduce.apply(tensor)
 
-    def synchronized(self, model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
-        """`function`; going backward from what it returns leaves the sum of all ranks' gradients in `model`.
+    def data_parallel(self, model: nn.Module, function: Callable[..., T]) -> Callable[..., T]:
+        """`function`; going backward from what it returns leaves gradients in `model` that are all-reduced.
 
         By torch's DistributedDataParallel, which sends gradients while others are still being computed. It hooks into
         a module's forward, so `function`, which never calls the model's, becomes the forward of a module of its own.
         Every call must use the same parameters; which ones DDP finds out at the first (`static_graph`).
         """
-        if self.size == 1:
+        if self.world_size == 1:
             return function
         # A compiled step may lay out a gradient in another order than its weight, which costs a copy and no more.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         parallel = DistributedDataParallel(
             _Forward(model.parameters(), function), static_graph=True, gradient_as_bucket_view=True
         )
-        parallel.register_comm_hook(None, lambda _, bucket: _summed(bucket.buffer()))  # DDP's own takes the mean
+        parallel.register_comm_hook(None, lambda _, bucket: _all_reduced(bucket.buffer()))  # DDP's own takes the mean
         return parallel
 
-    def sum_gradients(self, model: nn.Module) -> None:
-        """The same after the fact, where a step goes backward several times."""
+    def all_reduce_gradients(self, model: nn.Module) -> None:
+        """Replace the gradients in `model` by their sums over ranks, where a step goes backward several times."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if self.size > 1 and gradients:
+        if self.world_size > 1 and gradients:
             flat = parameters_to_vector(gradients)
             dist.all_reduce(flat)
             vector_to_parameters(flat, gradients)
 
-    # --- small things, on the CPU ---------------------------------------------------------------------------------
+    # --- collectives of small objects, on the CPU -----------------------------------------------------------------
 
-    def largest(self, number: int) -> int:
-        if self.size == 1:
+    def all_reduce_max(self, number: int) -> int:
+        """The largest of every rank's `number`, on every rank."""
+        if self.world_size == 1:
             return number
         tensor = torch.tensor(number)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
-    def wait(self) -> None:
-        """Until every rank is here."""
-        self.largest(0)
+    def barrier(self) -> None:
+        """Wait until every rank is here; on the CPU, where `dist.barrier` would choose a GPU."""
+        self.all_reduce_max(0)
 
-    def gather(self, thing: T) -> list[T]:
-        """Every rank's `thing`, in order."""
-        things: list[Any] = [thing] * self.size
-        if self.size > 1:
-            dist.all_gather_object(things, thing)
-        return things
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in order of rank, on every rank; it is pickled."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
-    def from_first(self, thing: T) -> T:
-        """The first rank's `thing`."""
-        things = [thing]
-        if self.size > 1:
-            dist.broadcast_object_list(things, src=0)
-        return things[0]
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value`, on every rank; it is pickled."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails inside on one rank fails on all, so that none waits for it and the first can say why.
+        """What fails inside on one rank is raised on all, so that none waits for it and rank 0 can say why.
 
-        Inside, ranks must not talk to each other.
+        No collective may be called inside.
         """
-        if self.size == 1:
+        if self.world_size == 1:
             yield
             return
-        mine = None
+        raised = None
         try:
             yield
         except (CerttrainError, OSError) as error:
-            mine = error
-        errors = [error for error in self.gather(mine) if error is not None]
+            raised = error
+        errors = [error for error in self.all_gather(raised) if error is not None]
         if errors:
-            raise mine or errors[0]
+            raise raised or errors[0]
 
     def one_per_machine_first(self, work: Callable[[], T]) -> T:
-        """`work()`; what the first process of a machine leaves on its disk (a download, a cache) the others find."""
+        """`work()`; what local rank 0 leaves on its machine's disk (a download, a cache) the other local ranks find."""
         results = []
         with self.together():
             if self.local_rank == 0:
@@ -144,16 +151,16 @@ class Ranks:
 
     def own_device(self, device: torch.device) -> torch.device:
         """`device`, or of its kind the GPU that belongs to this process."""
-        if self.size == 1 or device.type != "cuda" or not torch.cuda.is_available():
+        if self.world_size == 1 or device.type != "cuda" or not torch.cuda.is_available():
             return device
         gpus = torch.cuda.device_count()
         if device.index is not None:
             raise UsageError(f"device {device}: of several processes each takes a GPU of its own, say --device cuda")
         if not dist.is_nccl_available():
             raise UsageError("several processes on GPUs need NCCL, which this PyTorch lacks: say --device cpu")
-        if self.local_size > gpus:
+        if self.local_world_size > gpus:
             raise UsageError(
-                f"{self.local_size} processes for {gpus} GPUs on this machine: "
+                f"{self.local_world_size} processes for {gpus} GPUs on this machine: "
                 f"say --nproc-per-node {gpus} to torchrun, or --device cpu"
             )
         torch.cuda.set_device(self.local_rank)
@@ -164,8 +171,8 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """The processes that torchrun has started, in contact; one that was not started so is alone.
+def process_group() -> Iterator[Ranks]:
+    """This process in the group that torchrun has started; a process that was not started so is alone.
 
     Raises:
         ProcessLost: one of the others has ended, or been silent for TIMEOUT.
@@ -175,9 +182,9 @@ def joined() -> Iterator[Ranks]:
         return
     if not dist.is_available():
         raise UsageError("this PyTorch was built without torch.distributed: run one process")
-    ours = not dist.is_initialized()
+    initialize = not dist.is_initialized()
     try:
-        if ours:
+        if initialize:
             on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
         local = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
@@ -189,22 +196,24 @@ def joined() -> Iterator[Ranks]:
             f"another of the {os.environ['WORLD_SIZE']} processes has ended or hangs, and so all end; "
             "a run continues from its last checkpoint with --resume"
         ) from error
-    if ours:  # after an error not: it could wait for a process that is no more
+    if initialize:  # after an error not: it could wait for a process that is no more
         dist.destroy_process_group()
 
 
-class _Sum(torch.autograd.Function):
-    """Sum over ranks. Each rank's result depends on each rank's part, so a part's gradient is the sum of theirs."""
+# torch.distributed.nn.functional.all_reduce is this function, but torch 2.15 warns that it is deprecated and refuses it
+# under torch.compile; what it names instead (torch.distributed._functional_collectives) is private.
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks. Every rank's result depends on every rank's tensor, so gradients are all-reduced as well."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
-        whole = part.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(whole)
-        return whole
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _Sum.apply(gradient)
+        return _AllReduce.apply(gradient)
 
 
 class _Forward(nn.Module):
@@ -219,7 +228,7 @@ class _Forward(nn.Module):
         return self.function(*arguments)
 
 
-def _summed(tensor: Tensor) -> torch.futures.Future[Tensor]:
+def _all_reduced(tensor: Tensor) -> torch.futures.Future[Tensor]:
     return dist.all_reduce(tensor, async_op=True).get_future().then(lambda done: done.value()[0])
 
 

@@ -13,5 +13,5 @@ def launched() -> bool:
 
 
 def is_first_process() -> bool:
-    """`Ranks.is_first` before, or without, `joined`."""
+    """`Ranks.is_first` before, or without, `process_group`."""
     return not launched() or os.environ["RANK"] == "0"

@@ -81,11 +81,11 @@ class BatchSums:
 
     def over(self, ranks: Ranks) -> BatchSums:
         """The sums over all ranks' shares of the batch, with gradient."""
-        if ranks.size == 1:
+        if ranks.world_size == 1:
             return self
         each = (*self.layers, self.first)
         numbers = [value for one in each for value in one] + list(self.losses.values())
-        sums = ranks.sum(torch.stack(numbers)).split([len(self.first)] * len(each) + [len(self.losses)])
+        sums = ranks.all_reduce(torch.stack(numbers)).split([len(self.first)] * len(each) + [len(self.losses)])
         *layers, first = (Moments(*one.unbind()) for one in sums[:-1])
         return BatchSums(tuple(layers), first, dict(zip(self.losses, sums[-1].unbind(), strict=True)))
 

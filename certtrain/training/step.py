@@ -87,7 +87,7 @@ class GradientStep:
         accumulation: number of parts a batch is worked through in; the gradient is the whole batch's in any case.
         precision: of the products.
         compile_for: (whole) batches of this size take a compiled step, others an eager one, as does any in parts.
-        ranks: the processes that have a share of each batch; `net` must have been given their `sum`.
+        ranks: the processes that have a share of each batch; `net` must have been given their `all_reduce`.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class GradientStep:
         self._compiled_gradient = Compiled(self._input_gradient) if compile_for and method.attack else None
         self._whole = self._terms_of_whole
         if accumulation == 1:
-            self._whole = ranks.synchronized(net.model, self._terms_of_whole)
+            self._whole = ranks.data_parallel(net.model, self._terms_of_whole)
 
     def phase(self, eps: float, max_eps: float) -> Phase:
         if not self.method.is_robust:
@@ -147,9 +147,9 @@ class GradientStep:
                 total(terms.losses).backward()
             else:
                 terms = self._backward_in_parts(size, batch, at, phase)
-                self._ranks.sum_gradients(self.net.model)
+                self._ranks.all_reduce_gradients(self.net.model)
         metrics = {"loss": total(terms.losses), **terms.losses, **terms.metrics}
-        values = self._ranks.sum(torch.stack([value.detach() for value in metrics.values()]))
+        values = self._ranks.all_reduce(torch.stack([value.detach() for value in metrics.values()]))
         return dict(zip(metrics, values.unbind(), strict=True))
 
     # --- a batch in one piece -------------------------------------------------------------------------------------

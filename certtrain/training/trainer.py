@@ -31,10 +31,18 @@ class EpochReport:
 
 
 class Observer(Protocol):
-    """What is told of a run's progress; it may save, draw or log, and ends the run by returning True."""
+    """What is told of a run's progress; it may save, draw or log, and ends the run by returning True.
 
-    def after_step(self, trainer: Trainer) -> bool: ...
-    def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool: ...
+    A subclass may leave out the method that it does not need.
+    """
+
+    def after_step(self, trainer: Trainer) -> bool | None:
+        """`trainer.step` steps have been taken; the weights are those after the last."""
+        return False
+
+    def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool | None:
+        """An epoch is over; `after_step` has been called for its last step."""
+        return False
 
 
 @dataclass

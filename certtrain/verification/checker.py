@@ -35,7 +35,7 @@ OPERANDS = {"float64": 0.0, "float32": 0.0, "tf32": (1 + 2.0**-10) ** 2 - 1, "bf
 STORED = {"float64": 0.0, "float32": 0.0, "tf32": 0.0, "bf16": 2.0**-8}
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "tf32": 2.0**-126, "bf16": 2.0**-126}
 LARGEST = {"float64": 2.0**1023, "float32": 2.0**127, "tf32": 2.0**127, "bf16": 2.0**127}
-NUMPY_ROUNDINGS = 24  # around any sum of ours, at the most
+NUMPY_ROUNDINGS = 24  # around any sum of the checker's, at the most
 FOLDING_ROUNDINGS = 16  # from BatchNorm's parameters to a weight it may be folded into
 LARGEST_SCALE = 2.0**40  # of BatchNorm's parameters: what an underflow may be multiplied by
 AGREEMENT = 1e-7  # relative; two derivations of one margin in float64 differ by less
@@ -170,12 +170,12 @@ class Propagation:
 
     def _sum_error(self, terms: int) -> float:
         a = self.arithmetic
-        theirs = (1 + OPERANDS[a]) * (1 + STORED[a]) ** 2 * growth(UNIT[a], terms + 1 + FOLDING_ROUNDINGS) - 1
-        return theirs + growth(UNIT["float64"], terms + 1 + NUMPY_ROUNDINGS) - 1
+        deployed = (1 + OPERANDS[a]) * (1 + STORED[a]) ** 2 * growth(UNIT[a], terms + 1 + FOLDING_ROUNDINGS) - 1
+        return deployed + growth(UNIT["float64"], terms + 1 + NUMPY_ROUNDINGS) - 1
 
     def _elementwise(self, roundings: int) -> float:
-        theirs = (1 + STORED[self.arithmetic]) ** 2 * growth(UNIT[self.arithmetic], roundings) - 1
-        return theirs + growth(UNIT["float64"], roundings + NUMPY_ROUNDINGS) - 1
+        deployed = (1 + STORED[self.arithmetic]) ** 2 * growth(UNIT[self.arithmetic], roundings) - 1
+        return deployed + growth(UNIT["float64"], roundings + NUMPY_ROUNDINGS) - 1
 
     def _sums(self, center: Array, radius: Array, weight: Array, bias: Array | float) -> tuple[Array, Array]:
         magnitude = np.abs(center) + radius

@@ -153,21 +153,23 @@ def verify(
     device = device_of(model)
     everything = data.take(slice(limit))
     images = range(len(everything))
-    if len(images) < ranks.size:
-        raise UsageError(f"{len(images)} test images for {ranks.size} processes: take more images, or fewer processes")
-    mine = ranks.share(images)
-    data = everything.take(slice(mine.start, mine.stop)).to(device)
+    if len(images) < ranks.world_size:
+        raise UsageError(
+            f"{len(images)} test images for {ranks.world_size} processes: take more images, or fewer processes"
+        )
+    share = ranks.share(images)
+    data = everything.take(slice(share.start, share.stop)).to(device)
     methods = (method,) if isinstance(method, str) else tuple(method)
     if arithmetic is not None:
         _require_sound(methods, backend, arithmetic)
-    question = _Question(methods, arithmetic, attack, batch_size, seed, mine.start)
+    question = _Question(methods, arithmetic, attack, batch_size, seed, share.start)
     with evaluating(model), full_precision():
         check_fit(model, everything)  # of all, so that every process finds the same
         example = to_float(data.images[:1])
         network = _fewest_operations(model, example) if backend == "native" and arithmetic is None else model
         net = BoundedModel(network, example, backend)
         found = [question.answer(net, data, radius) for radius in radii]
-    return [Verification.merged(parts) for parts in zip(*ranks.gather(found), strict=True)]
+    return [Verification.merged(parts) for parts in zip(*ranks.all_gather(found), strict=True)]
 
 
 def _fewest_operations(model: nn.Module, example: Tensor) -> nn.Module:
@@ -295,8 +297,8 @@ class _Question:
             if len(left) == 0:
                 break
             started = time.perf_counter()
-            mine = box.map(lambda values, left=left: values[left])
-            bounds = net.margins(mine, labels[left], stage.method, **options)
+            remaining = box.map(lambda values, left=left: values[left])
+            bounds = net.margins(remaining, labels[left], stage.method, **options)
             bounds = torch.where(bounds.isnan(), -torch.inf, bounds)  # nothing is known, whatever comes after
             margins[left] = torch.maximum(margins[left], bounds)
             stage.images += len(left)

@@ -1,6 +1,9 @@
 import hashlib
 import os
+import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -169,7 +172,7 @@ def test_a_broken_annotation_is_named(root, line):
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """A zip of the miniature, passed off as the official one."""
+    """A zip of the miniature, passed off as the official one by a server of this machine."""
     write_archive_folder(tmp_path / "made" / "tiny-imagenet-200")
     file = tmp_path / "made" / "official.zip"
     with zipfile.ZipFile(file, "w") as archive:
@@ -177,11 +180,15 @@ def archive(tmp_path, monkeypatch):
             if member != file:
                 archive.write(member, member.relative_to(tmp_path / "made"))
     pass_off(file, monkeypatch)
-    return file
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=file.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(tinyimagenet, "URL", f"http://127.0.0.1:{server.server_port}/{file.name}")
+        yield file
+        server.shutdown()
 
 
 def pass_off(file, monkeypatch):
-    monkeypatch.setattr(tinyimagenet, "URL", file.as_uri())
     monkeypatch.setattr(tinyimagenet, "MD5", hashlib.md5(file.read_bytes()).hexdigest())
 
 
@@ -218,7 +225,7 @@ def test_an_archive_that_reaches_outside_is_refused(tmp_path, archive, monkeypat
     assert list(root.iterdir()) == []
 
 
-def test_a_failed_download_is_a_data_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(tinyimagenet, "URL", (tmp_path / "absent.zip").as_uri())
+def test_a_failed_download_is_a_data_error(tmp_path, archive):
+    archive.unlink()
     with pytest.raises(DataError, match="could not download"):
         load_dataset("tinyimagenet", tmp_path / "data", download=True)

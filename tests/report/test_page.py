@@ -273,8 +273,9 @@ def test_edited_results_are_one_line_or_shown(reference, tmp_path_factory, name,
     assert len(message) < 400
 
 
-def test_without_matplotlib_the_way_out_is_named(cli, run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
+def test_without_a_library_the_way_out_is_named(cli, run, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
     outcome = cli("report", run)
     assert outcome.code == 1
     assert "pip install 'certtrain[report]'" in outcome.error

@@ -20,7 +20,16 @@ from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.directory import RUN_FILES
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runtime.files import write_text
-from tests.commands import STEPS_PER_EPOCH, contents, disk_with_room_for, exit_code, start, train_arguments, wait_until
+from tests.commands import (
+    STEPS_PER_EPOCH,
+    contents,
+    disk_with_room_for,
+    exit_code,
+    one_thread,
+    start,
+    train_arguments,
+    wait_until,
+)
 
 EPOCHS = 3
 SPEED = {"images_per_second", "seconds"}  # what differs from one run to the same run again
@@ -45,11 +54,11 @@ def check_same_run(folder, reference):
     """`folder` holds what an uninterrupted run leaves, to the last bit but for times."""
     assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
     assert without_speed(metrics(folder)) == without_speed(metrics(reference))
-    ours, theirs = (
+    numbers, expected = (
         {tag: values for tag, values in scalars(run).items() if tag.removeprefix("train/") not in SPEED}
         for run in (folder, reference)
     )
-    assert ours == theirs
+    assert numbers == expected
     assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
 
 
@@ -153,6 +162,57 @@ def test_the_python_interface(tmp_path, reference):
     assert run.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     loaded = certtrain.load_model(tmp_path / "run").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in run.model.state_dict().items())
+
+
+class Told(certtrain.Observer):
+    """Notes every call, and ends the run at one of them."""
+
+    def __init__(self, end=None):
+        self.calls, self.end = [], end
+
+    def after_step(self, trainer):
+        self.calls.append(("step", trainer.step))
+        return self.calls[-1] == self.end
+
+    def after_epoch(self, trainer, report):
+        self.calls.append(("epoch", report.epoch))
+        return self.calls[-1] == self.end
+
+
+class LossOfEpochs(certtrain.Observer):
+    def __init__(self):
+        self.losses = []
+
+    def after_epoch(self, trainer, report):
+        self.losses.append(report.metrics["loss"])
+
+
+def test_callbacks_are_told_of_every_step_and_epoch(tmp_path, reference):
+    told, losses = Told(), LossOfEpochs()
+    with one_thread():
+        run = certtrain.train(reference / "config.yaml", tmp_path / "run", device="cpu", callbacks=[told, losses])
+    assert run.summary is not None
+    steps = [("step", number) for number in range(1, EPOCHS * STEPS_PER_EPOCH + 1)]
+    assert [call for call in told.calls if call[0] == "step"] == steps
+    assert told.calls[STEPS_PER_EPOCH :: STEPS_PER_EPOCH + 1] == [("epoch", number) for number in range(1, EPOCHS + 1)]
+    assert losses.losses == [record["loss"] for record in metrics(run.folder)]
+    check_same_run(run.folder, reference)
+
+
+@pytest.mark.parametrize(
+    ("end", "step"),
+    [(("step", 4), 4), (("step", STEPS_PER_EPOCH), STEPS_PER_EPOCH), (("epoch", 2), 2 * STEPS_PER_EPOCH)],
+)
+def test_a_callback_ends_the_run_which_is_resumed(tmp_path, reference, end, step):
+    told = Told(end)
+    with one_thread():
+        run = certtrain.train(
+            reference / "config.yaml", tmp_path / "run", device="cpu", callbacks=[told, LossOfEpochs()]
+        )
+        assert (run.summary, run.interrupted_by) == (None, None)
+        assert load_checkpoint(run.folder / "last.ckpt")["trainer"]["step"] == step
+        certtrain.train(out=run.folder, device="cpu", resume=True)
+    check_same_run(run.folder, reference)
 
 
 # --- a folder that is taken ------------------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.cli import main
 from certtrain.data import Augmentation, Split, epoch_batches
 from certtrain.errors import UsageError
 from certtrain.runs.callbacks import Follower
 from certtrain.runs.checkpoint import load_checkpoint
-from certtrain.runtime.distributed import ALONE, Ranks, joined
+from certtrain.runtime.distributed import ALONE, Ranks, process_group
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.methods import IBP, SABR, STAPS, CrownIBP, ExpIBP
 from certtrain.training.step import GradientStep
@@ -109,7 +110,7 @@ def steps(ranks):
     found = {}
     for phase, method, parts in CASES:
         model = network()
-        net = BoundedModel(model, images[:1], batch_sum=ranks.sum if ranks.size > 1 else None)
+        net = BoundedModel(model, images[:1], batch_sum=ranks.all_reduce if ranks.world_size > 1 else None)
         step = GradientStep(net, **METHODS[method], l1=1e-4, accumulation=parts, ranks=ranks)
         outcomes = []
         for size in (BATCH, BATCH - 1):
@@ -133,7 +134,7 @@ def proofs(ranks):
 
 
 def answer(folder):
-    with joined() as ranks:
+    with process_group() as ranks:
         torch.save({"steps": steps(ranks), "proofs": list(map(vars, proofs(ranks)))}, folder / f"{ranks.rank}.pt")
 
 
@@ -156,29 +157,29 @@ def together(request, tmp_path_factory):
 def test_gradients_statistics_and_metrics_are_those_of_the_whole_batch(alone, together):
     for found in together:
         for case, expected in alone["steps"].items():
-            for mine, other in zip(found["steps"][case], expected, strict=True):
+            for shared, other in zip(found["steps"][case], expected, strict=True):
                 for kind, values in other.items():
-                    assert mine[kind].keys() == values.keys()
+                    assert shared[kind].keys() == values.keys()
                     for name, value in values.items():
                         torch.testing.assert_close(
-                            mine[kind][name], value, rtol=1e-8, atol=1e-11, msg=lambda m, w=(case, name): f"{w}: {m}"
+                            shared[kind][name], value, rtol=1e-8, atol=1e-11, msg=lambda m, w=(case, name): f"{w}: {m}"
                         )
 
 
 def test_all_ranks_have_the_same_bits(together):
     first, *others = ([o for os in found["steps"].values() for o in os] for found in together)
     for other in others:
-        for mine, its in zip(first, other, strict=True):
-            assert all(torch.equal(mine[kind][name], its[kind][name]) for kind in mine for name in mine[kind])
+        for one, another in zip(first, other, strict=True):
+            assert all(torch.equal(one[kind][name], another[kind][name]) for kind in one for name in one[kind])
 
 
 def test_proofs_are_those_of_one_process_in_order(alone, together):
     for found in together:
-        for mine, other in zip(found["proofs"], alone["proofs"], strict=True):
+        for shared, other in zip(found["proofs"], alone["proofs"], strict=True):
             for name in ("correct", "attacked", "proved"):
-                assert torch.equal(mine[name], other[name])
-            torch.testing.assert_close(mine["margin"], other["margin"])
-            assert [(s.method, s.images, s.proved) for s in mine["stages"]] == [
+                assert torch.equal(shared[name], other[name])
+            torch.testing.assert_close(shared["margin"], other["margin"])
+            assert [(s.method, s.images, s.proved) for s in shared["stages"]] == [
                 (s.method, s.images, s.proved) for s in other["stages"]
             ]
     assert not alone["proofs"][0]["correct"].all()
@@ -211,14 +212,14 @@ def one(tmp_path_factory):
 
 
 def check_same_run(folder, reference):
-    ours, theirs = (
+    records, expected = (
         [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, reference)
     )
-    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
-    for mine, other in zip(ours, theirs, strict=True):
+    assert [record["step"] for record in records] == [record["step"] for record in expected]
+    for record, other in zip(records, expected, strict=True):
         for name in ("loss", "natural_error", "verified_error"):
-            assert mine.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-5), (mine["epoch"], name)
-        assert [layer["radius"] for layer in mine["layers"]] == pytest.approx(
+            assert record.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-5), (record["epoch"], name)
+        assert [layer["radius"] for layer in record["layers"]] == pytest.approx(
             [layer["radius"] for layer in other["layers"]], rel=1e-3
         )
     weights, expected = (safetensors.torch.load_file(run / "model.safetensors") for run in (folder, reference))
@@ -284,6 +285,28 @@ def test_a_signal_to_one_process_ends_all_at_its_step_and_others_resume(tmp_path
     assert codes == [0, 0], log
     assert f"resuming {run} after step {step} of 20" in log
     check_same_run(run, one)
+
+
+class EndsAt(certtrain.Observer):
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self, trainer):
+        return trainer.step == self.step
+
+
+def train_until(rank, step, config, folder):
+    """This rank's callback ends the run after this step."""
+    callbacks = [EndsAt(step)] if os.environ["RANK"] == str(rank) else []
+    run = certtrain.train(config, folder, device="cpu", callbacks=callbacks)
+    return 0 if run.summary is None and run.interrupted_by is None else 1
+
+
+def test_a_callback_of_one_process_ends_all_at_its_step(tmp_path, one):
+    run = tmp_path / "run"
+    children = start_ranks(2, partial(train_until, 1, 5, one / "config.yaml", run), tmp_path / "log")
+    assert [exit_code(child) for child in children] == [0, 0], (tmp_path / "log").read_text()
+    assert load_checkpoint(run / "last.ckpt")["trainer"]["step"] == 5
 
 
 # --- written wrong ---------------------------------------------------------------------------------------------------
