@@ -63,32 +63,22 @@ class BoundedModel:
     Args:
         model: takes one batch of inputs (B, ...), returns logits (B, K).
         example_input: any valid batch; the recorded operations are checked against the module on it.
-        backend: "native", or "lirpa" to have auto_LiRPA answer, for networks with operations that have no rule here.
+        backend: "native"; another one is `bounded_model`'s to give.
         batch_sum: completes sums over a batch (with gradient), where each call sees only a part of it, so that
             BatchNorm in training mode still has the statistics of all of it.
 
     Raises:
         UnsupportedOperation: the network cannot be traced, or an operation in it has no rule.
-        UsageError: unknown backend, or one that cannot do what was asked.
+        UsageError: another backend.
     """
-
-    def __new__(
-        cls, model: nn.Module, example_input: Tensor, backend: str = "native", batch_sum: BatchSum | None = None
-    ) -> Any:
-        """With another backend, another class's instance: one with the same methods."""
-        if backend not in BACKENDS:
-            raise unknown("backend", backend, BACKENDS)
-        if backend == "lirpa":
-            if batch_sum is not None:
-                raise UsageError("backend lirpa takes whole batches: train in one process")
-            from certtrain.bounds.lirpa import LirpaModel  # here, since it imports this file
-
-            return LirpaModel(model, example_input)
-        return super().__new__(cls)
 
     def __init__(
         self, model: nn.Module, example_input: Tensor, backend: str = "native", batch_sum: BatchSum | None = None
     ) -> None:
+        if backend != "native":
+            if backend not in BACKENDS:
+                raise unknown("backend", backend, BACKENDS)
+            raise UsageError(f"BoundedModel is the native backend: bounded_model(model, x, {backend!r}) gives another")
         self.model = model
         self._batch_sum = batch_sum
         self._example = example_input.detach()[:1].clone()

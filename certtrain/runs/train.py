@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 import certtrain
-from certtrain.bounds import BoundedModel
+from certtrain.bounds import bounded_model
 from certtrain.config import Config
 from certtrain.config.loading import Overrides
 from certtrain.config.schema import BatchNormSection
@@ -336,7 +336,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     _check_shares(config, dataset, sizes, ranks)
     batch_sum = None if ranks.size == 1 else ranks.sum
     gradient_step = GradientStep(
-        BoundedModel(model, to_float(split.images[:1]), config.backend, batch_sum),
+        bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum),
         build_method(training.method),
         Regularization(**config.regularizers.model_dump(exclude={"l1"})),
         statistics=training.batch_norm.statistics,

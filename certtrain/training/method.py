@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
+from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.config.methods import AttackSection, MethodSection, RobustSection
 from certtrain.training.losses import Metrics
@@ -48,7 +48,7 @@ class Part:
     coefficients: of the BatchNorms, where the clean input went ahead.
     """
 
-    net: BoundedModel
+    net: Bounder
     labels: Tensor
     positions: Tensor
     bounds: Bounds | None
@@ -107,7 +107,7 @@ class Method(Generic[Options]):
         """The set that is propagated: for images (B, C, H, W), and the points attacked around them."""
         return linf_box(images, eps)
 
-    def require(self, net: BoundedModel) -> None:
+    def require(self, net: Bounder) -> None:
         """Raises UsageError if the method cannot train this network."""
 
     def keeps_boxes(self, phase: Phase) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds import Bounder, Box, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.model import Split
 from certtrain.config.methods import (
@@ -169,7 +169,7 @@ class TAPS(Method[TailSection]):
     def is_of_batch_means(self) -> bool:
         return self.options.product == "batch"
 
-    def require(self, net: BoundedModel) -> None:
+    def require(self, net: Bounder) -> None:
         self._split(net)
 
     def keeps_boxes(self, phase: Phase) -> bool:
@@ -198,7 +198,7 @@ class TAPS(Method[TailSection]):
     def _box_errors(self, margins: Tensor) -> Metrics:
         return {"verified_error": margin_error(margins)}
 
-    def _split(self, net: BoundedModel) -> Split:
+    def _split(self, net: Bounder) -> Split:
         return net.split(net.activations - self.options.tail)
 
     def _tail_margins(self, part: Part, at: Scheduled) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds import Bounder, Box, linf_box
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.model import CleanPass, evaluating
 from certtrain.initialization import AFFINE_MODULES
@@ -92,7 +92,7 @@ class GradientStep:
 
     def __init__(
         self,
-        net: BoundedModel,
+        net: Bounder,
         method: Method = DEFAULT_METHOD,
         regularization: Regularization = DEFAULT_REGULARIZATION,
         *,

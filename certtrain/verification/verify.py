@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds import Bounder, Box, bounded_model
 from certtrain.bounds.model import evaluating
 from certtrain.bounds.rounding import arithmetic_named
 from certtrain.data import Split, to_float
@@ -135,7 +135,7 @@ def verify(
             unknown.
         attack: None for none; the PGD error is then a lower bound, the natural error.
         limit: only the first so many images.
-        backend: of `BoundedModel`.
+        backend: of `bounded_model`.
         arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
             `bounds.rounding`, in any order of its sums, for every representation of the pixels (`pixel_box`); for
             method ibp. None: the network as real mathematics.
@@ -165,7 +165,7 @@ def verify(
         check_fit(model, everything)  # of all, so that every process finds the same
         example = to_float(data.images[:1])
         network = _fewest_operations(model, example) if backend == "native" and arithmetic is None else model
-        net = BoundedModel(network, example, backend)
+        net = bounded_model(network, example, backend)
         found = [question.answer(net, data, radius) for radius in radii]
     return [Verification.merged(parts) for parts in zip(*ranks.gather(found), strict=True)]
 
@@ -255,7 +255,7 @@ class _Question:
     seed: int
     first: int
 
-    def answer(self, net: BoundedModel, data: Split, eps: float) -> Verification:
+    def answer(self, net: Bounder, data: Split, eps: float) -> Verification:
         started = time.perf_counter()
         stages = tuple(Stage(method) for method in self.methods)
         found: list[tuple[Tensor, ...]] = []
@@ -285,7 +285,7 @@ class _Question:
             attacked[chosen], points = broken, points[broken]
         return attacked, points
 
-    def _cascade(self, net: BoundedModel, box: Box, labels: Tensor, correct: Tensor, stages: Sequence[Stage]) -> Tensor:
+    def _cascade(self, net: Bounder, box: Box, labels: Tensor, correct: Tensor, stages: Sequence[Stage]) -> Tensor:
         """Margins (B, K) by the first stage, then by one after another for those right and unknown."""
         options = {} if self.arithmetic is None else {"arithmetic": self.arithmetic}
         margins = torch.full((len(labels), net.classes), -torch.inf, dtype=box.like.dtype, device=labels.device)
