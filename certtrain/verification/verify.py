@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,13 +86,10 @@ class Verification:
     def merged(cls, parts: Sequence[Verification]) -> Verification:
         """What several processes found, each for consecutive images; it lasted as long as the slowest."""
         stages = tuple(Stage.merged(stages) for stages in zip(*(part.stages for part in parts), strict=True))
-        of_each_image = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
-        )
-        return cls(
-            parts[0].eps, stages, parts[0].arithmetic, *of_each_image, seconds=max(part.seconds for part in parts)
-        )
+        names = ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
+        of_each_image = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        seconds = max(part.seconds for part in parts)
+        return cls(parts[0].eps, stages, parts[0].arithmetic, seconds=seconds, **of_each_image)
 
     def summary(self) -> dict[str, Any]:
         """What goes into a JSON file; errors are fractions."""
@@ -270,8 +268,12 @@ class _Question:
             attacked, points = self._attacks(net.model, images, labels, eps, correct & ~holds, self.first + start)
             smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
             found.append((prediction, correct, attacked, points, holds, smallest))
-        parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
-        return Verification(eps, stages, self.arithmetic, *parts, seconds=time.perf_counter() - started)
+        whole = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
+        prediction, correct, attacked, points, holds, smallest = whole
+        seconds = time.perf_counter() - started
+        return Verification(
+            eps, stages, self.arithmetic, prediction, correct, attacked, points, holds, smallest, seconds
+        )
 
     def _attacks(
         self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, left: Tensor, position: int
@@ -287,7 +289,6 @@ class _Question:
 
     def _cascade(self, net: Bounder, box: Box, labels: Tensor, correct: Tensor, stages: Sequence[Stage]) -> Tensor:
         """Margins (B, K) by the first stage, then by one after another for those right and unknown."""
-        options = {} if self.arithmetic is None else {"arithmetic": self.arithmetic}
         margins = torch.full((len(labels), net.classes), -torch.inf, dtype=box.like.dtype, device=labels.device)
         margins.scatter_(1, labels[:, None], 0.0)
         for position, stage in enumerate(stages):
@@ -295,8 +296,7 @@ class _Question:
             if len(left) == 0:
                 break
             started = time.perf_counter()
-            mine = box.map(lambda values, left=left: values[left])
-            bounds = net.margins(mine, labels[left], stage.method, **options)
+            bounds = net.margins(box.map(partial(_rows, left)), labels[left], stage.method, arithmetic=self.arithmetic)
             bounds = torch.where(bounds.isnan(), -torch.inf, bounds)  # nothing is known, whatever comes after
             margins[left] = torch.maximum(margins[left], bounds)
             stage.images += len(left)
@@ -308,6 +308,10 @@ class _Question:
 def parts_of(data: Split, size: int) -> Iterator[tuple[int, Split]]:
     """`data` in its own order, `size` images at a time, each part with the position of its first."""
     return ((start, data.take(slice(start, start + size))) for start in range(0, len(data), size))
+
+
+def _rows(index: Tensor, values: Tensor) -> Tensor:
+    return values[index]
 
 
 def _share(flags: Tensor) -> float:
