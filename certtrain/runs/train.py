@@ -144,6 +144,7 @@ def _prepare(
 ) -> Prepared:
     """Everything that can be wrong is found before a file is written."""
     folder, config = request.folder, stored or request.config
+    assert config is not None  # a run that is continued has one stored
     checkpoint = folder / "last.ckpt"
     dataset = ranks.one_per_machine_first(lambda: load_data(config))
     with ranks.together():
@@ -156,7 +157,7 @@ def _prepare(
         resumed = ranks.is_first and stored is not None and checkpoint.is_file()
         check = partial(check_state, trainer=trainer, source=checkpoint)
         state = load_checkpoint(checkpoint, check) if resumed else None
-        if resumed:
+        if state is not None:
             MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
     state = ranks.from_first(state)
     if state is not None:
@@ -208,8 +209,8 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
         save_weights(run.folder, model)
     results = verify_run(config, model, dataset, ranks=ranks)
     held_out = [] if dataset.validation is None else verify_run(config, model, _on_validation(dataset), ranks=ranks)
-    summary = None
-    if ranks.is_first:
+    summary: dict[str, Any] = {}  # the first process's, in the end everyone's
+    if isinstance(observer, Recorder):
         summary = {
             **summarize(config, results),
             "validation": [result.summary() for result in held_out],
@@ -280,7 +281,7 @@ def build(config: Config, dataset: Dataset, trust: bool = True) -> tuple[nn.Modu
     Args:
         trust: the configuration may name code outside certtrain, as one's own may.
     """
-    architecture = {
+    architecture: dict[str, Any] = {
         "name": config.model.name,
         "image_shape": list(dataset.image_shape),
         "num_classes": dataset.num_classes,
@@ -432,6 +433,7 @@ def _attack(config: Config) -> PGD:
 
 def _on_validation(dataset: Dataset) -> Dataset:
     """The validation split in the place of the test images."""
+    assert dataset.validation is not None
     return replace(dataset, test=dataset.validation)
 
 
