@@ -71,9 +71,9 @@ def load_auto_lirpa() -> ModuleType:
 def _names_imported_by_0_3() -> Iterator[None]:
     """Supply, while auto_LiRPA is being imported, two names that numpy 2.0 and torch 1.13 dropped."""
     numpy_name = "numpy.lib.arraysetops"
-    stub = ModuleType(numpy_name)
+    stub: Any = ModuleType(numpy_name)
     stub.isin = np.isin
-    helper = importlib.import_module("torch.onnx.symbolic_helper")
+    helper: Any = importlib.import_module("torch.onnx.symbolic_helper")
     lacks_numpy, lacks_opset = np.lib.NumpyVersion(np.__version__) >= "2.0.0", not hasattr(helper, "_set_opset_version")
     if lacks_numpy:
         sys.modules[numpy_name] = stub
@@ -102,7 +102,8 @@ def _torchscript_exporter(module: str) -> ModuleType:
 def _patch_0_3(auto_lirpa: ModuleType) -> None:
     if not hasattr(auto_lirpa.parse_graph, "get_node_attribute") and not hasattr(torch._C.Node, "__getitem__"):
         # It reads a graph node's attributes as node[name], which torch 1.13 dropped.
-        torch._C.Node.__getitem__ = _torchscript_exporter("symbolic_helper")._node_get
+        node: Any = torch._C.Node
+        node.__getitem__ = _torchscript_exporter("symbolic_helper")._node_get
 
     members = auto_lirpa.BoundedModule._named_members
     if "remove_duplicate" not in inspect.signature(members).parameters:
@@ -140,7 +141,7 @@ class LirpaModel:
         nodes = list(self._net.children())
         self._parameters = [n for n in nodes if isinstance(n, ops.BoundParams)]
         self._buffers = [n for n in nodes if isinstance(n, ops.BoundBuffers)]
-        self._batch_norms = [
+        self._batch_norms: list[tuple[Any, Any]] = [
             (n, model.get_submodule(n.inputs[3].ori_name.rpartition(".")[0]))
             for n in nodes
             if isinstance(n, ops.BoundBatchNormalization)

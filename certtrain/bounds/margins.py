@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,12 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
 
 def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:
     for call in tail:
-        h = call.function(*map_leaves(call.args, Ref, lambda _, h=h: h))
+        h = call.function(*map_leaves(call.args, Ref, partial(_second, h)))
     return h
+
+
+def _second(value: Tensor, _: Ref) -> Tensor:
+    return value
 
 
 def _deviations(tail: Sequence[Call], radius: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
@@ -46,6 +51,6 @@ def _deviations(tail: Sequence[Call], radius: Tensor, labels: Tensor, logits: Te
     # The rows (w_y - w_j) of any affine tail are vector-Jacobian products of it.
     eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     rows = eye[labels][:, None, :] - eye
-    _, pull_back = torch.func.vjp(lambda h: apply_tail(tail, h), torch.zeros_like(radius))
+    _, pull_back = torch.func.vjp(lambda h: apply_tail(tail, h), torch.zeros_like(radius))  # type: ignore[misc] # two, without has_aux
     coefficients = torch.func.vmap(lambda row: pull_back(row)[0], in_dims=1, out_dims=1)(rows)
     return (coefficients.abs() * radius[:, None]).flatten(2).sum(2)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -232,7 +232,7 @@ class BoundedModel:
         found = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and method != "alpha-crown"):
             for part in portions:
-                mine = box.map(lambda values, part=part: values[part])
+                mine = box.map(partial(_part, part))
                 bounds = self.ibp(mine, None if clean is None else clean[part], record=True)
                 found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
         return torch.cat(found)
@@ -253,7 +253,7 @@ class BoundedModel:
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
         """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""
         if method == "ibp":
-            return merged_margins(bounds.tail, bounds.tail_input, labels).lower
+            return merged_margins(bounds.tail, bounds.before_tail, labels).lower
         if method == "crown-ibp":
             return crown_margins(bounds, labels)
         raise unknown("bound method of a single pass", method, ("ibp", "crown-ibp"))
@@ -265,7 +265,7 @@ class BoundedModel:
         if method != "crown-ibp":
             if intersect:
                 cheaper.append(crown_margins(bounds, labels))
-            bounds = replace(bounds, record=tightened(bounds.record, rows, intersect))
+            bounds = replace(bounds, record=tightened(bounds.recorded, rows, intersect))
         best = alpha_margins(bounds, labels, alpha) if method == "alpha-crown" else crown_margins(bounds, labels)
         return reduce(torch.maximum, cheaper, best)
 
@@ -280,6 +280,10 @@ class BoundedModel:
             )
         images = max(1, min(len(box.like), budget // image))
         return images, max(1, budget // (COPIES * self._sizes.largest * box.like.element_size() * images))
+
+
+def _part(part: slice, values: Tensor) -> Tensor:
+    return values[part]
 
 
 @dataclass(frozen=True)
