@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from certtrain.bounds import BoundedModel
+from certtrain.bounds import bounded_model
 from certtrain.errors import MissingDependency
 from certtrain.models import build_model
 from certtrain.runs.train import resolve_device, versions
@@ -77,7 +77,7 @@ def makers_of(setting: Setting) -> dict[str, Callable[[], Step]]:
         def make() -> Step:
             precision, compiled = options.get("precision", "float32"), "compile_for" in options
             model, optimizer = network(setting, layout_for(precision, setting.device, compiled))
-            gradient_step = GradientStep(BoundedModel(model, images[:1], backend), **options)
+            gradient_step = GradientStep(bounded_model(model, images[:1], backend), **options)
             at = scheduled(8 / 255, 0.5, like=images)
 
             def step() -> None:

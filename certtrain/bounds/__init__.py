@@ -1,5 +1,6 @@
 """Sets that flow through a network."""
 
+from certtrain.bounds.backends import Bounder, bounded_model
 from certtrain.bounds.box import Box, linf_box
 from certtrain.bounds.extending import register_operation
 from certtrain.bounds.interval import Bounds
@@ -9,6 +10,7 @@ from certtrain.bounds.operations import Concave, Convex, PiecewiseLinear, Smooth
 
 __all__ = [
     "BoundedModel",
+    "Bounder",
     "Bounds",
     "Box",
     "Concave",
@@ -17,6 +19,7 @@ __all__ = [
     "PiecewiseLinear",
     "SShaped",
     "Smooth",
+    "bounded_model",
     "linf_box",
     "register_operation",
 ]

@@ -426,6 +426,6 @@ def _decompose_power(call: Any, input: Any, exponent: Any, *, out: None = None) 
 
 for _spelling in (torch.pow, "pow", "pow_", "__pow__"):
     DECOMPOSITIONS[_spelling] = _decompose_power
-for _spelling in (operator.pow, operator.ipow):
-    DECOMPOSITIONS[_spelling] = lambda call, x, exponent: _decompose_power(call, x, exponent)
+for _operator in (operator.pow, operator.ipow):
+    DECOMPOSITIONS[_operator] = lambda call, x, exponent: _decompose_power(call, x, exponent)
 WRITES.add(operator.ipow)

@@ -41,16 +41,20 @@ def batch_norm_coefficients(
     In training mode the statistics are those of `clean`, with gradient, and the running ones are updated as
     PyTorch does; otherwise they are the running ones. `batch_sum`: where `clean` is a part of the batch.
     """
+    mean: Tensor | None
+    var: Tensor | None
     if not training:
         mean, var = running_mean, running_var
     elif clean is None:
         raise UsageError("BatchNorm is in training mode: its statistics are those of the clean input, pass clean=")
     else:
         mean, var, count = _batch_statistics(clean, batch_sum)
-        if running_mean is not None:
+        if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
                 running_var.lerp_((var.detach() * (count / (count - 1))).to(running_var.dtype), momentum)
+    assert mean is not None  # as torch asks of a BatchNorm without statistics, too
+    assert var is not None
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
@@ -75,9 +79,10 @@ def _batch_statistics(clean: Tensor, batch_sum: BatchSum | None) -> tuple[Tensor
 
 
 def _settle_batch_norm(
-    x: Any, clean: Tensor | None, dims: int, batch_sum: BatchSum | None, *args: Any
+    x: Any, clean: Tensor | None, dims: int, batch_sum: BatchSum | None, *settings: Any
 ) -> tuple[Callable, tuple]:
-    scale, shift = batch_norm_coefficients(clean, *args, batch_sum=batch_sum)
+    coefficients: Callable[..., Coefficients] = batch_norm_coefficients  # mypy takes *settings to fill batch_sum too
+    scale, shift = coefficients(clean, *settings, batch_sum=batch_sum)
     channelwise = (1, -1) + (1,) * (dims - 2)
     return scale_shift, (x, scale.view(channelwise), shift.view(channelwise))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ class Box:
     def __init__(self, lower: Tensor, upper: Tensor) -> None:
         if lower.shape != upper.shape:
             raise ValueError(f"lower has shape {tuple(lower.shape)}, upper {tuple(upper.shape)}: they must be equal")
-        self._lower, self._upper = lower, upper
+        self._lower: Tensor | None = lower  # None, as is upper, where the box was made by `around`
+        self._upper: Tensor | None = upper
         self._center: Tensor | None = None
         self._radius: Tensor | None = None
 
     @classmethod
-    def around(cls, center: Tensor, radius: Tensor) -> Box:
+    def around(cls, center: Tensor, radius: Tensor) -> Self:
         """The box [center - radius, center + radius]; `radius` must be non-negative and of center's shape."""
         if center.shape != radius.shape:
             raise ValueError(f"center has shape {tuple(center.shape)}, radius {tuple(radius.shape)}: must be equal")
@@ -38,7 +40,7 @@ class Box:
         return box
 
     @classmethod
-    def cat(cls, parts: Sequence[Box | Tensor], dim: int = 0) -> Box:
+    def cat(cls, parts: Sequence[Box | Tensor], dim: int = 0) -> Self:
         """The boxes one behind the other along `dim`; a tensor among them is a single point."""
         boxes = [part if isinstance(part, Box) else cls(part, part) for part in parts]
         return cls.around(torch.cat([b.center for b in boxes], dim), torch.cat([b.radius for b in boxes], dim))
@@ -46,32 +48,32 @@ class Box:
     @property
     def lower(self) -> Tensor:
         if self._lower is None:
-            self._lower = self._center - self._radius
+            self._lower = self.center - self.radius
         return self._lower
 
     @property
     def upper(self) -> Tensor:
         if self._upper is None:
-            self._upper = self._center + self._radius
+            self._upper = self.center + self.radius
         return self._upper
 
     @property
     def center(self) -> Tensor:
         if self._center is None:
-            self._center = (self._lower + self._upper) / 2
+            self._center = (self.lower + self.upper) / 2
         return self._center
 
     @property
     def radius(self) -> Tensor:
         if self._radius is None:
-            self._radius = (self._upper - self._lower) / 2
+            self._radius = (self.upper - self.lower) / 2
         return self._radius
 
     @property
     def shape(self) -> torch.Size:
         return self.like.shape
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Box:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The box with `function`, which only moves or averages elements, applied to the form this box was made in."""
         if self._center is not None and self._radius is not None:
             return self.around(function(self._center), function(self._radius))
@@ -80,7 +82,7 @@ class Box:
     @property
     def like(self) -> Tensor:
         """A tensor of the box's shape, dtype and device; its values mean nothing."""
-        return self._lower if self._lower is not None else self._center
+        return self._lower if self._lower is not None else self.center
 
     def contains(self, point: Tensor, tolerance: float = 0.0) -> Tensor:
         """Elementwise: does `point` lie between the ends, give or take `tolerance`? A bool tensor."""

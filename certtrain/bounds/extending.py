@@ -45,7 +45,7 @@ def register_operation(
         operation = Operation(function, bind, **traits)
     except TypeError as error:
         raise UsageError(f"register_operation: {str(error).partition(') ')[2] or error}") from error
-    rules = {
+    rules: dict[str, tuple[dict[Callable[..., Any], Any], Callable[..., Any] | None]] = {
         "interval": (interval.RULES, interval_rule or interval.rule_from_traits(operation)),
         "linear": (relaxations.RELAXATIONS, relaxation or relaxations.relaxation_from_traits(operation)),
         "sound": (rounding.RULES, sound_rule),

@@ -101,7 +101,8 @@ class Transform(Protocol[V]):
     those of them that the transform has no rule of its own for.
     """
 
-    settled: Mapping[Callable, Settle]
+    @property
+    def settled(self) -> Mapping[Callable, Settle]: ...
 
     def apply(self, call: Call, args: tuple[Any, ...]) -> V: ...
     def clean(self, value: V) -> Tensor | None: ...

@@ -252,11 +252,24 @@ class Bounds:
     tail_input: Box | None = None
     record: Record | None = None
 
+    @property
+    def recorded(self) -> Record:
+        """`record`, of a pass that was asked for it."""
+        assert self.record is not None
+        return self.record
+
+    @property
+    def before_tail(self) -> Box:
+        """`tail_input`, of a pass that has kept the tail."""
+        assert self.tail_input is not None
+        return self.tail_input
+
 
 def _weighted_joint(
     function: Callable[..., Tensor], x: Joint, weight: Tensor, bias: Tensor | None = None, *settings: Any
 ) -> Joint:
     """The weighted rule with the clean input and the centre, which meet the same weights, in one call."""
+    assert x.clean is not None
     points = function(torch.cat([x.clean, x.box.center]), weight, bias, *settings).to(x.clean.dtype)
     radius = function(x.box.radius, weight.abs(), None, *settings).to(x.clean.dtype)
     clean, center = points.chunk(2)

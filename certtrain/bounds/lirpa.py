@@ -11,7 +11,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from types import ModuleType
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.box import Box
+from certtrain.bounds.graph import Graph
 from certtrain.bounds.interval import Bounds
-from certtrain.bounds.model import CleanPass
+from certtrain.bounds.linear import AlphaOptions
+from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 
 _METHODS = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
@@ -69,9 +71,9 @@ def load_auto_lirpa() -> ModuleType:
 def _names_imported_by_0_3() -> Iterator[None]:
     """Supply, while auto_LiRPA is being imported, two names that numpy 2.0 and torch 1.13 dropped."""
     numpy_name = "numpy.lib.arraysetops"
-    stub = ModuleType(numpy_name)
+    stub: Any = ModuleType(numpy_name)
     stub.isin = np.isin
-    helper = importlib.import_module("torch.onnx.symbolic_helper")
+    helper: Any = importlib.import_module("torch.onnx.symbolic_helper")
     lacks_numpy, lacks_opset = np.lib.NumpyVersion(np.__version__) >= "2.0.0", not hasattr(helper, "_set_opset_version")
     if lacks_numpy:
         sys.modules[numpy_name] = stub
@@ -100,7 +102,8 @@ def _torchscript_exporter(module: str) -> ModuleType:
 def _patch_0_3(auto_lirpa: ModuleType) -> None:
     if not hasattr(auto_lirpa.parse_graph, "get_node_attribute") and not hasattr(torch._C.Node, "__getitem__"):
         # It reads a graph node's attributes as node[name], which torch 1.13 dropped.
-        torch._C.Node.__getitem__ = _torchscript_exporter("symbolic_helper")._node_get
+        node: Any = torch._C.Node
+        node.__getitem__ = _torchscript_exporter("symbolic_helper")._node_get
 
     members = auto_lirpa.BoundedModule._named_members
     if "remove_duplicate" not in inspect.signature(members).parameters:
@@ -138,7 +141,7 @@ class LirpaModel:
         nodes = list(self._net.children())
         self._parameters = [n for n in nodes if isinstance(n, ops.BoundParams)]
         self._buffers = [n for n in nodes if isinstance(n, ops.BoundBuffers)]
-        self._batch_norms = [
+        self._batch_norms: list[tuple[Any, Any]] = [
             (n, model.get_submodule(n.inputs[3].ori_name.rpartition(".")[0]))
             for n in nodes
             if isinstance(n, ops.BoundBatchNormalization)
@@ -146,23 +149,41 @@ class LirpaModel:
         self._relus = [n for n in nodes if isinstance(n, ops.BoundRelu)]
         self._affine = next(n for n in nodes if isinstance(n, (ops.BoundConv, ops.BoundLinear)))
 
+    @property
+    def graph(self) -> Graph[Any]:
+        """Not supported."""
+        raise UsageError("backend lirpa has no record of the network's operations, by which a step is compiled")
+
+    @property
+    def activations(self) -> int:
+        """Not supported."""
+        raise _cannot_split()
+
+    def split(self, behind: int) -> Split:
+        """Not supported."""
+        raise _cannot_split()
+
     def ibp(
         self,
         box: Box,
         clean: Tensor | None = None,
         coefficients: Mapping[int, Coefficients] | None = None,
         record: bool = False,
+        arithmetic: str | None = None,
+        from_center: bool = False,
     ) -> Bounds:
         """Interval bounds of the logits and of every ReLU's input.
 
         Args:
             box: the inputs, in pixel space.
             clean: the point whose activations give BatchNorm its statistics; needed where one is in training mode.
-            coefficients: not supported.
+            coefficients, arithmetic, from_center: not supported.
             record: without effect; `margins_of` asks about the latest pass.
         """
-        if coefficients is not None:
-            raise UsageError("backend lirpa cannot work through a batch in parts: set training.accumulation to 1")
+        _refuse_coefficients(coefficients)
+        _refuse_arithmetic(arithmetic)
+        if from_center:
+            raise UsageError("backend lirpa takes BatchNorm's statistics from the clean input: pass `clean`")
         logits, self._point = self._forward(box, clean)
         with _default_dtype(logits.dtype):
             output = self._net.compute_bounds(method="IBP")
@@ -174,8 +195,19 @@ class LirpaModel:
         )
         return self._latest
 
-    def clean_pass(self, x: Tensor) -> CleanPass:
+    def ibp_in_segments(
+        self,
+        box: Box,
+        coefficients: Mapping[int, Coefficients],
+        observe: Callable[[Box], Any],
+        segments: int | None = None,
+    ) -> Bounds:
+        """Not supported."""
+        raise UsageError("backend lirpa cannot compute boxes again: set training.activation_checkpointing to false")
+
+    def clean_pass(self, x: Tensor, coefficients: Mapping[int, Coefficients] | None = None) -> CleanPass:
         """Logits of `x`; no BatchNorm coefficients, which `ibp` could not take."""
+        _refuse_coefficients(coefficients)
         return CleanPass(self.model(x.clone()), {})
 
     def margins(
@@ -186,7 +218,9 @@ class LirpaModel:
         clean: Tensor | None = None,
         *,
         intersect: bool = True,
-        iterations: int = 20,
+        max_memory: int | None = None,
+        alpha: AlphaOptions = DEFAULT_ALPHA,
+        arithmetic: str | None = None,
     ) -> Tensor:
         """Lower bounds (B, K) of z_y - z_j, 0 at j = y; as `BoundedModel.margins`.
 
@@ -196,8 +230,14 @@ class LirpaModel:
             method: ibp, crown-ibp, crown or alpha-crown.
             clean: as in `ibp`.
             intersect: take the better of this bound and the cheaper ones.
-            iterations: steps of alpha-crown, whose bounds carry no gradient.
+            alpha: the steps of alpha-crown, whose bounds carry no gradient; the rates are auto_LiRPA's own.
+            max_memory, arithmetic: not supported.
         """
+        _refuse_arithmetic(arithmetic)
+        if max_memory is not None:
+            raise UsageError("backend lirpa cannot keep to a max_memory: ask about fewer images at once")
+        if alpha != AlphaOptions(steps=alpha.steps):
+            raise UsageError("backend lirpa optimises slopes at rates of its own: alpha can only say how many steps")
         if method not in _METHODS:
             raise unknown("bound method", method, _METHODS)
         names = list(_METHODS)
@@ -205,7 +245,7 @@ class LirpaModel:
         optimizes = method == "alpha-crown"  # which needs gradients of its own, and leaves none
         with torch.set_grad_enabled(optimizes or torch.is_grad_enabled()):
             logits, point = self._forward(box, clean, frozen=optimizes)
-            best = reduce(torch.maximum, [self._margins(logits, point, labels, name, iterations) for name in asked])
+            best = reduce(torch.maximum, [self._margins(logits, point, labels, name, alpha.steps) for name in asked])
         return best.detach() if optimizes else best
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
@@ -214,14 +254,14 @@ class LirpaModel:
             raise UsageError("auto_LiRPA remembers its latest pass only: ask before the next one")
         return self._margins(bounds.output.like, self._point, labels, method)
 
-    def _margins(self, logits: Tensor, point: Tensor, labels: Tensor, method: str, iterations: int = 0) -> Tensor:
+    def _margins(self, logits: Tensor, point: Tensor, labels: Tensor, method: str, steps: int = 0) -> Tensor:
         others = torch.arange(logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
         others = others + (others >= labels[:, None])
         identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         # Passing x makes it forget the boxes that an earlier question left; the clean activations stay.
         question = {"x": (point,), "C": identity[labels][:, None] - identity[others], "method": _METHODS[method]}
         if method == "alpha-crown":
-            self._net.set_bound_opts({"optimize_bound_args": {"iteration": iterations}})
+            self._net.set_bound_opts({"optimize_bound_args": {"iteration": steps}})
         with _default_dtype(logits.dtype):
             lower, _ = self._net.compute_bounds(bound_upper=False, **question)
         return torch.zeros_like(logits).scatter(1, others, lower)
@@ -255,6 +295,20 @@ class LirpaModel:
             node.from_input = False  # 0.3 takes a buffer for a batch of inputs, and sums over the wrong axis
         for node, module in self._batch_norms:
             node.training = module.training
+
+
+def _refuse_coefficients(coefficients: Mapping[int, Coefficients] | None) -> None:
+    if coefficients is not None:
+        raise UsageError("backend lirpa cannot work through a batch in parts: set training.accumulation to 1")
+
+
+def _refuse_arithmetic(arithmetic: str | None) -> None:
+    if arithmetic is not None:
+        raise UsageError(f"backend lirpa has no bounds that cover the rounding of {arithmetic}: use backend native")
+
+
+def _cannot_split() -> UsageError:
+    return UsageError("backend lirpa cannot cut a network in two: use backend native")
 
 
 def _output_size(model: nn.Module, example_input: Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,12 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
 
 def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:
     for call in tail:
-        h = call.function(*map_leaves(call.args, Ref, lambda _, h=h: h))
+        h = call.function(*map_leaves(call.args, Ref, partial(_second, h)))
     return h
+
+
+def _second(value: Tensor, _: Ref) -> Tensor:
+    return value
 
 
 def _deviations(tail: Sequence[Call], radius: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
@@ -49,6 +54,6 @@ def _deviations(tail: Sequence[Call], radius: Tensor, labels: Tensor, logits: Te
     eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     rows = eye[labels][:, None, :] - eye
     tail = [replace(call, function=differentiable(call.function)) for call in tail]
-    _, pull_back = torch.func.vjp(lambda h: apply_tail(tail, h), torch.zeros_like(radius))
+    _, pull_back = torch.func.vjp(lambda h: apply_tail(tail, h), torch.zeros_like(radius))  # type: ignore[misc] # two, without has_aux
     coefficients = torch.func.vmap(lambda row: pull_back(row)[0], in_dims=1, out_dims=1)(rows)
     return (coefficients.abs() * radius[:, None]).flatten(2).sum(2)

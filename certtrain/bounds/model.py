@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -63,32 +63,22 @@ class BoundedModel:
     Args:
         model: takes one batch of inputs (B, ...), returns logits (B, K).
         example_input: any valid batch; the recorded operations are checked against the module on it.
-        backend: "native", or "lirpa" to have auto_LiRPA answer, for networks with operations that have no rule here.
+        backend: "native"; another one is `bounded_model`'s to give.
         batch_sum: completes sums over a batch (with gradient), where each call sees only a part of it, so that
             BatchNorm in training mode still has the statistics of all of it.
 
     Raises:
         UnsupportedOperation: the network cannot be traced, or an operation in it has no rule.
-        UsageError: unknown backend, or one that cannot do what was asked.
+        UsageError: another backend.
     """
-
-    def __new__(
-        cls, model: nn.Module, example_input: Tensor, backend: str = "native", batch_sum: BatchSum | None = None
-    ) -> Any:
-        """With another backend, another class's instance: one with the same methods."""
-        if backend not in BACKENDS:
-            raise unknown("backend", backend, BACKENDS)
-        if backend == "lirpa":
-            if batch_sum is not None:
-                raise UsageError("backend lirpa takes whole batches: train in one process")
-            from certtrain.bounds.lirpa import LirpaModel  # here, since it imports this file
-
-            return LirpaModel(model, example_input)
-        return super().__new__(cls)
 
     def __init__(
         self, model: nn.Module, example_input: Tensor, backend: str = "native", batch_sum: BatchSum | None = None
     ) -> None:
+        if backend != "native":
+            if backend not in BACKENDS:
+                raise unknown("backend", backend, BACKENDS)
+            raise UsageError(f"BoundedModel is the native backend: bounded_model(model, x, {backend!r}) gives another")
         self.model = model
         self._batch_sum = batch_sum
         self._example = example_input.detach()[:1].clone()
@@ -242,7 +232,7 @@ class BoundedModel:
         found = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and method != "alpha-crown"):
             for part in portions:
-                portion = box.map(lambda values, part=part: values[part])
+                portion = box.map(partial(_part, part))
                 bounds = self.ibp(portion, None if clean is None else clean[part], record=True)
                 found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
         return torch.cat(found)
@@ -263,7 +253,7 @@ class BoundedModel:
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
         """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""
         if method == "ibp":
-            return merged_margins(bounds.tail, bounds.tail_input, labels).lower
+            return merged_margins(bounds.tail, bounds.before_tail, labels).lower
         if method == "crown-ibp":
             return crown_margins(bounds, labels)
         raise unknown("bound method of a single pass", method, ("ibp", "crown-ibp"))
@@ -275,7 +265,7 @@ class BoundedModel:
         if method != "crown-ibp":
             if intersect:
                 cheaper.append(crown_margins(bounds, labels))
-            bounds = replace(bounds, record=tightened(bounds.record, rows, intersect))
+            bounds = replace(bounds, record=tightened(bounds.recorded, rows, intersect))
         best = alpha_margins(bounds, labels, alpha) if method == "alpha-crown" else crown_margins(bounds, labels)
         return reduce(torch.maximum, cheaper, best)
 
@@ -290,6 +280,10 @@ class BoundedModel:
             )
         images = max(1, min(len(box.like), budget // image))
         return images, max(1, budget // (COPIES * self._sizes.largest * box.like.element_size() * images))
+
+
+def _part(part: slice, values: Tensor) -> Tensor:
+    return values[part]
 
 
 @dataclass(frozen=True)

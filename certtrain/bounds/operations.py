@@ -188,8 +188,8 @@ def define(function: Callable[..., Any], bind: Bind, **traits: Any) -> Operation
     for spelling in (function, *operation.functions, *operation.writes):
         one, own = spelling if isinstance(spelling, tuple) else (spelling, bind)
         FUNCTIONS[one] = operation, own
-    for spelling in operation.methods:
-        name, own = spelling if isinstance(spelling, tuple) else (spelling, bind)
+    for method in operation.methods:
+        name, own = method if isinstance(method, tuple) else (method, bind)
         METHODS[name] = operation, own
     for kind, read in (operation.modules or {}).items():
         MODULES[kind] = operation, read
@@ -314,6 +314,11 @@ define(
     require=_linear_input,
     modules={nn.Linear: lambda m: (m.weight, m.bias)},
 )
+_function: Callable[..., Any]
+_torch: Callable[..., Any]
+_alias: Callable[..., Any]
+_module: type[nn.Module]
+
 for _function, _torch, _module, _dims in (
     (F.conv1d, torch.conv1d, nn.Conv1d, 3),
     (F.conv2d, torch.conv2d, nn.Conv2d, 4),
@@ -1004,9 +1009,9 @@ def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
     return identity if function is Tensor.detach else function
 
 
-for _dims in ("1d", "2d", "3d"):  # of modules that call it; what they pad with they hold themselves
+for _suffix in ("1d", "2d", "3d"):  # of modules that call it; what they pad with they hold themselves
     MODULES |= {
-        getattr(nn, f"{_kind}{_dims}"): (OPERATIONS[F.pad], _settings)
+        getattr(nn, f"{_kind}{_suffix}"): (OPERATIONS[F.pad], _settings)
         for _kind, _settings in (
             ("ZeroPad", lambda m: (tuple(m.padding), "constant", 0.0)),
             ("ConstantPad", lambda m: (tuple(m.padding), "constant", m.value)),
@@ -1062,9 +1067,16 @@ _moves(
     _over(0),
     methods=("select",),
 )
+
+
+def _bind_index_select(input: Any, dim: Any, index: Any, *, out: None = None) -> tuple[Any, ...]:
+    only(out, None, "out")
+    return input, dim, index
+
+
 _moves(
     torch.index_select,
-    lambda input, dim, index, *, out=None: only(out, None, "out") or (input, dim, index),
+    _bind_index_select,
     _over(0),
     view=False,
     methods=("index_select",),

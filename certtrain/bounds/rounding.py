@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any, ClassVar
 
 import torch
@@ -126,6 +126,8 @@ def elementwise_error(arithmetic: Arithmetic, roundings: int) -> float:
     """Eq. 6: the same for a few operations on single elements, relative to the sum of the magnitudes they combine."""
     deployed = _compound(arithmetic.unit, roundings)
     bound = _compound(BOUND_ARITHMETIC.unit, roundings + SPARE_ROUNDINGS)
+    if deployed is None or bound is None:
+        return math.inf
     return _rounded_up((1 + arithmetic.stored) ** 2 * deployed - 1 + bound - 1)
 
 
@@ -167,20 +169,20 @@ class OutwardBox(Box):
     @property
     def lower(self) -> Tensor:
         if self._lower is None:
-            self._lower = down(self._center - self._radius)
+            self._lower = down(self.center - self.radius)
         return self._lower
 
     @property
     def upper(self) -> Tensor:
         if self._upper is None:
-            self._upper = up(self._center + self._radius)
+            self._upper = up(self.center + self.radius)
         return self._upper
 
     @property
     def radius(self) -> Tensor:
         if self._radius is None:
             center = self.center
-            self._radius = up(torch.maximum(self._upper - center, center - self._lower))
+            self._radius = up(torch.maximum(self.upper - center, center - self.lower))
         return self._radius
 
     @property
@@ -267,7 +269,7 @@ def _product(function: Callable[..., Tensor]) -> Rule:
     """A matrix product with a constant, on either side."""
 
     def rule(a: Arithmetic, x: Any, y: Any, *settings: Any) -> OutwardBox:
-        box, matrix = (x, y) if isinstance(x, Box) else (y, x)
+        box, matrix = (x, y) if isinstance(x, OutwardBox) else (y, x)
         if isinstance(matrix, Box):
             raise UnsupportedOperation("the product of two values that both depend on the input has no sound rule")
 
@@ -445,7 +447,7 @@ def _add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
         raise UnsupportedOperation(f"alpha={alpha} has no sound rule")
     boxes = [(value, factor) for value, factor in ((x, 1.0), (y, abs(alpha))) if isinstance(value, Box)]
     center = _center(x) + alpha * _center(y)
-    radius = sum(factor * box.radius for box, factor in boxes).expand_as(center)
+    radius = reduce(torch.add, [factor * box.radius for box, factor in boxes]).expand_as(center)
     magnitude = _magnitude(x) + abs(alpha) * _magnitude(y)
     roundings = 2 if alpha == 1 or alpha == -1 else 4
     return _widened(OutwardBox.around(center, radius), elementwise_error(a, roundings), magnitude, a)
@@ -458,7 +460,7 @@ def _neg(a: Arithmetic, x: OutwardBox) -> OutwardBox:
 def _mul(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
     if isinstance(x, Box) and isinstance(y, Box):
         raise UnsupportedOperation("the product of two values that both depend on the input has no sound rule")
-    box, factor = (x, y) if isinstance(x, Box) else (y, x)
+    box, factor = (x, y) if isinstance(x, OutwardBox) else (y, x)
     return _scaled(a, box, factor, lambda value, factor: value * factor)
 
 
@@ -560,7 +562,7 @@ COMPARING = (
 )
 """What returns one of its elements, or a constant that every arithmetic has."""
 
-RULES: dict[Callable, Rule] = {
+RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's returns the sums behind it as well
     **{function: _weighted(function) for function in WEIGHTED},
     **{function: _product(function) for function in (torch.matmul, einsum)},
     **{function: _exact(function) for function in EXACT},
@@ -717,7 +719,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         lower = down(output.lower.gather(1, own) - output.upper)
     else:
         a = arithmetic_named(arithmetic)
-        (classifier,), x = bounds.tail, bounds.tail_input
+        (classifier,), x = bounds.tail, outward(bounds.before_tail)
         _, weight, bias = classifier.args
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         terms, magnitude = weight.shape[1], x.magnitude

@@ -87,7 +87,7 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
-    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+    def iter(self, obj: Any) -> Iterator[fx.Proxy]:
         """`for part in x.chunk(3, 1)`: of tensors of a number that the call says."""
         node = obj.node
         if node.target in (torch.chunk, "chunk"):
@@ -365,7 +365,7 @@ class Method:
 def record_of(function: Callable[..., Any]) -> Operation | None:
     """The record that a function of constants is a spelling of."""
     table = operations.METHODS if isinstance(function, Method) else operations.FUNCTIONS
-    entry = table.get(function.name if isinstance(function, Method) else function)  # type: ignore[arg-type, call-overload]
+    entry = table.get(function.name if isinstance(function, Method) else function)  # type: ignore[arg-type]
     return None if entry is None else entry[0]
 
 

@@ -22,7 +22,7 @@ def optimizer_arguments(optimizer: type, arguments: Mapping[str, Any]) -> dict[s
     Raises:
         UsageError: it takes no such argument, or not such a value; names the argument and the choices.
     """
-    hints = get_type_hints(optimizer.__init__)
+    hints = get_type_hints(optimizer.__init__)  # type: ignore[misc] # this very class's
     choices = [name for name in inspect.signature(optimizer).parameters if name not in _NOT_HERE]
     taken: dict[str, Any] = {}
     for name, value in arguments.items():

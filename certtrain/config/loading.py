@@ -41,9 +41,8 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
     """
     if isinstance(source, Config):
         source = source.model_dump(mode="json")
-    file = None if isinstance(source, Mapping) else config_path(source)
-    layers = _with_bases(None, source, []) if isinstance(source, Mapping) else _layers(file, [])
-    values = reduce(_merged, [layer for _, layer in layers], {})
+    layers = _with_bases(None, source, []) if isinstance(source, Mapping) else _layers(config_path(source), [])
+    values: dict[str, Any] = reduce(_merged, [layer for _, layer in layers], {})
     for override in [overrides] if isinstance(overrides, Mapping) else overrides:
         values = _merged(values, _nested(override)) if isinstance(override, Mapping) else _changed(values, override)
     try:
@@ -279,7 +278,7 @@ def _place(location: Sequence[str | int]) -> tuple[list[str], Any]:
             place = _variants(place)[part]
         else:
             path.append(str(part))
-            place = _keys(place).get(part)
+            place = _keys(place).get(str(part))
     return path, place
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -83,7 +83,7 @@ def write_yaml(value: Any) -> str:
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - as the library declares it
-    yaml_constructors: dict[Any, Any] = {}  # noqa: RUF012
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -93,6 +93,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event, before = self.peek_event(), self._nodes
         if isinstance(event, yaml.AliasEvent):
+            assert event.anchor is not None
             if event.anchor in self.anchors and event.anchor not in self._sizes:
                 raise _problem(f"*{shortened(event.anchor)} refers to itself", event)
             self._nodes += self._sizes.get(event.anchor, 0)
@@ -128,7 +129,7 @@ class _Loader(yaml.SafeLoader):
         self._matching(node, _NULL, "null")
 
     def sequence(self, node: yaml.Node) -> list[Any]:
-        return self.construct_sequence(node, deep=True)
+        return self.construct_sequence(node, deep=True)  # type: ignore[arg-type] # refuses others
 
     def mapping(self, node: yaml.Node) -> dict[str, Any]:
         """Keys are text, whatever they look like."""
@@ -148,7 +149,7 @@ class _Loader(yaml.SafeLoader):
         raise _problem(f"the tag {shortened(node.tag)} has no meaning in a configuration", node)
 
     def _matching(self, node: yaml.Node, pattern: re.Pattern[str], kind: str) -> str:
-        text = self.construct_scalar(node)
+        text = self.construct_scalar(node)  # type: ignore[arg-type] # refuses others
         if not pattern.match(text):
             raise _problem(f"{shortened(text)!r} is not {kind}", node)
         if len(text) > MOST_DIGITS:
@@ -164,7 +165,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _problem(text: str, where: yaml.Node | yaml.Event) -> ConstructorError:
-    return ConstructorError(None, None, text, where.start_mark)
+    return ConstructorError(None, None, text, where.start_mark)  # type: ignore[arg-type] # the stub omits libyaml's marks
 
 
 for _kind, _pattern, _first, _constructor in (

@@ -39,7 +39,7 @@ def parse_radius(value: Any) -> float:
     radius = _number(value.replace(" ", "")) if isinstance(value, str) else value
     if isinstance(radius, bool) or not isinstance(radius, Real):
         raise ValueError(f"{shown(value)} is not a radius: write a number or a fraction such as 8/255")
-    if not 0 <= radius <= 1:
+    if not 0 <= radius <= 1:  # type: ignore[operator] # Real's stub has no order
         raise ValueError(f"a radius lies between 0 and 1 (pixels are scaled to [0, 1]), not {shown(value)}")
     return float(radius)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -136,7 +137,14 @@ def require_two_classes(train: Split) -> None:
         raise DataError(f"all {len(train)} training images have the label {low}: there is nothing to tell apart")
 
 
-def identity_normalization(channels: int) -> dict[str, tuple[float, ...]]:
+class Normalization(TypedDict):
+    """Of the input, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def identity_normalization(channels: int) -> Normalization:
     """`mean` and `std` of a `Dataset` whose pixels enter the network as they are."""
     return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
 

@@ -14,7 +14,7 @@ import numpy as np
 from certtrain.errors import DataError, shortened
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
 
 _CHUNK = 64
 MOST_PIXELS = 1 << 24  # of an image: 4096 x 4096; more is a mistake, or a small file meant to fill the memory
@@ -96,7 +96,7 @@ def _decode(file: Path) -> np.ndarray:
         raise DataError(f"{file} cannot be decoded: {shortened(str(error) or type(error).__name__, 160)}") from error
 
 
-def _require_8_bits(image: Image) -> None:
+def _require_8_bits(image: ImageFile) -> None:
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise ValueError(f"it claims {height}x{width} pixels, the most are {MOST_PIXELS}")

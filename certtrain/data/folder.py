@@ -32,7 +32,8 @@ def load_folder(path: Path, download: bool) -> Dataset:
     index = {name: label for label, name in enumerate(train_classes)}
 
     train = _read(train_samples, index, "Reading training images")
-    test = _read(test_samples, index, "Reading test images", size=tuple(train.images.shape[2:]))
+    height, width = train.images.shape[2:]
+    test = _read(test_samples, index, "Reading test images", size=(height, width))
     return Dataset(train, test, tuple(train_classes), **identity_normalization(3))
 
 

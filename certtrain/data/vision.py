@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from certtrain.data.dataset import Dataset, Split, identity_normalization
 from certtrain.errors import DataError
+
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
 
 _DIGITS = tuple(map(str, range(10)))
 
@@ -51,8 +54,8 @@ def load_svhn(root: Path, download: bool) -> Dataset:
     from torchvision.datasets import SVHN
 
     train, test = _open("SVHN", root, download, lambda part: SVHN(root, split=part, download=download))
-    splits = (_split(torch.from_numpy(raw.data), raw.labels) for raw in (train, test))
-    return Dataset(*splits, classes=_DIGITS, **identity_normalization(3))
+    first, second = (_split(torch.from_numpy(raw.data), raw.labels) for raw in (train, test))
+    return Dataset(first, second, classes=_DIGITS, **identity_normalization(3))
 
 
 def _mnist_like(kind: Callable[..., Any], classes: tuple[str, ...], root: Path, download: bool) -> Dataset:
@@ -60,12 +63,12 @@ def _mnist_like(kind: Callable[..., Any], classes: tuple[str, ...], root: Path, 
     train, test = _open(
         name, root / name / "raw", download, lambda part: kind(root, train=part == "train", download=download)
     )
-    splits = (_split(raw.data[:, None], raw.targets) for raw in (train, test))
-    return Dataset(*splits, classes=classes, **identity_normalization(1))
+    first, second = (_split(raw.data[:, None], raw.targets) for raw in (train, test))
+    return Dataset(first, second, classes=classes, **identity_normalization(1))
 
 
 def _cifar_like(
-    kind: Callable[..., Any], root: Path, download: bool, mean: tuple[float, ...], std: tuple[float, ...]
+    kind: type[CIFAR10], root: Path, download: bool, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Dataset:
     # torchvision checks each file's md5 before it unpickles it.
     train, test = _open(
@@ -74,8 +77,8 @@ def _cifar_like(
         download,
         lambda part: kind(root, train=part == "train", download=download),
     )
-    splits = (_split(torch.from_numpy(raw.data).permute(0, 3, 1, 2), raw.targets) for raw in (train, test))
-    return Dataset(*splits, classes=tuple(train.classes), mean=mean, std=std)
+    first, second = (_split(torch.from_numpy(raw.data).permute(0, 3, 1, 2), raw.targets) for raw in (train, test))
+    return Dataset(first, second, classes=tuple(train.classes), mean=mean, std=std)
 
 
 def _split(images: Tensor, labels: Any) -> Split:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds import Bounder, Box, linf_box
 from certtrain.bounds.model import evaluating
 
 
@@ -27,7 +27,7 @@ class LayerStatistics:
 
 
 @torch.no_grad()
-def layer_statistics(net: BoundedModel, images: Tensor, eps: float) -> list[LayerStatistics]:
+def layer_statistics(net: Bounder, images: Tensor, eps: float) -> list[LayerStatistics]:
     """Statistics of every ReLU, in eval mode, for the boxes of radius `eps` around `images` (B, C, H, W)."""
     with evaluating(net.model):
         bounds = net.ibp(linf_box(images, eps))

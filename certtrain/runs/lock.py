@@ -17,7 +17,7 @@ from certtrain.runtime.files import make_folder
 try:
     import fcntl
 except ImportError:  # Windows: nobody is kept out
-    fcntl = None
+    fcntl = None  # type: ignore[assignment] # a module in every other case
 
 LOCK = ".lock"
 

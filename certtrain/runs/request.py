@@ -40,8 +40,8 @@ class Request:
         overwrite: bool,
         overrides: Overrides,
     ) -> Request:
-        is_path = isinstance(config, str | Path)
-        run = Path(config) if is_path and Path(config).is_dir() and str(config) not in shipped_configs() else None
+        file = Path(config) if isinstance(config, str | Path) else None
+        run = file if file is not None and file.is_dir() and str(config) not in shipped_configs() else None
         if run is not None and not resume:
             raise UsageError(f"{run} is a folder: to continue the run in it say --resume, to train anew name a config")
         if run is not None and out is not None and run.resolve() != Path(out).resolve():
@@ -49,10 +49,12 @@ class Request:
         if config is None and not (resume and out):
             raise UsageError("name a config, or with --resume the run directory to continue")
         if run is not None or config is None:
-            return cls(run or Path(out), None, overrides, resume, overwrite, whole=False, own=False)
+            continued = run if run is not None or out is None else Path(out)
+            assert continued is not None
+            return cls(continued, None, overrides, resume, overwrite, whole=False, own=False)
         folder = Path(out) if out is not None else default_folder(config)
-        own = not (is_path and Path(config).is_file() and is_run(Path(config).parent))
-        return cls(folder, load_config(config, overrides), overrides, resume, overwrite, whole=not is_path, own=own)
+        own = not (file is not None and file.is_file() and is_run(file.parent))
+        return cls(folder, load_config(config, overrides), overrides, resume, overwrite, whole=file is None, own=own)
 
     def stored(self) -> tuple[Config | None, list[str]]:
         """The configuration of the run that is continued, if any, and how it differs from what is asked.

@@ -129,7 +129,7 @@ def _kept_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Rule]
     parameters = [parameter for group in groups for parameter in group["params"]]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    trial = type(optimizer)(groups)
+    trial = type(optimizer)(groups)  # type: ignore[call-arg] # every subclass has defaults
     trial.step()
     return [{name: like(value) for name, value in trial.state[parameter].items()} for parameter in parameters]
 
@@ -157,6 +157,7 @@ def record(fields: Mapping[Any, Rule], others: Rule | None = None) -> Rule:
         for key, item in value.items():
             rule = fields.get(key, others)
             _require(rule is not None, where, f"has an unknown key {key!r:.40}")
+            assert rule is not None
             rule(item, f"{where}.{key}".removeprefix("."))
 
     return check

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 import certtrain
-from certtrain.bounds import BoundedModel
+from certtrain.bounds import bounded_model
 from certtrain.config import Config
 from certtrain.config.loading import Overrides
 from certtrain.config.schema import BatchNormSection
@@ -147,6 +147,7 @@ def _prepare(
 ) -> Prepared:
     """Everything that can be wrong is found before a file is written."""
     folder, config = request.folder, stored or request.config
+    assert config is not None  # a run that is continued has one stored
     checkpoint = folder / "last.ckpt"
     dataset = ranks.one_per_machine_first(lambda: load_data(config))
     with ranks.together():
@@ -159,7 +160,7 @@ def _prepare(
         resumed = ranks.is_first and stored is not None and checkpoint.is_file()
         check = partial(check_state, trainer=trainer, source=checkpoint)
         state = load_checkpoint(checkpoint, check) if resumed else None
-        if resumed:
+        if state is not None:
             MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
     state = ranks.broadcast(state)
     if state is not None:
@@ -211,8 +212,8 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
         save_weights(run.folder, model)
     results = verify_run(config, model, dataset, ranks=ranks)
     held_out = [] if dataset.validation is None else verify_run(config, model, _on_validation(dataset), ranks=ranks)
-    summary = None
-    if ranks.is_first:
+    summary: dict[str, Any] = {}  # the first process's, in the end everyone's
+    if isinstance(observer, Recorder):
         summary = {
             **summarize(config, results),
             "validation": [result.summary() for result in held_out],
@@ -283,7 +284,7 @@ def build(config: Config, dataset: Dataset, trust: bool = True) -> tuple[nn.Modu
     Args:
         trust: the configuration may name code outside certtrain, as one's own may.
     """
-    architecture = {
+    architecture: dict[str, Any] = {
         "name": config.model.name,
         "image_shape": list(dataset.image_shape),
         "num_classes": dataset.num_classes,
@@ -339,7 +340,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     _check_shares(config, dataset, sizes, ranks)
     batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
     gradient_step = GradientStep(
-        BoundedModel(model, to_float(split.images[:1]), config.backend, batch_sum),
+        bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum),
         build_method(training.method),
         Regularization(**config.regularizers.model_dump(exclude={"l1"})),
         statistics=training.batch_norm.statistics,
@@ -435,6 +436,7 @@ def _attack(config: Config) -> PGD:
 
 def _on_validation(dataset: Dataset) -> Dataset:
     """The validation split in the place of the test images."""
+    assert dataset.validation is not None
     return replace(dataset, test=dataset.validation)
 
 

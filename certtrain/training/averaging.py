@@ -17,7 +17,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     before, mode, seen = [layer.momentum for layer in layers], model.training, 0
-    counts = [layer.num_batches_tracked.clone() for layer in layers]
+    counts = [_count(layer).clone() for layer in layers]
     model.train()
     for images in batches:
         seen += len(images)
@@ -26,5 +26,10 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
         model(images)
     for layer, momentum, count in zip(layers, before, counts, strict=True):
         layer.momentum = momentum
-        layer.num_batches_tracked.copy_(count)
+        _count(layer).copy_(count)
     model.train(mode)
+
+
+def _count(layer: _BatchNorm) -> Tensor:
+    assert layer.num_batches_tracked is not None  # as it tracks statistics
+    return layer.num_batches_tracked

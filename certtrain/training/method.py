@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
+from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.config.methods import AttackSection, MethodSection, RobustSection
 from certtrain.training.losses import Metrics
@@ -48,15 +48,27 @@ class Part:
     coefficients: of the BatchNorms, where the clean input went ahead.
     """
 
-    net: BoundedModel
+    net: Bounder
     labels: Tensor
     positions: Tensor
     bounds: Bounds | None
     adversarial: Tensor | None = None
     coefficients: Mapping[int, Coefficients] | None = None
 
+    @property
+    def region_bounds(self) -> Bounds:
+        """`bounds`, of a method that has a region."""
+        assert self.bounds is not None
+        return self.bounds
+
+    @property
+    def adversarial_logits(self) -> Tensor:
+        """`adversarial`, of a method that asks for logits."""
+        assert self.adversarial is not None
+        return self.adversarial
+
     def ibp_margins(self) -> Tensor:
-        return self.net.margins_of(self.bounds, self.labels)
+        return self.net.margins_of(self.region_bounds, self.labels)
 
 
 class Losses(NamedTuple):
@@ -91,7 +103,7 @@ class Method(Generic[Options]):
     asks_for_coefficients: ClassVar[bool] = False
 
     def __init__(self, options: Options | None = None, **fields: Any) -> None:
-        self.options: Options = options or self.Section(**fields)
+        self.options: Options = options or cast("Options", self.Section(**fields))
 
     @property
     def attack(self) -> AttackSection | None:
@@ -107,7 +119,7 @@ class Method(Generic[Options]):
         """The set that is propagated: for images (B, C, H, W), and the points attacked around them."""
         return linf_box(images, eps)
 
-    def require(self, net: BoundedModel) -> None:
+    def require(self, net: Bounder) -> None:
         """Raises UsageError if the method cannot train this network."""
 
     def keeps_boxes(self, phase: Phase) -> bool:
@@ -118,7 +130,7 @@ class Method(Generic[Options]):
         """The losses that `robust_loss` combines."""
         raise NotImplementedError
 
-    def robust_loss(self, losses: Metrics) -> Tensor:
+    def robust_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
         return losses["robust_loss"]
 
     def natural_weight(self, at: Scheduled) -> Tensor | float:
@@ -140,4 +152,5 @@ def scheduled(
     """One step's `Scheduled`, of `like`'s type and on its device; ramp: by default eps_ratio."""
     like = torch.empty(()) if like is None else like
     values = like.new_tensor((eps, eps_ratio, eps_ratio if ramp is None else ramp))
-    return Scheduled(*values.unbind(), torch.tensor(key, device=like.device))
+    now, ratio, share = values.unbind()
+    return Scheduled(now, ratio, share, torch.tensor(key, device=like.device))

@@ -5,10 +5,13 @@ A method is asked once per step, or once per part of a batch, and answers with m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds import Bounder, Box, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.model import Split
 from certtrain.config.methods import (
@@ -72,8 +75,9 @@ class CrownIBP(Method[CrownIBPSection]):
         if self.keeps_boxes(phase):
             beta = along(self.options.beta, at.eps_ratio if self.options.beta_along == "epsilon" else at.ramp)
             if self.options.loss_fusion:
-                return Losses({"robust_loss": fused_cross_entropy(part.bounds, part.labels, share=beta).mean()}, errors)
-            margins = interpolated(part.net.margins_of(part.bounds, part.labels, "crown-ibp"), margins, beta)
+                loss = fused_cross_entropy(part.region_bounds, part.labels, share=beta).mean()
+                return Losses({"robust_loss": loss}, errors)
+            margins = interpolated(part.net.margins_of(part.region_bounds, part.labels, "crown-ibp"), margins, beta)
             errors["robust_error"] = margin_error(margins)
         return Losses({"robust_loss": robust_cross_entropy(margins, part.labels).mean()}, errors)
 
@@ -85,8 +89,9 @@ class Adversarial(Method[AdversarialSection]):
     has_region, asks_for_logits = False, True
 
     def losses(self, part: Part, at: Scheduled, phase: Phase) -> Losses:
-        loss = F.cross_entropy(part.adversarial, part.labels)
-        return Losses({"robust_loss": loss}, {"adversarial_error": classification_error(part.adversarial, part.labels)})
+        logits = part.adversarial_logits
+        loss = F.cross_entropy(logits, part.labels)
+        return Losses({"robust_loss": loss}, {"adversarial_error": classification_error(logits, part.labels)})
 
 
 class SABR(Method[SABRSection]):
@@ -110,7 +115,7 @@ class CCIBP(Method[CCIBPSection]):
     asks_for_logits = True
 
     def losses(self, part: Part, at: Scheduled, phase: Phase) -> Losses:
-        verified, attacked = part.ibp_margins(), margins_of_logits(part.adversarial, part.labels)
+        verified, attacked = part.ibp_margins(), margins_of_logits(part.adversarial_logits, part.labels)
         margins = interpolated(verified, attacked, self.options.alpha)
         loss = robust_cross_entropy(margins, part.labels).mean()
         return Losses({"robust_loss": loss}, {**_both_errors(part, verified), "robust_error": margin_error(margins)})
@@ -127,7 +132,7 @@ class MTLIBP(Method[MTLIBPSection]):
         verified, attacked = _both_losses(part, margins)
         return Losses({"ibp_loss": verified.mean(), "adversarial_loss": attacked.mean()}, _both_errors(part, margins))
 
-    def robust_loss(self, losses: Metrics) -> Tensor:
+    def robust_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
         return interpolated(losses["ibp_loss"], losses["adversarial_loss"], self.options.alpha)
 
 
@@ -149,27 +154,30 @@ class ExpIBP(Method[ExpIBPSection]):
             losses["robust_loss"] = geometrically_interpolated(verified, attacked, self.options.alpha).mean()
         return Losses(losses, _both_errors(part, margins))
 
-    def robust_loss(self, losses: Metrics) -> Tensor:
+    def robust_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
         if self.options.product == "image":
             return losses["robust_loss"]
         return geometrically_interpolated(losses["ibp_loss"], losses["adversarial_loss"], self.options.alpha)
 
 
-class TAPS(Method[TailSection]):
+Tail = TypeVar("Tail", bound=TailSection)
+
+
+class TAPS(Method[Tail]):
     """L_IBP·L_TAPS at full epsilon, until then L_IBP.
 
     L_TAPS is the cross-entropy of margins found by attacks on the network's tail inside the box that IBP gives at its
     head's end; these attacks link the two, so that gradients reach the head.
     """
 
-    Section = TAPSSection
+    Section: ClassVar[type[MethodSection]] = TAPSSection
     asks_for_coefficients = True
 
     @property
     def is_of_batch_means(self) -> bool:
         return self.options.product == "batch"
 
-    def require(self, net: BoundedModel) -> None:
+    def require(self, net: Bounder) -> None:
         self._split(net)
 
     def keeps_boxes(self, phase: Phase) -> bool:
@@ -188,7 +196,7 @@ class TAPS(Method[TailSection]):
             losses["robust_loss"] = (ibp * with_gradient_scaled(taps, self.options.gradient_scale)).mean()
         return Losses(losses, {**errors, "robust_error": margin_error(found)})
 
-    def robust_loss(self, losses: Metrics) -> Tensor:
+    def robust_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
         if "taps_loss" not in losses:
             return losses["ibp_loss"]
         if self.options.product == "image":
@@ -198,18 +206,20 @@ class TAPS(Method[TailSection]):
     def _box_errors(self, margins: Tensor) -> Metrics:
         return {"verified_error": margin_error(margins)}
 
-    def _split(self, net: BoundedModel) -> Split:
+    def _split(self, net: Bounder) -> Split:
         return net.split(net.activations - self.options.tail)
 
     def _tail_margins(self, part: Part, at: Scheduled) -> Tensor:
         """(B, K): z_y - z_t at the point where the attack on class t ended."""
         split, classes = self._split(part.net), part.net.classes
-        box = part.bounds.record.boxes[split.at]
+        coefficients = part.coefficients
+        assert coefficients is not None
+        box = part.region_bounds.recorded.boxes[split.at]
         shape = (classes, *box.shape[1:])
 
         def tail(x: Tensor) -> Tensor:
             """(B, K, ...) -> (B, K, K): one point for each class."""
-            return split.tail(x.flatten(0, 1), part.coefficients).unflatten(0, x.shape[:2])
+            return split.tail(x.flatten(0, 1), coefficients).unflatten(0, x.shape[:2])
 
         def draw(number: int) -> Tensor:
             return uniform(at.key, part.positions, shape, box.like, LATENT_DRAWS + number)
@@ -218,7 +228,7 @@ class TAPS(Method[TailSection]):
         return pairwise_margins(tail(linked(points, box, self.options.link)), part.labels)
 
 
-class STAPS(TAPS):
+class STAPS(TAPS[STAPSSection]):
     """TAPS of SABR's small boxes: until epsilon is full, SABR."""
 
     Section = STAPSSection
@@ -230,8 +240,9 @@ class STAPS(TAPS):
         return {"robust_error": margin_error(margins)}
 
 
-def small_region(options: SABRSection | STAPSSection, images: Tensor, eps: Tensor, points: Tensor) -> Box:
+def small_region(options: SABRSection | STAPSSection, images: Tensor, eps: Tensor, points: Tensor | None) -> Box:
     """The small box around each attacked point, by either convention of its radius."""
+    assert points is not None
     if options.radius == "epsilon":
         return small_linf_box(images, points, eps, options.lambda_)
     return small_box(linf_box(images, eps), points, options.lambda_)
@@ -239,12 +250,13 @@ def small_region(options: SABRSection | STAPSSection, images: Tensor, eps: Tenso
 
 def _both_losses(part: Part, margins: Tensor) -> tuple[Tensor, Tensor]:
     """(B,) each: of the margins, and at the attacked points."""
-    return robust_cross_entropy(margins, part.labels), F.cross_entropy(part.adversarial, part.labels, reduction="none")
+    attacked = F.cross_entropy(part.adversarial_logits, part.labels, reduction="none")
+    return robust_cross_entropy(margins, part.labels), attacked
 
 
 def _both_errors(part: Part, margins: Tensor) -> Metrics:
     return {
-        "adversarial_error": classification_error(part.adversarial, part.labels),
+        "adversarial_error": classification_error(part.adversarial_logits, part.labels),
         "verified_error": margin_error(margins),
     }
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.model import CleanPass, evaluating
 from certtrain.initialization import AFFINE_MODULES
@@ -92,7 +92,7 @@ class GradientStep:
 
     def __init__(
         self,
-        net: BoundedModel,
+        net: Bounder,
         method: Method = DEFAULT_METHOD,
         regularization: Regularization = DEFAULT_REGULARIZATION,
         *,
@@ -155,10 +155,11 @@ class GradientStep:
     # --- a batch in one piece -------------------------------------------------------------------------------------
 
     def _terms_of_whole(self, size: int, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
-        if size != self._compile_for:
+        compiled = self._compiled_terms
+        if compiled is None or size != self._compile_for:
             return self._terms(share, batch, at, phase)
         _ = self.net.graph  # recorded, if need be, before anything is compiled
-        return self._compiled_terms(share, batch, at, phase)
+        return compiled(share, batch, at, phase)
 
     def _terms(self, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
         if phase is Phase.NATURAL:
@@ -171,6 +172,7 @@ class GradientStep:
         else:
             box = self._region(batch, at, phase)
             bounds = self.net.ibp(box, clean=batch.images, record=self.method.keeps_boxes(phase))
+            assert bounds.clean is not None
             logits, part = bounds.clean, Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
         terms = self._clean_terms(logits, batch.labels, at, phase).plus(terms)
@@ -194,34 +196,37 @@ class GradientStep:
         """
         clean = self._clean_pass(batch)
         terms = self._clean_terms(clean.output, batch.labels, at, phase).scaled(len(batch.images) / size)
-        pending = [(total(terms.losses), None)] if terms.losses else []
+        pending: list[tuple[Tensor, Tensor | None]] = [(total(terms.losses), None)] if terms.losses else []
         if phase is not Phase.NATURAL:
-            copies = {i: tuple(c.detach().requires_grad_() for c in pair) for i, pair in clean.coefficients.items()}
+            copies = {i: _leaves(*pair) for i, pair in clean.coefficients.items()}
             parts = batch.parts(self._accumulation)
             whole = self._sums_over(parts, size, copies, at, phase) if self._needs_sums(phase) else None
             for part in parts:
                 share = len(part.images) / size
                 own, sums = self._part_terms(self._part(part, copies, at, phase), share, at, phase)
                 own = own.scaled(share)
-                shared = Terms({}, {}) if sums is None else self._batch_terms(sums.completed_by(whole), at, phase)
+                shared = Terms({}, {})
+                if sums is not None and whole is not None:
+                    shared = self._batch_terms(sums.completed_by(whole), at, phase)
                 total(own.losses | shared.losses).backward()
                 terms = terms.plus(own.detach()).plus(shared.scaled(share).detach())
             for index, pair in clean.coefficients.items():
                 gradients = [(c, copy.grad) for c, copy in zip(pair, copies[index], strict=True) if c.requires_grad]
                 pending += [(c, gradient) for c, gradient in gradients if gradient is not None]
         if pending:  # without BatchNorm nothing but the clean terms goes back through the clean pass
-            torch.autograd.backward(*zip(*pending, strict=True))
+            values, into = zip(*pending, strict=True)
+            torch.autograd.backward(values, into)
         return terms.detach()
 
     @torch.no_grad()
     def _sums_over(
         self, parts: Sequence[Batch], size: int, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase
     ) -> BatchSums:
-        found = [
+        found = (
             self._part_terms(self._part(part, coefficients, at, phase), len(part.images) / size, at, phase)[1]
             for part in parts
-        ]
-        return reduce(BatchSums.plus, found).over(self._ranks)
+        )
+        return reduce(BatchSums.plus, (sums for sums in found if sums is not None)).over(self._ranks)
 
     # --- the attack -----------------------------------------------------------------------------------------------
 
@@ -269,8 +274,10 @@ class GradientStep:
     def _part(self, batch: Batch, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase) -> Part:
         """What the network makes of region and points, whose clean input has gone ahead."""
         points = batch.points if self.method.asks_for_logits else None
-        logits, bounds = None, None
+        logits: Tensor | None = None
+        bounds: Bounds | None = None
         if not self.method.has_region or (self._checkpointing and points is not None):
+            assert points is not None
             logits = self.net.clean_pass(points, coefficients).output
         if self.method.has_region and self._checkpointing:
             observe = moments if self._needs_sums(phase) else _nothing
@@ -295,13 +302,14 @@ class GradientStep:
 
     def _part_terms(self, part: Part, share: float, at: Scheduled, phase: Phase) -> tuple[Terms, BatchSums | None]:
         """The terms that are means over images, and the sums over images that the others are functions of."""
-        terms, losses = Terms({}, {}), {}
+        terms = Terms({}, {})
+        losses: Metrics = {}
         if phase is not Phase.BEFORE:
             losses, errors = self.method.losses(part, at, phase)
             terms = Terms({}, {name: value for name, value in losses.items() if name != "robust_loss"} | errors)
             if not self.method.is_of_batch_means:
                 terms = terms.plus(self._robust_term(losses, at))
-        return terms, BatchSums.of(part.bounds, losses, share) if self._needs_sums(phase) else None
+        return terms, BatchSums.of(part.region_bounds, losses, share) if self._needs_sums(phase) else None
 
     def _batch_terms(self, sums: BatchSums, at: Scheduled, phase: Phase) -> Terms:
         """The terms that are no means over images, but functions of sums over the whole batch."""
@@ -333,6 +341,10 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in zip(model.buffers(), before, strict=True):
                 buffer.copy_(value)
+
+
+def _leaves(scale: Tensor, shift: Tensor) -> Coefficients:
+    return scale.detach().requires_grad_(), shift.detach().requires_grad_()
 
 
 def affine_weights(model: nn.Module) -> list[Tensor]:

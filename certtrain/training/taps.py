@@ -45,6 +45,7 @@ def latent_points(
             better = excess(points) > excess(best)
             points = torch.where(better.view(*better.shape, *[1] * (points.dim() - 2)), points, best)
         best = points
+    assert best is not None
     return best
 
 

@@ -52,7 +52,8 @@ class PGD:
             box = inscribed_linf_box(images[left], eps)
             start = images[left]
             if restart > 0:
-                drawn = [torch.rand(start.shape[1:], generator=generators and generators[i]) for i in left.tolist()]
+                own = [None if generators is None else generators[i] for i in left.tolist()]
+                drawn = [torch.rand(start.shape[1:], generator=one) for one in own]
                 share = torch.stack(drawn).to(start)
                 start = box.lower + share * (box.upper - box.lower)
             candidates = self._descend(model, start, labels[left], box.lower, box.upper, eps)

@@ -97,8 +97,8 @@ class Propagation:
         kernels = self.weights[f"{name}.weight"]
         parts = []
         for kernel, center, radius in zip(*(np.split(v, groups) for v in (kernels, *x[:2])), strict=True):
-            patches = (_patches(part, kernel.shape[2:], stride, padding) for part in (center, radius))
-            parts.append(self._sums(*patches, kernel.reshape(len(kernel), -1), 0.0))
+            at, around = (_patches(part, kernel.shape[2:], stride, padding) for part in (center, radius))
+            parts.append(self._sums(at, around, kernel.reshape(len(kernel), -1), 0.0))
         center, radius = (np.concatenate([part[i] for part in parts], axis=-1) for i in (0, 1))
         bias = self.weights.get(f"{name}.bias", np.zeros(len(kernels)))
         terms = kernels[0].size

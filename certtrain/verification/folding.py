@@ -98,7 +98,7 @@ def _is_foldable(norm: fx.Node, root: nn.Module, dims: dict[str, int]) -> bool:
     (layer,) = norm.all_input_nodes
     if layer.op != "call_module" or len(layer.users) > 1 or _reads(layer) > 1:
         return False
-    before, module = root.get_submodule(layer.target), root.get_submodule(norm.target)
+    before, module = root.get_submodule(str(layer.target)), root.get_submodule(str(norm.target))
     kind = _kind(before)
     return (
         _kind(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -125,11 +125,11 @@ def _reads(layer: fx.Node) -> int:
     return sum(target == layer.target or target.startswith(f"{layer.target}.") for target in targets)
 
 
-def _channels(layer: nn.Module) -> int:
+def _channels(layer: Any) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
-def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module:
+def _fused(layer: Any, norm: Any) -> nn.Module:
     """Serves linear layers too, unlike `fuse_linear_bn_eval` also where the BatchNorm has no weight."""
     exact = fuse_conv_bn_eval(deepcopy(layer).double(), deepcopy(norm).double(), isinstance(layer, _TRANSPOSED))
     return exact.to(layer.weight.dtype)

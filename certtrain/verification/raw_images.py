@@ -145,7 +145,7 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the file names {module}.{name}, which is no array")
 
 
-def _reconstruct(kind: type, shape: tuple[int, ...], typecode: bytes) -> Array:
+def _reconstruct(kind: type, shape: tuple[int, ...], typecode: Any) -> Array:
     return np.ndarray.__new__(np.ndarray, shape, typecode)
 
 

@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds import Bounder, Box, bounded_model
 from certtrain.bounds.model import evaluating
 from certtrain.bounds.rounding import arithmetic_named
 from certtrain.data import Split, to_float
@@ -85,13 +86,10 @@ class Verification:
     def merged(cls, parts: Sequence[Verification]) -> Verification:
         """What several processes found, each for consecutive images; it lasted as long as the slowest."""
         stages = tuple(Stage.merged(stages) for stages in zip(*(part.stages for part in parts), strict=True))
-        of_each_image = (
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
-        )
-        return cls(
-            parts[0].eps, stages, parts[0].arithmetic, *of_each_image, seconds=max(part.seconds for part in parts)
-        )
+        names = ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
+        of_each_image = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        seconds = max(part.seconds for part in parts)
+        return cls(parts[0].eps, stages, parts[0].arithmetic, seconds=seconds, **of_each_image)
 
     def summary(self) -> dict[str, Any]:
         """What goes into a JSON file; errors are fractions."""
@@ -135,7 +133,7 @@ def verify(
             unknown.
         attack: None for none; the PGD error is then a lower bound, the natural error.
         limit: only the first so many images.
-        backend: of `BoundedModel`.
+        backend: of `bounded_model`.
         arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
             `bounds.rounding`, in any order of its sums, for every representation of the pixels (`pixel_box`); for
             method ibp. None: the network as real mathematics.
@@ -167,7 +165,7 @@ def verify(
         check_fit(model, everything)  # of all, so that every process finds the same
         example = to_float(data.images[:1])
         network = _fewest_operations(model, example) if backend == "native" and arithmetic is None else model
-        net = BoundedModel(network, example, backend)
+        net = bounded_model(network, example, backend)
         found = [question.answer(net, data, radius) for radius in radii]
     return [Verification.merged(parts) for parts in zip(*ranks.all_gather(found), strict=True)]
 
@@ -257,7 +255,7 @@ class _Question:
     seed: int
     first: int
 
-    def answer(self, net: BoundedModel, data: Split, eps: float) -> Verification:
+    def answer(self, net: Bounder, data: Split, eps: float) -> Verification:
         started = time.perf_counter()
         stages = tuple(Stage(method) for method in self.methods)
         found: list[tuple[Tensor, ...]] = []
@@ -272,8 +270,12 @@ class _Question:
             attacked, points = self._attacks(net.model, images, labels, eps, correct & ~holds, self.first + start)
             smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
             found.append((prediction, correct, attacked, points, holds, smallest))
-        parts = (torch.cat(part).cpu() for part in zip(*found, strict=True))
-        return Verification(eps, stages, self.arithmetic, *parts, seconds=time.perf_counter() - started)
+        whole = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
+        prediction, correct, attacked, points, holds, smallest = whole
+        seconds = time.perf_counter() - started
+        return Verification(
+            eps, stages, self.arithmetic, prediction, correct, attacked, points, holds, smallest, seconds
+        )
 
     def _attacks(
         self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, left: Tensor, position: int
@@ -287,9 +289,8 @@ class _Question:
             attacked[chosen], points = broken, points[broken]
         return attacked, points
 
-    def _cascade(self, net: BoundedModel, box: Box, labels: Tensor, correct: Tensor, stages: Sequence[Stage]) -> Tensor:
+    def _cascade(self, net: Bounder, box: Box, labels: Tensor, correct: Tensor, stages: Sequence[Stage]) -> Tensor:
         """Margins (B, K) by the first stage, then by one after another for those right and unknown."""
-        options = {} if self.arithmetic is None else {"arithmetic": self.arithmetic}
         margins = torch.full((len(labels), net.classes), -torch.inf, dtype=box.like.dtype, device=labels.device)
         margins.scatter_(1, labels[:, None], 0.0)
         for position, stage in enumerate(stages):
@@ -297,8 +298,7 @@ class _Question:
             if len(left) == 0:
                 break
             started = time.perf_counter()
-            remaining = box.map(lambda values, left=left: values[left])
-            bounds = net.margins(remaining, labels[left], stage.method, **options)
+            bounds = net.margins(box.map(partial(_rows, left)), labels[left], stage.method, arithmetic=self.arithmetic)
             bounds = torch.where(bounds.isnan(), -torch.inf, bounds)  # nothing is known, whatever comes after
             margins[left] = torch.maximum(margins[left], bounds)
             stage.images += len(left)
@@ -310,6 +310,10 @@ class _Question:
 def parts_of(data: Split, size: int) -> Iterator[tuple[int, Split]]:
     """`data` in its own order, `size` images at a time, each part with the position of its first."""
     return ((start, data.take(slice(start, start + size))) for start in range(0, len(data), size))
+
+
+def _rows(index: Tensor, values: Tensor) -> Tensor:
+    return values[index]
 
 
 def _share(flags: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import certtrain
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, Bounder, bounded_model, linf_box
+from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError
 from tests.networks import narrow_cnn7, randomized
@@ -31,9 +33,55 @@ def with_sine(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
 def test_backend_lirpa_is_auto_lirpa_and_an_unknown_one_is_refused():
     x = torch.rand(2, 4)
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    assert isinstance(BoundedModel(model, x, backend="lirpa"), LirpaModel)
+    assert isinstance(bounded_model(model, x), BoundedModel)
+    assert isinstance(bounded_model(model, x, backend="lirpa"), LirpaModel)
+    with pytest.raises(UsageError, match="lirpa"):
+        bounded_model(model, x, backend="lipra")
+    with pytest.raises(UsageError, match="whole batches"):
+        bounded_model(model, x, "lirpa", batch_sum=lambda value: value)
+
+
+def test_the_class_of_the_native_backend_names_who_gives_others():
+    x, model = torch.rand(2, 4), nn.Linear(4, 2)
+    assert BoundedModel(model, x, backend="native").classes == 2
+    with pytest.raises(UsageError, match="bounded_model"):
+        BoundedModel(model, x, backend="lirpa")
     with pytest.raises(UsageError, match="lirpa"):
         BoundedModel(model, x, backend="lipra")
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda net, x, box, labels: net.graph,
+        lambda net, x, box, labels: net.activations,
+        lambda net, x, box, labels: net.split(1),
+        lambda net, x, box, labels: net.clean_pass(x, {}),
+        lambda net, x, box, labels: net.ibp(box, coefficients={}),
+        lambda net, x, box, labels: net.ibp(box, arithmetic="float32"),
+        lambda net, x, box, labels: net.ibp(box, from_center=True),
+        lambda net, x, box, labels: net.ibp_in_segments(box, {}, lambda box: None),
+        lambda net, x, box, labels: net.margins(box, labels, arithmetic="float32"),
+        lambda net, x, box, labels: net.margins(box, labels, "crown", max_memory=10**9),
+        lambda net, x, box, labels: net.margins(box, labels, "alpha-crown", alpha=AlphaOptions(lr=0.1)),
+    ],
+)
+def test_what_lirpa_cannot_answer_it_refuses_and_native_answers(question):
+    x, labels = torch.rand(2, 4), torch.tensor([0, 1])
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    box = linf_box(x, 0.1)
+    question(bounded_model(model, x), x, box, labels)
+    with pytest.raises(UsageError, match="backend lirpa"):
+        question(bounded_model(model, x, "lirpa"), x, box, labels)
+
+
+def test_both_backends_take_the_same_arguments():
+    questions = [name for name in vars(Bounder) if not name.startswith("_") and callable(vars(Bounder)[name])]
+    assert len(questions) == 6
+    for name in questions:
+        expected = inspect.signature(getattr(Bounder, name))
+        assert inspect.signature(getattr(BoundedModel, name)) == expected
+        assert inspect.signature(getattr(LirpaModel, name)) == expected
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -44,7 +92,7 @@ def test_both_backends_answer_alike(training):
     for backend in ("native", "lirpa"):
         torch.manual_seed(1)
         model = randomized(narrow_cnn7()).double().train(training)
-        net = BoundedModel(model, images, backend)
+        net = bounded_model(model, images, backend)
         bounds = net.ibp(box, clean=images, record=True)
         found = [net.margins_of(bounds, labels, method) for method in ("ibp", "crown-ibp")]
         found += [net.margins(box, labels, method, clean=images) for method in ("ibp", "crown-ibp")]
@@ -74,7 +122,7 @@ def test_a_network_without_rules_here_trains_and_is_verified_through_it(train, t
     model = certtrain.load_model(tmp_path / "run", trust=True)
     x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     box = linf_box(x, 0.05)
-    output = BoundedModel(model, x, backend="lirpa").ibp(box).output
+    output = bounded_model(model, x, backend="lirpa").ibp(box).output
     for _ in range(20):
         assert output.contains(model(box.lower + torch.rand_like(x) * (box.upper - box.lower)), 1e-5).all()
 
@@ -89,7 +137,7 @@ def test_what_it_cannot_do_is_said_before_training(train, setting):
 def test_a_missing_auto_lirpa_says_how_to_install_it(train, monkeypatch):
     monkeypatch.setitem(sys.modules, "auto_LiRPA", None)  # which makes its import fail
     with pytest.raises(MissingDependency, match="pip install"):
-        BoundedModel(nn.Linear(2, 2), torch.rand(1, 2), backend="lirpa")
+        bounded_model(nn.Linear(2, 2), torch.rand(1, 2), backend="lirpa")
     outcome = train("backend=lirpa")
     assert outcome.code == 1
     assert "pip install" in outcome.error
@@ -97,4 +145,4 @@ def test_a_missing_auto_lirpa_says_how_to_install_it(train, monkeypatch):
 
 def test_dropout_is_refused_since_its_bounds_are_not_sound():
     with pytest.raises(UnsupportedOperation, match="Dropout"):
-        BoundedModel(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), torch.rand(1, 2), backend="lirpa")
+        bounded_model(nn.Sequential(nn.Linear(2, 2), nn.Dropout()), torch.rand(1, 2), backend="lirpa")

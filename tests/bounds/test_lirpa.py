@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from certtrain.bounds.box import linf_box
+from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.lirpa import LirpaModel, load_auto_lirpa
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError
 
@@ -173,7 +174,7 @@ def test_alpha_crown_is_no_looser_than_crown_and_leaves_no_gradient(images):
     model = NETWORKS["deep"]().train()
     box, net = linf_box(images, 0.02), wrap(model)
     crown = net.margins(box, LABELS, "crown", images)
-    alpha = net.margins(box, LABELS, "alpha-crown", images, iterations=5)
+    alpha = net.margins(box, LABELS, "alpha-crown", images, alpha=AlphaOptions(steps=5))
     assert (alpha >= crown - 1e-6).all()
     assert not alpha.requires_grad
     assert all(p.grad is None and p.requires_grad for p in model.parameters())

@@ -33,10 +33,12 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
         best = crown_margins(bounds, labels)
     if not options.steps or not _unproved(best).any():
         return best
-    record = bounds.record.detach()
+    record = bounds.recorded.detach()
     slopes, ends = _initial_slopes(record, best.shape[1])
-    optimizer = torch.optim.Adam(slopes.values(), lr=options.lr) if slopes else None
-    for step in range(options.steps if slopes else 0):
+    if not slopes:
+        return best
+    optimizer = torch.optim.Adam(slopes.values(), lr=options.lr)
+    for step in range(options.steps):
         with torch.enable_grad():
             margins = crown_margins(replace(bounds, record=record), labels, slopes)
             if not margins.requires_grad:

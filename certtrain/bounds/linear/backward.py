@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv1d_input, conv2d_input
 
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
@@ -46,7 +47,7 @@ def _affine(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributi
         remaining = iter(values)
         return differentiable(call.function)(*map_leaves(call.args, Ref, lambda _: next(remaining)))
 
-    constant, pull_back = torch.func.vjp(function, *zeros)
+    constant, pull_back = torch.func.vjp(function, *zeros)  # type: ignore[misc] # two, without has_aux
     parts = torch.func.vmap(pull_back, in_dims=1, out_dims=1)(a)
     return list(zip(refs, parts, strict=True)), _dot(a, constant)
 
@@ -144,7 +145,7 @@ def _maximum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
     return rule
 
 
-def _pooled(pool: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Contributions, Tensor]]:
+def _pooled(pool: Callable[..., Any]) -> Callable[..., tuple[Contributions, Tensor]]:
     """Below: the input whose lower bound is largest. Above: a constant."""
 
     def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
@@ -217,8 +218,8 @@ RULES: dict[Callable, Rule] = {
     add: _sum(1),
     sub: _sum(-1),
     F.linear: _linear,
-    F.conv1d: _conv(torch.nn.grad.conv1d_input),
-    F.conv2d: _conv(torch.nn.grad.conv2d_input),
+    F.conv1d: _conv(conv1d_input),
+    F.conv2d: _conv(conv2d_input),
     F.max_pool1d: _max_pool,
     F.max_pool2d: _max_pool,
     F.max_pool3d: _pooled(partial(F.max_pool3d, return_indices=True)),

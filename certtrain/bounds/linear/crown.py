@@ -24,7 +24,7 @@ def margin_rows(labels: Tensor, classes: int, like: Tensor) -> Tensor:
 
 def crown_margins(bounds: Bounds, labels: Tensor, slopes: Slopes | None = None) -> Tensor:
     """Margins (B, K) by one backward pass, on the boxes that `bounds` recorded. (CROWN-IBP if those are IBP's.)"""
-    record = bounds.record
+    record = bounds.recorded
     output = record.boxes[record.output]
     return lower_bounds(record, record.output, margin_rows(labels, output.shape[1], output.like), slopes)
 

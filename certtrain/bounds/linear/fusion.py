@@ -23,9 +23,9 @@ def fused_cross_entropy(
         share: β; the result is log(β·CROWN-IBP + (1 - β)·IBP).
         differences: (B, K) boxes of z_j - z_y; by default IBP's, the last affine operations merged.
     """
-    record = bounds.record
+    record = bounds.recorded
     if differences is None:
-        margins = merged_margins(bounds.tail, bounds.tail_input, labels)
+        margins = merged_margins(bounds.tail, bounds.before_tail, labels)
         differences = Box(-margins.upper, -margins.lower)
     shift = differences.upper.amax(1, keepdim=True).detach()  # exp(x - shift) cannot overflow
     low, high = (differences.lower - shift).exp(), (differences.upper - shift).exp()

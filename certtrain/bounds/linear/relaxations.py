@@ -78,7 +78,7 @@ def _derivative(function: Function) -> Function:
     """By autograd; differentiable in turn."""
 
     def derivative(x: Tensor, *settings: Any) -> Tensor:
-        value, pull_back = torch.func.vjp(lambda point: function(point, *settings), x)
+        value, pull_back = torch.func.vjp(lambda point: function(point, *settings), x)  # type: ignore[misc] # two, without has_aux
         return pull_back(torch.ones_like(value))[0]
 
     return derivative
