@@ -51,6 +51,7 @@ def load_auto_lirpa() -> ModuleType:
     Raises:
         MissingDependency: it is not installed, or cannot be imported.
     """
+    recursion = sys.getrecursionlimit()
     try:
         with warnings.catch_warnings():  # 0.3 sets a global filter
             try:
@@ -63,6 +64,8 @@ def load_auto_lirpa() -> ModuleType:
             f"auto_LiRPA cannot be imported ({error}); install it with `pip install --no-deps auto_LiRPA appdirs ninja "
             "tqdm` (--no-deps because 0.3 declares an old torch, though it runs on this one)"
         ) from error
+    finally:
+        sys.setrecursionlimit(recursion)  # which it raises to where deep recursion ends the process, not in an error
     _patch_0_3(module)
     return module
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from certtrain.report import plots
 from certtrain.report.examples import Example, fates, judge
 from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
 from certtrain.runs.progress import read_records
-from certtrain.runtime.files import write_text
+from certtrain.runtime.files import parse_json, write_text
 
 EXAMPLES = 12  # of each fate
 MEANING = {
@@ -101,7 +100,7 @@ def _read_summary(run: Path) -> dict[str, Any]:
 
 def _read(kind: type[Record], file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
     return checked(kind, content, file)

@@ -20,7 +20,7 @@ from certtrain.bounds.model import evaluating
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.models import MODELS, build_model, find_model
 from certtrain.runs.tensor_file import DTYPES, digest, one_line, open_tensor_file, tensor_file
-from certtrain.runtime.files import write_atomically, write_json
+from certtrain.runtime.files import parse_json, write_atomically, write_json
 
 FORMAT = 2  # of last.ckpt
 MODEL_FORMAT = 1  # of model.json
@@ -63,7 +63,7 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
         raise CheckpointError(f"{path} is not a checkpoint of this version of certtrain (format {FORMAT})")
     with open_tensor_file(path) as file:
         try:
-            description = json.loads(file.metadata[DESCRIPTION])
+            description = parse_json(file.metadata[DESCRIPTION])
             written, checksum, structure = (description[key] for key in ("format", "sha256", "state"))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a checkpoint of certtrain") from error
@@ -199,7 +199,7 @@ def load_architecture(folder: Path) -> dict[str, Any]:
     try:
         if description.stat().st_size > LARGEST_DESCRIPTION:
             raise CheckpointError(f"{description} is no description of a network: it is too long")
-        return Architecture.model_validate(json.loads(description.read_text())["model"]).model_dump()
+        return Architecture.model_validate(parse_json(description.read_text())["model"]).model_dump()
     except ValidationError as error:
         problem = error.errors()[0]
         reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")

@@ -12,7 +12,7 @@ from typing import Any
 from certtrain.config import Config, load_config
 from certtrain.config.loading import Overrides, override_keys
 from certtrain.errors import CheckpointError, UsageError
-from certtrain.runtime.files import replaceable, write_atomically, write_json
+from certtrain.runtime.files import parse_json, replaceable, write_atomically, write_json
 
 RUN_FILES = (
     "config.yaml",
@@ -202,7 +202,7 @@ def _kept_results(folder: Path) -> list[Path]:
 
 def _say_the_same(file: Path, content: Mapping[str, Any]) -> bool:
     try:
-        before = json.loads(file.read_text())
+        before = parse_json(file.read_text())
     except (OSError, ValueError):
         return False
     return _without_times(before) == _without_times(json.loads(json.dumps(content)))

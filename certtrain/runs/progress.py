@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from certtrain.errors import CheckpointError
 from certtrain.report.layer_statistics import LayerStatistics
-from certtrain.runtime.files import write_text
+from certtrain.runtime.files import parse_json, write_text
 from certtrain.training.trainer import EpochReport, Trainer
 
 
@@ -42,7 +42,7 @@ class MetricsFile:
     @property
     def last(self) -> dict[str, Any]:
         """The record of the latest epoch, empty before the first."""
-        return json.loads(self._lines[-1]) if self._lines else {}
+        return parse_json(self._lines[-1]) if self._lines else {}
 
     def add(self, record: dict[str, Any]) -> None:
         self._lines.append(json.dumps(record))
@@ -64,7 +64,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or type(record.get("epoch")) is not int:

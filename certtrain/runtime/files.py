@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from certtrain.errors import CheckpointError, UsageError
+
+MOST_NESTED = 100  # lists and mappings within each other, of JSON that is read
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -67,6 +70,24 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON text of somebody else's says.
+
+    Python's parser recurses: text that is nested too deeply ends the process where a library has raised its limit.
+
+    Raises:
+        ValueError: it is no JSON, or nested more than MOST_NESTED deep.
+    """
+    text = text if isinstance(text, str) else text.decode("utf-8")
+    depth = 0
+    for bracket in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text, flags=re.DOTALL):
+        first = bracket[0][0]
+        depth += (first in "[{") - (first in "]}")
+        if depth > MOST_NESTED:
+            raise ValueError(f"it is nested more than {MOST_NESTED} deep")
+    return json.loads(text)
 
 
 def write_text(path: Path, text: str) -> None:

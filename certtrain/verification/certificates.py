@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from certtrain.errors import CertificateError
+from certtrain.runtime.files import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,7 +113,7 @@ class Header:
     def parse(cls, content: bytes) -> Header:
         """Raises CertificateError for a header that is not one of this format, or not what was written."""
         try:
-            read = json.loads(content)
+            read = parse_json(content)
             written = read["format"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CertificateError("the header cannot be read") from error
@@ -266,7 +267,7 @@ def write_certificates(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from certtrain.runtime.files import write_atomically
+    from certtrain.runtime.files import parse_json, write_atomically
 
     def rows() -> Iterator[dict[str, Any]]:
         return (row for result in results for row in certificate_rows(result, data))
@@ -281,7 +282,7 @@ def write_certificates(
     header = Header(
         format=FORMAT,
         model_sha256=digest(model.read_bytes()),
-        model=json.loads((model.parent / "model.json").read_text())["model"],
+        model=parse_json((model.parent / "model.json").read_text())["model"],
         data=ImageSet(
             config["data"]["name"], len(data), split_digest(data.images.cpu().numpy(), data.labels.cpu().numpy())
         ),

@@ -13,7 +13,6 @@ Other types are refused here and there. Images are those that `raw_images` reads
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from certtrain.errors import CertificateError
+from certtrain.runtime.files import parse_json
 from certtrain.verification.certificates import VERDICTS, Certificates, Claim, digest, split_digest
 from certtrain.verification.coverage import check_coverage
 
@@ -294,7 +294,7 @@ class SavedNetwork:
 
         try:
             content = file.read_bytes()
-            architecture = json.loads((file.parent / "model.json").read_text())["model"]
+            architecture = parse_json((file.parent / "model.json").read_text())["model"]
             stored = load(content)
             name = str(architecture["name"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:

@@ -1,17 +1,21 @@
-"""What a write may replace: regular files, and nothing else."""
+"""What a write may replace: regular files, and nothing else; and JSON of somebody else's."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import stat
+import sys
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from certtrain.errors import CheckpointError, UsageError
-from certtrain.runtime.files import write_text
+from certtrain.runtime.files import parse_json, write_text
 from tests.commands import contents
 
 
@@ -84,3 +88,30 @@ def test_a_clean_up_that_fails_does_not_hide_what_went_wrong(tmp_path, monkeypat
         write_text(tmp_path / "file", "after")
     monkeypatch.undo()
     assert contents(tmp_path) == {"file": b"before"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(value=JSON, ascii_only=st.booleans())
+def test_json_is_read_as_it_was_written(value, ascii_only):
+    text = json.dumps(value, ensure_ascii=ascii_only)
+    assert parse_json(text) == value
+    if not any(0xD800 <= ord(character) < 0xE000 for character in text):
+        assert parse_json(text.encode()) == value
+
+
+@pytest.mark.parametrize("unit", ["[", '{"a":', '[{"[":', '["\\\\",[', "[1,["])
+def test_json_that_is_nested_deeply_is_an_error_however_deep_python_may_recurse(unit):
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1_000_000)  # as a library may do
+    try:
+        with pytest.raises(ValueError, match="nested"):
+            parse_json(unit * 10**5)
+    finally:
+        sys.setrecursionlimit(before)
+    assert parse_json('["' + "[" * 1000 + '"]') == ["[" * 1000]
