@@ -26,6 +26,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Graph
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions
+from certtrain.bounds.margins import no_nan
 from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 
@@ -150,7 +151,7 @@ class LirpaModel:
             if isinstance(n, ops.BoundBatchNormalization)
         ]
         self._relus = [n for n in nodes if isinstance(n, ops.BoundRelu)]
-        self._affine = next(n for n in nodes if isinstance(n, (ops.BoundConv, ops.BoundLinear)))
+        self._affine = next((n for n in nodes if isinstance(n, (ops.BoundConv, ops.BoundLinear))), None)
 
     @property
     def graph(self) -> Graph[Any]:
@@ -194,7 +195,7 @@ class LirpaModel:
             clean=None if clean is None else logits,
             output=Box(*output),
             relu_inputs=tuple(Box(*relu.inputs[0].interval) for relu in self._relus),
-            affine_input=Box(*self._affine.inputs[0].interval),
+            affine_input=box if self._affine is None else Box(*self._affine.inputs[0].interval),
         )
         return self._latest
 
@@ -248,7 +249,8 @@ class LirpaModel:
         optimizes = method == "alpha-crown"  # which needs gradients of its own, and leaves none
         with torch.set_grad_enabled(optimizes or torch.is_grad_enabled()):
             logits, point = self._forward(box, clean, frozen=optimizes)
-            best = reduce(torch.maximum, [self._margins(logits, point, labels, name, alpha.steps) for name in asked])
+            best = reduce(torch.fmax, [self._margins(logits, point, labels, name, alpha.steps) for name in asked])
+        best = no_nan(best, labels)
         return best.detach() if optimizes else best
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:

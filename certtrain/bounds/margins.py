@@ -34,6 +34,11 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
     return Box.around(centers, _deviations(tail, box.radius, labels, logits))
 
 
+def no_nan(margins: Tensor, labels: Tensor) -> Tensor:
+    """-inf for NaN, 0 in column y: where values overflow, infinity less infinity, nothing is known of a margin."""
+    return torch.where(margins.isnan(), -torch.inf, margins).scatter(1, labels[:, None], 0.0)
+
+
 def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:
     for call in tail:
         h = call.function(*map_leaves(call.args, Ref, partial(_second, h)))

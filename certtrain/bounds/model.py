@@ -19,7 +19,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
-from certtrain.bounds.margins import merged_margins
+from certtrain.bounds.margins import merged_margins, no_nan
 from certtrain.bounds.recording import check_recording
 from certtrain.bounds.segments import propagate_in_segments
 from certtrain.bounds.tracing import structure_of, trace
@@ -208,7 +208,8 @@ class BoundedModel:
             arithmetic: see `ibp`; the margins are then those of the computed logits, in float64.
 
         Returns:
-            (B, K), 0 in column y; an image whose other entries are all positive is proved.
+            (B, K), 0 in column y; an image whose other entries are all positive is proved. -inf where values overflow,
+            of which nothing is known.
 
         Raises:
             UsageError: unknown method, a box that is empty or not of float32 or float64, labels outside the classes, a
@@ -225,7 +226,7 @@ class BoundedModel:
                 )
             return rounding.margins_of(self.ibp(box, arithmetic=arithmetic), labels, arithmetic)
         if method == "ibp":
-            return self.margins_of(self.ibp(box, clean), labels)
+            return no_nan(self.margins_of(self.ibp(box, clean), labels), labels)
         images, rows = self._portions(box, method, max_memory)
         whole = self.model.training or len(labels) <= images
         portions = [slice(None)] if whole else [slice(i, i + images) for i in range(0, len(labels), images)]
@@ -235,7 +236,7 @@ class BoundedModel:
                 portion = box.map(partial(_part, part))
                 bounds = self.ibp(portion, None if clean is None else clean[part], record=True)
                 found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
-        return torch.cat(found)
+        return no_nan(torch.cat(found), labels)
 
     def _check_question(self, box: Box, labels: Tensor) -> None:
         """A wrong one would be answered all the same: an empty box has every property."""
@@ -267,7 +268,7 @@ class BoundedModel:
                 cheaper.append(crown_margins(bounds, labels))
             bounds = replace(bounds, record=tightened(bounds.recorded, rows, intersect))
         best = alpha_margins(bounds, labels, alpha) if method == "alpha-crown" else crown_margins(bounds, labels)
-        return reduce(torch.maximum, cheaper, best)
+        return reduce(torch.fmax, cheaper, best)
 
     def _portions(self, box: Box, method: str, max_memory: int | None) -> tuple[int, int]:
         """Images and rows of coefficients to work on at once."""

@@ -31,6 +31,7 @@ from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
 from certtrain.bounds.interval import Bounds
+from certtrain.bounds.margins import no_nan
 from certtrain.bounds.operations import (
     COPYING,
     INSPECTED_ATTRIBUTES,
@@ -731,7 +732,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         error = sum_error(a, terms) * (sizes.gather(1, own) + sizes) + 2 * underflow
         lower = down(center - (reach + error) * _inflation(terms))
         lower = torch.where(fits[:, None], lower, -torch.inf)
-    return torch.where(lower.isnan(), -torch.inf, lower).scatter(1, own, 0.0)
+    return no_nan(lower, labels)
 
 
 def _require_stored_constants(graph: Graph[Any]) -> None:

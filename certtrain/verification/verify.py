@@ -299,7 +299,6 @@ class _Question:
                 break
             started = time.perf_counter()
             bounds = net.margins(box.map(partial(_rows, left)), labels[left], stage.method, arithmetic=self.arithmetic)
-            bounds = torch.where(bounds.isnan(), -torch.inf, bounds)  # nothing is known, whatever comes after
             margins[left] = torch.maximum(margins[left], bounds)
             stage.images += len(left)
             stage.proved += int((proved(margins[left]) & correct[left]).sum())

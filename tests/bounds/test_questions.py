@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds import BoundedModel, Box, bounded_model, linf_box
 from certtrain.bounds.model import METHODS
 from certtrain.errors import UsageError
 
@@ -51,3 +51,27 @@ def test_a_box_is_of_float32_or_float64(dtype):
 def test_labels_are_classes_one_for_each_image(labels):
     with pytest.raises(UsageError, match="labels"):
         network().margins(linf_box(X, 0.1), labels)
+
+
+class Overflowing(nn.Module):
+    """Infinite beside finite logits, and infinity less infinity inside of a box."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.identity = nn.Linear(4, 4)
+        with torch.no_grad():
+            self.identity.weight.copy_(torch.eye(4))
+
+    def forward(self, x):
+        x = self.identity(x)
+        return torch.cat([torch.exp(1e3 * x[:, :2]), torch.relu(x[:, 2:] - 0.5)], 1)
+
+
+@pytest.mark.parametrize("backend", ["native", "lirpa"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_known_where_values_overflow(method, backend):
+    box = linf_box(X.clamp(min=0.5), 0.1)
+    margins = bounded_model(Overflowing(), X, backend).margins(box, LABELS, method).detach()
+    assert not margins.isnan().any()
+    assert margins[0, 1] == margins[1, 0] == margins[1, 1] == -torch.inf
+    assert (margins.gather(1, LABELS[:, None]) == 0).all()
