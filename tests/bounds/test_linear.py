@@ -21,6 +21,7 @@ from certtrain.bounds.linear import AlphaOptions, fused_cross_entropy, lower_bou
 from certtrain.bounds.linear import alpha as alpha_file
 from certtrain.bounds.linear import crown as crown_file
 from certtrain.bounds.linear.backward import RULES as BACKWARD
+from certtrain.bounds.linear.patches import Coefficients, Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS as LINES
 from certtrain.bounds.linear.relaxations import unstable_relus
 from certtrain.bounds.lirpa import LirpaModel
@@ -414,9 +415,9 @@ def test_margins_of_a_linear_network_are_exact_by_every_method():
 def spy_on_coefficients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     shapes: list[torch.Size] = []
 
-    def spying(record: Record, index: int, a: Tensor, *slopes: object) -> Tensor:
-        shapes.append(a.shape)
-        return lower_bounds(record, index, a, *slopes)
+    def spying(record: Record, index: int, a: Coefficients, *slopes: object, **lines: object) -> Tensor:
+        shapes.append(a.values.shape if isinstance(a, Patches) else a.shape)
+        return lower_bounds(record, index, a, *slopes, **lines)
 
     monkeypatch.setattr(crown_file, "lower_bounds", spying)
     return shapes

@@ -2,7 +2,8 @@
 
 Lower bounds of A·v become linear functions of the network's input, where a box gives their minimum. (Zhang et al. 2018,
 arXiv 1811.00866.) Only lower bounds appear: an upper bound is a lower bound of the negative. Coefficients A have shape
-(B, R, ...): R functions for each of B images. An operation is pulled back
+(B, R, ...): R functions for each of B images; those of a convolution's neurons are kept as `Patches` for as long as
+they see a part of the image only. An operation is pulled back
 
 affine       by its transpose; autograd's vector-Jacobian product knows every one of them
 elementwise  where A > 0 by the line below the function, where A < 0 by the line above it (`relaxations.py`)
@@ -26,12 +27,14 @@ from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Record
-from certtrain.bounds.linear.relaxations import RELAXATIONS, relu, unstable_relus
+from certtrain.bounds.linear import patches
+from certtrain.bounds.linear.patches import Coefficients, Contributions, Patches, added, constant_map, dense, scaling_of
+from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, relu, unstable_relus
 from certtrain.bounds.operations import add, cast, differentiable, identity, reshape, sub
 from certtrain.errors import UnsupportedOperation
 
 Slopes = Mapping[int, Tensor]  # by call: slope of the line below, (B, 1 or R, ...)
-Contributions = list[tuple[Ref, Tensor]]
+Lines = dict[int, LinearRelaxation]  # by call
 
 
 def _dot(coefficients: Tensor, values: Tensor) -> Tensor:
@@ -49,7 +52,7 @@ def _affine(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributi
 
     constant, pull_back = torch.func.vjp(function, *zeros)  # type: ignore[misc] # two, without has_aux
     parts = torch.func.vmap(pull_back, in_dims=1, out_dims=1)(a)
-    return list(zip(refs, parts, strict=True)), _dot(a, constant)
+    return [(ref, part) for ref, part in zip(refs, parts, strict=True)], _dot(a, constant)
 
 
 def _reshaped(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
@@ -76,11 +79,19 @@ def _sum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
             if isinstance(argument, Ref):
                 contributions.append((argument, factor * a))
             else:
-                shift = torch.as_tensor(factor * argument, dtype=a.dtype, device=a.device)
-                constant = constant + _dot(a, shift.expand(shape))
+                constant = constant + _dot(a, constant_map(factor * argument, boxes[call.index]))
         return contributions, constant
 
     return rule
+
+
+def _scaling(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+    """x y, x / y or -x with a constant y, element by element."""
+    found = scaling_of(call, boxes)
+    if found is None:
+        return _affine(call, a, boxes)
+    ref, factor = found
+    return [(ref, a * factor[:, None])], a.new_zeros(a.shape[:2])
 
 
 def _linear(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
@@ -134,7 +145,7 @@ def _maximum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
         positive, negative = (sign * a).clamp(min=0), (sign * a).clamp(max=0)
         pulled = sign * (positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None])
         constant = _dot(positive, lines.lower_offset) + _dot(negative, lines.upper_offset)
-        contributions = []
+        contributions: Contributions = []
         for value, part in zip(call.args, (pulled, a - pulled), strict=True):
             if isinstance(value, Ref):
                 contributions.append((value, part.sum_to_size(*a.shape[:2], *boxes[value.index].shape[1:])))
@@ -212,11 +223,14 @@ KEEP_ORDER = (
     Tensor.unflatten,
 )
 
+SCALINGS = (torch.mul, torch.div, torch.neg)  # where one factor is a constant
+
 RULES: dict[Callable, Rule] = {
     **{function: _reshaped for function in KEEP_ORDER},
     scale_shift: _scaled,
     add: _sum(1),
     sub: _sum(-1),
+    **{function: _scaling for function in SCALINGS},
     F.linear: _linear,
     F.conv1d: _conv(conv1d_input),
     F.conv2d: _conv(conv2d_input),
@@ -233,40 +247,76 @@ RULES: dict[Callable, Rule] = {
 """Of operations whose transpose, or relaxation as a whole, is written down; any other affine call has `_affine`."""
 
 
-def lower_bounds(record: Record, index: int, a: Tensor, slopes: Slopes | None = None) -> Tensor:
-    """Lower bounds (B, R) of the functions `a` (B, R, ...) of the value at `index`, over the input box.
+def lower_bounds(
+    record: Record, index: int, a: Coefficients, slopes: Slopes | None = None, lines: Lines | None = None
+) -> Tensor:
+    """Lower bounds (B, R) of the functions `a` of the value at `index`, over the input box.
 
-    `slopes` replaces the slope of the line below, call by call, where a ReLU is unstable.
+    Args:
+        a: (B, R, ...), dense or as `Patches`.
+        slopes: replaces the slope of the line below, call by call, where a ReLU is unstable.
+        lines: relaxations known from earlier passes over the same boxes; it is added to.
     """
-    pending: dict[int, Tensor] = {index: a}
-    total = a.new_zeros(a.shape[:2])
+    pending: dict[int, Coefficients] = {index: a}
+    lines = {} if lines is None else lines
+    total: Tensor | float = 0.0
     for call in reversed(record.calls):
         coefficients = pending.pop(call.index, None)
         if coefficients is None:
             continue
-        if call.function in RELAXATIONS:
-            contributions, constant = _elementwise(call, coefficients, record.boxes, (slopes or {}).get(call.index))
-        elif call.function in RULES:
-            contributions, constant = RULES[call.function](call, coefficients, record.boxes)
-        elif call.affine:
-            contributions, constant = _affine(call, coefficients, record.boxes)
-        else:
-            raise UnsupportedOperation(f"{call.where} has no linear relaxation; methods that support it: ibp")
+        contributions, constant = _pulled(call, coefficients, record.boxes, (slopes or {}).get(call.index), lines)
         total = total + constant
         for ref, part in contributions:
-            pending[ref.index] = pending[ref.index] + part if ref.index in pending else part
+            pending[ref.index] = added(pending[ref.index], part) if ref.index in pending else part
     box, coefficients = record.boxes[0], pending.get(0)
     if coefficients is None:
+        assert isinstance(total, Tensor)
         return total
-    return total + _dot(coefficients, box.center) - _dot(coefficients.abs(), box.radius)
+    return total + _least(coefficients, box)
 
 
-def _elementwise(call: Call, a: Tensor, boxes: Mapping[int, Box], slope: Tensor | None) -> tuple[Contributions, Tensor]:
+def _pulled(
+    call: Call, a: Coefficients, boxes: Mapping[int, Box], slope: Tensor | None, lines: Lines
+) -> tuple[Contributions, Tensor]:
+    """What `a`, of the call's value, is of the values before it, and the constants (B, R)."""
+    if call.function in RELAXATIONS:
+        return _elementwise(call, a, boxes, slope, lines)
+    if not call.affine and call.function in SCALINGS:  # the product of two values
+        raise UnsupportedOperation(f"{call.where} has no linear relaxation; methods that support it: ibp")
+    if isinstance(a, Patches):
+        rule = patches.RULES.get(call.function)
+        found = None if rule is None else rule(call, a, boxes)
+        return _pulled(call, a.dense(), boxes, slope, lines) if found is None else found
+    if call.function in RULES:
+        return RULES[call.function](call, a, boxes)
+    if call.affine:
+        return _affine(call, a, boxes)
+    raise UnsupportedOperation(f"{call.where} has no linear relaxation; methods that support it: ibp")
+
+
+def _least(a: Coefficients, box: Box) -> Tensor:
+    """(B, R): of linear functions of the input, over its box."""
+    if isinstance(a, Patches) and box.like.dim() == 4:
+        center, radius = a.at(torch.cat([box.center, box.radius], 1).permute(0, 2, 3, 1)).chunk(2, -1)
+        return (a.values * center).flatten(2).sum(2) - (a.values.abs() * radius).flatten(2).sum(2)
+    a = dense(a)
+    return _dot(a, box.center) - _dot(a.abs(), box.radius)
+
+
+def _elementwise(
+    call: Call, a: Coefficients, boxes: Mapping[int, Box], slope: Tensor | None, lines: Lines
+) -> tuple[Contributions, Tensor]:
     (ref,) = leaves(call.args, Ref)
-    lines = RELAXATIONS[call.function](boxes[ref.index], *call.args[1:])
-    lower_slope = lines.lower_slope[:, None]
+    assert isinstance(ref, Ref)
+    if call.index not in lines:
+        lines[call.index] = RELAXATIONS[call.function](boxes[ref.index], *call.args[1:])
+    line = lines[call.index]
+    if isinstance(a, Patches) and slope is None:
+        pulled, constant = patches.elementwise(line, a)
+        return [(ref, pulled)], constant
+    a, lower_slope = dense(a), line.lower_slope[:, None]
     if slope is not None:
         lower_slope = torch.where(unstable_relus(boxes[ref.index])[:, None], slope, lower_slope)
     positive, negative = a.clamp(min=0), a.clamp(max=0)
-    pulled = positive * lower_slope + negative * lines.upper_slope[:, None]
-    return [(ref, pulled)], _dot(positive, lines.lower_offset) + _dot(negative, lines.upper_offset)
+    pulled_back = positive * lower_slope + negative * line.upper_slope[:, None]
+    return [(ref, pulled_back)], _dot(positive, line.lower_offset) + _dot(negative, line.upper_offset)

@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import RULES, Bounds, Record
-from certtrain.bounds.linear.backward import Slopes, lower_bounds
+from certtrain.bounds.linear.backward import Lines, Slopes, lower_bounds
+from certtrain.bounds.linear.patches import Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations import OPERATIONS, PiecewiseLinear, at_settings
 
@@ -39,12 +41,13 @@ def tightened(record: Record, rows_at_once: int, intersect: bool = True) -> Reco
     """
     boxes: dict[int, Box] = {0: record.boxes[0]}
     done: set[int] = {0}
+    lines: Lines = {}
     for position, call in enumerate(record.calls):
         if not call.affine:
             for ref in leaves(call.args, Ref):
                 if ref.index not in done:
                     before = replace(record, calls=record.calls[:position], boxes=boxes)
-                    boxes[ref.index] = _tightened_box(before, ref.index, call, rows_at_once, intersect)
+                    boxes[ref.index] = _tightened_box(before, ref.index, call, rows_at_once, intersect, lines)
                     done.add(ref.index)
         boxes[call.index] = RULES[call.function](*map_leaves(call.args, Ref, lambda ref: boxes[ref.index]))
         if call.function in RELAXATIONS:
@@ -52,20 +55,36 @@ def tightened(record: Record, rows_at_once: int, intersect: bool = True) -> Reco
     return replace(record, boxes=boxes)
 
 
-def _tightened_box(record: Record, index: int, call: Call, rows_at_once: int, intersect: bool) -> Box:
+def _tightened_box(record: Record, index: int, call: Call, rows_at_once: int, intersect: bool, lines: Lines) -> Box:
+    """The box of the value at `index`; each image has rows for the neurons that its own box leaves undecided."""
     box = record.boxes[index]
     lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
-    needed = _undecided(box, call).flatten(1).any(0) if intersect else torch.ones_like(lower[0], dtype=torch.bool)
-    for neurons in needed.nonzero()[:, 0].split(max(1, rows_at_once // 2)) if needed.any() else ():
-        rows = torch.zeros(len(neurons), lower.shape[1], dtype=lower.dtype, device=lower.device)
-        rows.scatter_(1, neurons[:, None], 1.0)
-        both = torch.cat([rows, -rows]).view(1, -1, *box.shape[1:]).expand(len(lower), *[-1] * box.like.dim())
-        low, negative_high = lower_bounds(record, index, both).split(len(neurons), 1)
+    needed = _undecided(box, call).flatten(1) if intersect else torch.ones_like(lower, dtype=torch.bool)
+    most = int(needed.sum(1).max()) if len(needed) else 0
+    chosen = needed.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
+    for neurons in chosen.split(max(1, rows_at_once // 2), 1) if most else ():
+        low, negative_high = _both_ends(record, index, neurons, lines).chunk(2, 1)
         high = -negative_high
         if intersect:
-            low, high = torch.maximum(low, lower[:, neurons]), torch.minimum(high, upper[:, neurons])
-        lower[:, neurons], upper[:, neurons] = low, high
+            low, high = torch.maximum(low, lower.gather(1, neurons)), torch.minimum(high, upper.gather(1, neurons))
+        lower, upper = lower.scatter(1, neurons, low), upper.scatter(1, neurons, high)
     return Box(lower.view(box.shape), upper.view(box.shape))
+
+
+def _both_ends(record: Record, index: int, neurons: Tensor, lines: Lines) -> Tensor:
+    """Lower bounds (B, 2 R) of the value's elements at `neurons` (B, R), and of their negatives."""
+    value = record.boxes[index].like
+    producer = record.calls[-1] if record.calls and record.calls[-1].index == index else None
+    if value.dim() == 4:
+        units = Patches.one_hot(neurons, value.shape[1:], value)
+        return lower_bounds(record, index, units.with_negative(), lines=lines)
+    if producer is not None and producer.function is F.linear and value.dim() == 2:
+        x, weight, bias = producer.args  # its rows, instead of a product with rows of the identity
+        rows = weight[neurons]
+        constant = 0.0 if bias is None else torch.cat([bias[neurons], -bias[neurons]], 1)
+        return constant + lower_bounds(record, x.index, torch.cat([rows, -rows], 1), lines=lines)
+    units = F.one_hot(neurons, value[0].numel()).to(value).unflatten(2, value.shape[1:])
+    return lower_bounds(record, index, torch.cat([units, -units], 1), lines=lines)
 
 
 def _undecided(box: Box, call: Call) -> Tensor:
