@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certtrain.bounds.graph import Ref, leaves
+from certtrain.bounds.graph import Call, Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear.crown import crown_margins
 from certtrain.bounds.linear.relaxations import RELAXATIONS
@@ -59,19 +59,25 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
     return best
 
 
+def free_slopes(call: Call) -> tuple[float, float] | None:
+    """The ends between which the slope of the line below an unstable neuron is free; None where it is not."""
+    if call.function not in (F.relu, F.leaky_relu):
+        return None
+    negative_slope = call.args[1] if call.function is F.leaky_relu else 0.0
+    return None if negative_slope > 1 else (negative_slope, 1.0)  # concave: the line below is the chord
+
+
 def _initial_slopes(record: Record, rows: int) -> tuple[dict[int, Tensor], dict[int, tuple[float, float]]]:
     """By (leaky) ReLU: the slopes below, (B, rows, ...), and the ends they may move between."""
     slopes, ends = {}, {}
     for call in record.calls:
-        if call.function not in (F.relu, F.leaky_relu):
-            continue
-        negative_slope = call.args[1] if call.function is F.leaky_relu else 0.0
-        if negative_slope > 1:  # concave: the line below is the chord
+        allowed = free_slopes(call)
+        if allowed is None:
             continue
         (ref,) = leaves(call.args, Ref)
         start = RELAXATIONS[call.function](record.boxes[ref.index], *call.args[1:]).lower_slope
         slopes[call.index] = start[:, None].repeat(1, rows, *[1] * (start.dim() - 1)).requires_grad_()
-        ends[call.index] = negative_slope, 1.0
+        ends[call.index] = allowed
     return slopes, ends
 
 

@@ -15,6 +15,7 @@ and one that has none of these is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -247,32 +248,72 @@ RULES: dict[Callable, Rule] = {
 """Of operations whose transpose, or relaxation as a whole, is written down; any other affine call has `_affine`."""
 
 
+@dataclass(frozen=True)
+class LinearBounds:
+    """Lower bounds of R functions for each of B images that are linear in the input.
+
+    coefficients: (B, R, ...) of the input, None for zero; constant: (B, R); box: of the input.
+    """
+
+    coefficients: Coefficients | None
+    constant: Tensor
+    box: Box
+
+    def least(self) -> Tensor:
+        """(B, R): over the whole box."""
+        if self.coefficients is None:
+            return self.constant
+        if isinstance(self.coefficients, Patches):
+            return self.constant + patches.least(self.coefficients, self.box)
+        return self.constant + _dot(self.coefficients, self.box.center) - _dot(self.coefficients.abs(), self.box.radius)
+
+    def minimizers(self) -> Tensor:
+        """(B, R, ...): corners of the box where the bounds are least."""
+        lower, upper = self.box.lower[:, None], self.box.upper[:, None]
+        if self.coefficients is None:
+            return lower.expand(*self.constant.shape, *lower.shape[2:])
+        return torch.where(dense(self.coefficients) > 0, lower, upper)
+
+
 def lower_bounds(
     record: Record, index: int, a: Coefficients, slopes: Slopes | None = None, lines: Lines | None = None
 ) -> Tensor:
-    """Lower bounds (B, R) of the functions `a` of the value at `index`, over the input box.
+    """Lower bounds (B, R) of the functions `a` (B, R, ...) of the value at `index`, over the input box."""
+    return linear_bounds(record, {index: a}, slopes, lines).least()
+
+
+def linear_bounds(
+    record: Record,
+    functions: Mapping[int, Coefficients],
+    slopes: Slopes | None = None,
+    lines: Lines | None = None,
+    observe: Callable[[Call, Coefficients], None] | None = None,
+) -> LinearBounds:
+    """Bounds below of sums of linear functions of the network's values.
 
     Args:
-        a: (B, R, ...), dense or as `Patches`.
+        functions: by value, coefficients (B, R, ...), dense or `Patches`.
         slopes: replaces the slope of the line below, call by call, where a ReLU is unstable.
         lines: relaxations known from earlier passes over the same boxes; it is added to.
+        observe: sees the coefficients of the value of every call with a relaxation.
     """
-    pending: dict[int, Coefficients] = {index: a}
+    pending = dict(functions)
     lines = {} if lines is None else lines
     total: Tensor | float = 0.0
     for call in reversed(record.calls):
         coefficients = pending.pop(call.index, None)
         if coefficients is None:
             continue
+        if observe is not None and call.function in RELAXATIONS:
+            observe(call, coefficients)
         contributions, constant = _pulled(call, coefficients, record.boxes, (slopes or {}).get(call.index), lines)
         total = total + constant
         for ref, part in contributions:
             pending[ref.index] = added(pending[ref.index], part) if ref.index in pending else part
-    box, coefficients = record.boxes[0], pending.get(0)
-    if coefficients is None:
-        assert isinstance(total, Tensor)
-        return total
-    return total + _least(coefficients, box)
+    coefficients = pending.get(0)
+    if not isinstance(total, Tensor):  # functions of the input itself
+        total = dense(next(iter(functions.values()))).flatten(2).sum(2) * 0
+    return LinearBounds(coefficients, total, record.boxes[0])
 
 
 def _pulled(
@@ -292,15 +333,6 @@ def _pulled(
     if call.affine:
         return _affine(call, a, boxes)
     raise UnsupportedOperation(f"{call.where} has no linear relaxation; methods that support it: ibp")
-
-
-def _least(a: Coefficients, box: Box) -> Tensor:
-    """(B, R): of linear functions of the input, over its box."""
-    if isinstance(a, Patches) and box.like.dim() == 4:
-        center, radius = a.at(torch.cat([box.center, box.radius], 1).permute(0, 2, 3, 1)).chunk(2, -1)
-        return (a.values * center).flatten(2).sum(2) - (a.values.abs() * radius).flatten(2).sum(2)
-    a = dense(a)
-    return _dot(a, box.center) - _dot(a.abs(), box.radius)
 
 
 def _elementwise(

@@ -157,6 +157,12 @@ def elementwise(lines: LinearRelaxation, a: Patches) -> tuple[Patches, Tensor]:
     return a.with_values(pulled), constant
 
 
+def least(a: Patches, box: Box) -> Tensor:
+    """(B, R): the least values over a box of maps."""
+    center, radius = a.at(_channels_last(box.center, box.radius)).chunk(2, -1)
+    return (a.values * center).flatten(2).sum(2) - (a.values.abs() * radius).flatten(2).sum(2)
+
+
 def _channels_last(*maps: Tensor) -> Tensor:
     """(B, C, H, W) each -> (B, H, W, all of their channels)."""
     return torch.cat([part.permute(0, 2, 3, 1) for part in maps], -1)

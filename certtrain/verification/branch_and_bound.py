@@ -1,0 +1,373 @@
+"""Branch and bound: complete verification of images that bounds alone leave unknown.
+
+For each image and wrong class the box is split, neuron by neuron, into domains on which z_y - z_j can be bounded well
+enough. (Bunel et al. 2020, arXiv 1909.06588; the bounds: `bounds.linear.beta`.) Domains of several images are bounded
+together, the worst of each first. The leaves of the trees that prove an image can be kept: with their slopes and
+multipliers each can be bounded again without a search.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from certtrain.bounds.graph import Call
+from certtrain.bounds.interval import Record
+from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
+from certtrain.bounds.linear.patches import Coefficients, dense
+from certtrain.errors import UsageError
+from certtrain.verification.attacks import logits_of
+from certtrain.verification.leaf import exact_leaf
+
+
+class Verdict(StrEnum):
+    """How the search for one image ended."""
+
+    PROVED = "proved"
+    ATTACKED = "attacked"
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    ALL_SPLIT = "all split"  # nothing is left to split, and still no proof
+
+
+@dataclass(frozen=True)
+class Search:
+    """How branch and bound searches.
+
+    Args:
+        timeout: seconds for each image. Those of a batch are shared by the images whose domains are in it.
+        domains: how many are bounded together.
+        candidates: how many splits are tried, by one pass each, before one is chosen; 1 trusts the scores.
+        ascent: how each domain's slopes and multipliers are optimised.
+        max_memory: bytes that waiting domains may take.
+        keep_leaves: keep what proves each image.
+    """
+
+    timeout: float = 100.0
+    domains: int = 32
+    candidates: int = 3
+    ascent: Ascent = field(default_factory=lambda: Ascent(steps=10))
+    max_memory: int = 2**31
+    keep_leaves: bool = False
+
+
+@dataclass(frozen=True)
+class Split:
+    """A neuron, by its position among all (`Neurons`), at least or at most a threshold."""
+
+    neuron: int
+    threshold: float
+    above: bool
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A domain that is proved: z_y - z_j > 0 on it, by these slopes (N,) and multipliers, one for each split."""
+
+    target: int
+    splits: tuple[Split, ...]
+    slopes: Tensor
+    multipliers: Tensor
+    lower: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the search found of one image.
+
+    lower: (K,) lower bounds of z_y - z_j, 0 at j = y; point: misclassified, where attacked; domains: how many were
+    bounded.
+    """
+
+    verdict: Verdict
+    lower: Tensor
+    point: Tensor | None
+    domains: int
+    seconds: float
+    leaves: tuple[Leaf, ...]
+
+
+@dataclass(order=True)
+class _Domain:
+    """Waiting to be split, ordered by its bound."""
+
+    lower: float
+    number: int
+    target: int = field(compare=False)
+    splits: tuple[Split, ...] = field(compare=False)
+    slopes: Tensor = field(compare=False)  # of the image's undecided neurons
+    multipliers: Tensor = field(compare=False)
+
+
+@dataclass
+class _Image:
+    """The state of one image's search."""
+
+    position: int
+    label: int
+    lower: Tensor  # (K,), of the classes without a tree
+    undecided: Tensor  # neurons, positions
+    waiting: list[_Domain] = field(default_factory=list)
+    leaves: list[Leaf] = field(default_factory=list)
+    worst: dict[int, float] = field(default_factory=dict)  # by class, of its leaves
+    domains: int = 0
+    seconds: float = 0.0
+    point: Tensor | None = None
+    verdict: Verdict | None = None
+
+
+def branch_and_bound(
+    model: nn.Module, record: Record, labels: Tensor, margins: Tensor, search: Search, slopes: Tensor | None = None
+) -> list[Outcome]:
+    """Settle images for which `margins` are not all positive.
+
+    Args:
+        model: computes logits (B, K) of points; in eval mode.
+        record: of B images, its boxes as tight as is known (`tightened`).
+        labels: (B,); margins: (B, K), lower bounds already known.
+        search: how, and for how long.
+        slopes: (B, K, N) to begin with, by image and class; by default CROWN's own.
+
+    Returns:
+        An Outcome for each image. A margin that is positive without a search has no leaves.
+
+    Raises:
+        UnsupportedOperation: a nonlinear operation whose input cannot be split.
+        UsageError: a `max_memory` that does not hold the roots.
+    """
+    return _Run(model, record.detach(), labels, margins.detach(), search, slopes).outcomes()
+
+
+Node = tuple[_Image, _Domain]
+
+
+class _Run:
+    def __init__(
+        self, model: nn.Module, record: Record, labels: Tensor, margins: Tensor, search: Search, slopes: Tensor | None
+    ) -> None:
+        self.model, self.record, self.search = model, record, search
+        self.neurons = Neurons.of(record)
+        self.classes = margins.shape[1]
+        self.counter = itertools.count()
+        _, undecided = self.neurons.thresholds(self.neurons.boxes(record))
+        self.images = [
+            _Image(i, int(labels[i]), margins[i].clone(), undecided[i].nonzero()[:, 0]) for i in range(len(labels))
+        ]
+        unproved = (margins <= 0).scatter(1, labels[:, None], False).nonzero().tolist()
+        if not unproved:
+            return
+        empty = margins.new_zeros(0)
+        roots: list[Node] = [
+            (self.images[i], _Domain(float(margins[i, j]), next(self.counter), j, (), empty, empty))
+            for i, j in unproved
+        ]
+        initial = self._batch(roots).initial_slopes() if slopes is None else slopes[tuple(zip(*unproved, strict=True))]
+        for (image, root), start in zip(roots, initial, strict=True):
+            heapq.heappush(image.waiting, replace(root, slopes=start[image.undecided]))
+        if self._bytes() > search.max_memory:
+            raise UsageError(
+                f"max_memory: the first domains of {len(labels)} images take {self._bytes():,} bytes already"
+            )
+
+    def outcomes(self) -> list[Outcome]:
+        while True:
+            for image in self.images:
+                if image.verdict is None and not image.waiting:
+                    image.verdict = Verdict.PROVED
+            chosen = self._chosen()
+            if not chosen:
+                return [self._outcome(image) for image in self.images]
+            started = time.perf_counter()
+            self._round(chosen)
+            seconds = (time.perf_counter() - started) / len(chosen)
+            for image, _ in chosen:
+                image.seconds += seconds
+            self._stop_some()
+
+    def _chosen(self) -> list[Node]:
+        """The worst domain of each image, in turn, until there are enough."""
+        chosen: list[Node] = []
+        active = [image for image in self.images if image.verdict is None and image.waiting]
+        while active and len(chosen) < self.search.domains:
+            for image in active:
+                if len(chosen) < self.search.domains:
+                    chosen.append((image, heapq.heappop(image.waiting)))
+            active = [image for image in active if image.waiting]
+        return chosen
+
+    def _round(self, chosen: Sequence[Node]) -> None:
+        """Split each domain in two, bound the halves, and keep those that are not proved."""
+        splittable: list[tuple[Node, list[Split]]] = []
+        for node, (point, candidates) in zip(chosen, self._looked_at(chosen), strict=True):
+            image, domain = node
+            self._try_point(image, point)
+            if candidates:
+                splittable.append((node, candidates))
+            elif image.verdict is None:
+                self._settle_exactly(image, domain)
+        splittable = [(node, candidates) for node, candidates in splittable if node[0].verdict is None]
+        if splittable:
+            halves = self._halves(splittable)
+            self._bound(halves)
+
+    def _looked_at(self, nodes: Sequence[Node]) -> Iterator[tuple[Tensor, list[Split]]]:
+        """Of each domain the point where its bound is least, and the best candidates for a split."""
+        batch = self._batch(nodes)
+        behind: dict[int, Tensor] = {}
+
+        def observe(call: Call, a: Coefficients) -> None:
+            behind[call.index] = dense(a)[:, 0]
+
+        with torch.no_grad():
+            bounds = batch.linear_bounds(*self._parameters(nodes), observe)
+            thresholds, undecided = self.neurons.thresholds(batch.box)
+            scores = torch.where(undecided, batch.gaps(behind), -torch.inf)
+            best, chosen = scores.topk(min(self.search.candidates, scores.shape[1]), 1)
+            at = thresholds.gather(1, chosen)
+        points = bounds.minimizers()[:, 0]
+        for row in range(len(nodes)):
+            known = zip(chosen[row].tolist(), at[row].tolist(), best[row].tolist(), strict=True)
+            yield points[row], [Split(neuron, point, True) for neuron, point, score in known if score > -torch.inf]
+
+    def _halves(self, splittable: Sequence[tuple[Node, list[Split]]]) -> list[Node]:
+        """Both sides of the best candidate of each: of which the worse half has the best bound."""
+        tried = [half for node, candidates in splittable for split in candidates for half in self._sides(node, split)]
+        if len(tried) == 2 * len(splittable):
+            return tried
+        with torch.no_grad():
+            lower = self._batch(tried).linear_bounds(*self._parameters(tried)).least()[:, 0]
+        worse = lower.view(-1, 2).amin(1).tolist()
+        halves: list[Node] = []
+        start = 0
+        for _, candidates in splittable:
+            scores = worse[start : start + len(candidates)]
+            best = 2 * (start + scores.index(max(scores)))
+            halves += tried[best : best + 2]
+            start += len(candidates)
+        return halves
+
+    def _sides(self, node: Node, split: Split) -> list[Node]:
+        image, parent = node
+        multipliers = torch.cat([parent.multipliers, parent.multipliers.new_zeros(1)])
+        return [
+            (
+                image,
+                _Domain(
+                    parent.lower, next(self.counter), parent.target, (*parent.splits, side), parent.slopes, multipliers
+                ),
+            )
+            for side in (split, replace(split, above=False))
+        ]
+
+    def _bound(self, nodes: Sequence[Node]) -> None:
+        """Bound domains, then keep those that are proved as leaves and the others for later."""
+        batch = self._batch(nodes)
+        found = batch.optimized(*self._parameters(nodes), self.search.ascent)
+        for row, (image, domain) in enumerate(nodes):
+            image.domains += 1
+            slopes = found.slopes[row, image.undecided]
+            multipliers = found.multipliers[row, : len(domain.splits)].clone()
+            lower = max(domain.lower, float(found.lower[row]))
+            child = replace(domain, lower=lower, slopes=slopes, multipliers=multipliers)
+            if float(found.lower[row]) > 0:
+                self._keep(image, child)
+            else:
+                heapq.heappush(image.waiting, child)
+
+    def _settle_exactly(self, image: _Image, domain: _Domain) -> None:
+        """Where nothing is left to split the network is affine, and the domain a linear program."""
+        image.domains += 1
+        batch = self._batch([(image, domain)])
+        slopes, _ = self._parameters([(image, domain)])
+        found = exact_leaf(batch, slopes)
+        if found.multipliers is not None:
+            lower = float(batch.linear_bounds(slopes, found.multipliers[None]).least())
+            if lower > 0:
+                self._keep(image, replace(domain, lower=lower, multipliers=found.multipliers))
+                return
+        if found.point is not None:
+            self._try_point(image, found.point)
+        image.verdict = image.verdict or Verdict.ALL_SPLIT
+
+    def _try_point(self, image: _Image, point: Tensor) -> None:
+        if image.verdict is None and int(logits_of(self.model, point[None]).argmax(1)) != image.label:
+            image.verdict, image.point = Verdict.ATTACKED, point
+
+    def _keep(self, image: _Image, domain: _Domain) -> None:
+        image.worst[domain.target] = min(domain.lower, image.worst.get(domain.target, torch.inf))
+        if self.search.keep_leaves:
+            slopes = self._spread(image, domain.slopes)
+            image.leaves.append(Leaf(domain.target, domain.splits, slopes, domain.multipliers, domain.lower))
+
+    def _batch(self, nodes: Sequence[Node]) -> DomainBatch:
+        like = self.images[0].lower
+        images = torch.tensor([image.position for image, _ in nodes], device=like.device)
+        functions = torch.zeros(len(nodes), self.classes, dtype=like.dtype, device=like.device)
+        for row, (image, domain) in enumerate(nodes):
+            functions[row, image.label], functions[row, domain.target] = 1, -1
+        most = max(len(domain.splits) for _, domain in nodes)
+        neuron = torch.zeros(len(nodes), most, dtype=torch.int64, device=like.device)
+        sign, threshold = (
+            torch.zeros_like(functions[:, :1]).repeat(1, most),
+            torch.zeros_like(functions[:, :1]).repeat(1, most),
+        )
+        for row, (_, domain) in enumerate(nodes):
+            for i, split in enumerate(domain.splits):
+                neuron[row, i], sign[row, i], threshold[row, i] = (
+                    split.neuron,
+                    -1 if split.above else 1,
+                    split.threshold,
+                )
+        return DomainBatch(self.record, self.neurons, images, functions, Splits(neuron, sign, threshold))
+
+    def _parameters(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
+        """Slopes (D, N) and multipliers (D, S)."""
+        slopes = torch.stack([self._spread(image, domain.slopes) for image, domain in nodes])
+        return slopes, nn.utils.rnn.pad_sequence([domain.multipliers for _, domain in nodes], batch_first=True)
+
+    def _spread(self, image: _Image, slopes: Tensor) -> Tensor:
+        """Of the undecided neurons -> of all; those of the others have no effect."""
+        return slopes.new_zeros(self.neurons.total).scatter(0, image.undecided, slopes)
+
+    def _stop_some(self) -> None:
+        """Give up images whose time is over, and the one that keeps most domains while there are too many."""
+        for image in self.images:
+            if image.verdict is None and image.waiting and image.seconds > self.search.timeout:
+                image.verdict = Verdict.TIMEOUT
+            if image.verdict is not None:
+                image.worst.update(_worst_waiting(image))
+                image.waiting.clear()
+        while self._bytes() > self.search.max_memory:
+            largest = max(self.images, key=lambda image: len(image.waiting))
+            largest.verdict = Verdict.MEMORY
+            largest.worst.update(_worst_waiting(largest))
+            largest.waiting.clear()
+
+    def _bytes(self) -> int:
+        """What waiting domains take, and leaves that are kept."""
+        waiting = sum(len(image.waiting) * len(image.undecided) * image.lower.element_size() for image in self.images)
+        leaves = sum(len(image.leaves) * self.neurons.total * image.lower.element_size() for image in self.images)
+        return waiting + leaves
+
+    def _outcome(self, image: _Image) -> Outcome:
+        assert image.verdict is not None
+        lower = image.lower.clone()
+        for target, worst in image.worst.items():
+            lower[target] = max(float(lower[target]), worst)
+        leaves = tuple(image.leaves) if image.verdict == Verdict.PROVED else ()
+        return Outcome(image.verdict, lower, image.point, image.domains, image.seconds, leaves)
+
+
+def _worst_waiting(image: _Image) -> dict[int, float]:
+    """By class, the bound that its waiting domains leave."""
+    worst = dict(image.worst)
+    for domain in image.waiting:
+        worst[domain.target] = min(domain.lower, worst.get(domain.target, torch.inf))
+    return worst
