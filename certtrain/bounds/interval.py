@@ -220,16 +220,21 @@ class Joint(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """Everything one pass computed: each call in order, and the box of each value by its index (0 is the input)."""
+    """Everything one pass computed: each call in order, and the box of each value by its index (0 is the input).
+
+    slack: of a pass that covers rounding (`rounded`), by call what a coefficient of 1 of each element of its value can
+    lose to rounding, in the deployed network and in a backward pass; None of a pass in real mathematics.
+    """
 
     calls: tuple[Call, ...]
     boxes: Mapping[int, Box]
     output: int
+    slack: Mapping[int, Tensor] | None = None
 
     def detach(self) -> Record:
         """The same boxes and weights, without gradient."""
         calls = [replace(call, args=map_leaves(call.args, Tensor, Tensor.detach)) for call in self.calls]
-        return Record(tuple(calls), {index: box.detach() for index, box in self.boxes.items()}, self.output)
+        return replace(self, calls=tuple(calls), boxes={index: box.detach() for index, box in self.boxes.items()})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import interval, rounding
+from certtrain.bounds import interval, rounded, rounding
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves
@@ -219,14 +219,9 @@ class BoundedModel:
         if method not in METHODS:
             raise unknown("bound method", method, METHODS)
         self._check_question(box, labels)
-        if arithmetic is not None:
-            if method != "ibp":
-                raise UsageError(
-                    f"arithmetic {arithmetic}: only method ibp has bounds that cover rounding, not {method}"
-                )
-            return rounding.margins_of(self.ibp(box, arithmetic=arithmetic), labels, arithmetic)
         if method == "ibp":
-            return no_nan(self.margins_of(self.ibp(box, clean), labels), labels)
+            bounds = self.ibp(box, clean, arithmetic=arithmetic)
+            return no_nan(self._interval_margins(bounds, labels, arithmetic), labels)
         images, rows = self._portions(box, method, max_memory)
         whole = self.model.training or len(labels) <= images
         portions = [slice(None)] if whole else [slice(i, i + images) for i in range(0, len(labels), images)]
@@ -234,8 +229,9 @@ class BoundedModel:
         with torch.set_grad_enabled(torch.is_grad_enabled() and method != "alpha-crown"):
             for part in portions:
                 portion = box.map(partial(_part, part))
-                bounds = self.ibp(portion, None if clean is None else clean[part], record=True)
-                found.append(self._backward_margins(bounds, labels[part], method, intersect, rows, alpha))
+                bounds = self.recorded(portion, None if clean is None else clean[part], arithmetic)
+                cheaper = [self._interval_margins(bounds, labels[part], arithmetic)] if intersect else []
+                found.append(self._backward_margins(bounds, labels[part], method, cheaper, rows, alpha))
         return no_nan(torch.cat(found), labels)
 
     def _check_question(self, box: Box, labels: Tensor) -> None:
@@ -259,13 +255,25 @@ class BoundedModel:
             return crown_margins(bounds, labels)
         raise unknown("bound method of a single pass", method, ("ibp", "crown-ibp"))
 
+    def recorded(self, box: Box, clean: Tensor | None = None, arithmetic: str | None = None) -> Bounds:
+        """`ibp` with everything recorded that a backward pass needs, also one that covers rounding."""
+        if arithmetic is None:
+            return self.ibp(box, clean, record=True)
+        return rounded.propagate_recorded(self.graph, box, arithmetic)
+
+    def _interval_margins(self, bounds: Bounds, labels: Tensor, arithmetic: str | None) -> Tensor:
+        return (
+            self.margins_of(bounds, labels) if arithmetic is None else rounding.margins_of(bounds, labels, arithmetic)
+        )
+
     def _backward_margins(
-        self, bounds: Bounds, labels: Tensor, method: str, intersect: bool, rows: int, alpha: AlphaOptions
+        self, bounds: Bounds, labels: Tensor, method: str, cheaper: list[Tensor], rows: int, alpha: AlphaOptions
     ) -> Tensor:
-        cheaper = [self.margins_of(bounds, labels)] if intersect else []
+        """The best of `cheaper` margins, if there are any, and those of the methods up to this one; else this one's."""
+        intersect = bool(cheaper)
         if method != "crown-ibp":
             if intersect:
-                cheaper.append(crown_margins(bounds, labels))
+                cheaper = [*cheaper, crown_margins(bounds, labels)]
             bounds = replace(bounds, record=tightened(bounds.recorded, rows, intersect))
         best = alpha_margins(bounds, labels, alpha) if method == "alpha-crown" else crown_margins(bounds, labels)
         return reduce(torch.fmax, cheaper, best)

@@ -99,11 +99,11 @@ def arithmetic_named(name: str) -> Arithmetic:
 # --- error factors, as exact rationals rounded up ---------------------------------------------------------------------
 
 
-def _rounded_up(value: Fraction) -> float:
+def rounded_up(value: Fraction) -> float:
     return math.nextafter(float(value), math.inf)
 
 
-def _compound(unit: Fraction, count: int) -> Fraction | None:
+def compound(unit: Fraction, count: int) -> Fraction | None:
     """1 / (1 - k·u) ≥ (1 ± u)^±k, or None where k·u ≥ 1 and nothing is known."""
     total = count * unit
     return 1 / (1 - total) if total < 1 else None
@@ -115,28 +115,28 @@ def sum_error(arithmetic: Arithmetic, terms: int, foldings: int = 1) -> float:
 
     `foldings`: BatchNorms that may be folded into the weights, one after the other.
     """
-    deployed = _compound(arithmetic.unit, terms + 1 + max(1, foldings) * COEFFICIENT_ROUNDINGS)
-    bound = _compound(BOUND_ARITHMETIC.unit, terms + 1 + SPARE_ROUNDINGS)
+    deployed = compound(arithmetic.unit, terms + 1 + max(1, foldings) * COEFFICIENT_ROUNDINGS)
+    bound = compound(BOUND_ARITHMETIC.unit, terms + 1 + SPARE_ROUNDINGS)
     if deployed is None or bound is None:
         return math.inf
-    return _rounded_up((1 + arithmetic.operands) * (1 + arithmetic.stored) ** 2 * deployed - 1 + bound - 1)
+    return rounded_up((1 + arithmetic.operands) * (1 + arithmetic.stored) ** 2 * deployed - 1 + bound - 1)
 
 
 @lru_cache(maxsize=1024)
 def elementwise_error(arithmetic: Arithmetic, roundings: int) -> float:
     """Eq. 6: the same for a few operations on single elements, relative to the sum of the magnitudes they combine."""
-    deployed = _compound(arithmetic.unit, roundings)
-    bound = _compound(BOUND_ARITHMETIC.unit, roundings + SPARE_ROUNDINGS)
+    deployed = compound(arithmetic.unit, roundings)
+    bound = compound(BOUND_ARITHMETIC.unit, roundings + SPARE_ROUNDINGS)
     if deployed is None or bound is None:
         return math.inf
-    return _rounded_up((1 + arithmetic.stored) ** 2 * deployed - 1 + bound - 1)
+    return rounded_up((1 + arithmetic.stored) ** 2 * deployed - 1 + bound - 1)
 
 
 @lru_cache(maxsize=1024)
-def _inflation(terms: int) -> float:
+def inflation(terms: int) -> float:
     """Eq. 5: what a float64 sum of so many non-negative terms is multiplied by to be no less than the exact one."""
-    bound = _compound(BOUND_ARITHMETIC.unit, terms + SPARE_ROUNDINGS)
-    return math.inf if bound is None else _rounded_up(bound)
+    bound = compound(BOUND_ARITHMETIC.unit, terms + SPARE_ROUNDINGS)
+    return math.inf if bound is None else rounded_up(bound)
 
 
 # --- boxes whose conversions round outward ----------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def _widened(
     `losses` adds underflows that cost more.
     """
     underflow = 8 * (terms + COEFFICIENT_ROUNDINGS) * LARGEST_FACTOR * arithmetic.tiny
-    radius = (box.radius + error * magnitude + underflow + losses) * _inflation(1)
+    radius = (box.radius + error * magnitude + underflow + losses) * inflation(1)
     fits = 2 * terms * (magnitude + radius) <= arithmetic.largest
     return OutwardBox.around(box.center, torch.where(fits, radius, torch.inf))
 
@@ -260,7 +260,7 @@ def _weighted(function: Callable[..., Tensor]) -> Rule:
         underflow, fits = _sum_range(a, terms, weight, bias, magnitude)
         center = function(x.center, weight, bias, *settings)
         slack = error * bias.abs() + underflow
-        radius = function(x.radius + error * magnitude, weight.abs(), slack, *settings) * _inflation(terms)
+        radius = function(x.radius + error * magnitude, weight.abs(), slack, *settings) * inflation(terms)
         return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
 
     return rule
@@ -281,7 +281,7 @@ def _product(function: Callable[..., Tensor]) -> Rule:
         error = sum_error(a, terms)
         underflow, fits = _sum_range(a, terms, matrix, matrix.new_zeros(1), magnitude)
         center = with_matrix(box.center, matrix)
-        radius = (with_matrix(box.radius + error * magnitude, sizes) + underflow) * _inflation(terms)
+        radius = (with_matrix(box.radius + error * magnitude, sizes) + underflow) * inflation(terms)
         return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
 
     return rule
@@ -484,8 +484,8 @@ def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> R
     def rule(a: Arithmetic, x: OutwardBox, *settings: Any) -> OutwardBox:
         terms = window(x.like, *settings)
         center, radius = function(x.center, *settings), function(x.radius, *settings)
-        magnitude = function(x.magnitude, *settings) * _inflation(terms)
-        moved = OutwardBox.around(center, radius * _inflation(terms))
+        magnitude = function(x.magnitude, *settings) * inflation(terms)
+        moved = OutwardBox.around(center, radius * inflation(terms))
         moved = _widened(moved, sum_error(a, terms + 2), magnitude, a, terms)
         fits = 2 * terms * x.magnitude.flatten(1).amax(1) <= a.largest
         return OutwardBox.around(moved.center, torch.where(_per_image(fits, center), moved.radius, torch.inf))
@@ -595,7 +595,7 @@ RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's re
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
 
-class _SoundPass:
+class SoundPass:
     """Walks a box through the network in a deployed arithmetic (a `graph.Transform`)."""
 
     settled: ClassVar = {
@@ -603,9 +603,10 @@ class _SoundPass:
     }
 
     def __init__(self, arithmetic: Arithmetic, graph: Graph[OutwardBox]) -> None:
-        self._arithmetic, self._output = arithmetic, graph.output
+        self.arithmetic, self._output = arithmetic, graph.output
         self._foldings = foldings_of(graph)
         self._sums: dict[int, Sum | None] = {}  # behind a value, where a linear map made it
+        self.entering: OutwardBox | None = None
         self.relu_inputs: list[OutwardBox] = []
         self.affine_input: OutwardBox | None = None
         self.classifier: tuple[Call, OutwardBox] | None = None  # with what enters it
@@ -614,32 +615,38 @@ class _SoundPass:
         if call.function not in RULES:
             raise UnsupportedOperation(f"{call.where} has no sound rule: its rounding errors are not known")
         args = map_leaves(args, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-        rule = RULES[call.function]
         if OPERATIONS[call.function].rectifies:
             self.relu_inputs.append(args[0])
         if call.function in WEIGHTED:
-            return self._weighted(call, rule, args)
-        if call.function is F.batch_norm:
-            box, self._sums[call.index] = rule(self._arithmetic, *args, behind=self._sums.get(call.args[0].index))
-            return box
-        if call.function in EXACT:
+            self._follow_sums(call, args)
+        elif call.function in EXACT:
             self._sums[call.index] = self._sums.get(call.args[0].index)
-        return rule(self._arithmetic, *args)
+        result = self.result(call, args)
+        if call.function is F.batch_norm:
+            result, self._sums[call.index] = result
+        return result
 
-    def _weighted(self, call: Call, rule: Rule, args: tuple[Any, ...]) -> OutwardBox:
+    def result(self, call: Call, args: tuple[Any, ...]) -> Any:
+        """What the rule of an operation says, for BatchNorm with the sums behind it."""
+        keywords: dict[str, Any] = {}
+        if call.function in WEIGHTED:
+            keywords["foldings"] = self._foldings.get(call.index, 1)
+        elif call.function is F.batch_norm:
+            keywords["behind"] = self._sums.get(call.args[0].index)
+        return RULES[call.function](self.arithmetic, *args, **keywords)
+
+    def _follow_sums(self, call: Call, args: tuple[Any, ...]) -> None:
         x, weight, bias = args[:3]
         self.affine_input = self.affine_input or x
         if call.function is F.linear and call.index == self._output and x.like.dim() == 2:
             self.classifier = replace(call, args=args), x
-        foldings, none = self._foldings.get(call.index, 1), weight.new_zeros(())
         self._sums[call.index] = Sum(
             terms_of(call.function, weight),
-            foldings,
+            self._foldings.get(call.index, 1),
             x.magnitude.flatten(1).amax(1),
             weight.abs().sum(),
-            none if bias is None else bias.abs().amax(),
+            weight.new_zeros(()) if bias is None else bias.abs().amax(),
         )
-        return rule(self._arithmetic, *args, foldings=foldings)
 
     def clean(self, value: OutwardBox) -> None:
         return None
@@ -664,7 +671,7 @@ def foldings_of(graph: Graph[Any]) -> dict[int, int]:
 
 
 @contextmanager
-def _plain_convolutions() -> Iterator[None]:
+def plain_convolutions() -> Iterator[None]:
     """Without cuDNN, whose convolutions need not be sums of products (Winograd, FFT)."""
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
@@ -675,6 +682,22 @@ def _plain_convolutions() -> Iterator[None]:
 
 
 @torch.no_grad()
+def propagate_by(walk: SoundPass, graph: Graph[OutwardBox], box: Box) -> Bounds:
+    """See `propagate`, which it is with a walk that may look at more."""
+    _require_stored_constants(graph)
+    if graph.head is not None:
+        raise UnsupportedOperation(
+            "a softmax as the last operation, which may round two classes to a tie, has no sound rule"
+        )
+    a, entering = walk.arithmetic, outward(box)
+    entering = _widened(entering, rounded_up(a.stored), entering.magnitude, a) if a.stored else entering
+    walk.entering = entering
+    with plain_convolutions():
+        output = graph.run(entering, walk)
+    tail, tail_input = ((walk.classifier[0],), walk.classifier[1]) if walk.classifier else ((), output)
+    return Bounds(None, output, tuple(walk.relu_inputs), walk.affine_input or entering, tail, tail_input)
+
+
 def propagate(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> Bounds:
     """Bounds that no value computed in `arithmetic` leaves, for any input in `box`; see the head of this file.
 
@@ -691,19 +714,7 @@ def propagate(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> Bounds:
         UsageError: unknown arithmetic, or a network in training mode.
         UnsupportedOperation: an operation without a rule, or a parameter that is computed from others.
     """
-    a = arithmetic_named(arithmetic)
-    _require_stored_constants(graph)
-    if graph.head is not None:
-        raise UnsupportedOperation(
-            "a softmax as the last operation, which may round two classes to a tie, has no sound rule"
-        )
-    entering = outward(box)
-    entering = _widened(entering, _rounded_up(a.stored), entering.magnitude, a) if a.stored else entering
-    walk = _SoundPass(a, graph)
-    with _plain_convolutions():
-        output = graph.run(entering, walk)
-    tail, tail_input = ((walk.classifier[0],), walk.classifier[1]) if walk.classifier else ((), output)
-    return Bounds(None, output, tuple(walk.relu_inputs), walk.affine_input or entering, tail, tail_input)
+    return propagate_by(SoundPass(arithmetic_named(arithmetic), graph), graph, box)
 
 
 @torch.no_grad()
@@ -730,7 +741,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         reach = torch.einsum("bki,bi->bk", difference.abs(), x.radius)
         sizes = F.linear(magnitude, weight.abs(), bias.abs())
         error = sum_error(a, terms) * (sizes.gather(1, own) + sizes) + 2 * underflow
-        lower = down(center - (reach + error) * _inflation(terms))
+        lower = down(center - (reach + error) * inflation(terms))
         lower = torch.where(fits[:, None], lower, -torch.inf)
     return no_nan(lower, labels)
 

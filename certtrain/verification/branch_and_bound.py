@@ -11,13 +11,14 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 
+from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call
 from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
@@ -124,16 +125,17 @@ class _Image:
 
 
 def branch_and_bound(
-    model: nn.Module, record: Record, labels: Tensor, margins: Tensor, search: Search, slopes: Tensor | None = None
+    model: nn.Module, record: Record, labels: Tensor, margins: Tensor, search: Search, points: Box | None = None
 ) -> list[Outcome]:
     """Settle images for which `margins` are not all positive.
 
     Args:
         model: computes logits (B, K) of points; in eval mode.
-        record: of B images, its boxes as tight as is known (`tightened`).
+        record: of B images, its boxes as tight as is known (`tightened`). Where it has slack, proofs are of what the
+            network computes.
         labels: (B,); margins: (B, K), lower bounds already known.
         search: how, and for how long.
-        slopes: (B, K, N) to begin with, by image and class; by default CROWN's own.
+        points: (B, ...) in the model's type, among which attacked ones are looked for; by default the record's box.
 
     Returns:
         An Outcome for each image. A margin that is positive without a search has no leaves.
@@ -142,7 +144,8 @@ def branch_and_bound(
         UnsupportedOperation: a nonlinear operation whose input cannot be split.
         UsageError: a `max_memory` that does not hold the roots.
     """
-    return _Run(model, record.detach(), labels, margins.detach(), search, slopes).outcomes()
+    points = record.boxes[0] if points is None else points
+    return _Run(model, record.detach(), labels, margins.detach(), search, points).outcomes()
 
 
 Node = tuple[_Image, _Domain]
@@ -150,9 +153,9 @@ Node = tuple[_Image, _Domain]
 
 class _Run:
     def __init__(
-        self, model: nn.Module, record: Record, labels: Tensor, margins: Tensor, search: Search, slopes: Tensor | None
+        self, model: nn.Module, record: Record, labels: Tensor, margins: Tensor, search: Search, points: Box
     ) -> None:
-        self.model, self.record, self.search = model, record, search
+        self.model, self.record, self.search, self.points = model, record, search, points
         self.neurons = Neurons.of(record)
         self.classes = margins.shape[1]
         self.counter = itertools.count()
@@ -160,23 +163,29 @@ class _Run:
         self.images = [
             _Image(i, int(labels[i]), margins[i].clone(), undecided[i].nonzero()[:, 0]) for i in range(len(labels))
         ]
+        self.roots: list[Node] = []
         unproved = (margins <= 0).scatter(1, labels[:, None], False).nonzero().tolist()
         if not unproved:
             return
         empty = margins.new_zeros(0)
-        roots: list[Node] = [
-            (self.images[i], _Domain(float(margins[i, j]), next(self.counter), j, (), empty, empty))
-            for i, j in unproved
-        ]
-        initial = self._batch(roots).initial_slopes() if slopes is None else slopes[tuple(zip(*unproved, strict=True))]
-        for (image, root), start in zip(roots, initial, strict=True):
-            heapq.heappush(image.waiting, replace(root, slopes=start[image.undecided]))
+        for i, j in unproved:
+            root = _Domain(float(margins[i, j]), next(self.counter), j, (), empty, empty)
+            self.roots.append((self.images[i], root))
+        slopes = self._batch(self.roots).initial_slopes()
+        for (image, root), start in zip(self.roots, slopes, strict=True):
+            root.slopes = start[image.undecided]
+            image.waiting.append(root)
         if self._bytes() > search.max_memory:
             raise UsageError(
                 f"max_memory: the first domains of {len(labels)} images take {self._bytes():,} bytes already"
             )
+        for image in self.images:
+            image.waiting.clear()
 
     def outcomes(self) -> list[Outcome]:
+        size = self.search.domains
+        for start in range(0, len(self.roots), size):
+            self._timed(self._bound, self.roots[start : start + size])
         while True:
             for image in self.images:
                 if image.verdict is None and not image.waiting:
@@ -184,12 +193,16 @@ class _Run:
             chosen = self._chosen()
             if not chosen:
                 return [self._outcome(image) for image in self.images]
-            started = time.perf_counter()
-            self._round(chosen)
-            seconds = (time.perf_counter() - started) / len(chosen)
-            for image, _ in chosen:
-                image.seconds += seconds
+            self._timed(self._round, chosen)
             self._stop_some()
+
+    def _timed(self, step: Callable[[Sequence[Node]], None], nodes: Sequence[Node]) -> None:
+        """The time of a step is shared by the images of its domains."""
+        started = time.perf_counter()
+        step(nodes)
+        seconds = (time.perf_counter() - started) / len(nodes)
+        for image, _ in nodes:
+            image.seconds += seconds
 
     def _chosen(self) -> list[Node]:
         """The worst domain of each image, in turn, until there are enough."""
@@ -297,7 +310,11 @@ class _Run:
         image.verdict = image.verdict or Verdict.ALL_SPLIT
 
     def _try_point(self, image: _Image, point: Tensor) -> None:
-        if image.verdict is None and int(logits_of(self.model, point[None]).argmax(1)) != image.label:
+        if image.verdict is not None:
+            return
+        lower, upper = self.points.lower[image.position], self.points.upper[image.position]
+        point = point.to(lower.dtype).clamp(lower, upper)
+        if int(logits_of(self.model, point[None]).argmax(1)) != image.label:
             image.verdict, image.point = Verdict.ATTACKED, point
 
     def _keep(self, image: _Image, domain: _Domain) -> None:

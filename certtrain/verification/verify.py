@@ -135,8 +135,8 @@ def verify(
         limit: only the first so many images.
         backend: of `bounded_model`.
         arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
-            `bounds.rounding`, in any order of its sums, for every representation of the pixels (`pixel_box`); for
-            method ibp. None: the network as real mathematics.
+            `bounds.rounding`, in any order of its sums, for every representation of the pixels (`pixel_box`). None: the
+            network as real mathematics.
         ranks: the processes that share the images.
 
     Returns:
@@ -159,7 +159,7 @@ def verify(
     data = everything.take(slice(share.start, share.stop)).to(device)
     methods = (method,) if isinstance(method, str) else tuple(method)
     if arithmetic is not None:
-        _require_sound(methods, backend, arithmetic)
+        _require_sound(backend, arithmetic)
     question = _Question(methods, arithmetic, attack, batch_size, seed, share.start)
     with evaluating(model), full_precision():
         check_fit(model, everything)  # of all, so that every process finds the same
@@ -235,13 +235,10 @@ def predictions(model: nn.Module, images: Tensor) -> Tensor:
     return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
 
 
-def _require_sound(methods: Sequence[str], backend: str, arithmetic: str) -> None:
+def _require_sound(backend: str, arithmetic: str) -> None:
     arithmetic_named(arithmetic)
-    if methods != ("ibp",) or backend != "native":
-        raise UsageError(
-            f"bounds that cover the rounding of {arithmetic} are those of method ibp and backend native, "
-            f"not of method {','.join(methods)} and backend {backend}"
-        )
+    if backend != "native":
+        raise UsageError(f"bounds that cover the rounding of {arithmetic} are those of backend native, not {backend}")
 
 
 @dataclass(frozen=True)

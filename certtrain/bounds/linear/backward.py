@@ -30,7 +30,13 @@ from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import patches
 from certtrain.bounds.linear.patches import Coefficients, Contributions, Patches, added, constant_map, dense, scaling_of
-from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, relu, unstable_relus
+from certtrain.bounds.linear.relaxations import (
+    RELAXATIONS,
+    LinearRelaxation,
+    above_in_exact_arithmetic,
+    relu,
+    unstable_relus,
+)
 from certtrain.bounds.operations import add, cast, differentiable, identity, reshape, sub
 from certtrain.errors import UnsupportedOperation
 
@@ -252,20 +258,25 @@ RULES: dict[Callable, Rule] = {
 class LinearBounds:
     """Lower bounds of R functions for each of B images that are linear in the input.
 
-    coefficients: (B, R, ...) of the input, None for zero; constant: (B, R); box: of the input.
+    coefficients: (B, R, ...) of the input, None for zero; constant: (B, R); box: of the input; rounded: do the bounds
+    cover rounding, and so must their minimum?
     """
 
     coefficients: Coefficients | None
     constant: Tensor
     box: Box
+    rounded: bool = False
 
     def least(self) -> Tensor:
         """(B, R): over the whole box."""
         if self.coefficients is None:
             return self.constant
+        center, radius = self.box.center, self.box.radius
+        if self.rounded:  # of two sums of n terms: no more than n + 1 roundings in each, and four before and after
+            radius = radius + 2.0**-52 * (center[0].numel() + 8) * (center.abs() + radius)
         if isinstance(self.coefficients, Patches):
-            return self.constant + patches.least(self.coefficients, self.box)
-        return self.constant + _dot(self.coefficients, self.box.center) - _dot(self.coefficients.abs(), self.box.radius)
+            return self.constant + patches.least(self.coefficients, center, radius)
+        return self.constant + _dot(self.coefficients, center) - _dot(self.coefficients.abs(), radius)
 
     def minimizers(self) -> Tensor:
         """(B, R, ...): corners of the box where the bounds are least."""
@@ -296,6 +307,9 @@ def linear_bounds(
         slopes: replaces the slope of the line below, call by call, where a ReLU is unstable.
         lines: relaxations known from earlier passes over the same boxes; it is added to.
         observe: sees the coefficients of the value of every call with a relaxation.
+
+    Where the record has slack the bounds are those of every value that the network can compute, less what this pass may
+    have lost itself. (docs/soundness.md)
     """
     pending = dict(functions)
     lines = {} if lines is None else lines
@@ -306,28 +320,47 @@ def linear_bounds(
             continue
         if observe is not None and call.function in RELAXATIONS:
             observe(call, coefficients)
-        contributions, constant = _pulled(call, coefficients, record.boxes, (slopes or {}).get(call.index), lines)
+        if call.function in RELAXATIONS and call.index not in lines:
+            lines[call.index] = _relaxation(call, record)
+        line, slope = lines.get(call.index), (slopes or {}).get(call.index)
+        contributions, constant = _pulled(call, coefficients, record.boxes, line, slope)
         total = total + constant
+        if record.slack is not None:
+            total = total - _magnitude(coefficients, record.slack[call.index])
         for ref, part in contributions:
             pending[ref.index] = added(pending[ref.index], part) if ref.index in pending else part
     coefficients = pending.get(0)
     if not isinstance(total, Tensor):  # functions of the input itself
         total = dense(next(iter(functions.values()))).flatten(2).sum(2) * 0
-    return LinearBounds(coefficients, total, record.boxes[0])
+    return LinearBounds(coefficients, total, record.boxes[0], record.slack is not None)
+
+
+def _relaxation(call: Call, record: Record) -> LinearRelaxation:
+    (ref,) = leaves(call.args, Ref)
+    box, settings = record.boxes[ref.index], call.args[1:]
+    lines = RELAXATIONS[call.function](box, *settings)
+    return lines if record.slack is None else above_in_exact_arithmetic(lines, box, call.function, *settings)
+
+
+def _magnitude(a: Coefficients, sizes: Tensor) -> Tensor:
+    """(B, R): Σ |a|·sizes, which are (B, ...)."""
+    if isinstance(a, Patches):
+        return patches.dot(a.with_values(a.values.abs()), sizes)
+    return _dot(a.abs(), sizes)
 
 
 def _pulled(
-    call: Call, a: Coefficients, boxes: Mapping[int, Box], slope: Tensor | None, lines: Lines
+    call: Call, a: Coefficients, boxes: Mapping[int, Box], line: LinearRelaxation | None, slope: Tensor | None
 ) -> tuple[Contributions, Tensor]:
     """What `a`, of the call's value, is of the values before it, and the constants (B, R)."""
-    if call.function in RELAXATIONS:
-        return _elementwise(call, a, boxes, slope, lines)
+    if line is not None:
+        return _elementwise(call, a, boxes, line, slope)
     if not call.affine and call.function in SCALINGS:  # the product of two values
         raise UnsupportedOperation(f"{call.where} has no linear relaxation; methods that support it: ibp")
     if isinstance(a, Patches):
         rule = patches.RULES.get(call.function)
         found = None if rule is None else rule(call, a, boxes)
-        return _pulled(call, a.dense(), boxes, slope, lines) if found is None else found
+        return _pulled(call, a.dense(), boxes, line, slope) if found is None else found
     if call.function in RULES:
         return RULES[call.function](call, a, boxes)
     if call.affine:
@@ -336,13 +369,9 @@ def _pulled(
 
 
 def _elementwise(
-    call: Call, a: Coefficients, boxes: Mapping[int, Box], slope: Tensor | None, lines: Lines
+    call: Call, a: Coefficients, boxes: Mapping[int, Box], line: LinearRelaxation, slope: Tensor | None
 ) -> tuple[Contributions, Tensor]:
     (ref,) = leaves(call.args, Ref)
-    assert isinstance(ref, Ref)
-    if call.index not in lines:
-        lines[call.index] = RELAXATIONS[call.function](boxes[ref.index], *call.args[1:])
-    line = lines[call.index]
     if isinstance(a, Patches) and slope is None:
         pulled, constant = patches.elementwise(line, a)
         return [(ref, pulled)], constant

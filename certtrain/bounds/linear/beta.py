@@ -165,7 +165,8 @@ class DomainBatch:
     def __init__(self, record: Record, neurons: Neurons, image: Tensor, functions: Tensor, splits: Splits) -> None:
         self.neurons, self.functions, self.splits = neurons, functions, splits
         boxes = {index: box.map(partial(_take, image)) for index, box in record.boxes.items()}
-        self.record = replace(record, boxes=boxes)
+        slack = None if record.slack is None else {index: part[image] for index, part in record.slack.items()}
+        self.record = replace(record, boxes=boxes, slack=slack)
         self.box = splits.restricted(neurons.boxes(self.record))
         lower, upper = neurons.parts(self.box.lower), neurons.parts(self.box.upper)
         boxes.update({index: Box(lower[index], upper[index]) for index in neurons.values})

@@ -49,7 +49,10 @@ def tightened(record: Record, rows_at_once: int, intersect: bool = True) -> Reco
                     before = replace(record, calls=record.calls[:position], boxes=boxes)
                     boxes[ref.index] = _tightened_box(before, ref.index, call, rows_at_once, intersect, lines)
                     done.add(ref.index)
-        boxes[call.index] = RULES[call.function](*map_leaves(call.args, Ref, lambda ref: boxes[ref.index]))
+        if record.slack is None:
+            boxes[call.index] = RULES[call.function](*map_leaves(call.args, Ref, lambda ref: boxes[ref.index]))
+        else:  # these rules do not cover rounding
+            boxes[call.index] = record.boxes[call.index]
         if call.function in RELAXATIONS:
             done.add(call.index)  # the image of a tight box: a backward pass through the lines cannot be tighter
     return replace(record, boxes=boxes)
@@ -66,7 +69,7 @@ def _tightened_box(record: Record, index: int, call: Call, rows_at_once: int, in
         low, negative_high = _both_ends(record, index, neurons, lines).chunk(2, 1)
         high = -negative_high
         if intersect:
-            low, high = torch.maximum(low, lower.gather(1, neurons)), torch.minimum(high, upper.gather(1, neurons))
+            low, high = torch.fmax(low, lower.gather(1, neurons)), torch.fmin(high, upper.gather(1, neurons))
         lower, upper = lower.scatter(1, neurons, low), upper.scatter(1, neurons, high)
     return Box(lower.view(box.shape), upper.view(box.shape))
 
@@ -81,8 +84,10 @@ def _both_ends(record: Record, index: int, neurons: Tensor, lines: Lines) -> Ten
     if producer is not None and producer.function is F.linear and value.dim() == 2:
         x, weight, bias = producer.args  # its rows, instead of a product with rows of the identity
         rows = weight[neurons]
-        constant = 0.0 if bias is None else torch.cat([bias[neurons], -bias[neurons]], 1)
-        return constant + lower_bounds(record, x.index, torch.cat([rows, -rows], 1), lines=lines)
+        constant = torch.zeros_like(rows[:, :, 0]) if bias is None else bias[neurons]
+        lost = 0.0 if record.slack is None else record.slack[index].gather(1, neurons).repeat(1, 2)
+        found = lower_bounds(record, x.index, torch.cat([rows, -rows], 1), lines=lines)
+        return torch.cat([constant, -constant], 1) - lost + found
     units = F.one_hot(neurons, value[0].numel()).to(value).unflatten(2, value.shape[1:])
     return lower_bounds(record, index, torch.cat([units, -units], 1), lines=lines)
 

@@ -157,10 +157,15 @@ def elementwise(lines: LinearRelaxation, a: Patches) -> tuple[Patches, Tensor]:
     return a.with_values(pulled), constant
 
 
-def least(a: Patches, box: Box) -> Tensor:
+def least(a: Patches, center: Tensor, radius: Tensor) -> Tensor:
     """(B, R): the least values over a box of maps."""
-    center, radius = a.at(_channels_last(box.center, box.radius)).chunk(2, -1)
-    return (a.values * center).flatten(2).sum(2) - (a.values.abs() * radius).flatten(2).sum(2)
+    at_center, reach = a.at(_channels_last(center, radius)).chunk(2, -1)
+    return (a.values * at_center).flatten(2).sum(2) - (a.values.abs() * reach).flatten(2).sum(2)
+
+
+def dot(a: Patches, maps: Tensor) -> Tensor:
+    """(B, R): a·maps, which are (B, C, H, W)."""
+    return (a.values * a.at(_channels_last(maps))).flatten(2).sum(2)
 
 
 def _channels_last(*maps: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""Backward passes that cover rounding: what a network computes in floating point is what it should, and an error.
+
+A computed value is v = f(x) + e, x the computed values before it and |e| <= E: a linear function a·v of it loses no
+more than |a|·E beside what real mathematics says. E is what the rules of `rounding` add to a box for rounding. The
+backward pass itself is computed in float64, and loses what its roundings make of the magnitudes they meet. Both are the
+record's `slack`. (docs/soundness.md, eq. 11 and 12.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from certtrain.bounds.batch_norm import scale_shift
+from certtrain.bounds.box import Box
+from certtrain.bounds.graph import Call, Graph, map_leaves
+from certtrain.bounds.interval import Bounds, Record
+from certtrain.bounds.operations import OPERATIONS, WEIGHTED, add, cast, einsum, sub
+from certtrain.bounds.rounding import (
+    BOUND_ARITHMETIC,
+    EXACT,
+    SPARE_ROUNDINGS,
+    Arithmetic,
+    OutwardBox,
+    SoundPass,
+    arithmetic_named,
+    compound,
+    propagate_by,
+    rounded_up,
+)
+from certtrain.errors import UnsupportedOperation
+
+LINEAR = {
+    *WEIGHTED,
+    *EXACT,
+    *(function for function, operation in OPERATIONS.items() if operation.averaging),
+    *(F.batch_norm, F.relu, F.leaky_relu),
+    *(add, sub, cast, einsum, torch.matmul, torch.mul, torch.div, torch.neg),
+}
+"""What linear bounds that cover rounding go back through."""
+
+
+class _Middle(OutwardBox):
+    """The centre of a box, with the magnitude of all of it: what a rule makes of its radius is rounding alone."""
+
+    __slots__ = ("_magnitude",)
+    _magnitude: Tensor
+
+    @classmethod
+    def of(cls, box: OutwardBox) -> _Middle:
+        middle = cls.around(box.center, torch.zeros_like(box.center))
+        middle._magnitude = box.magnitude
+        return middle
+
+    @property
+    def magnitude(self) -> Tensor:
+        return self._magnitude
+
+
+class _RecordingPass(SoundPass):
+    """A walk that keeps every call, box, and error E."""
+
+    def __init__(self, arithmetic: Arithmetic, graph: Graph[OutwardBox]) -> None:
+        super().__init__(arithmetic, graph)
+        self.calls: list[Call] = []
+        self.boxes: dict[int, OutwardBox] = {}
+        self.errors: dict[int, Tensor] = {}
+
+    def apply(self, call: Call, args: tuple[Any, ...]) -> OutwardBox:
+        box = super().apply(call, args)
+        if call.function not in LINEAR:
+            raise UnsupportedOperation(
+                f"{call.where} has no linear relaxation that covers rounding; methods that support it: ibp"
+            )
+        double = map_leaves(call.args, Tensor, lambda part: part.double() if part.is_floating_point() else part)
+        args = map_leaves(args, Tensor, lambda part: part.double() if part.is_floating_point() else part)
+        found = self.result(call, map_leaves(args, OutwardBox, _Middle.of))
+        self.errors[call.index] = (found[0] if call.function is F.batch_norm else found).radius
+        self.boxes[call.index] = box
+        known = replace(call, args=double)
+        self.calls.append(_as_scaling(known, box) if call.function is F.batch_norm else known)
+        return box
+
+
+def _as_scaling(call: Call, box: OutwardBox) -> Call:
+    x, mean, variance, weight, bias, _, _, eps = call.args
+    scale = torch.rsqrt(variance + eps) * (1.0 if weight is None else weight)
+    shift = (0.0 if bias is None else bias) - mean * scale
+    channelwise = (1, -1) + (1,) * (box.like.dim() - 2)
+    return Call(call.index, scale_shift, (x, scale.view(channelwise), shift.view(channelwise)), call.where, affine=True)
+
+
+@torch.no_grad()
+def propagate_recorded(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> Bounds:
+    """`rounding.propagate`, with a record whose backward passes cover rounding as well.
+
+    Raises:
+        UnsupportedOperation: as `rounding.propagate`; or an operation that no linear bounds go back through soundly.
+    """
+    a = arithmetic_named(arithmetic)
+    walk = _RecordingPass(a, graph)
+    bounds = propagate_by(walk, graph, box)
+    assert walk.entering is not None
+    record = Record(tuple(walk.calls), {0: walk.entering, **walk.boxes}, graph.output)
+    return replace(bounds, record=replace(record, slack=_slack(record, walk.errors, a)))
+
+
+def _slack(record: Record, errors: dict[int, Tensor], a: Arithmetic) -> dict[int, Tensor]:
+    """Eq. 12: E, and what float64 loses in going back.
+
+    No sum of a backward pass has more than `terms` terms. One through W·x + b is off by γ·|a|·(|W| m + |b|), γ of so
+    many roundings and m the magnitude of x; and E, at least `unit` times the same magnitude, holds that γ/unit times.
+    """
+    terms = sum(box.shape[1:].numel() for box in record.boxes.values()) + len(record.calls) + SPARE_ROUNDINGS
+    growth = compound(BOUND_ARITHMETIC.unit, 2 * terms)
+    gamma = Fraction(1) if growth is None else growth - 1
+    slack = {}
+    for call in record.calls:
+        box = record.boxes[call.index]
+        magnitude = torch.maximum(box.lower.abs(), box.upper.abs())
+        if not call.affine:  # a relaxation's slopes are at most 1, its offset no more than what enters
+            (entering,) = (record.boxes[ref.index] for ref in call.args[:1])
+            magnitude = magnitude + 3 * torch.maximum(entering.lower.abs(), entering.upper.abs())
+        factors = rounded_up((1 + gamma) * (1 + gamma / a.unit)), rounded_up(2 * gamma)
+        slack[call.index] = factors[0] * errors[call.index].expand(box.shape) + factors[1] * magnitude
+    return slack
