@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.errors import UsageError
 from certtrain.verification.attacks import logits_of
 from certtrain.verification.leaf import exact_leaf
+from certtrain.verification.trees import Trees
 
 
 class Verdict(StrEnum):
@@ -70,7 +72,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A domain that is proved: z_y - z_j > 0 on it, by these slopes (N,) and multipliers, one for each split."""
+    """A domain that is proved: z_y - z_j > 0 on it.
+
+    slopes: (U,), of the image's undecided neurons; multipliers: one for each split.
+    """
 
     target: int
     splits: tuple[Split, ...]
@@ -84,7 +89,7 @@ class Outcome:
     """What the search found of one image.
 
     lower: (K,) lower bounds of z_y - z_j, 0 at j = y; point: misclassified, where attacked; domains: how many were
-    bounded.
+    bounded; leaves: what proves it, where they were kept; undecided: (U,), neurons.
     """
 
     verdict: Verdict
@@ -93,6 +98,23 @@ class Outcome:
     domains: int
     seconds: float
     leaves: tuple[Leaf, ...]
+    undecided: Tensor
+
+    def trees(self) -> Trees:
+        """The leaves as certificates hold them."""
+        splits = [split for leaf in self.leaves for split in leaf.splits]
+        multipliers = [leaf.multipliers for leaf in self.leaves]
+        return Trees(
+            undecided=self.undecided.cpu().numpy(),
+            target=np.array([leaf.target for leaf in self.leaves], np.int64),
+            splits=np.array([len(leaf.splits) for leaf in self.leaves], np.int64),
+            neuron=np.array([split.neuron for split in splits], np.int64),
+            above=np.array([split.above for split in splits], bool),
+            multiplier=torch.cat([*multipliers, self.lower.new_zeros(0)]).cpu().numpy(),
+            slopes=np.stack([leaf.slopes.cpu().numpy() for leaf in self.leaves])
+            if self.leaves
+            else np.zeros((0, len(self.undecided))),
+        )
 
 
 @dataclass(order=True)
@@ -320,8 +342,8 @@ class _Run:
     def _keep(self, image: _Image, domain: _Domain) -> None:
         image.worst[domain.target] = min(domain.lower, image.worst.get(domain.target, torch.inf))
         if self.search.keep_leaves:
-            slopes = self._spread(image, domain.slopes)
-            image.leaves.append(Leaf(domain.target, domain.splits, slopes, domain.multipliers, domain.lower))
+            leaf = Leaf(domain.target, domain.splits, domain.slopes, domain.multipliers, domain.lower)
+            image.leaves.append(leaf)
 
     def _batch(self, nodes: Sequence[Node]) -> DomainBatch:
         like = self.images[0].lower
@@ -370,7 +392,7 @@ class _Run:
     def _bytes(self) -> int:
         """What waiting domains take, and leaves that are kept."""
         waiting = sum(len(image.waiting) * len(image.undecided) * image.lower.element_size() for image in self.images)
-        leaves = sum(len(image.leaves) * self.neurons.total * image.lower.element_size() for image in self.images)
+        leaves = sum(len(image.leaves) * len(image.undecided) * image.lower.element_size() for image in self.images)
         return waiting + leaves
 
     def _outcome(self, image: _Image) -> Outcome:
@@ -379,7 +401,7 @@ class _Run:
         for target, worst in image.worst.items():
             lower[target] = max(float(lower[target]), worst)
         leaves = tuple(image.leaves) if image.verdict == Verdict.PROVED else ()
-        return Outcome(image.verdict, lower, image.point, image.domains, image.seconds, leaves)
+        return Outcome(image.verdict, lower, image.point, image.domains, image.seconds, leaves, image.undecided)
 
 
 def _worst_waiting(image: _Image) -> dict[int, float]:

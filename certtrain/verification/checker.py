@@ -320,10 +320,10 @@ class SavedNetwork:
         if rows != classes or classes < 2:
             raise CertificateError(f"the network has {rows} logits, model.json says {classes} classes")
 
-    def classifier_input(self, lower: Array, upper: Array, arithmetic: str) -> ClassifierInput:
+    def classifier_input(self, lower: Array, upper: Array, arithmetic: str | Propagation) -> ClassifierInput:
         """What can enter the last layer for any (C, H, W) image between the two."""
         with np.errstate(invalid="ignore", over="ignore"):
-            p = Propagation(self.weights, arithmetic)
+            p = Propagation(self.weights, arithmetic) if isinstance(arithmetic, str) else arithmetic
             x = p.image(lower, upper)
             if "normalize.mean" in self.weights:
                 x = p.normalize(x, "normalize.mean", "normalize.std")

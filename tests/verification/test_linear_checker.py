@@ -1,0 +1,228 @@
+"""The checker's linear bounds against the verifier's, and trees that have been tampered with."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds.linear import crown_margins, tightened
+from certtrain.bounds.linear.beta import Ascent, Neurons
+from certtrain.errors import CertificateError
+from certtrain.models import build_model
+from certtrain.runs.checkpoint import load_model, save_model
+from certtrain.verification import linear_checker
+from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound
+from certtrain.verification.checker import SavedNetwork
+from certtrain.verification.pixels import pixel_box
+from certtrain.verification.trees import Trees, covers
+from tests.networks import randomized
+
+NORMALISED = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
+NETWORKS = {
+    "mlp": ("mlp", (3, 4, 4), {"widths": [8, 6]}),
+    "cnn-small": ("cnn-small", (3, 8, 8), {"width": 2, "linear_width": 8}),
+    "cnn7": ("cnn7", (3, 8, 8), {"width": 2, "linear_width": 6}),
+    "wide-resnet": ("wide-resnet", (3, 8, 8), {"base_width": 2, "widen_factor": 2, "linear_width": 6}),
+    "resnext": ("resnext", (3, 8, 8), {"stem_width": 3, "bottleneck_width": 2, "blocks": 2, "linear_width": 6}),
+}
+
+
+def saved(name, folder):
+    torch.manual_seed(0)
+    architecture, shape, options = NETWORKS[name]
+    settings_ = {"name": architecture, "image_shape": shape, "num_classes": 5, **NORMALISED, "options": options}
+    save_model(folder, randomized(build_model(**settings_)), settings_)
+    return load_model(folder).eval(), SavedNetwork.read(folder / "model.safetensors")
+
+
+def question(model, eps, seed=0):
+    """An image, as pixels and as a box, and everything that is known of it before a search."""
+    shape = (1, *model.image_shape) if hasattr(model, "image_shape") else (1, 3, 8, 8)
+    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    net = BoundedModel(model, pixels.float() / 255)
+    box = pixel_box(pixels, eps)
+    bounds = net.recorded(box, arithmetic="float32")
+    with torch.no_grad():
+        label = model(pixels.float() / 255).argmax(1)
+        record = tightened(bounds.recorded, 64)
+        margins = crown_margins(dataclasses.replace(bounds, record=record), label)
+    return box, record, label, margins
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request, tmp_path):
+    model, checked = saved(request.param, tmp_path)
+    model.image_shape = NETWORKS[request.param][1]
+    return model, checked
+
+
+def checker_of(checked, box):
+    found = linear_checker.recorded(checked, box.lower[0].numpy(), box.upper[0].numpy(), "float32")
+    found.tighten()
+    return found
+
+
+def test_boxes_and_margins_are_the_verifiers(network):
+    model, checked = network
+    box, record, label, margins = question(model, 0.02)
+    found = checker_of(checked, box)
+    sides = [record.boxes[index] for index in Neurons.of(record).values]
+    assert len(found.boxes) == len(sides)
+    unstable = 0
+    for ours, theirs in zip(found.boxes.values(), sides, strict=True):
+        np.testing.assert_allclose(ours.lower[0], theirs.lower[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(ours.upper[0], theirs.upper[0], rtol=1e-5, atol=1e-5)
+        unstable += int(((ours.lower < 0) & (ours.upper > 0)).sum())
+    assert unstable > 2
+    expected = margins[0].numpy()
+    lower = found.margins(int(label), 5)
+    lower[int(label)] = 0
+    np.testing.assert_allclose(lower, expected, rtol=1e-5, atol=1e-5)
+
+
+def proved_by_search(name, folder, least):
+    """A network, changed until a search proves it with so many leaves; box, label, and what the search found."""
+    model, _ = saved(name, folder)
+    model.image_shape = NETWORKS[name][1]
+    search = Search(timeout=10, keep_leaves=True, ascent=Ascent(steps=3), domains=8)
+    for eps, share in itertools.product((0.1, 0.03), (0.2, 0.1, 0.3, 0.5)):
+        box, _, label, margins = question(model, eps)
+        corners = torch.rand(500, *model.image_shape, generator=torch.Generator().manual_seed(0)) > 0.5
+        with torch.no_grad():
+            reached = model(torch.where(corners, box.upper, box.lower).float())
+            least_reached = (reached[:, label] - reached).amin(0)
+            # So that what is reached is above 0 and what is known below it.
+            shift = share * least_reached + (1 - share) * margins[0]
+            model.network[-1].bias += shift.float() - shift[label].float()
+        save_model(folder, model, json.loads((folder / "model.json").read_text())["model"])
+        box, record, label, margins = question(model, eps)
+        points = Box(box.lower.float(), box.upper.float())
+        (outcome,) = branch_and_bound(model, record, label, margins, search, points)
+        if outcome.verdict == Verdict.PROVED and len(outcome.leaves) >= least:
+            return SavedNetwork.read(folder / "model.safetensors"), box, label, outcome
+    raise AssertionError("no such question")
+
+
+@pytest.mark.parametrize(("name", "least"), [("mlp", 2), ("cnn-small", 1)])
+def test_leaves_are_proved_again(name, least, tmp_path):
+    checked, box, label, outcome = proved_by_search(name, tmp_path, least)
+    found = checker_of(checked, box)
+    trees = Trees.from_bytes(outcome.trees().to_bytes(), 5, found.neurons)
+    lower = found.leaf_margins(trees, int(label), 5)
+    assert len(trees.target) == len(outcome.leaves)
+    assert (lower > 0).all()
+    for target in {leaf.target for leaf in outcome.leaves}:
+        assert lower[target] == pytest.approx(
+            min(f.lower for f in outcome.leaves if f.target == target), rel=1e-3, abs=1e-6
+        )
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory):
+    checked, box, label, outcome = proved_by_search("mlp", tmp_path_factory.mktemp("mlp"), least=3)
+    return checker_of(checked, box), outcome.trees(), int(label)
+
+
+def changed(trees, name, index, value):
+    array = getattr(trees, name).copy()
+    array[index] = value
+    return dataclasses.replace(trees, **{name: array})
+
+
+def test_every_missing_leaf_is_noticed(proof):
+    checker, trees, label = proof
+    for leaf in range(len(trees.target)):
+        kept = np.arange(len(trees.target)) != leaf
+        splits = np.repeat(kept, trees.splits)
+        fewer = Trees(
+            undecided=trees.undecided,
+            target=trees.target[kept],
+            splits=trees.splits[kept],
+            neuron=trees.neuron[splits],
+            above=trees.above[splits],
+            multiplier=trees.multiplier[splits],
+            slopes=trees.slopes[kept],
+        )
+        if trees.target[leaf] not in fewer.target:
+            continue  # a class without leaves has to be proved otherwise
+        with pytest.raises(CertificateError, match="do not make up the box"):
+            checker.leaf_margins(fewer, label, 5)
+
+
+def test_every_flipped_or_moved_split_is_noticed(proof):
+    checker, trees, label = proof
+    for split in range(len(trees.neuron)):
+        for forged in (
+            changed(trees, "above", split, not trees.above[split]),
+            changed(trees, "neuron", split, (trees.neuron[split] + 1) % checker.neurons),
+        ):
+            with pytest.raises(CertificateError, match="do not make up the box"):
+                checker.leaf_margins(forged, label, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("slopes", 1.5, "slope"),
+        ("slopes", -1e-9, "slope"),
+        ("slopes", np.nan, "slope"),
+        ("multiplier", -1e-9, "multiplier"),
+        ("multiplier", np.nan, "multiplier"),
+        ("neuron", 10**9, "neuron is outside"),
+        ("neuron", -1, "neuron is outside"),
+        ("target", 5, "target is outside"),
+        ("splits", 10**6, "do not fit"),
+        ("splits", -1, "do not fit"),
+    ],
+)
+def test_what_no_tree_has_is_refused(proof, name, value, message):
+    checker, trees, _ = proof
+    index = (0, 0) if name == "slopes" else 0
+    with pytest.raises(CertificateError, match=message):
+        Trees.from_bytes(changed(trees, name, index, value).to_bytes(), 5, checker.neurons)
+
+
+def test_altered_parameters_never_prove_more_than_is_true(proof):
+    """Any slopes and multipliers are sound: a leaf's bound stays below what random points of the leaf reach."""
+    checker, trees, label = proof
+    random = np.random.default_rng(0)
+    true = checker.leaf_margins(trees, label, 5)
+    for _ in range(20):
+        forged = dataclasses.replace(
+            trees, slopes=random.random(trees.slopes.shape), multiplier=10 * random.random(trees.multiplier.shape)
+        )
+        lower = checker.leaf_margins(forged, label, 5)
+        assert (lower[np.isfinite(lower)] <= true[np.isfinite(true)] + 1.0).all()
+        assert (lower[np.isfinite(lower)] < true[np.isfinite(true)] + 1e-6).any()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"x\x9c" + b"\0" * 20])
+def test_junk_is_refused(content):
+    with pytest.raises(CertificateError, match="cannot be read"):
+        Trees.from_bytes(content, 5, 10)
+
+
+@st.composite
+def grown(draw):
+    """Leaves of a tree, grown leaf by leaf, in any order."""
+    paths = [()]
+    for neuron in range(draw(st.integers(0, 6))):
+        path = paths.pop(draw(st.integers(0, len(paths) - 1)))
+        paths += [(*path, (neuron, True)), (*path, (neuron, False))]
+    return draw(st.permutations(paths))
+
+
+@given(paths=grown(), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_leaves_of_a_tree_cover_and_fewer_do_not(paths, data):
+    assert covers(paths)
+    left_out = data.draw(st.integers(0, len(paths) - 1))
+    assert not covers([path for i, path in enumerate(paths) if i != left_out])
