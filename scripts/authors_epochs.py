@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ablation import RESULTS
 
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
 SILENT_LOGGING = "def ignore(*args, **kwargs): pass\ninit = log = finish = ignore\n"
