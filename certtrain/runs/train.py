@@ -120,7 +120,6 @@ def _prepare(
     """Everything that can be wrong is found before a file is written."""
     folder, config = request.folder, stored or request.config
     assert config is not None  # a run that is continued has one stored
-    checkpoint = folder / "last.ckpt"
     dataset = ranks.one_per_machine_first(lambda: load_data(config))
     with ranks.together():
         torch.manual_seed(config.seed)
@@ -128,26 +127,33 @@ def _prepare(
         lay_out_(model.to(place), layout_of(config, model, dataset), dataset.image_shape)
         dataset = dataset.to(place)
     trainer = assemble(config, model, dataset, ranks)
-    with ranks.together():
-        resumed = ranks.is_first and stored is not None and checkpoint.is_file()
-        check = partial(check_state, trainer=trainer, source=checkpoint)
-        state = load_checkpoint(checkpoint, check) if resumed else None
-        if state is not None:
-            MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
-    state = ranks.broadcast(state)
-    if state is not None:
-        continue_from(state, trainer, checkpoint)
-        _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
-        _keep_threads(state["threads"], console, held)
+    resumed = None if stored is None else _resume(folder, trainer, ranks, console, held)
     with ranks.together():
         if ranks.is_first:
-            if state is None and request.overwrite:
+            if resumed is None and request.overwrite:
                 clear(folder)
             remove_temporaries(folder)
-            if state is None:
+            if resumed is None:
                 write_text(folder / "config.yaml", config.to_yaml())
             save_architecture(folder, architecture)
-    return Prepared(folder, config, model, dataset, trainer, 0.0 if state is None else state["seconds"])
+    return Prepared(folder, config, model, dataset, trainer, resumed or 0.0)
+
+
+def _resume(folder: Path, trainer: Trainer, ranks: Ranks, console: Console, held: ExitStack) -> float | None:
+    """Bring the trainer to the run's resume point, if it has one: seconds trained until then."""
+    checkpoint = folder / "last.ckpt"
+    state = None
+    with ranks.together():
+        if ranks.is_first and checkpoint.is_file():
+            state = load_checkpoint(checkpoint, partial(check_state, trainer=trainer, source=checkpoint))
+            MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
+    state = ranks.broadcast(state)
+    if state is None:
+        return None
+    continue_from(state, trainer, checkpoint)
+    _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
+    _keep_threads(state["threads"], console, held)
+    return state["seconds"]
 
 
 def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Observer]) -> tuple[Follower, bool]:

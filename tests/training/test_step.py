@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, bounded_model, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.bounds.model import BACKENDS
 from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss
 from certtrain.training.losses import Metrics, proved
 from certtrain.training.method import Method, Phase, scheduled
-from certtrain.training.methods import IBP, CrownIBP, Natural
+from certtrain.training.methods import IBP, Adversarial, CrownIBP, Natural
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import Batch, GradientStep
 from tests.networks import narrow_cnn7, randomized, residual_network
@@ -202,7 +203,11 @@ def test_proved_needs_every_margin_but_the_labels_own():
         ({}, 0.1, Phase.WARMUP),
         ({}, 0.3, Phase.FULL),
         ({"regularization": Regularization(0.0)}, 0.0, Phase.NATURAL),
-        ({"regularization": Regularization(0.0)}, 0.1, Phase.WARMUP),
+        ({"regularization": Regularization(0.0)}, 0.1, Phase.FULL),
+        ({"regularization": Regularization(0.0), "method": CrownIBP()}, 0.1, Phase.WARMUP),
+        ({"regularization": Regularization(0.0), "method": CrownIBP(beta=(1.0, 0.5))}, 0.1, Phase.FULL),
+        ({"method": CrownIBP(beta=(1.0, 0.5))}, 0.1, Phase.WARMUP),
+        ({"method": Adversarial()}, 0.1, Phase.FULL),
         ({"regularization": Regularization(tightness=False, relu_balance=False)}, 0.0, Phase.NATURAL),
         ({"method": Natural()}, 0.1, Phase.NATURAL),
         ({"method": CrownIBP()}, 0.1, Phase.WARMUP),
@@ -210,7 +215,8 @@ def test_proved_needs_every_margin_but_the_labels_own():
     ],
 )
 def test_phases(options, eps, phase):
-    assert GradientStep(BoundedModel(nn.Linear(2, 2), torch.rand(1, 2)), **options).phase(eps, 0.3) is phase
+    net = BoundedModel(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.rand(1, 2))
+    assert GradientStep(net, **options).phase(eps, 0.3) is phase
 
 
 # --- networks of other kinds -----------------------------------------------------------------------------------------
@@ -242,8 +248,10 @@ def test_accumulation_with_a_batch_norm_that_the_regularizers_do_not_reach(phase
 
 @pytest.mark.parametrize("activation", [nn.Tanh(), nn.Identity()])
 def test_regularizers_without_an_activation_they_know_are_an_error_that_names_the_keys(activation):
-    with pytest.raises(UsageError, match=r"regularizers\.weight to 0.* regularizers\.tightness"):
-        step(without_batch_norm(activation), Phase.WARMUP)
+    for backend in BACKENDS:
+        net = bounded_model(without_batch_norm(activation), batch()[0], backend)
+        with pytest.raises(UsageError, match=r"regularizers\.weight to 0.* regularizers\.tightness"):
+            GradientStep(net)
     metrics = step(without_batch_norm(activation), Phase.WARMUP, regularization=Regularization(0.0))
     assert metrics["loss"] == metrics["robust_loss"] > 0
 
