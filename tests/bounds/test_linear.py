@@ -103,10 +103,10 @@ def test_crown_ibp_loss_and_gradient_equal_auto_lirpa(name, training):
     assert_close(margins, expected, TOLERANCE[torch.float64])
     F.cross_entropy(-margins, LABELS).backward()
     F.cross_entropy(-expected, LABELS).backward()
-    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(mine.grad, other.grad, 1e-8)
-    for mine, other in zip(model.buffers(), twin.buffers(), strict=True):
-        assert_close(mine.double(), other.double(), 1e-12)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(found.grad, expected.grad, 1e-8)
+    for found, expected in zip(model.buffers(), twin.buffers(), strict=True):
+        assert_close(found.double(), expected.double(), 1e-12)
 
 
 class SumOfExponentials(nn.Module):
@@ -159,8 +159,8 @@ def test_fused_cross_entropy_and_gradient_equal_auto_lirpa(name, training, monke
     assert_close(loss, expected, 1e-9)
     loss.mean().backward()
     expected.mean().backward()
-    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(mine.grad, other.grad, 1e-8)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(found.grad, expected.grad, 1e-8)
 
 
 # --- loss fusion without a witness ------------------------------------------------------------------------------------

@@ -71,14 +71,14 @@ def published_loss(model: nn.Module, phase: Phase, method: Method) -> Tensor:
 @pytest.mark.parametrize("method", [IBP(), CrownIBP()], ids=["ibp", "crown-ibp"])
 @pytest.mark.parametrize("phase", Phase)
 def test_loss_and_gradient_equal_the_published_objective(phase, method):
-    ours, theirs = network(), network()
-    metrics = step(ours, phase, method=method, l1=1e-4)
-    expected = published_loss(theirs, phase, method)
+    model, twin = network(), network()
+    metrics = step(model, phase, method=method, l1=1e-4)
+    expected = published_loss(twin, phase, method)
     expected.backward()
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
-    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        scale = other.grad.abs().max().clamp(min=1e-12)
-        assert ((mine.grad - other.grad).abs().max() / scale).item() < 1e-6, name
+    for (name, parameter), expected_parameter in zip(model.named_parameters(), twin.parameters(), strict=True):
+        scale = expected_parameter.grad.abs().max().clamp(min=1e-12)
+        assert ((parameter.grad - expected_parameter.grad).abs().max() / scale).item() < 1e-6, name
 
 
 def test_loss_fusion_bounds_the_cross_entropy_itself():
@@ -121,21 +121,21 @@ def test_accumulation_gives_the_whole_batchs_gradient_and_statistics(phase, part
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12)
-    for mine, other in zip(divided.parameters(), whole.parameters(), strict=True):
-        scale = other.grad.abs().max().clamp(min=1e-30)
-        assert ((mine.grad - other.grad).abs().max() / scale).item() < 1e-9
-    for mine, other in zip(divided.buffers(), whole.buffers(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    for found, expected in zip(divided.parameters(), whole.parameters(), strict=True):
+        scale = expected.grad.abs().max().clamp(min=1e-30)
+        assert ((found.grad - expected.grad).abs().max() / scale).item() < 1e-9
+    for found, expected in zip(divided.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def assert_same_step(model: nn.Module, metrics: Metrics, other: nn.Module, expected: Metrics) -> None:
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12)
-    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-9, atol=1e-12)
-    for mine, its in zip(model.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-12)
+    for found, wanted in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
