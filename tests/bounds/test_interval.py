@@ -30,10 +30,14 @@ BUILDERS = {
 }
 
 
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomized(BUILDERS[name]())
+
+
 @pytest.fixture(params=BUILDERS)
 def network(request: pytest.FixtureRequest) -> nn.Module:
-    torch.manual_seed(0)
-    return randomized(BUILDERS[request.param]())
+    return built(request.param)
 
 
 def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,10 +54,12 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) 
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_boxes_margins_losses_and_gradients_equal_auto_lirpa(network, dtype, training):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float64) for name in BUILDERS), ("residual", torch.float32)]
+)
+def test_boxes_margins_losses_and_gradients_equal_auto_lirpa(name, dtype, training):
     tolerance = TOLERANCE[dtype]
-    network = network.to(dtype).train(training)
+    network = built(name).to(dtype).train(training)
     images, labels = batch(dtype)
     box = linf_box(images, 2 / 255)
     twin = copy.deepcopy(network)
