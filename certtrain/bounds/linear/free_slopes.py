@@ -46,8 +46,9 @@ Rule = Callable[..., FreeSlopes]  # of a box and the operation's settings
 
 def leaky_relu(x: Box, negative_slope: float) -> FreeSlopes:
     """All through 0. (Xu et al. 2021, arXiv 2011.13824.)"""
-    if negative_slope > 1:  # concave
-        return _below_leaky_relu(x, negative_slope)
+    if negative_slope > 1:  # concave: the chord
+        chord = _below_leaky_relu(x, negative_slope)
+        return chord._replace(high=chord.low)
     active, inactive = x.lower >= 0, (x.lower < 0) & (x.upper <= 0)
     one = torch.ones_like(x.lower)
     return FreeSlopes(torch.where(active, one, negative_slope), torch.where(inactive, negative_slope, one))
