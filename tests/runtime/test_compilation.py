@@ -92,16 +92,15 @@ def only_captured(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "phase"), [*(("ibp", phase) for phase in Phase), ("fused", Phase.WARMUP), ("mtl-ibp", Phase.WARMUP)]
-)
-def test_a_compiled_step_is_the_eager_one_within_rounding(method, phase):
+@pytest.mark.parametrize("method", ["ibp", "fused", "mtl-ibp"])
+def test_a_compiled_step_is_the_eager_one_within_rounding(method):
+    """By PyTorch's own compiler, while epsilon grows: the graphs of the other phases are parts of that one."""
     found = []
     for compiled in (True, False):
         model = network()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found.append(results(model, step(gradient_step(model, compiled, **METHODS[method]), phase)))
+            found.append(results(model, step(gradient_step(model, compiled, **METHODS[method]), Phase.WARMUP)))
     check_equal(*found)
 
 
@@ -149,7 +148,8 @@ def test_a_last_smaller_batch_is_not_compiled(only_captured):
 
 def test_without_a_compiler_one_warning_and_the_eager_step():
     missing = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
-    model, twin = network(), network()
+    model, twin = (nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
     compiled, eager = gradient_step(model), gradient_step(twin, compiled=False)
     with torch._inductor.config.patch(missing):
         with pytest.warns(UserWarning, match="the training step is not compiled"):
@@ -179,10 +179,10 @@ def test_an_error_of_the_users_own_is_theirs_to_see():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training step is not compiled")
 def test_labels_that_the_network_has_no_class_for_are_an_error():
-    trained = gradient_step(network())
+    trained = gradient_step(network(), **METHODS["ibp"])  # compiled above: on disk
     images, labels = torch.rand(BATCH, 1, 8, 8), torch.full((BATCH,), 9)
     with pytest.raises((IndexError, RuntimeError)):
-        trained.backward(images, labels, scheduled(0.1), Phase.FULL)
+        trained.backward(images, labels, scheduled(0.1), Phase.WARMUP)
 
 
 class Doubling(nn.Module):
