@@ -22,7 +22,7 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import DivergedError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"

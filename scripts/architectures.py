@@ -25,7 +25,7 @@ from certtrain.config.methods import MethodSection
 from certtrain.data import load_dataset, to_float
 from certtrain.initialization import initialize_
 from certtrain.models import MODELS, build_model
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.training.cost import network_size, step_macs
 from certtrain.training.method import Phase

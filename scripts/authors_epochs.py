@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ablation import RESULTS
 
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
 SILENT_LOGGING = "def ignore(*args, **kwargs): pass\ninit = log = finish = ignore\n"
@@ -57,7 +57,7 @@ def authors_epochs(repo: Path, data: Path, python: str, device: str, epochs: int
     return seconds
 
 
-def our_epochs(run: Path) -> list[float]:
+def certtrain_epochs(run: Path) -> list[float]:
     """Seconds of each epoch of a certtrain run that was never interrupted, everything included."""
     ends = [json.loads(line)["seconds"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [after - before for before, after in itertools.pairwise([0.0, *ends])]
@@ -76,7 +76,7 @@ def main() -> None:
     seconds = authors_epochs(options.repo, options.data, options.python, options.device, options.epochs, more)
     rows = [{"loop": "authors'", "seconds": seconds}]
     for name, run in (pair.split("=", 1) for pair in options.beside):
-        rows.append({"loop": f"certtrain, {name}", "seconds": our_epochs(Path(run))[: options.epochs]})
+        rows.append({"loop": f"certtrain, {name}", "seconds": certtrain_epochs(Path(run))[: options.epochs]})
     file = options.out or RESULTS / f"authors-epochs-{options.device}.json"
     write_json(file, {"versions": versions(), "device": options.device, "options": more, "rows": rows})
     for row in rows:

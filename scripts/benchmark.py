@@ -35,7 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from certtrain.bounds import bounded_model
 from certtrain.errors import MissingDependency
 from certtrain.models import build_model
-from certtrain.runs.train import resolve_device, versions
+from certtrain.runs.build import resolve_device
+from certtrain.runs.provenance import versions
 from certtrain.runtime.allocation import keep_freed_memory
 from certtrain.runtime.files import write_json
 from certtrain.runtime.layout import layout_for

@@ -28,7 +28,7 @@ from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.data import Split, load_dataset, to_float
 from certtrain.models import build_model
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.training.losses import proved
 from certtrain.training.method import Phase, scheduled

@@ -27,7 +27,7 @@ from certtrain.bounds import BoundedModel
 from certtrain.bounds.rounding import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.export.onnx import export_onnx
 from certtrain.models import build_model
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.folding import fold_batch_norm

@@ -34,7 +34,7 @@ from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.model import METHODS
 from certtrain.bounds.rounding import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.errors import UnsupportedOperation, UsageError
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.verification.folding import fold_batch_norm
 

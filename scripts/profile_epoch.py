@@ -27,8 +27,9 @@ from ablation import RESULTS, variant_config
 from torch import nn
 
 import certtrain
+from certtrain.runs.build import epoch_batches
 from certtrain.runs.callbacks import Recorder
-from certtrain.runs.train import epoch_batches, versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.training.step import GradientStep
 from certtrain.training.trainer import Trainer
@@ -88,7 +89,7 @@ def profile(config: dict[str, Any]) -> dict[str, float]:
         (Recorder, "save", "checkpoint"),
     ]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        stack.enter_context(patch("certtrain.runs.train.epoch_batches", watch.timed_iterator("batches", epoch_batches)))
+        stack.enter_context(patch("certtrain.runs.build.epoch_batches", watch.timed_iterator("batches", epoch_batches)))
         for owner, name, part in parts:
             stack.enter_context(patch.object(owner, name, watch.timed(part, getattr(owner, name))))
         certtrain.train(config, Path(folder) / "run")

@@ -22,7 +22,7 @@ import certtrain
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.rounding import ARITHMETICS, nearest_above, nearest_below
 from certtrain.data import Split, to_float
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.verification.certificates import read_certificates, write_certificates
 from certtrain.verification.checker import SavedNetwork, check

@@ -4,10 +4,14 @@ import shutil
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; certtrain/cli.py says why
 
 import pytest
+import torch
 from hypothesis import settings
 
 from certtrain.cli import main
 from tests.commands import Outcome, one_thread, train_arguments
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # of pytest -n, which share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 # The same examples every time, so that what the suite says depends on the code alone; "default" explores.
 settings.register_profile("fixed", derandomize=True, deadline=None)

@@ -206,8 +206,8 @@ class Functional(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.weight_of_its_own = nn.Parameter(layer.weight.detach().clone())
-        dimensions = self.weight_of_its_own.dim() - 2
+        self.plain_weight = nn.Parameter(layer.weight.detach().clone())
+        dimensions = self.plain_weight.dim() - 2
         if not dimensions:
             self.function, self.arguments = F.linear, {}
             return
@@ -217,10 +217,10 @@ class Functional(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.weight_of_its_own
+        return self.plain_weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, weight=self.weight_of_its_own, **self.arguments)
+        return self.function(x, weight=self.plain_weight, **self.arguments)
 
 
 WRAPPERS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from certtrain.runs import train as certtrain_run
+from certtrain.runs import evaluation
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.progress import ProgressDisplay
 from tests.commands import TINY, contents, one_thread
@@ -83,7 +83,7 @@ def test_reproduce_verifies_later_what_it_had_no_time_for(reproduce, tmp_path, m
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(certtrain_run, "verify", lambda *arguments, **options: signal.raise_signal(sent))
+            patch.setattr(evaluation, "verify", lambda *arguments, **options: signal.raise_signal(sent))
             assert reproduce("--budget", 1000) == code
     finally:
         signal.signal(signal.SIGINT, before)

@@ -32,6 +32,9 @@ class Bounder(Protocol):
     def activations(self) -> int: ...
 
     @property
+    def rectifiers(self) -> int: ...
+
+    @property
     def graph(self) -> Graph[Any]: ...
 
     def ibp(

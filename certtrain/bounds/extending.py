@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from certtrain.bounds import interval, rounding
-from certtrain.bounds.linear import relaxations
+from certtrain.bounds.linear import free_slopes, relaxations
 from certtrain.bounds.operations import Bind, Operation, define
 from certtrain.errors import UsageError
 
@@ -48,6 +48,7 @@ def register_operation(
     rules: dict[str, tuple[dict[Callable[..., Any], Any], Callable[..., Any] | None]] = {
         "interval": (interval.RULES, interval_rule or interval.rule_from_traits(operation)),
         "linear": (relaxations.RELAXATIONS, relaxation or relaxations.relaxation_from_traits(operation)),
+        "free slopes": (free_slopes.FREE_SLOPES, free_slopes.free_slopes_from_traits(operation)),
         "sound": (rounding.RULES, sound_rule),
     }
     if rules["interval"][1] is None:

@@ -163,6 +163,11 @@ class LirpaModel:
         """Not supported."""
         raise _cannot_split()
 
+    @property
+    def rectifiers(self) -> int:
+        """How many ReLUs there are."""
+        return len(self._relus)
+
     def split(self, behind: int) -> Split:
         """Not supported."""
         raise _cannot_split()

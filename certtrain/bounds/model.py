@@ -105,6 +105,11 @@ class BoundedModel:
         """How many elementwise nonlinear operations there are."""
         return len(self._activations())
 
+    @property
+    def rectifiers(self) -> int:
+        """How many of them are ReLUs or of their kind, whose inputs are `Bounds.relu_inputs`."""
+        return sum(step.operation is not None and step.operation.rectifies for step in self.graph.steps)
+
     def _activations(self) -> list[int]:
         steps = enumerate(self.graph.steps)
         return [index for index, step in steps if step.operation is not None and step.operation.elementwise]

@@ -9,28 +9,22 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from certtrain.errors import CheckpointError, DataError, UsageError, optional_module, shown
+from certtrain.cli.named_run import config_of, folder_of, open_network, require_data
+from certtrain.cli.tables import hints, show_results
+from certtrain.errors import UsageError, optional_module
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from certtrain.config import Config
-    from certtrain.runtime.distributed import Ranks
     from certtrain.verification.certificates import ImageSet
-
-CHANGEABLE = "data, verification, epsilon, seed and backend"  # of the configuration of a network that is trained
-NOTHING_PROVED = 0.95  # a verified error from which on training has come to nothing
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -79,7 +73,7 @@ def _check_training(options: argparse.Namespace) -> None:
     stored, _ = request.stored()
     asked = stored or request.config
     assert asked is not None  # a request without either is refused
-    _require_data(asked)
+    require_data(asked)
 
 
 def _asked(options: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -94,65 +88,21 @@ def _tell(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _require_data(config: Config) -> None:
-    """A mistyped folder of one's own data is answered at once."""
-    path = config.data.path
-    if path is not None and not os.path.isdir(os.path.expanduser(path)):
-        raise DataError(f"data.path: there is no folder {path}")
-
-
-def _folder(run: Path) -> Path:
-    """The run directory, where a file in it was named."""
-    return run if run.is_dir() else run.parent
-
-
-def _config_of(options: argparse.Namespace, run: Path, changes: Mapping[str, Any] | None = None) -> Config:
-    """The configuration of the run that was named, with what the command line changes of it.
-
-    Raises:
-        CheckpointError: there is nothing at `run`, or a model without its configuration.
-        UsageError: what is to be changed was settled by training.
-    """
-    from certtrain.config.loading import load_config
-
-    settled = [text for text in options.overrides if re.match(r"(training|optimizer|regularizers|model)\b", text)]
-    settled = [text for text in settled if not text.startswith("model.path=")]
-    if settled:
-        raise UsageError(f"{shown(settled[0])}: training has settled that; only {CHANGEABLE} can be changed")
-    check_device_name(getattr(options, "device", "cpu"))
-    file = _folder(run) / "config.yaml"
-    if file.is_file():
-        return load_config(file, [*options.overrides, changes or {}])
-    if any((_folder(run) / name).exists() for name in ("model.json", "model.safetensors", "last.ckpt")):
-        raise CheckpointError(f"{_folder(run)} is not a run directory: it has no config.yaml")
-    raise CheckpointError(f"there is no model at {run}: expected a run directory or its model.safetensors")
-
-
-def _open(options: argparse.Namespace, config: Config, ranks: Ranks | None = None) -> nn.Module:
-    """The network that was named, on its device."""
-    from certtrain.models.own import modules_from
-    from certtrain.runs.checkpoint import load_model
-    from certtrain.runs.train import resolve_device
-    from certtrain.runtime.distributed import ALONE
-
-    with modules_from(config.model.path):
-        place = resolve_device(options.device, ranks or ALONE)
-        return load_model(options.run, place, trust=options.trust_model)
-
-
 def verify_command(options: argparse.Namespace) -> int:
     if options.radius is not None:
         return _verify_radii(options)
-    folder = _folder(options.run)
+    folder = folder_of(options.run)
     weights = folder / "model.safetensors" if options.run.is_dir() else options.run
     if options.certificates and weights.suffix != ".safetensors":
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
     if not launched():  # ranks fail together, inside
-        _require_data(_config_of(options, options.run, _verification_changes(options)))
+        require_data(config_of(options, options.run, _verification_changes(options)))
 
+    from certtrain.runs.build import load_data
     from certtrain.runs.directory import check_output, write_results
+    from certtrain.runs.evaluation import verify_run
     from certtrain.runs.progress import Output
-    from certtrain.runs.train import load_data, verify_run, versions
+    from certtrain.runs.provenance import versions
     from certtrain.runtime.distributed import process_group
     from certtrain.runtime.files import write_json
     from certtrain.verification.certificates import write_certificates
@@ -163,8 +113,8 @@ def verify_command(options: argparse.Namespace) -> int:
                 check_output(options.certificates, options.run)
             if ranks.is_first and options.json:
                 check_output(options.json, options.run, *filter(None, [options.certificates]), own="verify.json")
-            config = _config_of(options, options.run, _verification_changes(options))
-            model = _open(options, config, ranks)
+            config = config_of(options, options.run, _verification_changes(options))
+            model = open_network(options, config, ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
         results = verify_run(config, model, dataset, options.limit, ranks)
         if not ranks.is_first:
@@ -192,20 +142,22 @@ def _verification_changes(options: argparse.Namespace) -> dict[str, Any]:
 
 def _verify_radii(options: argparse.Namespace) -> int:
     _refuse(options, "--radius", "certificates", "json", "method", *([] if options.radius is True else ["eps"]))
-    config = _config_of(options, options.run, _verification_changes(options))
-    _require_data(config)
+    config = config_of(options, options.run, _verification_changes(options))
+    require_data(config)
 
     from certtrain.report.plots import errors_over_eps_png
+    from certtrain.runs.build import load_data
     from certtrain.runs.directory import write_results
-    from certtrain.runs.train import load_data, radii_of, versions
+    from certtrain.runs.evaluation import radii_of
+    from certtrain.runs.provenance import versions
     from certtrain.runtime.files import write_atomically
 
     optional_module("matplotlib", "report")  # known now rather than after all proofs
-    folder = _folder(options.run)
+    folder = folder_of(options.run)
     largest = 2 * max(config.test_radii) if options.radius is True else options.radius
     if largest <= 0:
         raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
-    model = _open(options, config)
+    model = open_network(options, config)
     content = radii_of(config, model, load_data(config), largest, limit=options.limit).summary()
     kept = write_results(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
     curves = {
@@ -242,7 +194,7 @@ def check_command(options: argparse.Namespace) -> int:
     from certtrain.verification.raw_images import read_test_set
 
     certificates = read_certificates(options.certificates)
-    network = SavedNetwork.read(_folder(options.model) / "model.safetensors")
+    network = SavedNetwork.read(folder_of(options.model) / "model.safetensors")
     name = options.dataset or certificates.header.data.name
     images, labels = read_test_set(name, options.data)
     console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -274,18 +226,18 @@ def export_command(options: argparse.Namespace) -> int:
         raise UsageError("say what to export: --onnx, or --vnnlib DIR")
     if options.vnnlib is None:
         _refuse(options, "--onnx alone", "eps", "limit", "timeout")
-    config = _config_of(options, options.run)
+    config = config_of(options, options.run)
 
     from certtrain.export.onnx import export_onnx
     from certtrain.export.vnnlib import export_vnnlib, unknown_images
+    from certtrain.runs.build import load_data
     from certtrain.runs.checkpoint import load_architecture
     from certtrain.runs.directory import check_output
-    from certtrain.runs.train import load_data
 
-    folder = _folder(options.run)
+    folder = folder_of(options.run)
     if isinstance(options.onnx, Path):
         check_output(options.onnx, options.run, own="model.onnx")
-    model = _open(options, config)
+    model = open_network(options, config)
     if options.onnx is not None:
         file = folder / "model.onnx" if options.onnx is True else options.onnx
         export_onnx(model, load_architecture(folder)["image_shape"], file)
@@ -300,18 +252,18 @@ def export_command(options: argparse.Namespace) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
-    config = _config_of(options, options.run)
-    _require_data(config)
+    config = config_of(options, options.run)
+    require_data(config)
 
     from certtrain.report.page import write_report
+    from certtrain.runs.build import load_data
     from certtrain.runs.directory import check_output
-    from certtrain.runs.train import load_data
 
     if options.out:
         check_output(options.out, options.run, own="report.html")
-    model = _open(options, config)
-    file = options.out or _folder(options.run) / "report.html"
-    write_report(_folder(options.run), config, model, load_data(config), file, options.limit)
+    model = open_network(options, config)
+    file = options.out or folder_of(options.run) / "report.html"
+    write_report(folder_of(options.run), config, model, load_data(config), file, options.limit)
     print(f"wrote {file}")
     return 0
 
@@ -342,52 +294,3 @@ def models_command(options: argparse.Namespace) -> int:
             table.add_row(name, "–", str(error))
     Console().print(table)
     return 0
-
-
-def show_results(console: Console, results: Sequence[dict], validation: Sequence[dict] = ()) -> None:
-    """A row for each radius, and below them those of the validation images where there are any."""
-    sound = f", sound in {results[0]['arithmetic']}" if results[0]["arithmetic"] else ""
-    table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method']}{sound}")
-    if validation:
-        table.add_column("images")
-    for column in ("epsilon", "natural error", "PGD error", "verified error", "seconds"):
-        table.add_column(column, justify="right")
-    for name, split in (("test", results), ("validation", validation)):
-        for result in split:
-            errors = [f"{result[key]:.2%}" for key in ("natural_error", "pgd_error", "verified_error")]
-            images = [f"{result['images']} {name}"] if validation else []
-            table.add_row(*images, f"{result['eps']:.5f}", *errors, f"{result['seconds']:.1f}")
-    console.print(table)
-    if len(results[0]["stages"]) > 1:
-        _show_stages(console, results)
-
-
-def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:
-    """What to try where training has come to nothing: a line, or none.
-
-    Args:
-        summary: of summary.json; its errors are those at the largest radius trained for.
-    """
-    if summary["verified_error"] < NOTHING_PROVED:
-        return []
-    if config.training.method.name == "natural":
-        return ["hint: hardly anything is proved: training.method natural does not train for that, ibp does"]
-    smaller = f"a smaller radius (epsilon.max={config.epsilon.max / 2:.3g})"
-    if summary["natural_error"] >= NOTHING_PROVED / 2:
-        return [f"hint: the network has learned little: try {smaller}, more epochs, another optimizer.lr"]
-    epsilon, epochs = config.epsilon, config.training.epochs
-    warmup = min(2 * epsilon.warmup_epochs, 3 * (epochs - epsilon.start_epoch + 1) // 4)  # of those there are
-    slower = f"a longer warmup (epsilon.warmup_epochs={warmup})" if warmup > epsilon.warmup_epochs else "more epochs"
-    return [f"hint: hardly anything is proved: try {slower}, {smaller}, training.method=crown-ibp"]
-
-
-def _show_stages(console: Console, results: Sequence[dict]) -> None:
-    table = Table(title="what each method was asked, and proved")
-    for column in ("epsilon", "method", "images", "proved", "seconds", "seconds per image"):
-        table.add_column(column, justify="right")
-    for result in results:
-        for stage in result["stages"]:
-            each = f"{stage['seconds'] / stage['images']:.2g}" if stage["images"] else "–"
-            counts = (str(stage[key]) for key in ("images", "proved"))
-            table.add_row(f"{result['eps']:.5f}", stage["method"], *counts, f"{stage['seconds']:.2f}", each)
-    console.print(table)

@@ -12,7 +12,7 @@ from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
 from certtrain.errors import UsageError, optional_module
 from certtrain.export.onnx import export_onnx
-from certtrain.runs.train import verify_run
+from certtrain.runs.evaluation import verify_run
 from certtrain.runtime.files import make_folder, write_text
 from certtrain.verification.verify import Verification
 

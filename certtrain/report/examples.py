@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from certtrain.bounds.model import evaluating
 from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
-from certtrain.runs.train import verify_run
+from certtrain.runs.evaluation import verify_run
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import logits_of
 from certtrain.verification.verify import Verification

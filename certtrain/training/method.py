@@ -22,7 +22,7 @@ class Phase(Enum):
     NATURAL = "natural"  # cross-entropy of the clean logits, no bounds at all
     BEFORE = "before"  # epsilon is 0: natural cross-entropy and the regularizers
     WARMUP = "warmup"  # epsilon grows: the method's loss and the regularizers, which fade
-    FULL = "full"  # epsilon has reached its maximum: the method's loss alone
+    FULL = "full"  # epsilon has reached its maximum, or grows and nothing of the above differs: the loss alone
 
 
 class Scheduled(NamedTuple):
@@ -113,6 +113,11 @@ class Method(Generic[Options]):
     @property
     def is_of_batch_means(self) -> bool:
         """Whether `robust_loss` must be given means over the whole batch; otherwise the mean of parts' will do."""
+        return False
+
+    @property
+    def differs_in_warmup(self) -> bool:
+        """Whether its loss is another function while epsilon grows than once epsilon is full."""
         return False
 
     def region(self, images: Tensor, eps: Tensor, points: Tensor | None) -> Box:

@@ -66,8 +66,12 @@ class CrownIBP(Method[CrownIBPSection]):
 
     Section = CrownIBPSection
 
+    @property
+    def differs_in_warmup(self) -> bool:
+        return self.options.beta[1] == 0
+
     def keeps_boxes(self, phase: Phase) -> bool:
-        return phase is Phase.WARMUP or (phase is Phase.FULL and self.options.beta[1] > 0)
+        return phase is Phase.WARMUP or (phase is Phase.FULL and not self.differs_in_warmup)
 
     def losses(self, part: Part, at: Scheduled, phase: Phase) -> Losses:
         margins = part.ibp_margins()
@@ -176,6 +180,10 @@ class TAPS(Method[Tail]):
     @property
     def is_of_batch_means(self) -> bool:
         return self.options.product == "batch"
+
+    @property
+    def differs_in_warmup(self) -> bool:
+        return True
 
     def require(self, net: Bounder) -> None:
         self._split(net)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from certtrain.bounds import Bounds, Box
+from certtrain.bounds import Bounder, Bounds, Box
 from certtrain.errors import UsageError
 from certtrain.regularizers import Moments, moments, relu_balance_of, tightness_of
 from certtrain.runtime.distributed import Ranks
@@ -32,17 +32,16 @@ class Regularization:
     def is_used(self) -> bool:
         return self.weight > 0 and (self.tightness or self.relu_balance)
 
-    def terms(self, sums: BatchSums, eps_ratio: Tensor) -> Metrics:
-        """The weighted terms.
-
-        Raises:
-            UsageError: the network has no activation whose states they could be functions of.
-        """
-        if not sums.layers:
+    def require(self, net: Bounder) -> None:
+        """Raises UsageError if the network has no activation whose states the terms could be functions of."""
+        if not net.rectifiers:
             raise UsageError(
                 "the network has no ReLU for the regularizers to look at: set regularizers.weight to 0, "
                 "or both regularizers.tightness and regularizers.relu_balance to false"
             )
+
+    def terms(self, sums: BatchSums, eps_ratio: Tensor) -> Metrics:
+        """The weighted terms."""
         weight = self.weight * (1 - eps_ratio)
         terms: Metrics = {}
         if self.tightness:

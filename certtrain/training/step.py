@@ -105,6 +105,8 @@ class GradientStep:
         ranks: Ranks = ALONE,
     ) -> None:
         method.require(net)
+        if regularization.is_used and method.has_region:
+            regularization.require(net)
         self.net, self.method, self.regularization = net, method, regularization
         self._statistics: Statistics = statistics
         self._l1, self._checkpointing, self._accumulation = l1, activation_checkpointing, accumulation
@@ -122,7 +124,8 @@ class GradientStep:
             return Phase.NATURAL
         if eps == 0:
             return Phase.BEFORE if self._regularizes else Phase.NATURAL
-        return Phase.WARMUP if eps < max_eps else Phase.FULL
+        grows = eps < max_eps and (self._regularizes or self.method.differs_in_warmup)
+        return Phase.WARMUP if grows else Phase.FULL
 
     def backward(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None) -> Metrics:
         """Add the gradient of the batch's loss to the parameters' `.grad`; updates BatchNorm's running statistics.

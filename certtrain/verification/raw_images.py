@@ -112,24 +112,24 @@ def _idx_array(file: Path) -> Array:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
+def _cifar(folder: Path, binary: str, pickled: str, label: str, before_it: int) -> tuple[Array, Array]:
+    """The binary version where it is there: for each image its label, behind `before_it` other bytes, and 3072 pixels;
+    else the pickled one, with the labels under the key `label`.
+    """
+    if (folder / binary).is_file():
+        rows = np.frombuffer((folder / binary).read_bytes(), np.uint8).reshape(-1, before_it + 1 + 3072)
+        return rows[:, before_it + 1 :].reshape(-1, 3, 32, 32), rows[:, before_it]
+    batch = _unpickled(folder / pickled)
+    return batch["data"].reshape(-1, 3, 32, 32), batch[label]
+
+
 def _cifar10(folder: Path) -> tuple[Array, Array]:
-    """The binary version where it is there: a label and 3072 pixels for each image; else the pickled one."""
-    binary = folder / "cifar-10-batches-bin" / "test_batch.bin"
-    if binary.is_file():
-        rows = np.frombuffer(binary.read_bytes(), np.uint8).reshape(-1, 1 + 3072)
-        return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
-    batch = _unpickled(folder / "cifar-10-batches-py" / "test_batch")
-    return batch["data"].reshape(-1, 3, 32, 32), batch["labels"]
+    return _cifar(folder, "cifar-10-batches-bin/test_batch.bin", "cifar-10-batches-py/test_batch", "labels", 0)
 
 
 def _cifar100(folder: Path) -> tuple[Array, Array]:
-    """As CIFAR-10; the binary version has a coarse and a fine label for each image."""
-    binary = folder / "cifar-100-binary" / "test.bin"
-    if binary.is_file():
-        rows = np.frombuffer(binary.read_bytes(), np.uint8).reshape(-1, 2 + 3072)
-        return rows[:, 2:].reshape(-1, 3, 32, 32), rows[:, 1]
-    batch = _unpickled(folder / "cifar-100-python" / "test")
-    return batch["data"].reshape(-1, 3, 32, 32), batch["fine_labels"]
+    """Of its two labels the fine one, which in the binary version follows the coarse one."""
+    return _cifar(folder, "cifar-100-binary/test.bin", "cifar-100-python/test", "fine_labels", 1)
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -98,8 +98,8 @@ def test_both_backends_answer_alike(training):
         found += [net.margins(box, labels, method, clean=images) for method in ("ibp", "crown-ibp")]
         answers.append([*found, *(buffer.double() for buffer in model.buffers())])
     assert net.classes == 5
-    for ours, theirs in zip(*answers, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for native, witness in zip(*answers, strict=True):
+        torch.testing.assert_close(native, witness, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp"])

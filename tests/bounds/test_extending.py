@@ -10,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, Box, LinearRelaxation, interval, linf_box, operations, register_operation
+from certtrain.bounds import (
+    BoundedModel,
+    Box,
+    LinearRelaxation,
+    PiecewiseLinear,
+    interval,
+    linf_box,
+    operations,
+    register_operation,
+)
 from certtrain.bounds import rounding as sound
-from certtrain.bounds.linear import relaxations
+from certtrain.bounds.linear import free_slopes, relaxations
 from certtrain.errors import UnsupportedOperation, UsageError
 from tests.bounds.test_properties import points_of
 
@@ -23,7 +32,7 @@ LABELS = torch.tensor([0, 1, 2])
 @pytest.fixture(autouse=True)
 def _tables_come_back():
     tables = [operations.OPERATIONS, operations.FUNCTIONS, operations.METHODS, operations.MODULES]
-    tables += [interval.RULES, relaxations.RELAXATIONS, sound.RULES]
+    tables += [interval.RULES, relaxations.RELAXATIONS, free_slopes.FREE_SLOPES, sound.RULES]
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):
@@ -100,3 +109,14 @@ def test_what_is_missing_is_said():
     with pytest.raises(UsageError, match="incresing"):
         register_operation(F.softsign, lambda input: (input,), incresing=True)
     assert F.softsign not in operations.OPERATIONS
+
+
+def test_a_piecewise_linear_curve_leaves_the_slope_below_free():
+    """Softshrink is straight but at -0.5 and 0.5, and convex right of -0.5."""
+    bind, curve = (lambda input, lambd=0.5: (input, lambd)), PiecewiseLinear(lambda lambd: (-lambd, lambd))
+    register_operation(F.softshrink, bind, elementwise=True, increasing=True, curve=curve)
+    free = free_slopes.FREE_SLOPES[F.softshrink](Box(torch.tensor([[-0.25]]), torch.tensor([[1.5]])), 0.5)
+    assert (free.low.item(), free.high.item()) == (0.0, 1.0)
+    assert free.offset(torch.tensor([[[0.5]]])).item() == pytest.approx(-0.25)
+    register_operation(F.softshrink, bind, elementwise=True, increasing=True)
+    assert F.softshrink not in free_slopes.FREE_SLOPES

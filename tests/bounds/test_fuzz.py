@@ -38,15 +38,16 @@ def quiet_and_single():
     torch.set_num_threads(threads)
 
 
-def test_150_networks():
+def test_random_networks():
+    """A few, in which layers meet; each alone is examined below, and some hundred thousand by the script."""
     counts = Counts()
     findings = []
-    for _ in fuzz.fuzz(FIRST, 150, counts, lambda recipe, finding: findings.append((recipe, finding))):
+    for _ in fuzz.fuzz(FIRST, 50, counts, lambda recipe, finding: findings.append((recipe, finding))):
         pass
     assert findings == []
-    assert counts.refused < 75
-    assert counts.skipped < 15
-    assert counts.checks["sound, float32"] - counts.refusals["sound, float32"] > 30
+    assert counts.refused < 25
+    assert counts.skipped < 5
+    assert counts.checks["sound, float32"] - counts.refusals["sound, float32"] > 10
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in LAYERS}))

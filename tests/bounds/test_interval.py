@@ -30,10 +30,14 @@ BUILDERS = {
 }
 
 
+def built(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomized(BUILDERS[name]())
+
+
 @pytest.fixture(params=BUILDERS)
 def network(request: pytest.FixtureRequest) -> nn.Module:
-    torch.manual_seed(0)
-    return randomized(BUILDERS[request.param]())
+    return built(request.param)
 
 
 def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,22 +46,24 @@ def batch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return images.to(dtype), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     """Equal within `tolerance` of the largest magnitude in the tensor."""
-    assert ours.shape == theirs.shape
-    scale = theirs.abs().max().clamp(min=1e-30)
-    assert ((ours - theirs).abs().max() / scale).item() <= tolerance
+    assert found.shape == expected.shape
+    scale = expected.abs().max().clamp(min=1e-30)
+    assert ((found - expected).abs().max() / scale).item() <= tolerance
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_boxes_margins_losses_and_gradients_equal_auto_lirpa(network, dtype, training):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float64) for name in BUILDERS), ("residual", torch.float32)]
+)
+def test_boxes_margins_losses_and_gradients_equal_auto_lirpa(name, dtype, training):
     tolerance = TOLERANCE[dtype]
-    network = network.to(dtype).train(training)
+    network = built(name).to(dtype).train(training)
     images, labels = batch(dtype)
     box = linf_box(images, 2 / 255)
     twin = copy.deepcopy(network)
-    ours, theirs = BoundedModel(network, images), LirpaModel(twin, images)
+    native, witness = BoundedModel(network, images), LirpaModel(twin, images)
 
     def answers(net):
         bounds = net.ibp(box, clean=images)
@@ -67,25 +73,25 @@ def test_boxes_margins_losses_and_gradients_equal_auto_lirpa(network, dtype, tra
         loss = loss + tightness_loss(bounds.relu_inputs, bounds.affine_input) + relu_balance_loss(bounds.relu_inputs)
         return bounds, margins, loss
 
-    (bounds, margins, loss), (their_bounds, their_margins, their_loss) = answers(ours), answers(theirs)
-    assert len(bounds.relu_inputs) == len(their_bounds.relu_inputs) > 0
+    (bounds, margins, loss), (expected_bounds, expected_margins, expected_loss) = answers(native), answers(witness)
+    assert len(bounds.relu_inputs) == len(expected_bounds.relu_inputs) > 0
     pairs = zip(
         (bounds.output, bounds.affine_input, *bounds.relu_inputs),
-        (their_bounds.output, their_bounds.affine_input, *their_bounds.relu_inputs),
+        (expected_bounds.output, expected_bounds.affine_input, *expected_bounds.relu_inputs),
         strict=True,
     )
-    for mine, other in pairs:
-        assert_close(mine.lower, other.lower, tolerance)
-        assert_close(mine.upper, other.upper, tolerance)
-    assert_close(bounds.clean, their_bounds.clean, tolerance)
-    assert_close(margins, their_margins, tolerance)
+    for found, expected in pairs:
+        assert_close(found.lower, expected.lower, tolerance)
+        assert_close(found.upper, expected.upper, tolerance)
+    assert_close(bounds.clean, expected_bounds.clean, tolerance)
+    assert_close(margins, expected_margins, tolerance)
     loss.backward()
-    their_loss.backward()
+    expected_loss.backward()
     gradients = dict(twin.named_parameters())
     for name, parameter in network.named_parameters():
         assert_close(parameter.grad, gradients[name].grad, 10 * tolerance)
-    for mine, other in zip(network.buffers(), twin.buffers(), strict=True):
-        assert_close(mine.double(), other.double(), tolerance)
+    for found, expected in zip(network.buffers(), twin.buffers(), strict=True):
+        assert_close(found.double(), expected.double(), tolerance)
 
 
 def test_a_degenerate_box_gives_the_networks_own_output(network):
@@ -104,8 +110,8 @@ def test_the_clean_part_of_a_joint_pass_is_the_modules_own_training_forward(netw
     twin = copy.deepcopy(network)
     clean = net.ibp(linf_box(images, 0.01), clean=images).clean
     torch.testing.assert_close(clean, twin(images), rtol=1e-12, atol=1e-12)
-    for mine, other in zip(network.buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    for found, expected in zip(network.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_batch_norm_in_training_mode_needs_the_clean_input():

@@ -200,8 +200,8 @@ def test_gradient_equals_that_of_the_closed_form(images):
     _, (_, radius), (center, last) = interval_by_hand(twin, box, images)
     lower = twin[-1](center) - F.linear(last, twin[-1].weight.abs())
     (radius.square().sum() + lower.sum()).backward()
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
 
 
 @needs_auto_lirpa

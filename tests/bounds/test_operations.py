@@ -610,10 +610,10 @@ class Head(Called):
 def spellings(operation: Operation) -> list[Any]:
     """Every public way to write the operation: functions, names of methods, classes of modules."""
     table = [*FUNCTIONS.items(), *METHODS.items(), *MODULES.items()]
-    return [spelling for spelling, (record, _) in table if record is operation and not is_ours(spelling)]
+    return [spelling for spelling, (record, _) in table if record is operation and not is_canonical_only(spelling)]
 
 
-def is_ours(spelling: Any) -> bool:
+def is_canonical_only(spelling: Any) -> bool:
     """The name of a record, which networks do not call."""
     module = getattr(spelling, "__module__", None) or ""
     return (

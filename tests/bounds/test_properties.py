@@ -238,7 +238,7 @@ def attack(model: nn.Module, box: Box, output: int, sign: int) -> Tensor:
     return x
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=75, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     drawn=networks(),
     radius=st.sampled_from([1e-6, 1e-2, 0.3, 5.0]),
@@ -260,7 +260,7 @@ def test_no_point_leaves_its_box(drawn, radius, labels):
         assert (logits.gather(1, labels[:, None]) - logits >= margins - slack).all()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=networks())
 def test_a_degenerate_box_gives_the_networks_own_output(drawn):
     model, seed = drawn

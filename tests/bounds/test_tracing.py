@@ -213,11 +213,11 @@ def test_a_batch_norm_frozen_in_eval_mode_keeps_its_statistics():
 
 @pytest.mark.parametrize("momentum", [0.3, None], ids=["momentum", "cumulative"])
 def test_running_statistics_are_updated_as_pytorch_does(momentum):
-    ours, theirs = (nn.BatchNorm1d(4, momentum=momentum).double().train() for _ in range(2))
-    net = BoundedModel(nn.Sequential(ours), torch.rand(2, 4, dtype=torch.float64))
+    bounded, plain = (nn.BatchNorm1d(4, momentum=momentum).double().train() for _ in range(2))
+    net = BoundedModel(nn.Sequential(bounded), torch.rand(2, 4, dtype=torch.float64))
     for step in range(3):
         x = torch.rand(5, 4, dtype=torch.float64) + step
         net.ibp(linf_box(x, 0.1), clean=x)
-        theirs(x)
-    for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(mine, other)
+        plain(x)
+    for found, expected in zip(bounded.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from certtrain.cli import main
-from certtrain.cli.commands import hints, show_results
+from certtrain.cli.tables import hints, show_results
 from certtrain.config import load_config
 from certtrain.errors import lines_of, shortened, shown
 from tests.commands import contents

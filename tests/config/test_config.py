@@ -58,9 +58,9 @@ def test_mnist_is_evaluated_at_four_radii():
 
 
 def test_cifar10_at_2_255_differs_from_8_255_in_the_radius_alone():
-    ours, other = load_config("cifar10_2_255"), load_config("cifar10_8_255")
-    assert ours.epsilon.max == pytest.approx(2 / 255, rel=1e-12)
-    assert ours == other.model_copy(update={"epsilon": ours.epsilon})
+    smaller, larger = load_config("cifar10_2_255"), load_config("cifar10_8_255")
+    assert smaller.epsilon.max == pytest.approx(2 / 255, rel=1e-12)
+    assert smaller == larger.model_copy(update={"epsilon": smaller.epsilon})
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "cifar10_2_255", "digits"])
@@ -189,9 +189,9 @@ def test_an_override_that_is_none_is_shown(override):
 
 @pytest.mark.parametrize("content", [b"- a\n- b", b"data: [", b"", b"\xff\xfe\x00", b"just words"])
 def test_a_file_that_holds_no_config_is_named(tmp_path, content):
-    file = tmp_path / "mine.yaml"
+    file = tmp_path / "own.yaml"
     file.write_bytes(content)
-    with pytest.raises(UsageError, match=r"mine\.yaml") as caught:
+    with pytest.raises(UsageError, match=r"own\.yaml") as caught:
         load_config(file)
     assert "\n" not in str(caught.value)
 
@@ -221,7 +221,7 @@ def test_a_base_is_overruled_section_by_section(write):
     file = write(
         first=yaml.safe_dump(SMALLEST | {"optimizer": {"lr": 0.1, "milestones": [3]}}),
         second="base: first.yaml\ntraining: {epochs: 5}\noptimizer: {milestones: [4]}\n",
-        mine="base: [second.yaml]\nseed: 3\ntraining: {batch_size: 7}\n",
+        own="base: [second.yaml]\nseed: 3\ntraining: {batch_size: 7}\n",
     )
     config = load_config(file, ["optimizer.factor=0.5"])
     assert (config.seed, config.training.epochs, config.training.batch_size) == (3, 5, 7)
@@ -233,7 +233,7 @@ def test_of_several_bases_the_last_wins_and_the_file_itself_over_all(write):
     file = write(
         one="training: {batch_size: 1, epochs: 1}\nseed: 1\n",
         two="training: {batch_size: 2}\nseed: 2\n",
-        mine="base: [digits, one.yaml, two.yaml]\nseed: 3\noptimizer: {milestones: []}\nepsilon: {warmup_epochs: 0}\n",
+        own="base: [digits, one.yaml, two.yaml]\nseed: 3\noptimizer: {milestones: []}\nepsilon: {warmup_epochs: 0}\n",
     )
     config = load_config(file, ["epsilon.start_epoch=1"])
     assert (config.training.batch_size, config.training.epochs, config.seed) == (2, 1, 3)
@@ -243,7 +243,7 @@ def test_of_several_bases_the_last_wins_and_the_file_itself_over_all(write):
 def test_options_of_a_model_are_merged_and_a_null_overrules(write):
     file = write(
         first="base: digits\nmodel: {options: {width: 3}}\n",
-        mine="base: first.yaml\nmodel: {options: {batch_norm: false}}\noptimizer: {clip: null}\n",
+        own="base: first.yaml\nmodel: {options: {batch_norm: false}}\noptimizer: {clip: null}\n",
     )
     config = load_config(file)
     assert config.model.options == {"width": 3, "batch_norm": False}
@@ -254,10 +254,10 @@ def test_a_base_is_looked_for_beside_the_file_then_among_the_shipped(write, tmp_
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "cifar10_8_255").write_text("seed: 9")  # of the folder one happens to be in: not meant
-    mine = write(mnist="base: digits\nseed: 5\n", mine="base: mnist.yaml\n")
-    assert load_config(mine).seed == 5
-    assert load_config(write(mine="base: mnist\n")).data.name == "mnist"
-    assert load_config(write(mine="base: cifar10_8_255\n")).seed == 0
+    own = write(mnist="base: digits\nseed: 5\n", own="base: mnist.yaml\n")
+    assert load_config(own).seed == 5
+    assert load_config(write(own="base: mnist\n")).data.name == "mnist"
+    assert load_config(write(own="base: cifar10_8_255\n")).seed == 0
 
 
 def test_a_mapping_has_bases_too():
@@ -284,7 +284,7 @@ def test_a_circle_of_bases_is_shown(write):
     ],
 )
 def test_a_wrong_base_is_reported_with_the_file_that_asks_for_it(write, base, message):
-    file = write(middle=f"base: {base}", mine="base: middle.yaml")
+    file = write(middle=f"base: {base}", own="base: middle.yaml")
     with pytest.raises(UsageError, match=f"^{file.with_name('middle.yaml')}: {message}") as caught:
         load_config(file)
     assert "\n" not in str(caught.value)
@@ -292,14 +292,14 @@ def test_a_wrong_base_is_reported_with_the_file_that_asks_for_it(write, base, me
 
 def test_a_base_that_is_no_config_is_named(write):
     with pytest.raises(UsageError, match=r"first\.yaml is not valid YAML"):
-        load_config(write(first="data: [", mine="base: first.yaml"))
+        load_config(write(first="data: [", own="base: first.yaml"))
 
 
 def test_what_is_wrong_in_a_base_is_reported_with_that_file(write):
     file = write(
         first="base: digits\ntraining: {epocs: 3}\noptimizer: {lr: fast}\n",
         second="base: first.yaml\nseed: -1\n",
-        mine="base: second.yaml\nmodel: {nam: mlp}\n",
+        own="base: second.yaml\nmodel: {nam: mlp}\n",
     )
     with pytest.raises(UsageError) as caught:
         load_config(file, ["data.limit=1"])
@@ -314,7 +314,7 @@ def test_what_is_wrong_in_a_base_is_reported_with_that_file(write):
 
 
 def test_a_base_is_not_blamed_for_what_overrules_it(write):
-    file = write(first="base: digits\nseed: 1\n", mine="base: first.yaml\n")
+    file = write(first="base: digits\nseed: 1\n", own="base: first.yaml\n")
     with pytest.raises(UsageError, match=r"^seed: "):
         load_config(file, ["seed=-2"])
 

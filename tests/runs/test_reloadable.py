@@ -196,6 +196,20 @@ def test_a_network_that_cannot_be_handed_out_is_refused_before_the_first_step(cl
     assert contents(tmp_path) == {}
 
 
+class Smooth(Flat):
+    """Without a neuron that could be active or inactive."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x.flatten(1))))
+
+
+def test_regularizers_that_find_no_activation_are_an_error_before_the_first_step(cli, tmp_path):
+    outcome = trained(cli, Smooth, tmp_path / "run")
+    assert outcome.code == 2
+    assert re.search(r"no ReLU .* set regularizers\.weight to 0", outcome.error)
+    assert contents(tmp_path) == {}
+
+
 def test_weights_of_another_type_are_not_rounded(run):
     """The checker of certificates reads the file as it is: what is proved of it is to hold for what is loaded."""
     weights = safetensors.torch.load_file(run / "model.safetensors")

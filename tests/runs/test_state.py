@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from certtrain.config import load_config
 from certtrain.config.names import OPTIMIZERS
 from certtrain.errors import CheckpointError
+from certtrain.runs.build import assemble, build, load_data
 from certtrain.runs.checkpoint import DESCRIPTION, load_checkpoint, save_checkpoint
 from certtrain.runs.state import check_state, continue_from, run_state
-from certtrain.runs.train import assemble, build, load_data
 from tests.commands import TINY, one_thread
 
 SOURCE = Path("runs/sent/last.ckpt")

@@ -72,11 +72,12 @@ def results(model: nn.Module, metrics: Metrics) -> dict[str, Tensor]:
     }
 
 
-def check_equal(mine: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert mine.keys() == other.keys()
-    for name, value in other.items():
+def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
         scale = value.abs().max().item()
-        torch.testing.assert_close(mine[name], value, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        message = f"{name}: {{}}".format
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance * scale, msg=message)
 
 
 @pytest.fixture
@@ -91,16 +92,15 @@ def only_captured(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "phase"), [*(("ibp", phase) for phase in Phase), ("fused", Phase.WARMUP), ("mtl-ibp", Phase.WARMUP)]
-)
-def test_a_compiled_step_is_the_eager_one_within_rounding(method, phase):
+@pytest.mark.parametrize("method", ["ibp", "fused", "mtl-ibp"])
+def test_a_compiled_step_is_the_eager_one_within_rounding(method):
+    """By PyTorch's own compiler, while epsilon grows: the graphs of the other phases are parts of that one."""
     found = []
     for compiled in (True, False):
         model = network()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            found.append(results(model, step(gradient_step(model, compiled, **METHODS[method]), phase)))
+            found.append(results(model, step(gradient_step(model, compiled, **METHODS[method]), Phase.WARMUP)))
     check_equal(*found)
 
 
@@ -115,14 +115,14 @@ def test_a_compiled_step_is_the_eager_one_within_rounding(method, phase):
 )
 def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
     """Epsilon and the regularizers' weight move with every step, the learning rate with some."""
-    mine, other = network(), network()
-    compiled, eager = gradient_step(mine, **METHODS[method]), gradient_step(other, compiled=False, **METHODS[method])
-    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3, fused=True) for model in (mine, other)]
+    model, twin = network(), network()
+    compiled, eager = gradient_step(model, **METHODS[method]), gradient_step(twin, compiled=False, **METHODS[method])
+    optimizers = [torch.optim.Adam(net.parameters(), lr=1e-3, fused=True) for net in (model, twin)]
     phases = (Phase.BEFORE, Phase.WARMUP, Phase.FULL)
     for number, phase in enumerate(phases):
         for seed in range(3):
             check_equal(
-                results(mine, step(compiled, phase, seed)), results(other, step(eager, phase, seed)), tolerance=1e-3
+                results(model, step(compiled, phase, seed)), results(twin, step(eager, phase, seed)), tolerance=1e-3
             )
             for optimizer in optimizers:
                 optimizer.param_groups[0]["lr"] = 1e-4 / (1 + number + seed)
@@ -148,8 +148,9 @@ def test_a_last_smaller_batch_is_not_compiled(only_captured):
 
 def test_without_a_compiler_one_warning_and_the_eager_step():
     missing = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
-    mine, other = network(), network()
-    compiled, eager = gradient_step(mine), gradient_step(other, compiled=False)
+    model, twin = (nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    compiled, eager = gradient_step(model), gradient_step(twin, compiled=False)
     with torch._inductor.config.patch(missing):
         with pytest.warns(UserWarning, match="the training step is not compiled"):
             first = step(compiled, Phase.FULL)
@@ -158,8 +159,8 @@ def test_without_a_compiler_one_warning_and_the_eager_step():
             second = step(compiled, Phase.FULL, seed=1)
     expected = step(eager, Phase.FULL)
     assert all(torch.equal(first[name], value) for name, value in expected.items())
-    expected = results(other, step(eager, Phase.FULL, seed=1))
-    assert all(torch.equal(value, expected[name]) for name, value in results(mine, second).items())
+    expected = results(twin, step(eager, Phase.FULL, seed=1))
+    assert all(torch.equal(value, expected[name]) for name, value in results(model, second).items())
 
 
 @pytest.mark.filterwarnings("ignore:the training step is not compiled")
@@ -178,10 +179,10 @@ def test_an_error_of_the_users_own_is_theirs_to_see():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training step is not compiled")
 def test_labels_that_the_network_has_no_class_for_are_an_error():
-    trained = gradient_step(network())
+    trained = gradient_step(network(), **METHODS["ibp"])  # compiled above: on disk
     images, labels = torch.rand(BATCH, 1, 8, 8), torch.full((BATCH,), 9)
     with pytest.raises((IndexError, RuntimeError)):
-        trained.backward(images, labels, scheduled(0.1), Phase.FULL)
+        trained.backward(images, labels, scheduled(0.1), Phase.WARMUP)
 
 
 class Doubling(nn.Module):

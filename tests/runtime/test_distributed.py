@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -369,8 +370,13 @@ def test_torchrun(tmp_path, one):
     arguments = train_arguments(run, *TWENTY_STEPS)
     subprocess.run([*torchrun, "-m", "certtrain.cli", *arguments], check=True, capture_output=True)
     check_same_run(run, one)
-    verified = [*torchrun, "-m", "certtrain.cli", "verify", str(run), "--device", "cpu", "--eps", "0.01,0.1"]
-    subprocess.run(verified, check=True, capture_output=True)
+
+
+def test_several_processes_verify_as_one(tmp_path, one):
+    run, log = shutil.copytree(one, tmp_path / "run"), tmp_path / "log"
+    verified = ["verify", str(run), "--device", "cpu", "--eps", "0.01,0.1"]
+    children = start_ranks(2, partial(main, verified), log)
+    assert [exit_code(child) for child in children] == [0, 0], log.read_text()
     results = json.loads((run / "verify.json").read_text())
     (expected,) = json.loads((one / "summary.json").read_text())["radii"]
     for name in ("images", "natural_error", "pgd_error", "verified_error"):

@@ -46,10 +46,10 @@ def test_bf16_rounds_products_alone():
     with training_precision("bf16", torch.device("cpu")):
         rounded = net.ibp(box, clean=images)
     assert rounded.clean.dtype is torch.float32
-    for mine, other in zip(rounded.relu_inputs, exact.relu_inputs, strict=True):
-        assert mine.radius.dtype is torch.float32
-        assert not torch.equal(mine.radius, other.radius)
-        torch.testing.assert_close(mine.radius.mean(), other.radius.mean(), rtol=0.02, atol=0)
+    for found, expected in zip(rounded.relu_inputs, exact.relu_inputs, strict=True):
+        assert found.radius.dtype is torch.float32
+        assert not torch.equal(found.radius, expected.radius)
+        torch.testing.assert_close(found.radius.mean(), expected.radius.mean(), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])

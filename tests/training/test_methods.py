@@ -32,6 +32,7 @@ from certtrain.training.methods import (
     STAPS,
     TAPS,
     Adversarial,
+    CrownIBP,
     ExpIBP,
 )
 from certtrain.training.noise import step_keys, uniform
@@ -325,6 +326,16 @@ def test_until_epsilon_is_full_a_tail_is_bounded_as_the_head_is(method, same_as)
     )
     assert metrics["loss"].item() == pytest.approx(expected["loss"].item(), rel=1e-9)
     check_same_gradients(model, other)
+
+
+@pytest.mark.parametrize("method", [*METHODS_SHOWN.values(), CrownIBP(), CrownIBP(beta=(1.0, 0.5))])
+def test_a_method_says_whether_its_loss_is_another_one_during_warmup(method):
+    """Where it is not, and nothing regularizes, warmup is the same function, and compiled once."""
+    model, other = network(), network()
+    warmup, full = step(model, method, Phase.WARMUP, 0.25), step(other, method, Phase.FULL, 0.25)
+    differ = not all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert differ == method.differs_in_warmup
+    assert (warmup.keys() != full.keys()) == method.differs_in_warmup
 
 
 @pytest.mark.parametrize("tail", [2, 3])

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, bounded_model, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.bounds.model import BACKENDS
 from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss
 from certtrain.training.losses import Metrics, proved
 from certtrain.training.method import Method, Phase, scheduled
-from certtrain.training.methods import IBP, CrownIBP, Natural
+from certtrain.training.methods import IBP, Adversarial, CrownIBP, Natural
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import Batch, GradientStep
 from tests.networks import narrow_cnn7, randomized, residual_network
@@ -70,14 +71,14 @@ def published_loss(model: nn.Module, phase: Phase, method: Method) -> Tensor:
 @pytest.mark.parametrize("method", [IBP(), CrownIBP()], ids=["ibp", "crown-ibp"])
 @pytest.mark.parametrize("phase", Phase)
 def test_loss_and_gradient_equal_the_published_objective(phase, method):
-    ours, theirs = network(), network()
-    metrics = step(ours, phase, method=method, l1=1e-4)
-    expected = published_loss(theirs, phase, method)
+    model, twin = network(), network()
+    metrics = step(model, phase, method=method, l1=1e-4)
+    expected = published_loss(twin, phase, method)
     expected.backward()
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
-    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        scale = other.grad.abs().max().clamp(min=1e-12)
-        assert ((mine.grad - other.grad).abs().max() / scale).item() < 1e-6, name
+    for (name, parameter), expected_parameter in zip(model.named_parameters(), twin.parameters(), strict=True):
+        scale = expected_parameter.grad.abs().max().clamp(min=1e-12)
+        assert ((parameter.grad - expected_parameter.grad).abs().max() / scale).item() < 1e-6, name
 
 
 def test_loss_fusion_bounds_the_cross_entropy_itself():
@@ -120,21 +121,21 @@ def test_accumulation_gives_the_whole_batchs_gradient_and_statistics(phase, part
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12)
-    for mine, other in zip(divided.parameters(), whole.parameters(), strict=True):
-        scale = other.grad.abs().max().clamp(min=1e-30)
-        assert ((mine.grad - other.grad).abs().max() / scale).item() < 1e-9
-    for mine, other in zip(divided.buffers(), whole.buffers(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+    for found, expected in zip(divided.parameters(), whole.parameters(), strict=True):
+        scale = expected.grad.abs().max().clamp(min=1e-30)
+        assert ((found.grad - expected.grad).abs().max() / scale).item() < 1e-9
+    for found, expected in zip(divided.buffers(), whole.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def assert_same_step(model: nn.Module, metrics: Metrics, other: nn.Module, expected: Metrics) -> None:
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, rtol=1e-9, atol=1e-12)
-    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, its.grad, rtol=1e-9, atol=1e-12)
-    for mine, its in zip(model.buffers(), other.buffers(), strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-12)
+    for found, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-12)
+    for found, wanted in zip(model.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -202,7 +203,11 @@ def test_proved_needs_every_margin_but_the_labels_own():
         ({}, 0.1, Phase.WARMUP),
         ({}, 0.3, Phase.FULL),
         ({"regularization": Regularization(0.0)}, 0.0, Phase.NATURAL),
-        ({"regularization": Regularization(0.0)}, 0.1, Phase.WARMUP),
+        ({"regularization": Regularization(0.0)}, 0.1, Phase.FULL),
+        ({"regularization": Regularization(0.0), "method": CrownIBP()}, 0.1, Phase.WARMUP),
+        ({"regularization": Regularization(0.0), "method": CrownIBP(beta=(1.0, 0.5))}, 0.1, Phase.FULL),
+        ({"method": CrownIBP(beta=(1.0, 0.5))}, 0.1, Phase.WARMUP),
+        ({"method": Adversarial()}, 0.1, Phase.FULL),
         ({"regularization": Regularization(tightness=False, relu_balance=False)}, 0.0, Phase.NATURAL),
         ({"method": Natural()}, 0.1, Phase.NATURAL),
         ({"method": CrownIBP()}, 0.1, Phase.WARMUP),
@@ -210,7 +215,8 @@ def test_proved_needs_every_margin_but_the_labels_own():
     ],
 )
 def test_phases(options, eps, phase):
-    assert GradientStep(BoundedModel(nn.Linear(2, 2), torch.rand(1, 2)), **options).phase(eps, 0.3) is phase
+    net = BoundedModel(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.rand(1, 2))
+    assert GradientStep(net, **options).phase(eps, 0.3) is phase
 
 
 # --- networks of other kinds -----------------------------------------------------------------------------------------
@@ -242,8 +248,10 @@ def test_accumulation_with_a_batch_norm_that_the_regularizers_do_not_reach(phase
 
 @pytest.mark.parametrize("activation", [nn.Tanh(), nn.Identity()])
 def test_regularizers_without_an_activation_they_know_are_an_error_that_names_the_keys(activation):
-    with pytest.raises(UsageError, match=r"regularizers\.weight to 0.* regularizers\.tightness"):
-        step(without_batch_norm(activation), Phase.WARMUP)
+    for backend in BACKENDS:
+        net = bounded_model(without_batch_norm(activation), batch()[0], backend)
+        with pytest.raises(UsageError, match=r"regularizers\.weight to 0.* regularizers\.tightness"):
+            GradientStep(net)
     metrics = step(without_batch_norm(activation), Phase.WARMUP, regularization=Regularization(0.0))
     assert metrics["loss"] == metrics["robust_loss"] > 0
 

@@ -44,12 +44,12 @@ def test_every_certificate_holds_and_the_counts_are_the_verifiers(cli, certified
     assert {"proved", "attacked"} <= {row["verdict"] for row in rows}
     radii = json.loads((run / "verify.json").read_text())["radii"]
     for radius in radii:
-        mine = [row for row in rows if row["epsilon"] == radius["eps"]]
+        tested = [row for row in rows if row["epsilon"] == radius["eps"]]
         assert radius["arithmetic"] == "float32"
-        assert radius["verified_error"] == pytest.approx(np.mean([row["verdict"] != "proved" for row in mine]))
-        assert radius["pgd_error"] == pytest.approx(np.mean([row["verdict"] == "attacked" for row in mine]))
-        assert radius["natural_error"] == pytest.approx(np.mean([row["prediction"] != row["label"] for row in mine]))
-        proved = sum(row["verdict"] == "proved" for row in mine)
+        assert radius["verified_error"] == pytest.approx(np.mean([row["verdict"] != "proved" for row in tested]))
+        assert radius["pgd_error"] == pytest.approx(np.mean([row["verdict"] == "attacked" for row in tested]))
+        assert radius["natural_error"] == pytest.approx(np.mean([row["prediction"] != row["label"] for row in tested]))
+        proved = sum(row["verdict"] == "proved" for row in tested)
         assert f"epsilon {radius['eps']}, float32, ibp: all 360 images: {proved} proved, " in outcome.out
     assert "all 720 certificates hold\n" in outcome.out
     assert "the published one" in outcome.out

@@ -207,8 +207,8 @@ class TestPGD:
         data = pixels([130] * 16, [1] * 16)
         images, labels = data.images / 255.0, data.labels
 
-        def attacked(seed, mine=slice(None)):
-            return PGD(0, 2)(Threshold(), images[mine], labels[mine], 0.1, seeded(16, seed)[mine])[0]
+        def attacked(seed, part=slice(None)):
+            return PGD(0, 2)(Threshold(), images[part], labels[part], 0.1, seeded(16, seed)[part])[0]
 
         assert len(attacked(1).unique()) > 4
         assert torch.equal(attacked(1), attacked(1))

@@ -1,4 +1,4 @@
-"""alpha-CROWN: the slopes below unstable ReLUs, optimised for each image and margin."""
+"""alpha-CROWN: the slopes below unstable neurons, optimised for each image and margin."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from certtrain.bounds.graph import Call, Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear.crown import crown_margins
+from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 
 
@@ -24,7 +25,7 @@ class AlphaOptions:
 
 
 def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tensor:
-    """Margins (B, K), the best met while the slopes below unstable ReLUs are optimised, per image and margin.
+    """Margins (B, K), the best met while the slopes below unstable neurons are optimised, per image and margin.
 
     (Xu et al. 2021, arXiv 2011.13824.) With zero steps, or where no slope reaches the output, `crown_margins`. Carries
     no gradient.
@@ -67,17 +68,20 @@ def free_slopes(call: Call) -> tuple[float, float] | None:
     return None if negative_slope > 1 else (negative_slope, 1.0)  # concave: the line below is the chord
 
 
-def _initial_slopes(record: Record, rows: int) -> tuple[dict[int, Tensor], dict[int, tuple[float, float]]]:
-    """By (leaky) ReLU: the slopes below, (B, rows, ...), and the ends they may move between."""
+def _initial_slopes(record: Record, rows: int) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
+    """By call with free slopes: those below, (B, rows, ...), and the ends they may move between, (B, 1, ...)."""
     slopes, ends = {}, {}
     for call in record.calls:
-        allowed = free_slopes(call)
-        if allowed is None:
+        if call.function not in FREE_SLOPES:
             continue
         (ref,) = leaves(call.args, Ref)
-        start = RELAXATIONS[call.function](record.boxes[ref.index], *call.args[1:]).lower_slope
+        question = record.boxes[ref.index], *call.args[1:]
+        free = FREE_SLOPES[call.function](*question)
+        if not (free.low < free.high).any():
+            continue
+        start = RELAXATIONS[call.function](*question).lower_slope.clamp(free.low, free.high)
         slopes[call.index] = start[:, None].repeat(1, rows, *[1] * (start.dim() - 1)).requires_grad_()
-        ends[call.index] = allowed
+        ends[call.index] = free.low[:, None], free.high[:, None]
     return slopes, ends
 
 

@@ -29,14 +29,9 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import patches
+from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.patches import Coefficients, Contributions, Patches, added, constant_map, dense, scaling_of
-from certtrain.bounds.linear.relaxations import (
-    RELAXATIONS,
-    LinearRelaxation,
-    above_in_exact_arithmetic,
-    relu,
-    unstable_relus,
-)
+from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, above_in_exact_arithmetic, relu
 from certtrain.bounds.operations import add, cast, differentiable, identity, reshape, sub
 from certtrain.errors import UnsupportedOperation
 
@@ -304,7 +299,7 @@ def linear_bounds(
 
     Args:
         functions: by value, coefficients (B, R, ...), dense or `Patches`.
-        slopes: replaces the slope of the line below, call by call, where a ReLU is unstable.
+        slopes: replaces the slope of the line below, call by call, where that is free (`FREE_SLOPES`).
         lines: relaxations known from earlier passes over the same boxes; it is added to.
         observe: sees the coefficients of the value of every call with a relaxation.
 
@@ -375,9 +370,15 @@ def _elementwise(
     if isinstance(a, Patches) and slope is None:
         pulled, constant = patches.elementwise(line, a)
         return [(ref, pulled)], constant
-    a, lower_slope = dense(a), line.lower_slope[:, None]
-    if slope is not None:
-        lower_slope = torch.where(unstable_relus(boxes[ref.index])[:, None], slope, lower_slope)
+    a = dense(a)
     positive, negative = a.clamp(min=0), a.clamp(max=0)
-    pulled_back = positive * lower_slope + negative * line.upper_slope[:, None]
-    return [(ref, pulled_back)], _dot(positive, line.lower_offset) + _dot(negative, line.upper_offset)
+    constant = _dot(negative, line.upper_offset)
+    if slope is None:
+        slope = line.lower_slope[:, None]
+        constant = constant + _dot(positive, line.lower_offset)
+    else:
+        free = FREE_SLOPES[call.function](boxes[ref.index], *call.args[1:])
+        slope = slope.clamp(free.low[:, None], free.high[:, None])
+        if (offset := free.offset(slope)) is not None:
+            constant = constant + (positive * offset).flatten(2).sum(2)
+    return [(ref, positive * slope + negative * line.upper_slope[:, None])], constant

@@ -1,0 +1,67 @@
+"""The run that a command line names: its folder, its configuration with what is changed of it, its network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from certtrain.errors import CheckpointError, DataError, UsageError, shown
+from certtrain.runtime.device import check_device_name
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from certtrain.config import Config
+    from certtrain.runtime.distributed import Ranks
+
+CHANGEABLE = "data, verification, epsilon, seed and backend"  # of the configuration of a network that is trained
+
+
+def folder_of(run: Path) -> Path:
+    """The run directory, where a file in it was named."""
+    return run if run.is_dir() else run.parent
+
+
+def config_of(options: argparse.Namespace, run: Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of the run that was named, with what the command line changes of it.
+
+    Raises:
+        CheckpointError: there is nothing at `run`, or a model without its configuration.
+        UsageError: what is to be changed was settled by training.
+    """
+    from certtrain.config.loading import load_config
+
+    settled = [text for text in options.overrides if re.match(r"(training|optimizer|regularizers|model)\b", text)]
+    settled = [text for text in settled if not text.startswith("model.path=")]
+    if settled:
+        raise UsageError(f"{shown(settled[0])}: training has settled that; only {CHANGEABLE} can be changed")
+    check_device_name(getattr(options, "device", "cpu"))
+    file = folder_of(run) / "config.yaml"
+    if file.is_file():
+        return load_config(file, [*options.overrides, changes or {}])
+    if any((folder_of(run) / name).exists() for name in ("model.json", "model.safetensors", "last.ckpt")):
+        raise CheckpointError(f"{folder_of(run)} is not a run directory: it has no config.yaml")
+    raise CheckpointError(f"there is no model at {run}: expected a run directory or its model.safetensors")
+
+
+def open_network(options: argparse.Namespace, config: Config, ranks: Ranks | None = None) -> nn.Module:
+    """The network that was named, on its device."""
+    from certtrain.models.own import modules_from
+    from certtrain.runs.build import resolve_device
+    from certtrain.runs.checkpoint import load_model
+    from certtrain.runtime.distributed import ALONE
+
+    with modules_from(config.model.path):
+        place = resolve_device(options.device, ranks or ALONE)
+        return load_model(options.run, place, trust=options.trust_model)
+
+
+def require_data(config: Config) -> None:
+    """A mistyped folder of one's own data is answered at once."""
+    path = config.data.path
+    if path is not None and not os.path.isdir(os.path.expanduser(path)):
+        raise DataError(f"data.path: there is no folder {path}")

@@ -1,0 +1,63 @@
+"""What results look like on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from certtrain.config import Config
+
+NOTHING_PROVED = 0.95  # a verified error from which on training has come to nothing
+
+
+def show_results(console: Console, results: Sequence[dict], validation: Sequence[dict] = ()) -> None:
+    """A row for each radius, and below them those of the validation images where there are any."""
+    sound = f", sound in {results[0]['arithmetic']}" if results[0]["arithmetic"] else ""
+    table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method']}{sound}")
+    if validation:
+        table.add_column("images")
+    for column in ("epsilon", "natural error", "PGD error", "verified error", "seconds"):
+        table.add_column(column, justify="right")
+    for name, split in (("test", results), ("validation", validation)):
+        for result in split:
+            errors = [f"{result[key]:.2%}" for key in ("natural_error", "pgd_error", "verified_error")]
+            images = [f"{result['images']} {name}"] if validation else []
+            table.add_row(*images, f"{result['eps']:.5f}", *errors, f"{result['seconds']:.1f}")
+    console.print(table)
+    if len(results[0]["stages"]) > 1:
+        _show_stages(console, results)
+
+
+def _show_stages(console: Console, results: Sequence[dict]) -> None:
+    table = Table(title="what each method was asked, and proved")
+    for column in ("epsilon", "method", "images", "proved", "seconds", "seconds per image"):
+        table.add_column(column, justify="right")
+    for result in results:
+        for stage in result["stages"]:
+            each = f"{stage['seconds'] / stage['images']:.2g}" if stage["images"] else "–"
+            counts = (str(stage[key]) for key in ("images", "proved"))
+            table.add_row(f"{result['eps']:.5f}", stage["method"], *counts, f"{stage['seconds']:.2f}", each)
+    console.print(table)
+
+
+def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:
+    """What to try where training has come to nothing: a line, or none.
+
+    Args:
+        summary: of summary.json; its errors are those at the largest radius trained for.
+    """
+    if summary["verified_error"] < NOTHING_PROVED:
+        return []
+    if config.training.method.name == "natural":
+        return ["hint: hardly anything is proved: training.method natural does not train for that, ibp does"]
+    smaller = f"a smaller radius (epsilon.max={config.epsilon.max / 2:.3g})"
+    if summary["natural_error"] >= NOTHING_PROVED / 2:
+        return [f"hint: the network has learned little: try {smaller}, more epochs, another optimizer.lr"]
+    epsilon, epochs = config.epsilon, config.training.epochs
+    warmup = min(2 * epsilon.warmup_epochs, 3 * (epochs - epsilon.start_epoch + 1) // 4)  # of those there are
+    slower = f"a longer warmup (epsilon.warmup_epochs={warmup})" if warmup > epsilon.warmup_epochs else "more epochs"
+    return [f"hint: hardly anything is proved: try {slower}, {smaller}, training.method=crown-ibp"]

@@ -1,0 +1,208 @@
+"""The parts of a run, from its configuration: device, data, network, trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from certtrain.bounds import bounded_model
+from certtrain.config import Config
+from certtrain.config.schema import BatchNormSection
+from certtrain.data import (
+    Augmentation,
+    Dataset,
+    batch_sizes,
+    epoch_batches,
+    load_dataset,
+    require_two_classes,
+    to_float,
+)
+from certtrain.errors import DataError, UsageError, shortened
+from certtrain.initialization import initialize_
+from certtrain.models import build_model
+from certtrain.models.own import explained, modules_from
+from certtrain.runs.checkpoint import require_reloadable
+from certtrain.runtime.compilation import compiling_pays
+from certtrain.runtime.device import check_device_name
+from certtrain.runtime.distributed import ALONE, Ranks
+from certtrain.runtime.layout import layout_for
+from certtrain.schedules import SmoothedEpsilon
+from certtrain.training.cost import clean_macs
+from certtrain.training.methods import build_method
+from certtrain.training.optimizers import build_optimizer, build_rate
+from certtrain.training.regularization import Regularization
+from certtrain.training.step import GradientStep
+from certtrain.training.trainer import Batches, Trainer
+
+
+def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    check_device_name(name)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = ranks.own_device(torch.device(name))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = shortened(str(error).partition("\n")[0], 160)
+        raise UsageError(f"device {name!r} is not to be had here: {reason}") from error
+    return device
+
+
+def load_data(config: Config) -> Dataset:
+    data = config.data
+    dataset = load_dataset(
+        data.name, data.root, download=data.download, path=data.path, validation=data.validation, seed=config.seed
+    )
+    dataset = replace(dataset, train=dataset.train.take(slice(data.limit)))
+    require_two_classes(dataset.train)
+    return dataset
+
+
+def build(config: Config, dataset: Dataset, trust: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+    """The initialized network, and the arguments of `build_model` that rebuild it.
+
+    Args:
+        trust: the configuration may name code outside certtrain, as one's own may.
+    """
+    architecture: dict[str, Any] = {
+        "name": config.model.name,
+        "image_shape": list(dataset.image_shape),
+        "num_classes": dataset.num_classes,
+        "mean": list(config.data.mean or dataset.mean),
+        "std": list(config.data.std or dataset.std),
+        "options": dict(config.model.options),
+    }
+    channels = dataset.image_shape[0]
+    if {len(architecture["mean"]), len(architecture["std"])} != {channels}:
+        raise UsageError(f"data.mean and data.std need one number for each of the images' {channels} channels")
+    with modules_from(config.model.path):
+        model = build_model(**architecture, trust=trust)
+    shape = output_shape(config.model.name, model, dataset.image_shape)
+    if shape != (1, dataset.num_classes):
+        raise UsageError(f"model {config.model.name} returns shape {shape}, not (1, {dataset.num_classes})")
+    initialize_(model, config.training.initialization)
+    require_reloadable(model, architecture, trust)
+    return model, architecture
+
+
+def output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+    image = torch.zeros(1, *image_shape, device=next(model.parameters(), torch.empty(0)).device)
+    size = "×".join(map(str, image_shape))
+    with explained(f"model {name} cannot take {size} images", DataError), torch.no_grad():
+        output = model.eval()(image)
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"it returns {type(output).__name__}, not a tensor of logits")
+        return tuple(output.shape)
+
+
+def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
+    augmentation = Augmentation(config.data.flip, config.data.crop)
+    return lambda epoch, first: epoch_batches(
+        dataset.train,
+        config.training.batch_size,
+        seed=config.seed,
+        epoch=epoch,
+        augmentation=augmentation,
+        start_step=first,
+        share=ranks.share,
+    )
+
+
+def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = ALONE) -> Trainer:
+    """The trainer for a configuration; model and data are on their device."""
+    training, epsilon, optimizer = config.training, config.epsilon, config.optimizer
+    split = dataset.train
+    sizes = batch_sizes(len(split), training.batch_size)
+    per_epoch = len(sizes)
+    _check_last_batch(model, len(split), training.batch_size)
+    if training.batch_norm != BatchNormSection() and not _has_batch_norm(model):
+        raise UsageError(f"training.batch_norm: model {config.model.name} has no BatchNorm")
+    _check_shares(config, dataset, sizes, ranks)
+    batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
+    gradient_step = GradientStep(
+        bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum),
+        build_method(training.method),
+        Regularization(**config.regularizers.model_dump(exclude={"l1"})),
+        statistics=training.batch_norm.statistics,
+        l1=config.regularizers.l1,
+        activation_checkpointing=training.activation_checkpointing,
+        accumulation=training.accumulation,
+        precision=training.precision,
+        compile_for=training.batch_size if compiles(config, model, dataset) else None,
+        ranks=ranks,
+    )
+    start = (epsilon.start_epoch - 1) * per_epoch
+    end, max_eps = start + epsilon.warmup_epochs * per_epoch, epsilon.train_factor * epsilon.max
+    radius = SmoothedEpsilon(max_eps, start, end, epsilon.mid, epsilon.beta)
+    return Trainer(
+        model=model,
+        gradient_step=gradient_step,
+        optimizer=build_optimizer(optimizer, model),
+        batches=training_batches(config, dataset, ranks),
+        batch_sizes=sizes,
+        epochs=training.epochs,
+        eps=radius,
+        max_eps=max_eps,
+        ramp=radius.ramp,
+        lr=build_rate(optimizer, per_epoch, training.epochs, end),
+        clip=optimizer.clip,
+        seed=config.seed,
+    )
+
+
+def layout_of(config: Config, model: nn.Module, dataset: Dataset) -> torch.memory_format:
+    training = config.training
+    if training.channels_last == "auto":
+        return layout_for(training.precision, next(model.parameters()).device, compiles(config, model, dataset))
+    return torch.channels_last if training.channels_last else torch.contiguous_format
+
+
+def compiles(config: Config, model: nn.Module, dataset: Dataset) -> bool:
+    training = config.training
+    whole = training.accumulation == 1 and not training.activation_checkpointing
+    if not whole or config.backend != "native":
+        return False
+    if training.compile != "auto":
+        return training.compile
+    steps = training.epochs * len(batch_sizes(len(dataset.train), training.batch_size))
+    macs = training.epochs * len(dataset.train) * clean_macs(model, dataset.image_shape)
+    return compiling_pays(next(model.parameters()).device, steps, macs)
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
+    if _has_batch_norm(model) and (images - 1) % batch_size == 0:
+        raise UsageError(
+            f"training.batch_size: {images} images in batches of {batch_size} leave one alone, "
+            "which BatchNorm cannot normalise: choose another size"
+        )
+
+
+def _check_shares(config: Config, dataset: Dataset, sizes: Sequence[int], ranks: Ranks) -> None:
+    """Every process must have a share of every batch, and one of the test images."""
+    if ranks.world_size == 1:
+        return
+    training = config.training
+    if min(sizes) < ranks.world_size:
+        raise UsageError(
+            f"{ranks.world_size} processes: {sum(sizes)} training images in batches of {training.batch_size} leave one "
+            f"of {min(sizes)}, not enough for a share each: choose another training.batch_size, or fewer processes"
+        )
+    unit = ranks.world_size * training.accumulation
+    if training.batch_size % unit:
+        below = training.batch_size // unit * unit
+        nearest = " or ".join(str(size) for size in (below, below + unit) if size)
+        raise UsageError(
+            f"training.batch_size: {training.batch_size} cannot be shared evenly by {ranks.world_size} processes "
+            f"x {training.accumulation} parts: choose {nearest}"
+        )
+    tested = min(len(dataset.test), config.verification.limit or len(dataset.test))
+    if tested < ranks.world_size:
+        raise UsageError(f"{tested} test images for {ranks.world_size} processes: start fewer")

@@ -1,0 +1,83 @@
+"""A trained network's errors at the configured radii, its images' proved radii, and what summary.json says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from certtrain.config import Config
+from certtrain.data import Dataset, Split
+from certtrain.errors import DataError
+from certtrain.runs.build import output_shape
+from certtrain.runs.provenance import versions
+from certtrain.runtime.distributed import ALONE, Ranks
+from certtrain.verification.attacks import PGD
+from certtrain.verification.radius import Radii, certified_radii
+from certtrain.verification.verify import Verification, verify
+
+
+def verify_run(
+    config: Config, model: nn.Module, dataset: Dataset, limit: int | None = None, ranks: Ranks = ALONE
+) -> list[Verification]:
+    section = config.verification
+    return verify(
+        model,
+        _test_images(config, model, dataset, limit),
+        config.test_radii,
+        section.method,
+        attack=_attack(config),
+        batch_size=section.batch_size,
+        seed=config.seed,
+        backend=config.backend,
+        arithmetic=section.arithmetic,
+        ranks=ranks,
+    )
+
+
+def radii_of(config: Config, model: nn.Module, dataset: Dataset, max_eps: float, limit: int | None = None) -> Radii:
+    return certified_radii(
+        model,
+        _test_images(config, model, dataset, limit),
+        max_eps,
+        attack=_attack(config),
+        arithmetic=config.verification.arithmetic,
+        batch_size=config.verification.batch_size,
+        seed=config.seed,
+    )
+
+
+def _test_images(config: Config, model: nn.Module, dataset: Dataset, limit: int | None) -> Split:
+    shape = output_shape(config.model.name, model, dataset.image_shape)
+    if len(shape) != 2:
+        raise DataError(f"model {config.model.name} returns shape {shape} for one of these images, not (1, classes)")
+    classes = shape[1]
+    if dataset.num_classes > classes:
+        raise DataError(f"the data has labels up to {dataset.num_classes - 1}, the model only {classes} classes")
+    return dataset.test.take(slice(config.verification.limit if limit is None else limit))
+
+
+def _attack(config: Config) -> PGD:
+    section = config.verification
+    return PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size)
+
+
+def on_validation(dataset: Dataset) -> Dataset:
+    """The validation split in the place of the test images."""
+    assert dataset.validation is not None
+    return replace(dataset, test=dataset.validation)
+
+
+def summarize(config: Config, results: Sequence[Verification]) -> dict[str, Any]:
+    """Of summary.json; the three errors on top are those at epsilon.max, or else at the largest radius tested."""
+    chosen = next((r for r in results if r.eps == config.epsilon.max), max(results, key=lambda r: r.eps))
+    return {
+        **chosen.summary(),
+        "verify_seconds": round(sum(r.seconds for r in results), 2),
+        "seed": config.seed,
+        "radii": [r.summary() for r in results],
+        "versions": versions(),
+        "config": config.model_dump(mode="json"),
+    }
