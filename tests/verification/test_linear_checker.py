@@ -77,10 +77,10 @@ def test_boxes_and_margins_are_the_verifiers(network):
     sides = [record.boxes[index] for index in Neurons.of(record).values]
     assert len(found.boxes) == len(sides)
     unstable = 0
-    for ours, theirs in zip(found.boxes.values(), sides, strict=True):
-        np.testing.assert_allclose(ours.lower[0], theirs.lower[0], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(ours.upper[0], theirs.upper[0], rtol=1e-5, atol=1e-5)
-        unstable += int(((ours.lower < 0) & (ours.upper > 0)).sum())
+    for box, expected in zip(found.boxes.values(), sides, strict=True):
+        np.testing.assert_allclose(box.lower[0], expected.lower[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(box.upper[0], expected.upper[0], rtol=1e-5, atol=1e-5)
+        unstable += int(((box.lower < 0) & (box.upper > 0)).sum())
     assert unstable > 2
     expected = margins[0].numpy()
     lower = found.margins(int(label), 5)
@@ -111,24 +111,27 @@ def proved_by_search(name, folder, least):
     raise AssertionError("no such question")
 
 
-@pytest.mark.parametrize(("name", "least"), [("mlp", 2), ("cnn-small", 1)])
-def test_leaves_are_proved_again(name, least, tmp_path):
-    checked, box, label, outcome = proved_by_search(name, tmp_path, least)
-    found = checker_of(checked, box)
-    trees = Trees.from_bytes(outcome.trees().to_bytes(), 5, found.neurons)
-    lower = found.leaf_margins(trees, int(label), 5)
-    assert len(trees.target) == len(outcome.leaves)
-    assert (lower > 0).all()
-    for target in {leaf.target for leaf in outcome.leaves}:
-        assert lower[target] == pytest.approx(
-            min(f.lower for f in outcome.leaves if f.target == target), rel=1e-3, abs=1e-6
-        )
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    checked, box, label, outcome = proved_by_search("mlp", tmp_path_factory.mktemp("mlp"), least=3)
+    return checker_of(checked, box), outcome, int(label)
 
 
 @pytest.fixture(scope="module")
-def proof(tmp_path_factory):
-    checked, box, label, outcome = proved_by_search("mlp", tmp_path_factory.mktemp("mlp"), least=3)
-    return checker_of(checked, box), outcome.trees(), int(label)
+def proof(searched):
+    checker, outcome, label = searched
+    return checker, outcome.trees(), label
+
+
+def test_leaves_are_proved_again(searched):
+    checker, outcome, label = searched
+    trees = Trees.from_bytes(outcome.trees().to_bytes(), 5, checker.neurons)
+    lower = checker.leaf_margins(trees, label, 5)
+    assert len(trees.target) == len(outcome.leaves)
+    assert (lower > 0).all()
+    for target in {leaf.target for leaf in outcome.leaves}:
+        expected = min(leaf.lower for leaf in outcome.leaves if leaf.target == target)
+        assert lower[target] == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def changed(trees, name, index, value):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from certtrain.bounds.graph import Call, Ref, leaves
+from certtrain.bounds.graph import Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear.crown import crown_margins
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
@@ -58,14 +57,6 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
         if not _unproved(best).any():
             break
     return best
-
-
-def free_slopes(call: Call) -> tuple[float, float] | None:
-    """The ends between which the slope of the line below an unstable neuron is free; None where it is not."""
-    if call.function not in (F.relu, F.leaky_relu):
-        return None
-    negative_slope = call.args[1] if call.function is F.leaky_relu else 0.0
-    return None if negative_slope > 1 else (negative_slope, 1.0)  # concave: the line below is the chord
 
 
 def _initial_slopes(record: Record, rows: int) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:

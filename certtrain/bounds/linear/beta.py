@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from functools import partial, reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves
 from certtrain.bounds.interval import Record
-from certtrain.bounds.linear.alpha import free_slopes
 from certtrain.bounds.linear.backward import LinearBounds, linear_bounds
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.linear.relaxations import RELAXATIONS
@@ -107,6 +107,14 @@ def _entering(call: Call) -> int:
     return index
 
 
+def _slope_range(call: Call) -> tuple[float, float] | None:
+    """The ends of the slopes that are optimised, of lines through 0 below a (leaky) ReLU; None of other functions."""
+    if call.function not in (F.relu, F.leaky_relu):
+        return None
+    negative_slope = call.args[1] if call.function is F.leaky_relu else 0.0
+    return None if negative_slope > 1 else (negative_slope, 1.0)  # concave: the line below is the chord
+
+
 @dataclass(frozen=True)
 class Splits:
     """What is known on each of D domains, of at most S neurons: z >= threshold, or z <= threshold.
@@ -179,7 +187,7 @@ class DomainBatch:
     ) -> LinearBounds:
         """One bound (D, 1) for each domain; `slopes` (D, N), `multipliers` (D, S), not negative."""
         by_value = self.neurons.parts(slopes)
-        by_call = {call.index: by_value[_entering(call)][:, None] for call in self.neurons.calls if free_slopes(call)}
+        by_call = {call.index: by_value[_entering(call)][:, None] for call in self.neurons.calls if _slope_range(call)}
         weights = multipliers * self.splits.sign
         spread = torch.zeros_like(slopes).scatter_add(1, self.splits.neuron, weights)
         functions: dict[int, Coefficients] = {
@@ -196,7 +204,7 @@ class DomainBatch:
         """(D, N): CROWN's own."""
         found = {index: torch.zeros_like(self.record.boxes[index].like) for index in self.neurons.values}
         for call in self.neurons.calls:
-            if free_slopes(call):
+            if _slope_range(call):
                 entering = _entering(call)
                 found[entering] = RELAXATIONS[call.function](self.record.boxes[entering], *call.args[1:]).lower_slope
         return self.neurons.flat(found)
@@ -205,7 +213,7 @@ class DomainBatch:
         """(N,) each: between which slopes a relaxation stays sound."""
         low, high = {}, {}
         for index in self.neurons.values:
-            ends = [free_slopes(call) for call in self.neurons.calls if _entering(call) == index]
+            ends = [_slope_range(call) for call in self.neurons.calls if _entering(call) == index]
             allowed = [end for end in ends if end is not None]
             like = self.record.boxes[index].like[:1]
             low[index] = torch.full_like(like, max((end[0] for end in allowed), default=0.0))
