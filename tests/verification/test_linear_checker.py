@@ -89,7 +89,7 @@ def test_boxes_and_margins_are_the_verifiers(network):
 
 
 def proved_by_search(name, folder, least):
-    """A network, changed until a search proves it with so many leaves; box, label, and what the search found."""
+    """A network, changed until a search proves it with so many splits; box, label, and what the search found."""
     model, _ = saved(name, folder)
     model.image_shape = NETWORKS[name][1]
     search = Search(timeout=10, keep_leaves=True, ascent=Ascent(steps=3), domains=8)
@@ -106,7 +106,7 @@ def proved_by_search(name, folder, least):
         box, record, label, margins = question(model, eps)
         points = Box(box.lower.float(), box.upper.float())
         (outcome,) = branch_and_bound(model, record, label, margins, search, points)
-        if outcome.verdict == Verdict.PROVED and len(outcome.leaves) >= least:
+        if outcome.verdict == Verdict.PROVED and sum(len(leaf.splits) for leaf in outcome.leaves) >= least:
             return SavedNetwork.read(folder / "model.safetensors"), box, label, outcome
     raise AssertionError("no such question")
 
