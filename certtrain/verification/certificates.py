@@ -1,4 +1,4 @@
-"""Certificates: what was found of each test image, in a Parquet file that a third party can check. Format 2.
+"""Certificates: what was found of each test image, in a Parquet file that a third party can check. Format 3.
 
 Columns, one row per image and claim, in the order of the claims and of the test set:
 
@@ -7,15 +7,16 @@ sha256       string         of the image's uint8 pixels, channels first
 label        int64
 prediction   int64          of the unperturbed image
 epsilon      float64        radius, in units of [0, 1] pixels
-method       string         of the bound: ibp
+method       string         of the bounds: one, or a cascade by price, of ibp, crown-ibp, crown, branch-and-bound
 arithmetic   string         of the deployed network for which the bound holds: float32, tf32, bf16, float64
 margin       float64        lower bound of every computed z_y - z_j, j ≠ y, over the box (docs/soundness.md, eq. 10)
 verdict      string         proved: no point of the box is classified otherwise; attacked: a point is; unknown: else
 adversarial  list<float32>  that point, channels first; null where the unperturbed image is misclassified itself
+tree         binary         the leaves of branch and bound (`trees.Trees`); null where bounds of the whole box suffice
 
 The file's metadata, under the key "certtrain", is JSON (`Header`):
 
-format        2
+format        3
 model_sha256  of model.safetensors
 model         model.json's: how to build the network
 data          name of the data set, number of images of its whole test split, and their `split_digest`
@@ -52,12 +53,13 @@ if TYPE_CHECKING:
     from certtrain.data import Split
     from certtrain.verification.verify import Verification
 
-FORMAT = 2
+FORMAT = 3
 METADATA = b"certtrain"
 VERDICTS = ("proved", "attacked", "unknown")
 MOST_ROWS = 10_000_000
 MOST_HEADER_BYTES = 2**22
 MOST_ROW_BYTES = 1024  # of one value, but for adversarial points, on average and uncompressed
+MOST_TREE_BYTES = 2**24  # of one tree, on average
 ROWS_AT_ONCE = 256
 
 
@@ -154,8 +156,8 @@ def _list(content: Any) -> list[Any]:
 
 
 class ColumnDigests:
-    """The SHA-256 of each column's values, row by row: integers and floats as 8 bytes, little endian; strings as UTF-8
-    and lists as float32 behind their length; null as a length of -1."""
+    """The SHA-256 of each column's values, row by row: integers and floats as 8 bytes, little endian; strings as UTF-8,
+    bytes, and lists as float32 behind their length; null as a length of -1."""
 
     def __init__(self) -> None:
         self._digests = {name: hashlib.sha256() for name in schema().names}
@@ -173,8 +175,8 @@ def _canonical(value: Any) -> bytes:
         return struct.pack("<q", value)
     if isinstance(value, float):
         return struct.pack("<d", value)
-    if isinstance(value, str):
-        encoded = value.encode()
+    if isinstance(value, str | bytes):
+        encoded = value.encode() if isinstance(value, str) else value
         return struct.pack("<q", len(encoded)) + encoded
     if value is None:
         return struct.pack("<q", -1)
@@ -208,6 +210,7 @@ def schema() -> pa.Schema:
             pa.field("margin", pa.float64(), nullable=False),
             pa.field("verdict", pa.string(), nullable=False),
             pa.field("adversarial", pa.list_(pa.float32())),
+            pa.field("tree", pa.binary()),
         ]
     )
 
@@ -238,6 +241,7 @@ def certificate_rows(result: Verification, data: Split) -> Iterator[dict[str, An
             "margin": float(result.margin[index]),
             "verdict": _verdict(bool(result.proved[index]), attacked or prediction != label),
             "adversarial": next(points).flatten().tolist() if attacked else None,
+            "tree": result.trees.get(index),
         }
 
 
@@ -355,7 +359,8 @@ class Certificates:
             for position in range(metadata.num_columns):
                 column = metadata.row_group(group).column(position)
                 listed = column.path_in_schema.startswith("adversarial")
-                values, size = rows * (pixels if listed else 1), MOST_ROW_BYTES + listed * 8 * pixels
+                most_bytes = MOST_TREE_BYTES if column.path_in_schema == "tree" else MOST_ROW_BYTES
+                values, size = rows * (pixels if listed else 1), most_bytes + listed * 8 * pixels
                 if column.num_values > values or column.total_uncompressed_size > 2**16 + rows * size:
                     raise CertificateError(f"column {column.path_in_schema} is larger than {rows} rows can be")
 

@@ -27,6 +27,7 @@ from certtrain.errors import CertificateError
 from certtrain.runtime.files import parse_json
 from certtrain.verification.certificates import VERDICTS, Certificates, Claim, digest, split_digest
 from certtrain.verification.coverage import check_coverage
+from certtrain.verification.trees import Trees
 
 Array = np.ndarray
 
@@ -38,6 +39,8 @@ LARGEST = {"float64": 2.0**1023, "float32": 2.0**127, "tf32": 2.0**127, "bf16": 
 NUMPY_ROUNDINGS = 24  # around any sum of the checker's, at the most
 FOLDING_ROUNDINGS = 16  # from BatchNorm's parameters to a weight it may be folded into
 LARGEST_SCALE = 2.0**40  # of BatchNorm's parameters: what an underflow may be multiplied by
+METHODS = ("ibp", "crown-ibp", "crown", "branch-and-bound")
+SEARCH_AGREEMENT = 1e-5  # of margins by boxes that going back has made, in float64, by two programs
 AGREEMENT = 1e-7  # relative; two derivations of one margin in float64 differ by less
 
 
@@ -424,20 +427,54 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
         raise CertificateError(f"index {index}: label {label}, the data set says {int(labels[index])}")
     if not 0 <= label < network.architecture["num_classes"]:
         raise CertificateError(f"index {index}: label {label} is none of the network's classes")
-    if row["method"] != "ibp" or row["arithmetic"] not in UNIT:
+    methods = row["method"].split(",")
+    if not set(methods) <= set(METHODS) or row["arithmetic"] not in UNIT:
         raise CertificateError(f"index {index}: bounds by {row['method']} in {row['arithmetic']} cannot be checked")
+    searched = methods[-1] == "branch-and-bound" and row["verdict"] == "proved"
+    if row["tree"] is not None and not searched:
+        raise CertificateError(f"index {index}: a tree belongs where branch and bound has proved an image")
     if not (np.isfinite(eps) and eps >= 0):
         raise CertificateError(f"index {index}: epsilon is {eps}")
     lower, upper = _pixel_box(images[index], eps)
-    margin = network.classifier_input(lower, upper, row["arithmetic"]).margin(label)
-    if margin != row["margin"] and not abs(margin - row["margin"]) <= AGREEMENT * max(1.0, abs(margin)):
-        raise CertificateError(f"index {index}: the margin is {margin:.9g}, the certificate says {row['margin']:.9g}")
-    if (row["verdict"] == "proved") != (margin > 0):
-        raise CertificateError(f"index {index}: verdict {row['verdict']}, but the margin is {margin:.9g}")
+    _check_margin(row, network, lower, upper)
     image = (images[index].astype(np.float32) / np.float32(255)).astype(np.float64)
     if not (0 <= row["prediction"] < network.architecture["num_classes"] and _predicts(network, image, row)):
         raise CertificateError(f"index {index}: the prediction is not {row['prediction']}")
     _check_verdict(row, network, image, (lower, upper))
+
+
+def _check_margin(row: Mapping[str, Any], network: SavedNetwork, lower: Array, upper: Array) -> None:
+    """One by intervals is the certificate's; one by going back, or by a search that stopped, is no less."""
+    index, claimed, proved = row["index"], row["margin"], row["verdict"] == "proved"
+    margin = network.classifier_input(lower, upper, row["arithmetic"]).margin(row["label"])
+    if row["method"] == "ibp":
+        agrees = margin == claimed or abs(margin - claimed) <= AGREEMENT * max(1.0, abs(margin))
+    elif proved:
+        margin = margin if margin > 0 and claimed <= margin else _margin_going_back(network, lower, upper, row)
+        agrees = claimed <= margin + SEARCH_AGREEMENT * max(1.0, abs(margin))
+    else:  # which only says that no proof was found
+        margin, agrees = claimed, True
+    if not agrees:
+        raise CertificateError(f"index {index}: the margin is {margin:.9g}, the certificate says {claimed:.9g}")
+    if proved != (margin > 0):
+        raise CertificateError(f"index {index}: verdict {row['verdict']}, but the margin is {margin:.9g}")
+
+
+def _margin_going_back(network: SavedNetwork, lower: Array, upper: Array, row: Mapping[str, Any]) -> float:
+    """The least margin by going back through intervals, then through tighter ones, and by the leaves of the tree."""
+    from certtrain.verification import linear_checker
+
+    label, classes = row["label"], network.architecture["num_classes"]
+    bounds = linear_checker.recorded(network, lower, upper, row["arithmetic"])
+    best = bounds.margins(label, classes)
+    if not (best > 0).all():
+        bounds.tighten()
+        best = np.fmax(best, bounds.margins(label, classes))
+    if row["tree"] is not None and not (best > 0).all():
+        trees = Trees.from_bytes(row["tree"], classes, bounds.neurons)
+        of_leaves = bounds.leaf_margins(trees, label, classes)
+        best = np.where(np.isfinite(of_leaves), np.fmax(best, of_leaves), best)
+    return float(np.where(np.isnan(best), -np.inf, best).min())
 
 
 def _check_verdict(row: Mapping[str, Any], network: SavedNetwork, image: Array, box: tuple[Array, Array]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,8 @@ class Verification:
     perturbation of at most eps in any pixel changes the prediction, which is right; margin: smallest lower bound of
     z_y - z_j, j ≠ y.
     stages: the methods of the cascade, in order; arithmetic: that of the deployed network for which the bounds hold,
-    None for real mathematics; seconds: all of it, the attack included.
+    None for real mathematics; seconds: all of it, the attack included; trees: by position, what proves an image by
+    branch and bound (`Trees`), where that was kept.
     """
 
     eps: float
@@ -63,6 +64,7 @@ class Verification:
     proved: Tensor
     margin: Tensor
     seconds: float
+    trees: Mapping[int, bytes] = field(default_factory=dict)
 
     @property
     def unknown(self) -> Tensor:
@@ -89,7 +91,7 @@ class Verification:
         names = ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
         of_each_image = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         seconds = max(part.seconds for part in parts)
-        return cls(parts[0].eps, stages, parts[0].arithmetic, seconds=seconds, **of_each_image)
+        return cls(parts[0].eps, stages, parts[0].arithmetic, seconds=seconds, **of_each_image)  # type: ignore[arg-type]
 
     def summary(self) -> dict[str, Any]:
         """What goes into a JSON file; errors are fractions."""

@@ -137,6 +137,7 @@ COLUMNS = {
     "epsilon, negative": ({}, "epsilon", lambda row: -row["epsilon"], "has epsilon -"),
     "epsilon, NaN": ({}, "epsilon", lambda row: float("nan"), "has epsilon nan"),
     "method": ({}, "method", lambda row: "crown", "has method crown"),
+    "tree": ({}, "tree", lambda row: b"leaves", "a tree belongs where branch and bound has proved"),
     "arithmetic": ({}, "arithmetic", lambda row: "bf16", "has arithmetic bf16"),
     "margin, better": ({}, "margin", lambda row: row["margin"] + 1e-3, "the margin is"),
     "margin, worse": ({}, "margin", lambda row: row["margin"] - 1e-3, "the margin is"),
@@ -224,7 +225,7 @@ SETS = {
         lambda rows: [{**row, "epsilon": RADII[row["epsilon"] == RADII[0]]} for row in rows], "the margin is"
     ),
     "of another arithmetic": (lambda rows: [{**row, "arithmetic": "float64"} for row in rows], "the margin is"),
-    "of another method": (lambda rows: [{**row, "method": "crown"} for row in rows], "cannot be checked"),
+    "of another method": (lambda rows: [{**row, "method": "alpha-crown"} for row in rows], "cannot be checked"),
     "radius 0": (lambda rows: [{**row, "epsilon": 0.0} for row in rows[:IMAGES]], "the margin is"),
 }  # fmt: skip
 
@@ -254,7 +255,7 @@ def test_what_is_left_out_is_permitted_only_when_asked_for(witness, file):
 # --- the header -------------------------------------------------------------------------------------------------------
 
 HEADERS = {
-    "format 1": ({"format": 1}, "format 1; this version reads and writes format 2"),
+    "format 1": ({"format": 1}, "format 1; this version reads and writes format 3"),
     "format": ({"format": 99}, "format 99"),
     "model_sha256": ({"model_sha256": "0" * 64}, "another model: its model.safetensors"),
     "model": ({"model": {"num_classes": 4}}, r"another model: its model\.json"),
@@ -415,8 +416,8 @@ def test_other_columns_and_headers_that_are_none_are_refused(witness, file):
         b'"format"',
         b"[" * 10**5,
         b"\xff",
-        b'{"format": [2]}',
-        b'{"format": 2}',
+        b'{"format": [3]}',
+        b'{"format": 3}',
     ):
         pq.write_table(table.replace_schema_metadata({METADATA: content}), file)
         witness.refuses(file, "the header|format")
