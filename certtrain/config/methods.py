@@ -23,6 +23,9 @@ Ramp = Annotated[
 ]  # as epsilon begins to grow, and from warmup's end on
 
 
+Shrink = Annotated[float, Field(gt=0, le=1)]  # of upper ends behind unstable ReLUs, while training (CTBench)
+
+
 class StepsSection(Section):
     """Steps along the sign of a gradient."""
 
@@ -139,6 +142,7 @@ class SABRSection(AttackingSection):
     loss_of_one_box: ClassVar[bool] = True
     lambda_: Share = Field(0.4, alias="lambda")  # the small box's radius ...
     radius: Literal["box", "epsilon"] = "box"  # ... as a share of the cut box's, pixel by pixel, or of epsilon
+    shrink: Shrink = 1.0
 
 
 class CCIBPSection(AttackingSection):
@@ -171,6 +175,7 @@ class TailSection(RobustSection):
     link: float = Field(0.5, gt=0, le=1)  # share of the box's width, from each end, in which points move that end
     gradient_scale: float = Field(4.0, gt=0)  # of the gradient through the tail's loss
     product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
+    shrink: Shrink = 1.0
     boxes_only: ClassVar[bool] = False
 
     @property

@@ -111,6 +111,12 @@ class Method(Generic[Options]):
         return getattr(self.options, "attack", None)
 
     @property
+    def shrink(self) -> float | None:
+        """What upper ends behind unstable ReLUs are multiplied by, where they are (`interval.shrunk`)."""
+        share: float = getattr(self.options, "shrink", 1.0)
+        return share if share < 1 else None
+
+    @property
     def is_of_batch_means(self) -> bool:
         """Whether `robust_loss` must be given means over the whole batch; otherwise the mean of parts' will do."""
         return False

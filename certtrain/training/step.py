@@ -174,7 +174,8 @@ class GradientStep:
             logits, part = clean.output, self._part(batch, clean.coefficients, at, phase)
         else:
             box = self._region(batch, at, phase)
-            bounds = self.net.ibp(box, clean=batch.images, record=self.method.keeps_boxes(phase))
+            keep, shrink = self.method.keeps_boxes(phase), self._shrink(phase)
+            bounds = self.net.ibp(box, clean=batch.images, record=keep, shrink=shrink)
             assert bounds.clean is not None
             logits, part = bounds.clean, Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
@@ -182,8 +183,9 @@ class GradientStep:
         return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
 
     def _terms_of_center(self, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
-        box, record = self._region(batch, at, phase), self.method.keeps_boxes(phase)
-        part = Part(self.net, batch.labels, batch.positions, self.net.ibp(box, record=record, from_center=True))
+        box, keep, shrink = self._region(batch, at, phase), self.method.keeps_boxes(phase), self._shrink(phase)
+        bounds = self.net.ibp(box, record=keep, from_center=True, shrink=shrink)
+        part = Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
         terms = terms.plus(Terms(self._l1_terms(), {}))
         return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
@@ -274,6 +276,9 @@ class GradientStep:
             return linf_box(batch.images, torch.full_like(at.eps, SMALLEST_RADIUS))
         return self.method.region(batch.images, at.eps, batch.points)
 
+    def _shrink(self, phase: Phase) -> float | None:
+        return None if phase is Phase.BEFORE else self.method.shrink
+
     def _part(self, batch: Batch, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase) -> Part:
         """What the network makes of region and points, whose clean input has gone ahead."""
         points = batch.points if self.method.asks_for_logits else None
@@ -284,10 +289,11 @@ class GradientStep:
             logits = self.net.clean_pass(points, coefficients).output
         if self.method.has_region and self._checkpointing:
             observe = moments if self._needs_sums(phase) else _nothing
-            bounds = self.net.ibp_in_segments(self._region(batch, at, phase), coefficients, observe)
+            box, shrink = self._region(batch, at, phase), self._shrink(phase)
+            bounds = self.net.ibp_in_segments(box, coefficients, observe, shrink=shrink)
         elif self.method.has_region:
-            box = self._region(batch, at, phase)
-            bounds = self.net.ibp(box, points, coefficients, record=self.method.keeps_boxes(phase))
+            box, keep, shrink = self._region(batch, at, phase), self.method.keeps_boxes(phase), self._shrink(phase)
+            bounds = self.net.ibp(box, points, coefficients, record=keep, shrink=shrink)
             logits = bounds.clean
         return Part(self.net, batch.labels, batch.positions, bounds, logits, coefficients)
 
