@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from certtrain.config.section import Section, Share
-from certtrain.errors import unknown
+from certtrain.config.section import Section, Share, by_name
 
 
 def _constant(value: Any) -> Any:
@@ -214,13 +213,4 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     section.model_fields["name"].default: section for section in get_args(AnyMethod)
 }
 
-
-def _by_name(value: Any) -> Any:
-    """A bare name means a method with its defaults."""
-    name = value.get("name") if isinstance(value, dict) else value
-    if isinstance(name, str) and name not in METHOD_SECTIONS:
-        raise unknown("training method", name, METHOD_SECTIONS)
-    return {"name": value} if isinstance(value, str) else value
-
-
-ChosenMethod = Annotated[AnyMethod, Field(discriminator="name"), BeforeValidator(_by_name)]
+ChosenMethod = Annotated[AnyMethod, Field(discriminator="name"), by_name("training method", METHOD_SECTIONS)]

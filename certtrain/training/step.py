@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,19 @@ class Terms(NamedTuple):
 
     def detach(self) -> Terms:
         return Terms(*({name: value.detach() for name, value in group.items()} for group in self))
+
+
+class Step(Protocol):
+    """What a trainer asks of a step; `GradientStep` says what it means."""
+
+    @property
+    def net(self) -> Bounder: ...
+
+    def phase(self, eps: float, max_eps: float) -> Phase: ...
+
+    def backward(
+        self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None
+    ) -> Metrics: ...
 
 
 class GradientStep:
@@ -142,15 +155,31 @@ class GradientStep:
         size = size or len(images)
         share = len(images) / size
         with training_precision(self._precision, images.device):
-            positions = torch.tensor(self._ranks.share(range(size)), device=images.device)
-            batch = Batch(images, labels, positions)
-            batch = batch._replace(points=self._attacked(size, batch, at, phase))
+            batch = self._batch(images, labels, at, phase, size)
             if self._accumulation == 1:
                 terms = self._whole(size, share, batch, at, phase).scaled(share)
                 total(terms.losses).backward()
             else:
                 terms = self._backward_in_parts(size, batch, at, phase)
                 self._ranks.all_reduce_gradients(self.net.model)
+        return self._metrics(terms)
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None) -> Metrics:
+        """What `backward` returns, and does to BatchNorm's running statistics, without any gradient."""
+        size = size or len(images)
+        share = len(images) / size
+        with training_precision(self._precision, images.device):
+            batch = self._batch(images, labels, at, phase, size)
+            return self._metrics(self._terms_of_whole(size, share, batch, at, phase).scaled(share))
+
+    def _batch(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int) -> Batch:
+        """With the points that the method attacks, where it does."""
+        batch = Batch(images, labels, torch.tensor(self._ranks.share(range(size)), device=images.device))
+        return batch._replace(points=self._attacked(size, batch, at, phase))
+
+    def _metrics(self, terms: Terms) -> Metrics:
+        """Of the whole batch, from this rank's share of it."""
         metrics = {"loss": total(terms.losses), **terms.losses, **terms.metrics}
         values = self._ranks.all_reduce(torch.stack([value.detach() for value in metrics.values()]))
         return dict(zip(metrics, values.unbind(), strict=True))

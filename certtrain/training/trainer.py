@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from certtrain.errors import DivergedError
 from certtrain.training.method import Scheduled
 from certtrain.training.noise import step_keys
-from certtrain.training.step import GradientStep
+from certtrain.training.step import Step
 
 Batches = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]  # (epoch, first step of it) -> images, labels
 
@@ -85,7 +85,7 @@ class Trainer:
     """
 
     model: nn.Module
-    gradient_step: GradientStep
+    gradient_step: Step
     optimizer: torch.optim.Optimizer
     batches: Batches
     batch_sizes: Sequence[int]
