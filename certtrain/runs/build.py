@@ -31,10 +31,12 @@ from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.layout import layout_for
 from certtrain.schedules import SmoothedEpsilon
+from certtrain.training.averaging import build_average
 from certtrain.training.cost import clean_macs
 from certtrain.training.methods import build_method
 from certtrain.training.optimizers import build_optimizer, build_rate
 from certtrain.training.regularization import Regularization
+from certtrain.training.smoothing import smoothed
 from certtrain.training.step import GradientStep
 from certtrain.training.trainer import Batches, Trainer
 
@@ -123,7 +125,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         raise UsageError(f"training.batch_norm: model {config.model.name} has no BatchNorm")
     _check_shares(config, dataset, sizes, ranks)
     batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
-    gradient_step = GradientStep(
+    plain_step = GradientStep(
         bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum),
         build_method(training.method),
         Regularization(**config.regularizers.model_dump(exclude={"l1"})),
@@ -140,7 +142,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
     radius = SmoothedEpsilon(max_eps, start, end, epsilon.mid, epsilon.beta)
     return Trainer(
         model=model,
-        gradient_step=gradient_step,
+        gradient_step=smoothed(training.smoothing, plain_step),
         optimizer=build_optimizer(optimizer, model),
         batches=training_batches(config, dataset, ranks),
         batch_sizes=sizes,
@@ -150,6 +152,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         ramp=radius.ramp,
         lr=build_rate(optimizer, per_epoch, training.epochs, end),
         clip=optimizer.clip,
+        average=build_average(training.averaging, model, per_epoch, training.epochs),
         seed=config.seed,
     )
 

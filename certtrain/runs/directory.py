@@ -19,6 +19,7 @@ RUN_FILES = (
     "metrics.jsonl",
     "last.ckpt",
     "model.safetensors",
+    "model-raw.safetensors",
     "model.json",
     "summary.json",
     "verify.json",

@@ -21,9 +21,9 @@ from certtrain.config.loading import Overrides
 from certtrain.data import Dataset, epoch_batches
 from certtrain.runs.build import assemble, build, compiles, layout_of, load_data, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
-from certtrain.runs.checkpoint import load_checkpoint, save_architecture, save_weights
+from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
 from certtrain.runs.directory import clear, remove_temporaries
-from certtrain.runs.evaluation import on_validation, summarize, verify_run
+from certtrain.runs.evaluation import Results, on_validation, summarize, verify_run
 from certtrain.runs.progress import MetricsFile, Output, ProgressDisplay
 from certtrain.runs.request import Request
 from certtrain.runs.state import check_state, continue_from
@@ -180,21 +180,19 @@ def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Obse
 
 
 def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]:
-    """Hand out the network, verify it, and write the summary."""
-    config, model, dataset = run.config, run.model, run.dataset
-    if config.training.batch_norm.population:  # by every process for itself: all have the whole training set
-        size, seed = config.training.batch_size, config.seed
-        batches = epoch_batches(dataset.train, size, seed=seed, epoch=config.training.epochs)
-        reestimate_statistics(model, (images for images, _ in batches))
-    if ranks.is_first:
-        save_weights(run.folder, model)
-    results = verify_run(config, model, dataset, ranks=ranks)
-    held_out = [] if dataset.validation is None else verify_run(config, model, on_validation(dataset), ranks=ranks)
+    """Hand out the network, the averaged one if there is one, verify it, and write the summary."""
+    average, population = run.trainer.average, run.config.training.batch_norm.population
+    networks: dict[str, Results] = {}
+    if average is not None:
+        networks[RAW_WEIGHTS] = _hand_out(run, RAW_WEIGHTS, population, ranks)
+        average.apply()
+    results = networks[WEIGHTS] = _hand_out(run, WEIGHTS, population or average is not None, ranks)
     summary: dict[str, Any] = {}  # the first process's, in the end everyone's
     if isinstance(observer, Recorder):
         summary = {
-            **summarize(config, results),
-            "validation": [result.summary() for result in held_out],
+            **summarize(run.config, results.test),
+            "validation": results.summary()["validation"],
+            **({} if average is None else {"networks": {name: found.summary() for name, found in networks.items()}}),
             "train_seconds": round(observer.seconds, 2),
             "images_per_second": round(observer.images_per_second, 1),
             "steps": run.trainer.step,
@@ -202,6 +200,20 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
         }
         write_json(run.folder / "summary.json", summary)
     return ranks.broadcast(summary)
+
+
+def _hand_out(run: Prepared, file: str, population: bool, ranks: Ranks) -> Results:
+    """Save and verify the network as it is, or with BatchNorm statistics of the whole population of training images."""
+    config, model, dataset = run.config, run.model, run.dataset
+    if population:  # by every process for itself: all have the whole training set
+        size, seed = config.training.batch_size, config.seed
+        batches = epoch_batches(dataset.train, size, seed=seed, epoch=config.training.epochs)
+        reestimate_statistics(model, (images for images, _ in batches))
+    if ranks.is_first:
+        save_weights(run.folder / file, model)
+    results = verify_run(config, model, dataset, ranks=ranks)
+    held_out = [] if dataset.validation is None else verify_run(config, model, on_validation(dataset), ranks=ranks)
+    return Results(results, held_out)
 
 
 def _keep_threads(saved: int, console: Console, held: ExitStack) -> None:
