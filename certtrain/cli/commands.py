@@ -74,8 +74,8 @@ def _check_training(options: argparse.Namespace) -> None:
     config, overrides = _asked(options)
     check_device_name(options.device)
     request = Request.of(config, options.out, options.resume, options.overwrite, overrides)
-    stored, _ = request.stored()
-    asked = stored or request.config
+    stored = request.stored()
+    asked = stored.config if stored else request.config
     assert asked is not None  # a request without either is refused
     require_data(asked)
 

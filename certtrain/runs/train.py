@@ -24,8 +24,9 @@ from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
 from certtrain.runs.directory import clear, remove_temporaries
 from certtrain.runs.evaluation import Results, on_validation, summarize, verify_run
+from certtrain.runs.extension import compiled_as, extend, require_same_past
 from certtrain.runs.progress import MetricsFile, Output, ProgressDisplay
-from certtrain.runs.request import Request
+from certtrain.runs.request import Request, Stored
 from certtrain.runs.state import check_state, continue_from
 from certtrain.runtime.compilation import announced
 from certtrain.runtime.distributed import Ranks, process_group
@@ -65,6 +66,7 @@ def train(
         out: the run directory; by default runs/NAME after the config file.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         resume: continue the run in `out` where it was saved last, as it was configured; without one there, start it.
+            `overrides` may give it more `training.epochs`, where that leaves the past as it was.
         overwrite: replace the run in `out`.
         overrides: values that overrule the config's: a mapping such as {"optimizer.lr": 1e-3}, or a sequence of texts
             "section.key=value".
@@ -110,7 +112,7 @@ class Prepared:
 
 def _prepare(
     request: Request,
-    stored: Config | None,
+    stored: Stored | None,
     place: torch.device,
     trust: bool,
     ranks: Ranks,
@@ -118,22 +120,29 @@ def _prepare(
     held: ExitStack,
 ) -> Prepared:
     """Everything that can be wrong is found before a file is written."""
-    folder, config = request.folder, stored or request.config
+    folder, config = request.folder, stored.config if stored else request.config
     assert config is not None  # a run that is continued has one stored
-    dataset = ranks.one_per_machine_first(lambda: load_data(config))
+    shorter = stored.shorter if stored else None
+    dataset = ranks.one_per_machine_first(partial(load_data, config))
     with ranks.together():
         torch.manual_seed(config.seed)
         model, architecture = build(config, dataset, trust or request.trusts(config))
+        if shorter is not None:
+            config = compiled_as(shorter, config, model, dataset)
         lay_out_(model.to(place), layout_of(config, model, dataset), dataset.image_shape)
         dataset = dataset.to(place)
     trainer = assemble(config, model, dataset, ranks)
     resumed = None if stored is None else _resume(folder, trainer, ranks, console, held)
     with ranks.together():
+        if resumed is not None and shorter is not None:
+            require_same_past(shorter, config, trainer.step, trainer.steps_per_epoch)
         if ranks.is_first:
             if resumed is None and request.overwrite:
                 clear(folder)
             remove_temporaries(folder)
-            if resumed is None:
+            if shorter is not None:
+                extend(folder, shorter, config, trainer.step, trainer.steps_per_epoch, partial(_tell, console))
+            elif resumed is None:
                 write_text(folder / "config.yaml", config.to_yaml())
             save_architecture(folder, architecture)
     return Prepared(folder, config, model, dataset, trainer, resumed or 0.0)
