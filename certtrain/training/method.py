@@ -91,6 +91,7 @@ class Method(Generic[Options]):
     has_region: propagates a set.
     asks_for_logits: its losses look at the logits at attacked points.
     asks_for_coefficients: its losses look at the BatchNorms' coefficients.
+    shrink: what upper ends behind unstable ReLUs are multiplied by, where they are (`interval.shrunk`).
 
     Raises:
         pydantic.ValidationError: an option outside its range.
@@ -104,17 +105,13 @@ class Method(Generic[Options]):
 
     def __init__(self, options: Options | None = None, **fields: Any) -> None:
         self.options: Options = options or cast("Options", self.Section(**fields))
+        share: float = getattr(self.options, "shrink", 1.0)  # here, and not in a step: it could not be compiled
+        self.shrink = share if share < 1 else None
 
     @property
     def attack(self) -> AttackSection | None:
         """How points are attacked before each step, where they are."""
         return getattr(self.options, "attack", None)
-
-    @property
-    def shrink(self) -> float | None:
-        """What upper ends behind unstable ReLUs are multiplied by, where they are (`interval.shrunk`)."""
-        share: float = getattr(self.options, "shrink", 1.0)
-        return share if share < 1 else None
 
     @property
     def is_of_batch_means(self) -> bool:

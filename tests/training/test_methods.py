@@ -20,6 +20,7 @@ from certtrain.bounds.lirpa import LirpaModel
 from certtrain.config import load_config
 from certtrain.config.methods import METHOD_SECTIONS, AttackSection
 from certtrain.errors import UsageError
+from certtrain.runs.progress import ProgressDisplay
 from certtrain.training.attack import attacked
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Method, Phase, scheduled
@@ -40,6 +41,7 @@ from certtrain.training.noise import step_keys, uniform
 from certtrain.training.regions import small_box, small_linf_box
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
+from certtrain.training.trainer import Trainer
 from tests.commands import TINY, one_thread
 from tests.networks import randomized, residual_network
 
@@ -554,22 +556,23 @@ def test_random_numbers_are_uniform_and_belong_to_an_image_and_a_step():
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"natural", "ibp", "crown-ibp"}))
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "smoothing"),
+    [*((name, "none") for name in sorted(METHODS)), ("ibp", "{name: pgpe, pairs: 2}"), ("sabr", "rgs")],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, smoothing, tmp_path, monkeypatch):
     few = {part: {"steps": 2} for part in ("attack", "latent") if part in METHOD_SECTIONS[name].model_fields}
-    config = load_config("digits", [*TINY, f"training.method={json.dumps({'name': name, **few})}"])
-    backward, calls = GradientStep.backward, []
+    options = [f"training.method={json.dumps({'name': name, **few})}", f"training.smoothing={smoothing}"]
+    config = load_config("digits", [*TINY, *options])
 
-    def interrupted(self: GradientStep, *inputs) -> Metrics:
-        calls.append(None)
-        if len(calls) == 5:
+    def interrupt(self: ProgressDisplay, trainer: Trainer) -> None:
+        if trainer.step == 5:
             signal.raise_signal(signal.SIGTERM)
-        return backward(self, *inputs)
 
     with one_thread():
         certtrain.train(config, tmp_path / "whole", device="cpu")
         with monkeypatch.context() as patch:
-            patch.setattr(GradientStep, "backward", interrupted)
+            patch.setattr(ProgressDisplay, "after_step", interrupt)
             assert certtrain.train(config, tmp_path / "cut", device="cpu").summary is None
         certtrain.train(config, tmp_path / "cut", device="cpu", resume=True)
     whole, cut = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "cut"))

@@ -91,6 +91,15 @@ def test_pgpe_weighs_directions_by_differences_of_losses(name):
     check_same_gradients(model, other, 1e-7)
 
 
+def test_rgs_in_parts_is_the_same():
+    images, labels = batch()
+    models, at = (network(), network()), scheduled(EPS, 0.5, like=images, key=5)
+    for model, parts in zip(models, (1, 3), strict=True):
+        plain = GradientStep(BoundedModel(model, images), METHODS_SHOWN["exp-ibp"], accumulation=parts)
+        smoothed(RGS, plain).backward(images, labels, at, Phase.WARMUP)
+    check_same_gradients(*models)
+
+
 @pytest.mark.parametrize("section", [RGS, PGPE], ids=["rgs", "pgpe"])
 def test_weights_come_back_and_statistics_are_updated_once_by_their_mean(section):
     model, other = network(), network()
