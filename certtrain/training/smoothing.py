@@ -65,12 +65,13 @@ class RandomizedGradientSmoothing(SmoothedStep):
     """1/n Σ ∇L(θ + σδᵢ)."""
 
     def _estimate(self, weights: Perturbed, question: Question) -> tuple[list[Tensor | None], list[Metrics]]:
-        gradients, metrics = [], []
+        metrics: list[Metrics] = []
+        sums: list[Tensor | None] = [None for _ in weights.weights]
         for sample in range(self._count):
             with weights.moved(weights.noise(question[2].key, sample), self._std):
                 metrics.append(self._step.backward(*question))
-            gradients.append(weights.taken_gradients())
-        return [_mean(of_parameter) for of_parameter in zip(*gradients, strict=True)], metrics
+            sums = [_plus(a, b) for a, b in zip(sums, weights.taken_gradients(), strict=True)]
+        return [total if total is None else total / self._count for total in sums], metrics
 
 
 class PGPE(SmoothedStep):
@@ -92,10 +93,9 @@ class PGPE(SmoothedStep):
         return [*sums], metrics
 
 
-def _mean(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+def _plus(total: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """None for a parameter that is not used."""
-    given = [gradient for gradient in gradients if gradient is not None]
-    return torch.stack(given).sum(0) / len(gradients) if given else None
+    return gradient if total is None else total if gradient is None else total + gradient
 
 
 class Perturbed:
@@ -142,8 +142,8 @@ class Perturbed:
                     buffer.copy_(before)
 
     def taken_gradients(self) -> list[Tensor | None]:
-        """The parameters' gradients, which are left without any."""
-        gradients = [parameter.grad for parameter in self._parameters]
+        """Copies of the parameters' gradients, which are left without any; the next way back may reuse their memory."""
+        gradients = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._parameters]
         for parameter in self._parameters:
             parameter.grad = None
         return gradients
