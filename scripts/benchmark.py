@@ -8,8 +8,8 @@
 One process, one run: the variants take turns, so that a machine that changes speed changes it for all of them, and each
 figure is the median over the rounds; a ratio is the median of the rounds' ratios. Peak memory is what a step takes
 beyond what is held between steps, on a CPU in a fresh process for each variant. The JSON in docs/results is complete
-after every part; scripts/tables.py makes docs/results/benchmark.md of it. Methods are compared by the same rounds, eager
-steps with eager ones and compiled with compiled, each with its default options at full epsilon.
+after every part; scripts/tables.py makes docs/results/benchmark.md of it. Training methods are compared in the same
+way, eager steps with eager ones and compiled with compiled, each with its default options at full epsilon.
 """
 
 from __future__ import annotations
