@@ -13,6 +13,7 @@ from torch import Tensor
 from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.config.methods import AttackSection, MethodSection, RobustSection
+from certtrain.errors import UsageError
 from certtrain.training.losses import Metrics
 
 
@@ -129,6 +130,8 @@ class Method(Generic[Options]):
 
     def require(self, net: Bounder) -> None:
         """Raises UsageError if the method cannot train this network."""
+        if self.shrink is not None and not net.rectifiers:
+            raise UsageError("training.method.shrink: the network has no ReLU behind which a box could be shrunk")
 
     def keeps_boxes(self, phase: Phase) -> bool:
         """Whether its losses look at the boxes inside the network (`Bounds.record`)."""

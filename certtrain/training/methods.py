@@ -186,6 +186,7 @@ class TAPS(Method[Tail]):
         return True
 
     def require(self, net: Bounder) -> None:
+        super().require(net)
         self._split(net)
 
     def keeps_boxes(self, phase: Phase) -> bool:

@@ -187,6 +187,22 @@ def test_any_optimizers_state_is_known_and_of_the_parameters_shapes(name):
                 assert refused(broken, trainer_of()), (key, other)
 
 
+def test_an_average_is_there_where_weights_are_averaged(saved):
+    averaging = ["training.averaging={name: ema, decay: 0.5}"]
+    state, trainer = run_state(stepped(new_trainer(*averaging), 4), 1.5), new_trainer(*averaging)
+    assert not refused(state, trainer)
+    assert refused(saved[0], trainer), "it has none"
+    assert refused(state, saved[1]), "it has one, which nobody would go on with"
+    for name, value in state["trainer"]["average"].items():
+        for other in (None, value[None], value.double()):
+            broken = copied(state)
+            broken["trainer"]["average"][name] = other
+            assert refused(broken, trainer), name
+    continue_from(state, trainer, SOURCE)
+    for name, value in state["trainer"]["average"].items():
+        assert torch.equal(trainer.average.weights[name], value)
+
+
 def test_names_of_weights_may_be_anything(saved):
     state, trainer = copied(saved[0]), saved[1]
     state["trainer"]["model"] |= {17: torch.zeros(2), "x" * 1000: torch.zeros(2), -3: 4}

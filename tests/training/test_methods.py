@@ -405,6 +405,14 @@ def test_a_network_that_cannot_be_cut_there_is_an_error(tail):
     GradientStep(residual, TAPS(tail=2))
 
 
+def test_without_a_relu_no_box_is_shrunk():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    net = BoundedModel(model, torch.rand(1, 1, 2, 2))
+    for method in (SABR(shrink=0.8), TAPS(shrink=0.8), STAPS(shrink=0.8)):
+        with pytest.raises(UsageError, match=r"training\.method\.shrink: the network has no ReLU"):
+            GradientStep(net, method, NO_REGULARIZATION)
+
+
 def test_the_tail_continues_what_the_head_began():
     images, _ = batch()
     net = BoundedModel(network(), images)
@@ -592,6 +600,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, smoothing, tmp
         ("{name: ibp, kappa: [1.5, 0]}", r"training\.method\.kappa\.0: "),
         ("{name: ibp, kappa: [0.5, -1]}", r"training\.method\.kappa\.1: "),
         ("{name: ibp, kappa: 0.5, w: 0.5}", r"training\.method: w and kappa both weigh the clean loss"),
+        ("{name: sabr, shrink: 0}", r"training\.method\.shrink: .*greater than 0"),
+        ("{name: staps, shrink: 1.1}", r"training\.method\.shrink: .*less than or equal to 1"),
+        ("{name: ibp, shrink: 0.8}", r"unknown key .*shrink: it belongs to training\.method sabr, taps, staps"),
         ("{name: sabr, attack: {steps: 0}}", r"training\.method\.attack\.steps: .*greater than or equal to 1"),
         ("{name: sabr, attack: {stps: 3}}", r"unknown key training\.method\.attack\.stps: did you mean steps "),
         ("{name: sabr, alpha: 0.5}", r"unknown key .*alpha: it belongs to training\.method cc-ibp, mtl-ibp, exp-ibp"),
