@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,16 @@ from certtrain.training.noise import normal
 from certtrain.training.step import GradientStep, Step
 
 WEIGHT_DRAWS = 2**20  # numbers of draws apart from those of attacks
+
+
+class Question(NamedTuple):
+    """The arguments of `GradientStep.backward`."""
+
+    images: Tensor
+    labels: Tensor
+    at: Scheduled
+    phase: Phase
+    size: int | None
 
 
 class SmoothedStep(ABC):
@@ -49,16 +60,13 @@ class SmoothedStep(ABC):
             Its metrics, means over the evaluations.
         """
         weights = Perturbed(self.net.model)
-        gradients, metrics = self._estimate(weights, (images, labels, at, phase, size))
+        gradients, metrics = self._estimate(weights, Question(images, labels, at, phase, size))
         weights.settle(gradients)
         return {name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]}
 
     @abstractmethod
     def _estimate(self, weights: Perturbed, question: Question) -> tuple[list[Tensor | None], list[Metrics]]:
         """A gradient for each parameter, and the metrics of each evaluation."""
-
-
-Question = tuple[Tensor, Tensor, Scheduled, Phase, int | None]  # arguments of `GradientStep.backward`
 
 
 class RandomizedGradientSmoothing(SmoothedStep):
@@ -68,7 +76,7 @@ class RandomizedGradientSmoothing(SmoothedStep):
         metrics: list[Metrics] = []
         sums: list[Tensor | None] = [None for _ in weights.weights]
         for sample in range(self._count):
-            with weights.moved(weights.noise(question[2].key, sample), self._std):
+            with weights.moved(weights.noise(question.at.key, sample), self._std):
                 metrics.append(self._step.backward(*question))
             sums = [_plus(a, b) for a, b in zip(sums, weights.taken_gradients(), strict=True)]
         return [total if total is None else total / self._count for total in sums], metrics
@@ -83,7 +91,7 @@ class PGPE(SmoothedStep):
     def _estimate(self, weights: Perturbed, question: Question) -> tuple[list[Tensor | None], list[Metrics]]:
         sums, metrics = [torch.zeros_like(weight) for weight in weights.weights], []
         for pair in range(self._count):
-            noise = weights.noise(question[2].key, pair)
+            noise = weights.noise(question.at.key, pair)
             for sign in (1, -1):
                 with weights.moved(noise, sign * self._std):
                     metrics.append(self._step.evaluate(*question))
