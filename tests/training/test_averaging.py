@@ -42,7 +42,6 @@ def ema(weights: list[Tensor], decay: float) -> Tensor:
 AVERAGES = {
     "{name: ema, start_epoch: 2, decay: 0.7}": (range(4, 10), lambda taken: ema(taken, 0.7)),
     "{name: ema, start_epoch: 1, every_steps: 4, decay: 0.5}": ((4, 8), lambda taken: ema(taken, 0.5)),
-    "{name: swa, start_epoch: 1}": ((3, 6, 9), lambda taken: sum(taken) / 3),
     "{name: swa, start_epoch: 1, every_epochs: 2}": ((3, 9), lambda taken: sum(taken) / 2),
     "{name: swa, start_epoch: 3}": ((9,), lambda taken: taken[0]),
 }
