@@ -127,9 +127,10 @@ def _prepare(
     with ranks.together():
         torch.manual_seed(config.seed)
         model, architecture = build(config, dataset, trust or request.trusts(config))
+        model.to(place)
         if shorter is not None:
             config = compiled_as(shorter, config, model, dataset)
-        lay_out_(model.to(place), layout_of(config, model, dataset), dataset.image_shape)
+        lay_out_(model, layout_of(config, model, dataset), dataset.image_shape)
         dataset = dataset.to(place)
     trainer = assemble(config, model, dataset, ranks)
     resumed = None if stored is None else _resume(folder, trainer, ranks, console, held)
