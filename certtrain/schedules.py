@@ -1,4 +1,4 @@
-"""Epsilon and learning rate as functions of the step, counted from 0."""
+"""Epsilon, learning rate and averages as functions of the step, counted from 0."""
 
 from __future__ import annotations
 
@@ -121,3 +121,24 @@ class Cooldown:
 
     def __call__(self, step: int) -> float:
         return Linear(self.length, self.final)(max(0, step - (self.steps - self.length)))
+
+
+@dataclass(frozen=True)
+class AverageShare:
+    """What share of an average the weights get after so many steps have been taken; 0 where they are not looked at.
+
+    Args:
+        first: the number of steps after which they are first taken, and are all of the average.
+        every: how many steps later each time.
+        decay: what is kept of the average then; None: so much that all have the same weight.
+    """
+
+    first: int
+    every: int
+    decay: float | None = None
+
+    def __call__(self, steps: int) -> float:
+        before, rest = divmod(steps - self.first, self.every)
+        if before < 0 or rest:
+            return 0.0
+        return 1 / (before + 1) if before == 0 or self.decay is None else 1 - self.decay

@@ -3,11 +3,13 @@
     python scripts/benchmark.py                              # CNN-7 at full width, on the device at hand
     python scripts/benchmark.py --device cuda --batch 128 --rounds 30
     python scripts/benchmark.py --grow                       # also how time grows with batch, width and classes
+    python scripts/benchmark.py --methods                    # instead: a step of each training method, in natural steps
 
 One process, one run: the variants take turns, so that a machine that changes speed changes it for all of them, and each
 figure is the median over the rounds; a ratio is the median of the rounds' ratios. Peak memory is what a step takes
 beyond what is held between steps, on a CPU in a fresh process for each variant. The JSON in docs/results is complete
-after every part; scripts/tables.py makes docs/results/benchmark.md of it.
+after every part; scripts/tables.py makes docs/results/benchmark.md of it. Training methods are compared in the same
+way, eager steps with eager ones and compiled with compiled, each with its default options at full epsilon.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from certtrain.bounds import bounded_model
+from certtrain.config.smoothing import NoSmoothingSection, PGPESection, RGSSection, SmoothingSection
 from certtrain.errors import MissingDependency
 from certtrain.models import build_model
 from certtrain.runs.build import resolve_device
@@ -40,7 +43,9 @@ from certtrain.runs.provenance import versions
 from certtrain.runtime.allocation import keep_freed_memory
 from certtrain.runtime.files import write_json
 from certtrain.runtime.layout import layout_for
-from certtrain.training.method import Phase, scheduled
+from certtrain.training.method import Method, Phase, scheduled
+from certtrain.training.methods import IBP, METHODS, CrownIBP
+from certtrain.training.smoothing import smoothed
 from certtrain.training.step import GradientStep
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -100,6 +105,62 @@ def makers_of(setting: Setting) -> dict[str, Callable[[], Step]]:
     if setting.device.type == "cuda":
         makers["certtrain, compiled, tf32"] = certified(**compiled, precision="tf32")
     return makers
+
+
+def steps_of_methods(setting: Setting) -> dict[str, Step]:
+    """A step of each training method, and of one with smoothing, eager and compiled."""
+    torch.manual_seed(0)
+    images = torch.rand(setting.batch, 3, 32, 32, device=setting.device)
+    labels = torch.randint(0, setting.classes, (setting.batch,), device=setting.device)
+    at = scheduled(8 / 255, 1.0, like=images)
+
+    def of(method: Method, smoothing: SmoothingSection, compiled: bool) -> Step:
+        model, optimizer = network(setting, layout_for("float32", setting.device, compiled))
+        plain = GradientStep(bounded_model(model, images[:1]), method, compile_for=setting.batch if compiled else None)
+        trained, phase = smoothed(smoothing, plain), setting.phase if method.is_robust else Phase.NATURAL
+
+        def step() -> None:
+            trained.backward(images, labels, at, phase)
+            finish(model, optimizer)
+
+        return step
+
+    variants = {name: (kind(), NoSmoothingSection()) for name, kind in METHODS.items()}
+    variants |= {
+        "crown-ibp, β = 0.5": (CrownIBP(beta=(1.0, 0.5)), NoSmoothingSection()),
+        "crown-ibp, β = 0.5, fused": (CrownIBP(beta=(1.0, 0.5), loss_fusion=True), NoSmoothingSection()),
+        "ibp, rgs": (IBP(), RGSSection()),
+        "ibp, pgpe": (IBP(), PGPESection()),
+    }
+    return {
+        f"{name}, {how}": of(*variant, compiled)
+        for compiled, how in ((False, "eager"), (True, "compiled"))
+        for name, variant in variants.items()
+    }
+
+
+def measure_methods(setting: Setting) -> list[dict[str, Any]]:
+    steps = steps_of_methods(setting)
+    for step in steps.values():  # warm-up, compilation included
+        step()
+    times = take_turns(steps, setting)
+    rows = []
+    for name, all_seconds in times.items():
+        method, _, how = name.rpartition(", ")
+        own, natural = ratio(all_seconds, times[f"natural, {how}"]), ratio(all_seconds, times["natural, eager"])
+        rows.append(
+            {
+                "method": method,
+                "compiled": how == "compiled",
+                "batch": setting.batch,
+                "width": setting.width,
+                "seconds": statistics.median(all_seconds),
+                "of_natural_alike": own,
+                "of_natural_eager": natural,
+                "all_seconds": all_seconds,
+            }
+        )
+    return rows
 
 
 def steps_of(setting: Setting, names: list[str] | None) -> dict[str, Step]:
@@ -167,12 +228,7 @@ def measure(setting: Setting, names: list[str] | None = None) -> list[dict[str, 
         step()
         if setting.device.type == "cuda":
             memory[name] = torch.cuda.max_memory_allocated(setting.device) - held
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for _ in range(setting.rounds):
-        for name in order:
-            times[name].append(seconds_of(steps[name], setting.device))
-        order.reverse()
+    times = take_turns(steps, setting)
     rate = matrix_product_rate(setting.device)
     rows = []
     for name, all_seconds in times.items():
@@ -194,6 +250,17 @@ def measure(setting: Setting, names: list[str] | None = None) -> list[dict[str, 
             }
         )
     return rows
+
+
+def take_turns(steps: dict[str, Step], setting: Setting) -> dict[str, list[float]]:
+    """Seconds of each step in each round."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    for _ in range(setting.rounds):
+        for name in order:
+            times[name].append(seconds_of(steps[name], setting.device))
+        order.reverse()
+    return times
 
 
 def cpu_memory(setting: Setting, name: str) -> int:
@@ -224,12 +291,15 @@ def ratio(seconds: list[float], other: list[float] | None) -> float | None:
     return statistics.median(a / b for a, b in zip(seconds, other, strict=True)) if other else None
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+COLUMNS = ("step", "batch", "width", "classes", "seconds", "images_per_second", "of_natural", "of_auto_lirpa",
+           "of_matrix_product_rate")  # fmt: skip
+METHOD_COLUMNS = ("method", "compiled", "batch", "width", "seconds", "of_natural_alike", "of_natural_eager")
+
+
+def show(rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> None:
     table = Table()
-    columns = ("step", "batch", "width", "classes", "seconds", "images_per_second", "of_natural", "of_auto_lirpa",
-               "of_matrix_product_rate")  # fmt: skip
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="left" if column == "step" else "right")
+        table.add_column(column.replace("_", " "), justify="left" if column == columns[0] else "right")
     for row in rows:
         table.add_row(*(f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c] or "–") for c in columns))
     Console(width=None if Console().is_terminal else 160).print(table)
@@ -254,6 +324,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--grow", action="store_true", help="also measure growth with batch, width and classes")
+    parser.add_argument("--methods", action="store_true", help="measure the training methods instead")
     parser.add_argument("--memory-of", metavar="STEP", help="only print what a step takes, in bytes")
     parser.add_argument("--out", type=Path, help="default: docs/results/benchmark-DEVICE.json")
     options = parser.parse_args()
@@ -262,6 +333,12 @@ def main() -> None:
     setting = Setting(device, options.width, batch=options.batch, rounds=options.rounds)
     if options.memory_of:
         print(own_memory(setting, options.memory_of))
+        return
+    if options.methods:
+        rows = measure_methods(setting)
+        out = options.out or RESULTS / f"benchmark-methods-{device.type}.json"
+        write_json(out, {"versions": versions(), "rows": rows})
+        show(rows, METHOD_COLUMNS)
         return
     out = options.out or RESULTS / f"benchmark-{device.type}.json"
     content: dict[str, Any] = {"versions": versions(), "rows": measure(setting), "growth": []}

@@ -36,6 +36,10 @@ def main() -> None:
     for device in ("cpu", "cuda"):
         if (RESULTS / f"authors-epochs-{device}.json").exists():
             fill(RESULTS / "benchmark.md", **{f"authors-{device}": authors_table(read(f"authors-epochs-{device}"))})
+    for device in ("cpu", "cuda"):
+        if (RESULTS / f"benchmark-methods-{device}.json").exists():
+            table = method_costs_table(read(f"benchmark-methods-{device}"))
+            fill(RESULTS / "benchmark.md", **{f"methods-{device}": table})
     for device in ("cpu", "cpu-upstream", "cuda"):
         if (RESULTS / f"benchmark-{device}.json").exists():
             measured = read(f"benchmark-{device}")
@@ -80,6 +84,21 @@ def methods_table(rows: list[dict[str, Any]]) -> str:
         errors = (r.get("failed") or f"{100 * r['verified_error']:.1f} %" for r in (row, other))
         seconds = ("–" if "failed" in r else f"{r['seconds_per_image']:.3g}" for r in (row, other))
         lines.append(f"| {row['network']} | {row['method']} | {row['images']} | {' | '.join([*errors, *seconds])} |")
+    return "\n".join(lines)
+
+
+def method_costs_table(measured: dict[str, Any]) -> str:
+    rows, versions = measured["rows"], measured["versions"]
+    size = f"width {rows[0]['width']}, batch {rows[0]['batch']}"
+    lines = [f"{versions['device']}, PyTorch {versions['torch']}; {size}.", ""]
+    lines += [
+        "| step | eager, of natural | compiled, of natural | compiled, of natural eager |",
+        "|---|---:|---:|---:|",
+    ]
+    for eager in (row for row in rows if not row["compiled"]):
+        (compiled,) = (row for row in rows if row["compiled"] and row["method"] == eager["method"])
+        costs = eager["of_natural_alike"], compiled["of_natural_alike"], compiled["of_natural_eager"]
+        lines.append(f"| {eager['method']} | {' | '.join(f'{cost:.2f}×' for cost in costs)} |")
     return "\n".join(lines)
 
 

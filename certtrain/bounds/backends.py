@@ -45,6 +45,7 @@ class Bounder(Protocol):
         record: bool = False,
         arithmetic: str | None = None,
         from_center: bool = False,
+        shrink: float | None = None,
     ) -> Bounds: ...
 
     def ibp_in_segments(
@@ -53,6 +54,7 @@ class Bounder(Protocol):
         coefficients: Mapping[int, Coefficients],
         observe: Callable[[Box], Any],
         segments: int | None = None,
+        shrink: float | None = None,
     ) -> Bounds: ...
 
     def clean_pass(self, x: Tensor, coefficients: Mapping[int, Coefficients] | None = None) -> CleanPass: ...

@@ -287,6 +287,17 @@ def _clean_result(call: Call, args: tuple[Any, ...]) -> Tensor | None:
     return call.function(*map_leaves(args, Joint, lambda value: value.clean))
 
 
+def shrunk(box: Box, entering: Box, share: float) -> Box:
+    """The box behind a ReLU with the upper ends of its unstable neurons multiplied by `share`; it bounds nothing.
+
+    (Müller et al. 2023, arXiv 2210.04871, section 4; which end is multiplied, and that stable neurons stay, is the
+    convention of CTBench's code.)
+    """
+    unstable = (entering.lower < 0) & (entering.upper > 0)
+    smaller = torch.maximum(box.lower, share * box.upper)
+    return Box(box.lower, torch.where(unstable, smaller, box.upper))
+
+
 Observe = Callable[[Box], Any]
 
 
@@ -299,7 +310,9 @@ class JointPass:
 
     settled = SETTLED_BY_CLEAN
 
-    def __init__(self, graph: Graph[Joint], record: bool = False, observe: Observe = _itself) -> None:
+    def __init__(
+        self, graph: Graph[Joint], record: bool = False, observe: Observe = _itself, shrink: float | None = None
+    ) -> None:
         self.relu_inputs: list[Any] = []
         self.affine_input: Any = None
         self.tail_input: Box | None = None
@@ -307,12 +320,13 @@ class JointPass:
         self.calls: list[Call] = []
         self.boxes: dict[int, Box] = {}
         self._tail_indices = graph.tail
-        self._record, self._observe = record, observe
+        self._record, self._observe, self._shrink = record, observe, shrink
 
     def apply(self, call: Call, args: tuple[Any, ...]) -> Joint:
         boxes = map_leaves(args, Joint, lambda value: value.box)
         operation = OPERATIONS.get(call.function)
-        if operation is not None and operation.rectifies:
+        rectifies = operation is not None and operation.rectifies
+        if rectifies:
             self.relu_inputs.append(self._observe(boxes[0]))
         if call.function in WEIGHTED and self.affine_input is None:
             self.affine_input = self._observe(boxes[0])
@@ -327,6 +341,8 @@ class JointPass:
                 box = RULES[call.function](*boxes)
             except UnsupportedOperation as error:
                 raise UnsupportedOperation(f"{call.where}: {error}") from error
+            if rectifies and self._shrink is not None:
+                box = shrunk(box, boxes[0], self._shrink)
             result = Joint(_clean_result(call, args), box)
         if self._record:
             self.calls.append(call)
@@ -354,9 +370,10 @@ def propagate(
     coefficients: Mapping[int, Coefficients] | None = None,
     record: bool = False,
     from_center: bool = False,
+    shrink: float | None = None,
 ) -> Bounds:
     """One joint pass of `clean` and `box` through `graph`; see `BoundedModel.ibp`."""
-    walk = CenterPass(graph, record) if from_center else JointPass(graph, record)
+    walk = (CenterPass if from_center else JointPass)(graph, record, shrink=shrink)
     result = graph.run(Joint(clean, box), walk, coefficients)
     return Bounds(
         result.clean,

@@ -180,17 +180,20 @@ class LirpaModel:
         record: bool = False,
         arithmetic: str | None = None,
         from_center: bool = False,
+        shrink: float | None = None,
     ) -> Bounds:
         """Interval bounds of the logits and of every ReLU's input.
 
         Args:
             box: the inputs, in pixel space.
             clean: the point whose activations give BatchNorm its statistics; needed where one is in training mode.
-            coefficients, arithmetic, from_center: not supported.
+            coefficients, arithmetic, from_center, shrink: not supported.
             record: without effect; `margins_of` asks about the latest pass.
         """
         _refuse_coefficients(coefficients)
         _refuse_arithmetic(arithmetic)
+        if shrink is not None:
+            raise UsageError("backend lirpa cannot shrink boxes behind ReLUs: use backend native")
         if from_center:
             raise UsageError("backend lirpa takes BatchNorm's statistics from the clean input: pass `clean`")
         logits, self._point = self._forward(box, clean)
@@ -210,6 +213,7 @@ class LirpaModel:
         coefficients: Mapping[int, Coefficients],
         observe: Callable[[Box], Any],
         segments: int | None = None,
+        shrink: float | None = None,
     ) -> Bounds:
         """Not supported."""
         raise UsageError("backend lirpa cannot compute boxes again: set training.activation_checkpointing to false")

@@ -127,6 +127,7 @@ class BoundedModel:
         record: bool = False,
         arithmetic: str | None = None,
         from_center: bool = False,
+        shrink: float | None = None,
     ) -> Bounds:
         """Interval bounds of every output, in one joint pass of the box and the clean input.
 
@@ -140,10 +141,16 @@ class BoundedModel:
                 "float64"), in any order of its sums, instead of real mathematics (`rounding.propagate`); box alone.
             from_center: BatchNorm in training mode takes its statistics from the middle of the box instead of `clean`,
                 which then may, but need not, travel along.
+            shrink: multiply upper ends behind unstable ReLUs by this (`interval.shrunk`). The result is something to
+                train on and no bound, so it is refused in eval mode, the mode that networks are verified in.
+
+        Raises:
+            UsageError: `shrink` in eval mode.
         """
+        self._refuse_shrinking(shrink)
         if arithmetic is not None:
             return rounding.propagate(self.graph, box, arithmetic)
-        return interval.propagate(self.graph, box, clean, coefficients, record, from_center)
+        return interval.propagate(self.graph, box, clean, coefficients, record, from_center, shrink)
 
     def ibp_in_segments(
         self,
@@ -151,6 +158,7 @@ class BoundedModel:
         coefficients: Mapping[int, Coefficients],
         observe: Callable[[Box], Any],
         segments: int | None = None,
+        shrink: float | None = None,
     ) -> Bounds:
         """`ibp` of the box alone in less memory, at the price of a second walk on the way back.
 
@@ -158,9 +166,15 @@ class BoundedModel:
             coefficients: of the BatchNorms, from `clean_pass`.
             observe: takes a box; its results stand in `relu_inputs` and `affine_input`, whose boxes would be memory.
             segments: between which values are kept; by default the root of the number of steps, which takes least.
+            shrink: see `ibp`.
         """
+        self._refuse_shrinking(shrink)
         count = segments or math.isqrt(len(self.graph.steps))
-        return propagate_in_segments(self.graph, box, coefficients, observe, count)
+        return propagate_in_segments(self.graph, box, coefficients, observe, count, shrink)
+
+    def _refuse_shrinking(self, shrink: float | None) -> None:
+        if shrink is not None and not self.model.training:
+            raise UsageError("boxes that were shrunk behind ReLUs bound nothing: shrink is for training mode alone")
 
     def clean_pass(self, x: Tensor, coefficients: Mapping[int, Coefficients] | None = None) -> CleanPass:
         """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with, `coefficients` where given."""

@@ -18,7 +18,12 @@ from certtrain.bounds.interval import Bounds, Joint, JointPass, Observe
 
 
 def propagate_in_segments(
-    graph: Graph[Joint], box: Box, coefficients: Mapping[int, Coefficients], observe: Observe, segments: int
+    graph: Graph[Joint],
+    box: Box,
+    coefficients: Mapping[int, Coefficients],
+    observe: Observe,
+    segments: int,
+    shrink: float | None = None,
 ) -> Bounds:
     """Bounds of `box` alone; see `BoundedModel.ibp_in_segments`.
 
@@ -31,7 +36,7 @@ def propagate_in_segments(
 
     def walked(entering: Mapping[int, Any], indices: range) -> tuple[dict[int, Any], JointPass]:
         values = map_leaves(dict(entering), Joint, _anew)
-        walk = JointPass(graph, observe=observe)
+        walk = JointPass(graph, observe=observe, shrink=shrink)
         graph.advance(values, indices, walk, coefficients)
         return values, walk
 

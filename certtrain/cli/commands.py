@@ -32,6 +32,7 @@ def train_command(options: argparse.Namespace) -> int:
         _check_training(options)
 
     from certtrain.config.loading import load_config
+    from certtrain.runs.checkpoint import RAW_WEIGHTS
     from certtrain.runs.progress import Output
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory
@@ -54,6 +55,9 @@ def train_command(options: argparse.Namespace) -> int:
     if run.summary is None:
         return 128 + (run.interrupted_by or 0)
     show_results(console, run.summary["radii"], run.summary["validation"])
+    if raw := run.summary.get("networks", {}).get(RAW_WEIGHTS):
+        _tell(console, f"the weights above are averaged; those after the last step ({RAW_WEIGHTS}):")
+        show_results(console, raw["radii"], raw["validation"])
     for line in hints(load_config(run.summary["config"]), run.summary):
         _tell(console, line)
     _tell(
@@ -70,8 +74,8 @@ def _check_training(options: argparse.Namespace) -> None:
     config, overrides = _asked(options)
     check_device_name(options.device)
     request = Request.of(config, options.out, options.resume, options.overwrite, overrides)
-    stored, _ = request.stored()
-    asked = stored or request.config
+    stored = request.stored()
+    asked = stored.config if stored else request.config
     assert asked is not None  # a request without either is refused
     require_data(asked)
 

@@ -152,7 +152,7 @@ def _base(folder: Path, name: Path) -> Path:
     return _shipped(name)
 
 
-VARIANTS = ("method", "schedule")  # sections whose fields depend on their name
+VARIANTS = ("method", "schedule", "averaging", "smoothing")  # sections whose fields depend on their name
 
 
 def _merged(low: Any, high: Any, key: str = "") -> Any:

@@ -9,8 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from certtrain.config.section import Section, Share
-from certtrain.errors import unknown
+from certtrain.config.section import Section, Share, by_name
 
 
 def _constant(value: Any) -> Any:
@@ -21,6 +20,9 @@ def _constant(value: Any) -> Any:
 Ramp = Annotated[
     tuple[Share, Share], Field(strict=False), BeforeValidator(_constant)
 ]  # as epsilon begins to grow, and from warmup's end on
+
+
+Shrink = Annotated[float, Field(gt=0, le=1)]  # of upper ends behind unstable ReLUs, while training (CTBench)
 
 
 class StepsSection(Section):
@@ -139,6 +141,7 @@ class SABRSection(AttackingSection):
     loss_of_one_box: ClassVar[bool] = True
     lambda_: Share = Field(0.4, alias="lambda")  # the small box's radius ...
     radius: Literal["box", "epsilon"] = "box"  # ... as a share of the cut box's, pixel by pixel, or of epsilon
+    shrink: Shrink = 1.0
 
 
 class CCIBPSection(AttackingSection):
@@ -171,6 +174,7 @@ class TailSection(RobustSection):
     link: float = Field(0.5, gt=0, le=1)  # share of the box's width, from each end, in which points move that end
     gradient_scale: float = Field(4.0, gt=0)  # of the gradient through the tail's loss
     product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
+    shrink: Shrink = 1.0
     boxes_only: ClassVar[bool] = False
 
     @property
@@ -209,13 +213,4 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     section.model_fields["name"].default: section for section in get_args(AnyMethod)
 }
 
-
-def _by_name(value: Any) -> Any:
-    """A bare name means a method with its defaults."""
-    name = value.get("name") if isinstance(value, dict) else value
-    if isinstance(name, str) and name not in METHOD_SECTIONS:
-        raise unknown("training method", name, METHOD_SECTIONS)
-    return {"name": value} if isinstance(value, str) else value
-
-
-ChosenMethod = Annotated[AnyMethod, Field(discriminator="name"), BeforeValidator(_by_name)]
+ChosenMethod = Annotated[AnyMethod, Field(discriminator="name"), by_name("training method", METHOD_SECTIONS)]

@@ -45,8 +45,7 @@ INITIALIZATIONS = Names(
 METHODS = Names("certtrain.bounds.model", "METHODS", ("ibp", "crown-ibp", "crown", "alpha-crown"))
 ARITHMETICS = Names("certtrain.bounds.rounding", "ARITHMETICS", ("float32", "tf32", "bf16", "float64"))
 
-# Of torch.optim; neither LBFGS, whose step needs the loss again, nor SparseAdam and Muon, which take sparse gradients
-# and matrices only.
+# Of torch.optim; neither LBFGS, whose step needs the loss again, nor SparseAdam, which takes sparse gradients only.
 OPTIMIZERS = (
     "Adadelta",
     "Adafactor",
@@ -55,6 +54,7 @@ OPTIMIZERS = (
     "AdamW",
     "Adamax",
     "ASGD",
+    "Muon",  # for hidden linear layers; AdamW for the other parameters
     "NAdam",
     "RAdam",
     "RMSprop",

@@ -5,12 +5,11 @@ Each is about the steps from the end of the rate's warmup to the end of the run;
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from certtrain.config.section import Section, Share
-from certtrain.errors import unknown
+from certtrain.config.section import Section, Share, by_name
 
 
 class ConstantSection(Section):
@@ -51,13 +50,4 @@ class CooldownSection(Section):
 ScheduleSection = ConstantSection | LinearSection | CosineSection | InverseRootSection | CooldownSection
 SCHEDULES = [section.model_fields["name"].default for section in get_args(ScheduleSection)]
 
-
-def _by_name(value: Any) -> Any:
-    """A bare name means a schedule with its defaults."""
-    name = value.get("name") if isinstance(value, dict) else value
-    if isinstance(name, str) and name not in SCHEDULES:
-        raise unknown("schedule", name, SCHEDULES)
-    return {"name": value} if isinstance(value, str) else value
-
-
-ChosenSchedule = Annotated[ScheduleSection, Field(discriminator="name"), BeforeValidator(_by_name)]
+ChosenSchedule = Annotated[ScheduleSection, Field(discriminator="name"), by_name("schedule", SCHEDULES)]

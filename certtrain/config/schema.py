@@ -15,11 +15,13 @@ from pydantic import (
     model_validator,
 )
 
+from certtrain.config.averaging import ChosenAveraging, EMASection, NoAveragingSection, SWASection
 from certtrain.config.methods import ChosenMethod, IBPSection
 from certtrain.config.names import ARITHMETICS, DATASETS, INITIALIZATIONS, METHODS, MODELS, OPTIMIZERS
 from certtrain.config.reading import MOST_DEPTH, write_yaml
 from certtrain.config.schedules import ChosenSchedule, ConstantSection
 from certtrain.config.section import Section
+from certtrain.config.smoothing import ChosenSmoothing, NoSmoothingSection
 from certtrain.errors import shown, unknown
 
 MOST = 2**31 - 1  # of a count: what 32 bits hold
@@ -183,6 +185,8 @@ class BatchNormSection(Section):
 class TrainingSection(Section):
     method: ChosenMethod = IBPSection()  # a name, or a mapping of `name` and the method's own fields
     batch_norm: BatchNormSection = BatchNormSection()
+    smoothing: ChosenSmoothing = NoSmoothingSection()
+    averaging: ChosenAveraging = NoAveragingSection()
     initialization: Annotated[str, one_of("initialization", INITIALIZATIONS)] = "ibp"
     epochs: Positive
     batch_size: Positive = 128
@@ -250,6 +254,14 @@ class Config(Section):
             raise ValueError(f"training.activation_checkpointing is not for training.method {method.name}")
         if self.backend == "lirpa" and (saves_memory or self.training.compile is True):
             raise ValueError("backend lirpa supports none of training.accumulation, activation_checkpointing, compile")
+        if self.training.smoothing.name == "pgpe" and saves_memory:
+            raise ValueError(
+                "training.smoothing pgpe never goes backward, and needs none of training.accumulation, "
+                "activation_checkpointing"
+            )
+        averaging = self.training.averaging
+        if isinstance(averaging, EMASection | SWASection) and averaging.start_epoch > epochs:
+            raise ValueError(f"training.averaging.start_epoch: {averaging.start_epoch} of {epochs} epochs")
         statistics = self.training.batch_norm.statistics
         if statistics == "adversarial" and not hasattr(method, "attack"):
             raise ValueError(f"training.batch_norm.statistics adversarial: method {method.name} attacks no images")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Collection
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from certtrain.errors import unknown
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -18,3 +21,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_by_name=True, serialize_by_alias=True
     )
+
+
+def by_name(kind: str, names: Collection[str]) -> BeforeValidator:
+    """For a union of sections told apart by `name`: a bare name means the section with its defaults."""
+
+    def named(value: Any) -> Any:
+        name = value.get("name") if isinstance(value, dict) else value
+        if isinstance(name, str) and name not in names:
+            raise unknown(kind, name, names)
+        return {"name": value} if isinstance(value, str) else value
+
+    return BeforeValidator(named)

@@ -30,11 +30,13 @@ from certtrain.runtime.compilation import compiling_pays
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.layout import layout_for
-from certtrain.schedules import SmoothedEpsilon
+from certtrain.schedules import LearningRate, SmoothedEpsilon
+from certtrain.training.averaging import build_average
 from certtrain.training.cost import clean_macs
 from certtrain.training.methods import build_method
 from certtrain.training.optimizers import build_optimizer, build_rate
 from certtrain.training.regularization import Regularization
+from certtrain.training.smoothing import smoothed
 from certtrain.training.step import GradientStep
 from certtrain.training.trainer import Batches, Trainer
 
@@ -114,7 +116,7 @@ def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> 
 
 def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = ALONE) -> Trainer:
     """The trainer for a configuration; model and data are on their device."""
-    training, epsilon, optimizer = config.training, config.epsilon, config.optimizer
+    training, epsilon = config.training, config.epsilon
     split = dataset.train
     sizes = batch_sizes(len(split), training.batch_size)
     per_epoch = len(sizes)
@@ -123,7 +125,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         raise UsageError(f"training.batch_norm: model {config.model.name} has no BatchNorm")
     _check_shares(config, dataset, sizes, ranks)
     batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
-    gradient_step = GradientStep(
+    plain_step = GradientStep(
         bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum),
         build_method(training.method),
         Regularization(**config.regularizers.model_dump(exclude={"l1"})),
@@ -135,23 +137,34 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         compile_for=training.batch_size if compiles(config, model, dataset) else None,
         ranks=ranks,
     )
-    start = (epsilon.start_epoch - 1) * per_epoch
-    end, max_eps = start + epsilon.warmup_epochs * per_epoch, epsilon.train_factor * epsilon.max
-    radius = SmoothedEpsilon(max_eps, start, end, epsilon.mid, epsilon.beta)
+    start, max_eps = (epsilon.start_epoch - 1) * per_epoch, epsilon.train_factor * epsilon.max
+    radius = SmoothedEpsilon(max_eps, start, _ramp_end(config, per_epoch), epsilon.mid, epsilon.beta)
     return Trainer(
         model=model,
-        gradient_step=gradient_step,
-        optimizer=build_optimizer(optimizer, model),
+        gradient_step=smoothed(training.smoothing, plain_step),
+        optimizer=build_optimizer(config.optimizer, model),
         batches=training_batches(config, dataset, ranks),
         batch_sizes=sizes,
         epochs=training.epochs,
         eps=radius,
         max_eps=max_eps,
         ramp=radius.ramp,
-        lr=build_rate(optimizer, per_epoch, training.epochs, end),
-        clip=optimizer.clip,
+        lr=learning_rate(config, per_epoch),
+        clip=config.optimizer.clip,
+        average=build_average(training.averaging, model, per_epoch, training.epochs),
         seed=config.seed,
     )
+
+
+def learning_rate(config: Config, steps_per_epoch: int) -> LearningRate:
+    """As a function of the step."""
+    end = _ramp_end(config, steps_per_epoch)
+    return build_rate(config.optimizer, steps_per_epoch, config.training.epochs, end)
+
+
+def _ramp_end(config: Config, steps_per_epoch: int) -> int:
+    """The step at which epsilon has stopped growing."""
+    return (config.epsilon.start_epoch - 1 + config.epsilon.warmup_epochs) * steps_per_epoch
 
 
 def layout_of(config: Config, model: nn.Module, dataset: Dataset) -> torch.memory_format:

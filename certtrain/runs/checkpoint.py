@@ -25,6 +25,8 @@ from certtrain.runtime.files import parse_json, write_atomically, write_json
 FORMAT = 2  # of last.ckpt
 MODEL_FORMAT = 1  # of model.json
 LARGEST_DESCRIPTION = 2**16  # bytes of model.json
+WEIGHTS = "model.safetensors"  # of the network that a run hands out: the averaged one, where weights are averaged
+RAW_WEIGHTS = "model-raw.safetensors"  # those after the last step, where the others are an average
 
 # --- the resume point -------------------------------------------------------------------------------------------------
 
@@ -145,17 +147,17 @@ class Architecture(BaseModel):
 def save_model(folder: Path, model: nn.Module, architecture: Mapping[str, Any]) -> None:
     """Write model.json and model.safetensors, from which `load_model` rebuilds the network."""
     save_architecture(folder, architecture)
-    save_weights(folder, model)
+    save_weights(folder / WEIGHTS, model)
 
 
 def save_architecture(folder: Path, architecture: Mapping[str, Any]) -> None:
     write_json(folder / "model.json", {"format": MODEL_FORMAT, "model": dict(architecture)})
 
 
-def save_weights(folder: Path, model: nn.Module) -> None:
+def save_weights(file: Path, model: nn.Module) -> None:
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     content = tensor_file(weights, {"sha256": digest(weights)})
-    write_atomically(folder / "model.safetensors", lambda file: file.write(content))
+    write_atomically(file, lambda stream: stream.write(content))
 
 
 def load_model(source: str | Path, device: torch.device | str = "cpu", *, trust: bool = False) -> nn.Module:
@@ -170,7 +172,7 @@ def load_model(source: str | Path, device: torch.device | str = "cpu", *, trust:
         UsageError: it names other code, which is not trusted, or none that exists.
     """
     source = Path(source)
-    folder, file = (source, source / "model.safetensors") if source.is_dir() else (source.parent, source)
+    folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)
     if source.is_dir() and not file.exists() and (source / "last.ckpt").exists():
         raise CheckpointError(f"the run in {source} is not finished: resume it, or name {source / 'last.ckpt'}")
     if not file.is_file():

@@ -19,7 +19,18 @@ RUN_FILES = (
     "metrics.jsonl",
     "last.ckpt",
     "model.safetensors",
+    "model-raw.safetensors",
     "model.json",
+    "summary.json",
+    "verify.json",
+    "radius.json",
+    "radius.png",
+    "model.onnx",
+    "report.html",
+)
+OF_A_FINISHED_RUN = (  # files that say something of its network
+    "model.safetensors",
+    "model-raw.safetensors",
     "summary.json",
     "verify.json",
     "radius.json",
@@ -111,15 +122,21 @@ def require_agreement(folder: Path, stored: Config, asked: Config, overrides: Ov
         A text for each difference that does not matter: a file need not repeat the overrides the run was started with.
     """
     different = differences(stored, asked)
-    named = None if overrides is None else override_keys(overrides)
-    wrong = [
-        text
-        for key, text in different.items()
-        if named is None or any(f"{key}.".startswith(f"{name}.") for name in named)
-    ]
+    wrong = [text for key, text in different.items() if is_named(key, overrides)]
     if wrong:
         raise UsageError(f"{folder} holds a run of another configuration: {'; '.join(wrong)}")
     return list(different.values())
+
+
+def is_named(key: str, overrides: Overrides | None) -> bool:
+    """Whether overrides say something of `key`, or of a section that it is in; None says all."""
+    return overrides is None or any(f"{key}.".startswith(f"{name}.") for name in override_keys(overrides))
+
+
+def extended(stored: Config, asked: Config) -> Config:
+    """`stored`, for as many epochs as `asked` has, where those are more."""
+    epochs = asked.training.epochs
+    return load_config(stored, {"training.epochs": epochs}) if epochs > stored.training.epochs else stored
 
 
 # --- clearing ---------------------------------------------------------------------------------------------------------
@@ -129,10 +146,25 @@ def clear(folder: Path) -> None:
     """Remove a run's own files; anything else that lies there stays."""
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
-    for kept in _kept_results(folder):
+    for kept in {*_kept_results(folder), *_set_aside(folder)}:
         kept.unlink()
     for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
         events.unlink()
+
+
+def set_aside(folder: Path, epochs: int) -> list[str]:
+    """Rename what is said of the network after so many epochs, since training it goes on; the new names."""
+    renamed = []
+    for file in (folder / name for name in OF_A_FINISHED_RUN):
+        if file.is_file():
+            renamed.append(f"{file.stem}-{epochs}-epochs{file.suffix}")
+            file.replace(folder / renamed[-1])
+    return renamed
+
+
+def _set_aside(folder: Path) -> list[Path]:
+    names = (Path(name) for name in OF_A_FINISHED_RUN)
+    return [file for name in names for file in folder.glob(f"{name.stem}-*-epochs{name.suffix}")]
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -164,10 +196,9 @@ def check_output(path: Path, *used: Path, own: str | None = None) -> None:
     for folder in {target.parent, *(_folder_of(file) for file in used)}:
         if not (folder / "config.yaml").is_file():
             continue
-        for name in RUN_FILES:
-            owned = folder / name
-            if name != own and (target == owned.resolve() or (target.exists() and _same(target, owned))):
-                raise UsageError(f"{path} is {name} of the run in {folder}: name another file")
+        for owned in (*(folder / name for name in RUN_FILES), *_set_aside(folder)):
+            if owned.name != own and (target == owned.resolve() or (target.exists() and _same(target, owned))):
+                raise UsageError(f"{path} is {owned.name} of the run in {folder}: name another file")
     if target.parent.name == TENSORBOARD and (target.parent.parent / "config.yaml").is_file():
         raise UsageError(f"{path} is among the TensorBoard files of a run: name another file")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -62,6 +62,17 @@ def _test_images(config: Config, model: nn.Module, dataset: Dataset, limit: int 
 def _attack(config: Config) -> PGD:
     section = config.verification
     return PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size)
+
+
+class Results(NamedTuple):
+    """Of one network on the test images, and on those held out of the training set, for each radius."""
+
+    test: list[Verification]
+    validation: list[Verification]
+
+    def summary(self) -> dict[str, Any]:
+        splits = {"radii": self.test, "validation": self.validation}
+        return {name: [result.summary() for result in results] for name, results in splits.items()}
 
 
 def on_validation(dataset: Dataset) -> Dataset:

@@ -11,8 +11,21 @@ from typing import Any
 from certtrain.config import Config, load_config
 from certtrain.config.loading import Overrides, shipped_configs
 from certtrain.errors import UsageError
-from certtrain.runs.directory import default_folder, is_run, require_agreement, run_to_continue
+from certtrain.runs.directory import default_folder, extended, is_named, is_run, require_agreement, run_to_continue
 from certtrain.runs.lock import claimed
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A run that is continued.
+
+    config: what it goes on with; shorter: what it was started with, where that was for fewer epochs.
+    differences: of what is asked, which do not matter; a text for each.
+    """
+
+    config: Config
+    shorter: Config | None
+    differences: list[str]
 
 
 @dataclass(frozen=True)
@@ -56,10 +69,8 @@ class Request:
         own = not (file is not None and file.is_file() and is_run(file.parent))
         return cls(folder, load_config(config, overrides), overrides, resume, overwrite, whole=file is None, own=own)
 
-    def stored(self) -> tuple[Config | None, list[str]]:
-        """The configuration of the run that is continued, if any, and how it differs from what is asked.
-
-        Nothing is changed.
+    def stored(self) -> Stored | None:
+        """The run that is continued, if any. Nothing is changed.
 
         Raises:
             UsageError, CheckpointError: the folder does not allow what is asked, or holds another run.
@@ -70,16 +81,19 @@ class Request:
         if stored is None:
             if self.config is None:
                 raise UsageError(f"there is no run in {self.folder} to continue")
-            return None, []
+            return None
         asked = load_config(stored, self.overrides) if self.config is None else self.config
-        return stored, require_agreement(self.folder, stored, asked, None if self.whole else self.overrides)
+        named = None if self.whole else self.overrides
+        config = extended(stored, asked) if is_named("training.epochs", named) else stored
+        different = require_agreement(self.folder, config, asked, named)
+        return Stored(config, None if config is stored else stored, different)
 
-    def enter(self, held: ExitStack, tell: Callable[[str], None]) -> Config | None:
-        """Claim the folder until `held` ends; returns the configuration of the run in it that is continued, if any."""
+    def enter(self, held: ExitStack, tell: Callable[[str], None]) -> Stored | None:
+        """Claim the folder until `held` ends; returns the run in it that is continued, if any."""
         self.stored()
         held.enter_context(claimed(self.folder))
-        stored, differences = self.stored()
-        for difference in differences:
+        stored = self.stored()
+        for difference in stored.differences if stored else ():
             tell(f"as the run was started: {difference}")
         return stored
 

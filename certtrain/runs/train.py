@@ -21,11 +21,12 @@ from certtrain.config.loading import Overrides
 from certtrain.data import Dataset, epoch_batches
 from certtrain.runs.build import assemble, build, compiles, layout_of, load_data, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
-from certtrain.runs.checkpoint import load_checkpoint, save_architecture, save_weights
+from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
 from certtrain.runs.directory import clear, remove_temporaries
-from certtrain.runs.evaluation import on_validation, summarize, verify_run
+from certtrain.runs.evaluation import Results, on_validation, summarize, verify_run
+from certtrain.runs.extension import compiled_as, extend, require_same_past
 from certtrain.runs.progress import MetricsFile, Output, ProgressDisplay
-from certtrain.runs.request import Request
+from certtrain.runs.request import Request, Stored
 from certtrain.runs.state import check_state, continue_from
 from certtrain.runtime.compilation import announced
 from certtrain.runtime.distributed import Ranks, process_group
@@ -65,6 +66,7 @@ def train(
         out: the run directory; by default runs/NAME after the config file.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
         resume: continue the run in `out` where it was saved last, as it was configured; without one there, start it.
+            `overrides` may give it more `training.epochs`, where that leaves the past as it was.
         overwrite: replace the run in `out`.
         overrides: values that overrule the config's: a mapping such as {"optimizer.lr": 1e-3}, or a sequence of texts
             "section.key=value".
@@ -110,7 +112,7 @@ class Prepared:
 
 def _prepare(
     request: Request,
-    stored: Config | None,
+    stored: Stored | None,
     place: torch.device,
     trust: bool,
     ranks: Ranks,
@@ -118,22 +120,30 @@ def _prepare(
     held: ExitStack,
 ) -> Prepared:
     """Everything that can be wrong is found before a file is written."""
-    folder, config = request.folder, stored or request.config
+    folder, config = request.folder, stored.config if stored else request.config
     assert config is not None  # a run that is continued has one stored
-    dataset = ranks.one_per_machine_first(lambda: load_data(config))
+    shorter = stored.shorter if stored else None
+    dataset = ranks.one_per_machine_first(partial(load_data, config))
     with ranks.together():
         torch.manual_seed(config.seed)
         model, architecture = build(config, dataset, trust or request.trusts(config))
-        lay_out_(model.to(place), layout_of(config, model, dataset), dataset.image_shape)
+        model.to(place)
+        if shorter is not None:
+            config = compiled_as(shorter, config, model, dataset)
+        lay_out_(model, layout_of(config, model, dataset), dataset.image_shape)
         dataset = dataset.to(place)
     trainer = assemble(config, model, dataset, ranks)
     resumed = None if stored is None else _resume(folder, trainer, ranks, console, held)
     with ranks.together():
+        if resumed is not None and shorter is not None:
+            require_same_past(shorter, config, trainer.step, trainer.steps_per_epoch)
         if ranks.is_first:
             if resumed is None and request.overwrite:
                 clear(folder)
             remove_temporaries(folder)
-            if resumed is None:
+            if shorter is not None:
+                extend(folder, shorter, config, trainer.step, trainer.steps_per_epoch, partial(_tell, console))
+            elif resumed is None:
                 write_text(folder / "config.yaml", config.to_yaml())
             save_architecture(folder, architecture)
     return Prepared(folder, config, model, dataset, trainer, resumed or 0.0)
@@ -180,21 +190,19 @@ def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Obse
 
 
 def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]:
-    """Hand out the network, verify it, and write the summary."""
-    config, model, dataset = run.config, run.model, run.dataset
-    if config.training.batch_norm.population:  # by every process for itself: all have the whole training set
-        size, seed = config.training.batch_size, config.seed
-        batches = epoch_batches(dataset.train, size, seed=seed, epoch=config.training.epochs)
-        reestimate_statistics(model, (images for images, _ in batches))
-    if ranks.is_first:
-        save_weights(run.folder, model)
-    results = verify_run(config, model, dataset, ranks=ranks)
-    held_out = [] if dataset.validation is None else verify_run(config, model, on_validation(dataset), ranks=ranks)
+    """Hand out the network, the averaged one if there is one, verify it, and write the summary."""
+    average, population = run.trainer.average, run.config.training.batch_norm.population
+    networks: dict[str, Results] = {}
+    if average is not None:
+        networks[RAW_WEIGHTS] = _hand_out(run, RAW_WEIGHTS, population, ranks)
+        average.apply()
+    results = networks[WEIGHTS] = _hand_out(run, WEIGHTS, population or average is not None, ranks)
     summary: dict[str, Any] = {}  # the first process's, in the end everyone's
     if isinstance(observer, Recorder):
         summary = {
-            **summarize(config, results),
-            "validation": [result.summary() for result in held_out],
+            **summarize(run.config, results.test),
+            "validation": results.summary()["validation"],
+            **({} if average is None else {"networks": {name: found.summary() for name, found in networks.items()}}),
             "train_seconds": round(observer.seconds, 2),
             "images_per_second": round(observer.images_per_second, 1),
             "steps": run.trainer.step,
@@ -202,6 +210,20 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
         }
         write_json(run.folder / "summary.json", summary)
     return ranks.broadcast(summary)
+
+
+def _hand_out(run: Prepared, file: str, population: bool, ranks: Ranks) -> Results:
+    """Save and verify the network as it is, or with BatchNorm statistics of the whole population of training images."""
+    config, model, dataset = run.config, run.model, run.dataset
+    if population:  # by every process for itself: all have the whole training set
+        size, seed = config.training.batch_size, config.seed
+        batches = epoch_batches(dataset.train, size, seed=seed, epoch=config.training.epochs)
+        reestimate_statistics(model, (images for images, _ in batches))
+    if ranks.is_first:
+        save_weights(run.folder / file, model)
+    results = verify_run(config, model, dataset, ranks=ranks)
+    held_out = [] if dataset.validation is None else verify_run(config, model, on_validation(dataset), ranks=ranks)
+    return Results(results, held_out)
 
 
 def _keep_threads(saved: int, console: Console, held: ExitStack) -> None:

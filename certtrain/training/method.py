@@ -13,6 +13,7 @@ from torch import Tensor
 from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.config.methods import AttackSection, MethodSection, RobustSection
+from certtrain.errors import UsageError
 from certtrain.training.losses import Metrics
 
 
@@ -91,6 +92,7 @@ class Method(Generic[Options]):
     has_region: propagates a set.
     asks_for_logits: its losses look at the logits at attacked points.
     asks_for_coefficients: its losses look at the BatchNorms' coefficients.
+    shrink: what upper ends behind unstable ReLUs are multiplied by, where they are (`interval.shrunk`).
 
     Raises:
         pydantic.ValidationError: an option outside its range.
@@ -104,6 +106,8 @@ class Method(Generic[Options]):
 
     def __init__(self, options: Options | None = None, **fields: Any) -> None:
         self.options: Options = options or cast("Options", self.Section(**fields))
+        share: float = getattr(self.options, "shrink", 1.0)  # here, and not in a step: it could not be compiled
+        self.shrink = share if share < 1 else None
 
     @property
     def attack(self) -> AttackSection | None:
@@ -126,6 +130,8 @@ class Method(Generic[Options]):
 
     def require(self, net: Bounder) -> None:
         """Raises UsageError if the method cannot train this network."""
+        if self.shrink is not None and not net.rectifiers:
+            raise UsageError("training.method.shrink: the network has no ReLU behind which a box could be shrunk")
 
     def keeps_boxes(self, phase: Phase) -> bool:
         """Whether its losses look at the boxes inside the network (`Bounds.record`)."""

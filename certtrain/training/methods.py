@@ -186,6 +186,7 @@ class TAPS(Method[Tail]):
         return True
 
     def require(self, net: Bounder) -> None:
+        super().require(net)
         self._split(net)
 
     def keeps_boxes(self, phase: Phase) -> bool:
@@ -212,7 +213,7 @@ class TAPS(Method[Tail]):
         return losses["ibp_loss"] * with_gradient_scaled(losses["taps_loss"], self.options.gradient_scale)
 
     def _box_errors(self, margins: Tensor) -> Metrics:
-        return {"verified_error": margin_error(margins)}
+        return {"verified_error" if self.shrink is None else "robust_error": margin_error(margins)}
 
     def _split(self, net: Bounder) -> Split:
         return net.split(net.activations - self.options.tail)

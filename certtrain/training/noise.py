@@ -40,7 +40,17 @@ def uniform(key: Tensor, positions: Tensor, shape: Sequence[int], like: Tensor, 
         shape: of one image; the result is (B, *shape), of `like`'s type.
         draw: which of several draws that a step makes.
     """
-    of_image = mixed(mixed(key ^ mixed(torch.full_like(key, draw + 1))) ^ positions)
+    return ((_bits(key, positions, shape, draw) >> 8).to(like.dtype) / 2**24).view(len(positions), *shape)
+
+
+def normal(key: Tensor, positions: Tensor, shape: Sequence[int], like: Tensor, draw: int = 0) -> Tensor:
+    """Standard normal numbers, between -5.3 and 5.3, as `uniform` draws others."""
+    within = ((_bits(key, positions, shape, draw) >> 9).to(like.dtype) + 0.5) / 2**23  # exact in float32: never 0 or 1
+    return torch.special.ndtri(within).view(len(positions), *shape)
+
+
+def _bits(key: Tensor, positions: Tensor, shape: Sequence[int], draw: int) -> Tensor:
+    """32 of them, for each element of `shape` at each position."""
+    of_position = mixed(mixed(key ^ mixed(torch.full_like(key, draw + 1))) ^ positions)
     elements = mixed(torch.arange(math.prod(shape), device=positions.device))
-    bits = mixed(of_image[:, None] ^ elements)
-    return ((bits >> 8).to(like.dtype) / 2**24).view(len(positions), *shape)
+    return mixed(of_position[:, None] ^ elements)

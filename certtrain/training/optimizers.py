@@ -18,6 +18,7 @@ from certtrain.config.schedules import (
 from certtrain.config.schema import OptimizerSection
 from certtrain.errors import UsageError, shortened
 from certtrain.schedules import Cooldown, Cosine, InverseRoot, LearningRate, Linear, Shape, constant
+from certtrain.training.muon import MuonWithAdamW, groups_for_muon
 
 
 def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.Optimizer:
@@ -29,9 +30,11 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
     optimizer = getattr(torch.optim, section.name, None)
     if optimizer is None:
         raise UsageError(f"optimizer.name: torch {torch.__version__} has no {section.name}")
-    arguments = optimizer_arguments(optimizer, section.arguments)
+    arguments, groups = optimizer_arguments(optimizer, section.arguments), parameter_groups(section, model)
+    if section.name == "Muon":
+        optimizer, groups = MuonWithAdamW, groups_for_muon(groups, model)
     try:
-        return optimizer(parameter_groups(section, model), lr=section.lr, **arguments)
+        return optimizer(groups, lr=section.lr, **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = shortened(str(error).partition("\n")[0], 160)
         raise UsageError(f"optimizer.arguments: {section.name}: {reason}") from error

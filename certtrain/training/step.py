@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,19 @@ class Terms(NamedTuple):
 
     def detach(self) -> Terms:
         return Terms(*({name: value.detach() for name, value in group.items()} for group in self))
+
+
+class Step(Protocol):
+    """What a trainer asks of a step; `GradientStep` says what it means."""
+
+    @property
+    def net(self) -> Bounder: ...
+
+    def phase(self, eps: float, max_eps: float) -> Phase: ...
+
+    def backward(
+        self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None
+    ) -> Metrics: ...
 
 
 class GradientStep:
@@ -142,15 +155,31 @@ class GradientStep:
         size = size or len(images)
         share = len(images) / size
         with training_precision(self._precision, images.device):
-            positions = torch.tensor(self._ranks.share(range(size)), device=images.device)
-            batch = Batch(images, labels, positions)
-            batch = batch._replace(points=self._attacked(size, batch, at, phase))
+            batch = self._batch(images, labels, at, phase, size)
             if self._accumulation == 1:
                 terms = self._whole(size, share, batch, at, phase).scaled(share)
                 total(terms.losses).backward()
             else:
                 terms = self._backward_in_parts(size, batch, at, phase)
                 self._ranks.all_reduce_gradients(self.net.model)
+        return self._metrics(terms)
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None) -> Metrics:
+        """What `backward` returns, and does to BatchNorm's running statistics, without any gradient."""
+        size = size or len(images)
+        share = len(images) / size
+        with training_precision(self._precision, images.device):
+            batch = self._batch(images, labels, at, phase, size)
+            return self._metrics(self._terms_of_whole(size, share, batch, at, phase).scaled(share))
+
+    def _batch(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int) -> Batch:
+        """With the points that the method attacks, where it does."""
+        batch = Batch(images, labels, torch.tensor(self._ranks.share(range(size)), device=images.device))
+        return batch._replace(points=self._attacked(size, batch, at, phase))
+
+    def _metrics(self, terms: Terms) -> Metrics:
+        """Of the whole batch, from this rank's share of it."""
         metrics = {"loss": total(terms.losses), **terms.losses, **terms.metrics}
         values = self._ranks.all_reduce(torch.stack([value.detach() for value in metrics.values()]))
         return dict(zip(metrics, values.unbind(), strict=True))
@@ -174,7 +203,8 @@ class GradientStep:
             logits, part = clean.output, self._part(batch, clean.coefficients, at, phase)
         else:
             box = self._region(batch, at, phase)
-            bounds = self.net.ibp(box, clean=batch.images, record=self.method.keeps_boxes(phase))
+            keep, shrink = self.method.keeps_boxes(phase), self._shrink(phase)
+            bounds = self.net.ibp(box, clean=batch.images, record=keep, shrink=shrink)
             assert bounds.clean is not None
             logits, part = bounds.clean, Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
@@ -182,8 +212,9 @@ class GradientStep:
         return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
 
     def _terms_of_center(self, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
-        box, record = self._region(batch, at, phase), self.method.keeps_boxes(phase)
-        part = Part(self.net, batch.labels, batch.positions, self.net.ibp(box, record=record, from_center=True))
+        box, keep, shrink = self._region(batch, at, phase), self.method.keeps_boxes(phase), self._shrink(phase)
+        bounds = self.net.ibp(box, record=keep, from_center=True, shrink=shrink)
+        part = Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
         terms = terms.plus(Terms(self._l1_terms(), {}))
         return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
@@ -274,6 +305,9 @@ class GradientStep:
             return linf_box(batch.images, torch.full_like(at.eps, SMALLEST_RADIUS))
         return self.method.region(batch.images, at.eps, batch.points)
 
+    def _shrink(self, phase: Phase) -> float | None:
+        return None if phase is Phase.BEFORE else self.method.shrink
+
     def _part(self, batch: Batch, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase) -> Part:
         """What the network makes of region and points, whose clean input has gone ahead."""
         points = batch.points if self.method.asks_for_logits else None
@@ -284,10 +318,11 @@ class GradientStep:
             logits = self.net.clean_pass(points, coefficients).output
         if self.method.has_region and self._checkpointing:
             observe = moments if self._needs_sums(phase) else _nothing
-            bounds = self.net.ibp_in_segments(self._region(batch, at, phase), coefficients, observe)
+            box, shrink = self._region(batch, at, phase), self._shrink(phase)
+            bounds = self.net.ibp_in_segments(box, coefficients, observe, shrink=shrink)
         elif self.method.has_region:
-            box = self._region(batch, at, phase)
-            bounds = self.net.ibp(box, points, coefficients, record=self.method.keeps_boxes(phase))
+            box, keep, shrink = self._region(batch, at, phase), self.method.keeps_boxes(phase), self._shrink(phase)
+            bounds = self.net.ibp(box, points, coefficients, record=keep, shrink=shrink)
             logits = bounds.clean
         return Part(self.net, batch.labels, batch.positions, bounds, logits, coefficients)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.errors import DivergedError
+from certtrain.training.averaging import AveragedWeights
 from certtrain.training.method import Scheduled
 from certtrain.training.noise import step_keys
-from certtrain.training.step import GradientStep
+from certtrain.training.step import Step
 
 Batches = Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]  # (epoch, first step of it) -> images, labels
 
@@ -81,11 +82,12 @@ class Trainer:
         ramp: the share of warmup's steps that are done, as a function of the step.
         lr: the learning rate as a function of the step.
         clip: bound on the gradient's norm, None for none.
+        average: of the weights, None for none.
         seed: of what steps draw at random.
     """
 
     model: nn.Module
-    gradient_step: GradientStep
+    gradient_step: Step
     optimizer: torch.optim.Optimizer
     batches: Batches
     batch_sizes: Sequence[int]
@@ -95,6 +97,7 @@ class Trainer:
     ramp: Callable[[int], float]
     lr: Callable[[int], float]
     clip: float | None = None
+    average: AveragedWeights | None = None
     seed: int = 0
     step: int = 0
     sums: Sums = field(default_factory=Sums)
@@ -158,6 +161,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.sums.add(metrics, size, self.step)
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
 
     def check_finite(self) -> None:
         """Raises DivergedError if the loss of any step of this epoch, or now a weight, is NaN or infinite."""
@@ -174,7 +179,9 @@ class Trainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
+        average = {} if self.average is None else {"average": self.average.weights}
         return {
+            **average,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
             "model": self.model.state_dict(),
@@ -190,6 +197,8 @@ class Trainer:
         """Continue exactly where `state` was taken; the model's weights must have been checked to fit."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load(state["average"])
         self.step = state["step"]
         self.sums = Sums(**state["sums"]).to(next(self.model.parameters()).device)
         torch.set_rng_state(state["random"]["cpu"].cpu())

@@ -60,6 +60,7 @@ def test_the_class_of_the_native_backend_names_who_gives_others():
         lambda net, x, box, labels: net.ibp(box, coefficients={}),
         lambda net, x, box, labels: net.ibp(box, arithmetic="float32"),
         lambda net, x, box, labels: net.ibp(box, from_center=True),
+        lambda net, x, box, labels: net.ibp(box, clean=x, shrink=0.8),
         lambda net, x, box, labels: net.ibp_in_segments(box, {}, lambda box: None),
         lambda net, x, box, labels: net.margins(box, labels, arithmetic="float32"),
         lambda net, x, box, labels: net.margins(box, labels, "crown", max_memory=10**9),

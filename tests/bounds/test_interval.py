@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds.interval import shrunk
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.errors import UsageError
 from certtrain.regularizers import relu_balance_loss, tightness_loss
@@ -188,3 +189,29 @@ class TestMargins:
         net = BoundedModel(nn.Linear(3, 2), x)
         with pytest.raises(UsageError, match="ibp"):
             net.margins(linf_box(x, 0.1), torch.tensor([0]), method="ipb")
+
+
+# --- boxes that bound nothing ----------------------------------------------------------------------------------------
+
+
+def test_only_upper_ends_behind_unstable_relus_are_shrunk():
+    entering = Box(torch.tensor([-2.0, -2.0, 1.0, -3.0, 0.0]), torch.tensor([4.0, -1.0, 2.0, 0.0, 5.0]))
+    box = shrunk(Box(entering.lower.relu(), entering.upper.relu()), entering, 0.8)
+    torch.testing.assert_close(box.lower, torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0]))
+    torch.testing.assert_close(box.upper, torch.tensor([3.2, 0.0, 2.0, 0.0, 5.0]))
+
+
+def test_what_was_shrunk_is_no_bound_and_nothing_that_verifies_can_ask_for_it():
+    """relu(x - 0.5) and its negative for x in [0, 1]: at most 0.5, and 0.4 where shrunk."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)).train()
+    for layer, weight, bias in ((model[0], [[1.0]], [-0.5]), (model[2], [[1.0], [-1.0]], [0.0, 0.0])):
+        layer.weight.data, layer.bias.data = torch.tensor(weight), torch.tensor(bias)
+    net, box = BoundedModel(model, torch.zeros(1, 1)), linf_box(torch.full((1, 1), 0.5), 0.5)
+    torch.testing.assert_close(net.ibp(box, shrink=0.8).output.upper, torch.tensor([[0.4, 0.0]]))
+    assert model(torch.ones(1, 1))[0, 0] == 0.5
+    model.eval()
+    for ask in (net.ibp, partial(net.ibp_in_segments, coefficients={}, observe=Box.detach)):
+        with pytest.raises(UsageError, match="for training mode alone"):
+            ask(box, shrink=0.8)
+    with pytest.raises(TypeError):
+        net.margins(box, torch.tensor([0]), shrink=0.8)

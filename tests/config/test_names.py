@@ -53,7 +53,7 @@ def test_every_optimizer_of_torch_that_trains_a_network_by_steps_is_declared():
         except (TypeError, ValueError, RuntimeError):  # the base class; LBFGS; SparseAdam; Muon
             continue
         fit.add(name)
-    assert set(names.OPTIMIZERS) == fit
+    assert set(names.OPTIMIZERS) == fit | {"Muon"}  # which is given the matrices, and AdamW the rest
 
 
 def test_precisions_are_those_of_the_runtime():

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from certtrain.config import load_config
 from certtrain.config.names import OPTIMIZERS
+from certtrain.config.schema import OptimizerSection
 from certtrain.errors import CheckpointError
 from certtrain.runs.build import assemble, build, load_data
 from certtrain.runs.checkpoint import DESCRIPTION, load_checkpoint, save_checkpoint
 from certtrain.runs.state import check_state, continue_from, run_state
+from certtrain.training.optimizers import build_optimizer
 from tests.commands import TINY, one_thread
 
 SOURCE = Path("runs/sent/last.ckpt")
@@ -167,7 +169,7 @@ def test_any_optimizers_state_is_known_and_of_the_parameters_shapes(name):
     def trainer_of():
         model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2, bias=False))
         trainer = copy.copy(base)
-        trainer.model, trainer.optimizer = model, getattr(torch.optim, name)(model.parameters(), lr=1e-3)
+        trainer.model, trainer.optimizer = model, build_optimizer(OptimizerSection(name=name), model)
         return trainer
 
     base = new_trainer()
@@ -183,6 +185,22 @@ def test_any_optimizers_state_is_known_and_of_the_parameters_shapes(name):
                 broken = copied(state)
                 broken["trainer"]["optimizer"]["state"][index][key] = other
                 assert refused(broken, trainer_of()), (key, other)
+
+
+def test_an_average_is_there_where_weights_are_averaged(saved):
+    averaging = ["training.averaging={name: ema, decay: 0.5}"]
+    state, trainer = run_state(stepped(new_trainer(*averaging), 4), 1.5), new_trainer(*averaging)
+    assert not refused(state, trainer)
+    assert refused(saved[0], trainer), "it has none"
+    assert refused(state, saved[1]), "it has one, which nobody would go on with"
+    for name, value in state["trainer"]["average"].items():
+        for other in (None, value[None], value.double()):
+            broken = copied(state)
+            broken["trainer"]["average"][name] = other
+            assert refused(broken, trainer), name
+    continue_from(state, trainer, SOURCE)
+    for name, value in state["trainer"]["average"].items():
+        assert torch.equal(trainer.average.weights[name], value)
 
 
 def test_names_of_weights_may_be_anything(saved):

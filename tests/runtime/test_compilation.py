@@ -12,13 +12,16 @@ from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
 
 from certtrain.bounds import BoundedModel
+from certtrain.config.methods import METHOD_SECTIONS
+from certtrain.config.smoothing import PGPESection, RGSSection
 from certtrain.models import build_model
 from certtrain.runtime.compilation import Compiled, announced, compiling_pays
 from certtrain.training.cost import clean_macs, network_size
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Phase, Scheduled, scheduled
-from certtrain.training.methods import IBP, MTLIBP, SABR, TAPS, CrownIBP, ExpIBP
-from certtrain.training.step import GradientStep
+from certtrain.training.methods import CCIBP, IBP, MTLIBP, SABR, STAPS, TAPS, Adversarial, CrownIBP, ExpIBP, Natural
+from certtrain.training.smoothing import smoothed
+from certtrain.training.step import GradientStep, Step
 from tests.networks import randomized
 
 BATCH = 6
@@ -26,11 +29,16 @@ METHODS = {
     "ibp": {"method": IBP(), "l1": 1e-4},
     "crown-ibp": {"method": CrownIBP()},
     "fused": {"method": CrownIBP(loss_fusion=True)},
-    "sabr": {"method": SABR(attack={"steps": 2})},
+    "sabr": {"method": SABR(attack={"steps": 2}, shrink=0.8)},
     "mtl-ibp": {"method": MTLIBP(kappa=[0.5, 0.1], attack={"steps": 2, "restarts": 2, "statistics": "running"})},
     "taps": {"method": TAPS(latent={"steps": 2})},
     "exp-ibp": {"method": ExpIBP(attack={"steps": 2, "clamp_to_box": False})},
+    "natural": {"method": Natural()},
+    "adversarial": {"method": Adversarial(attack={"steps": 2})},
+    "cc-ibp": {"method": CCIBP(attack={"steps": 2})},
+    "staps": {"method": STAPS(attack={"steps": 2}, latent={"steps": 2}, shrink=0.8)},
 }
+IN_ONE_PHASE = ("natural", "adversarial", "cc-ibp", "exp-ibp", "staps")  # others are shown in all of warmup's phases
 
 
 def network(width: int = 3) -> nn.Module:
@@ -54,7 +62,7 @@ def gradient_step(model: nn.Module, compiled: bool = True, **options) -> Gradien
     )
 
 
-def step(trained: GradientStep, phase: Phase, seed: int = 0) -> Metrics:
+def step(trained: Step, phase: Phase, seed: int = 0) -> Metrics:
     generator = torch.Generator().manual_seed(seed)
     images = torch.rand(BATCH, 1, 8, 8, generator=generator)
     labels = torch.randint(0, 4, (BATCH,), generator=generator)
@@ -110,7 +118,7 @@ def test_a_compiled_step_is_the_eager_one_within_rounding(method):
         "ibp",
         "fused",
         "mtl-ibp",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("crown-ibp", "sabr", "exp-ibp", "taps")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("crown-ibp", "sabr", "taps")),
     ],
 )
 def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
@@ -130,6 +138,35 @@ def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
                 optimizer.zero_grad(set_to_none=True)
     attack = METHODS[method]["method"].attack is not None  # one more, for its gradient
     assert counters["stats"]["unique_graphs"] == len(phases) + attack
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_ONE_PHASE)
+def test_the_other_methods_are_one_graph_too(name, only_captured):
+    method, model, twin = METHODS[name]["method"], network(), network()
+    phase = Phase.FULL if method.is_robust else Phase.NATURAL
+    check_equal(
+        results(model, step(gradient_step(model, method=method), phase)),
+        results(twin, step(gradient_step(twin, compiled=False, method=method), phase)),
+    )
+    assert counters["stats"]["unique_graphs"] == (1 if method.attack is None else 2)
+
+
+def test_every_method_is_compiled_here():
+    assert {options["method"].options.name for options in METHODS.values()} == METHOD_SECTIONS.keys()
+
+
+@pytest.mark.parametrize("section", [RGSSection(std=0.01), PGPESection(std=0.01, pairs=2)], ids=["rgs", "pgpe"])
+def test_perturbed_weights_are_taken_by_the_same_graph(section, only_captured):
+    model, twin = network(), network()
+    compiled, eager = (smoothed(section, gradient_step(net, net is model)) for net in (model, twin))
+    for seed in range(2):
+        check_equal(
+            results(model, step(compiled, Phase.FULL, seed)),
+            results(twin, step(eager, Phase.FULL, seed)),
+            tolerance=1e-3,
+        )
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_many_networks_may_be_trained_in_one_process(only_captured):

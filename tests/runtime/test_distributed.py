@@ -20,13 +20,16 @@ from torch import nn
 import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.cli import main
+from certtrain.config.methods import METHOD_SECTIONS
+from certtrain.config.smoothing import NoSmoothingSection, PGPESection, RGSSection
 from certtrain.data import Augmentation, Split, epoch_batches
 from certtrain.errors import UsageError
 from certtrain.runs.callbacks import Follower
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runtime.distributed import ALONE, Ranks, process_group
 from certtrain.training.method import Phase, scheduled
-from certtrain.training.methods import IBP, SABR, STAPS, CrownIBP, ExpIBP
+from certtrain.training.methods import CCIBP, IBP, MTLIBP, SABR, STAPS, TAPS, Adversarial, CrownIBP, ExpIBP, Natural
+from certtrain.training.smoothing import smoothed
 from certtrain.training.step import GradientStep
 from certtrain.verification.attacks import PGD
 from certtrain.verification.verify import verify
@@ -71,12 +74,23 @@ METHODS = {
     "sabr": {"method": SABR(attack={"steps": 2, "restarts": 2}, w=0.7)},
     "staps": {"method": STAPS(attack={"steps": 2}, latent={"steps": 2})},
     "exp-ibp": {"method": ExpIBP(attack={"steps": 2, "statistics": "running"})},
+    "natural": {"method": Natural()},
+    "adversarial": {"method": Adversarial(attack={"steps": 2}), "statistics": "adversarial"},
+    "crown-ibp": {"method": CrownIBP()},
+    "cc-ibp": {"method": CCIBP(attack={"steps": 2})},
+    "mtl-ibp": {"method": MTLIBP(attack={"steps": 2})},
+    "taps": {"method": TAPS(latent={"steps": 2}, shrink=0.8)},
+    "center": {"method": SABR(attack={"steps": 2}, shrink=0.8), "statistics": "center"},
+    "rgs": {"method": SABR(attack={"steps": 2}), "smoothing": RGSSection(std=0.01)},
+    "pgpe": {"method": SABR(attack={"steps": 2}), "smoothing": PGPESection(std=0.01, pairs=2)},
 }
 CASES = [(phase, "ibp", parts) for phase in Phase for parts in (1, 2, 4)]
 CASES += [
     (Phase.WARMUP, method, parts) for method in ("fusion", "checkpointing", "sabr", "exp-ibp") for parts in (1, 2)
 ]
-CASES += [(Phase.FULL, "staps", parts) for parts in (1, 2)]
+CASES += [(Phase.FULL, method, parts) for method in ("staps", "taps", "mtl-ibp", "rgs") for parts in (1, 2)]
+CASES += [(Phase.FULL, method, 1) for method in ("adversarial", "cc-ibp", "center", "pgpe")]
+CASES += [(Phase.NATURAL, "natural", 1), (Phase.WARMUP, "crown-ibp", 1)]
 BATCH = 10  # not divisible by 4: shares of 2 and 3 images
 
 
@@ -112,7 +126,9 @@ def steps(ranks):
     for phase, method, parts in CASES:
         model = network()
         net = BoundedModel(model, images[:1], batch_sum=ranks.all_reduce if ranks.world_size > 1 else None)
-        step = GradientStep(net, **METHODS[method], l1=1e-4, accumulation=parts, ranks=ranks)
+        options = {"smoothing": NoSmoothingSection(), **METHODS[method]}
+        section = options.pop("smoothing")
+        step = smoothed(section, GradientStep(net, **options, l1=1e-4, accumulation=parts, ranks=ranks))
         outcomes = []
         for size in (BATCH, BATCH - 1):
             share = [ranks.share(tensor[:size]) for tensor in (images, labels)]
@@ -165,6 +181,11 @@ def test_gradients_statistics_and_metrics_are_those_of_the_whole_batch(alone, to
                         torch.testing.assert_close(
                             shared[kind][name], value, rtol=1e-8, atol=1e-11, msg=lambda m, w=(case, name): f"{w}: {m}"
                         )
+
+
+def test_every_method_is_shared_here():
+    used = {METHODS[name]["method"].options.name for _, name, _ in CASES}
+    assert used == METHOD_SECTIONS.keys()
 
 
 def test_all_ranks_have_the_same_bits(together):
@@ -240,6 +261,19 @@ def test_a_run_by_several_processes_is_the_run_of_one(tmp_path, one, size):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["processes"] == size
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
     check_same_run(tmp_path / "run", one)
+
+
+def test_averaged_and_smoothed_a_run_by_two_processes_is_the_run_of_one(tmp_path):
+    options = ["training.averaging={name: ema, decay: 0.8}", "training.smoothing=rgs", "training.epochs=4"]
+    options += ["epsilon.warmup_epochs=2"]
+    with one_thread():
+        assert train_here(tmp_path / "one", *TWENTY_STEPS, *options) == 0
+    codes, log = train_by(2, tmp_path / "two", *options)
+    assert codes == [0, 0], log
+    check_same_run(tmp_path / "two", tmp_path / "one")
+    raw, expected = (safetensors.torch.load_file(tmp_path / run / "model-raw.safetensors") for run in ("two", "one"))
+    for name, value in expected.items():
+        torch.testing.assert_close(raw[name], value, rtol=1e-3, atol=1e-4)
 
 
 def train_and_signal(number, rank, step, *arguments):

@@ -15,10 +15,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 import certtrain
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds.lirpa import LirpaModel
 from certtrain.config import load_config
 from certtrain.config.methods import METHOD_SECTIONS, AttackSection
 from certtrain.errors import UsageError
+from certtrain.runs.progress import ProgressDisplay
 from certtrain.training.attack import attacked
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Method, Phase, scheduled
@@ -39,6 +41,7 @@ from certtrain.training.noise import step_keys, uniform
 from certtrain.training.regions import small_box, small_linf_box
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
+from certtrain.training.trainer import Trainer
 from tests.commands import TINY, one_thread
 from tests.networks import randomized, residual_network
 
@@ -73,9 +76,13 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 class Witness:
-    """The network with the BatchNorm statistics of one clean batch, as plain formulas of points and of intervals."""
+    """The network with the BatchNorm statistics of one clean batch, as plain formulas of points and of intervals.
 
-    def __init__(self, model: nn.Sequential, clean: Tensor) -> None:
+    Upper ends of intervals behind unstable ReLUs are multiplied by `shrink`.
+    """
+
+    def __init__(self, model: nn.Sequential, clean: Tensor, shrink: float = 1.0) -> None:
+        self.shrink = shrink
         self.conv, self.bn1, _, _, self.linear, self.bn2, _, self.last = model
         self.one = self._statistics(self._conv(clean, self.conv.weight, self.conv.bias))
         hidden = self._hidden(clean)
@@ -109,7 +116,7 @@ class Witness:
         low, high = (ends.flatten(1) for ends in self.head(low, high))
         positive, negative = self.linear.weight.clamp(min=0), self.linear.weight.clamp(max=0)
         low, high = (a @ positive.T + b @ negative.T + self.linear.bias for a, b in ((low, high), (high, low)))
-        low, high = (ends.clamp(min=0) for ends in self._scaled(self.bn2, self.two, low, high))
+        low, high = self._rectified(*self._scaled(self.bn2, self.two, low, high))
         rows = self.last.weight[labels][:, None] - self.last.weight
         bias = self.last.bias[labels][:, None] - self.last.bias
         return (rows.clamp(min=0) * low[:, None] + rows.clamp(max=0) * high[:, None]).sum(2) + bias
@@ -125,8 +132,12 @@ class Witness:
         bias = self.conv.bias[:, None, None]
         low, high = (self._conv(a, positive, None) + self._conv(b, negative, None) + bias
                      for a, b in ((low, high), (high, low)))  # fmt: skip
-        low, high = self._scaled(self.bn1, self.one, low, high)
-        return low.clamp(min=0), high.clamp(min=0)
+        return self._rectified(*self._scaled(self.bn1, self.one, low, high))
+
+    def _rectified(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Neuron by neuron: [l, u] of active ones, 0 of inactive ones, [0, shrink·u] of the others."""
+        unstable = (low < 0) & (high > 0)
+        return low.clamp(min=0), torch.where(unstable, self.shrink * high, high.clamp(min=0))
 
     def tail(self, hidden: Tensor) -> Tensor:
         scale, shift = self._scale_and_shift(self.bn2, self.two)
@@ -202,9 +213,8 @@ def ends(images: Tensor) -> tuple[Tensor, Tensor]:
     return (images - EPS).clamp(0, 1), (images + EPS).clamp(0, 1)
 
 
-def witnessed(name: str, model: nn.Sequential, images: Tensor, labels: Tensor) -> Tensor:
+def witnessed(name: str, net: Witness, images: Tensor, labels: Tensor) -> Tensor:
     """The robust loss of each of METHODS_SHOWN, by its formula."""
-    net = Witness(model, images)
     points = net.attacked(images, labels)
     low, high = ends(images)
     attacked_margins = (net.logits(points)[torch.arange(BATCH), labels, None]) - net.logits(points)
@@ -221,20 +231,19 @@ def witnessed(name: str, model: nn.Sequential, images: Tensor, labels: Tensor) -
     if name == "exp-ibp":
         return ibp**0.3 * adversarial**0.7
     if name == "exp-ibp by image":
-        one_by_one = [slice(i, i + 1) for i in range(BATCH)]
+        margins, one_by_one = net.margins(low, high, labels), [slice(i, i + 1) for i in range(BATCH)]
         return torch.stack([
-            cross_entropy(-net.margins(low[i], high[i], labels[i]), labels[i]) ** 0.3
-            * cross_entropy(net.logits(points[i]), labels[i]) ** 0.7
+            cross_entropy(-margins[i], labels[i]) ** 0.3 * cross_entropy(net.logits(points[i]), labels[i]) ** 0.7
             for i in one_by_one
         ]).mean()  # fmt: skip
-    if name == "taps":
+    if name.startswith("taps"):
         return product_with_scaled_gradient(ibp, cross_entropy(-tail_margins(net, low, high, labels), labels), 4)
-    if name in ("sabr", "staps"):
+    if name in ("sabr", "staps", "sabr, shrunk", "staps, shrunk"):
         radius = 0.3 * (high - low) / 2
         center = torch.minimum(torch.maximum(points, low + radius), high - radius)
         low, high = center - radius, center + radius
         sabr = cross_entropy(-net.margins(low, high, labels), labels)
-        if name == "sabr":
+        if name.startswith("sabr"):
             return sabr
         return product_with_scaled_gradient(sabr, cross_entropy(-tail_margins(net, low, high, labels), labels), 2)
     assert name == "sabr by epsilon"
@@ -254,7 +263,14 @@ METHODS_SHOWN: dict[str, Method] = {
     "sabr by epsilon": SABR(lambda_=0.3, attack=ATTACK, radius="epsilon"),
     "taps": TAPS(),
     "staps": STAPS(lambda_=0.3, attack=ATTACK, gradient_scale=2),
+    "sabr, shrunk": SABR(lambda_=0.3, attack=ATTACK, shrink=0.8),
+    "taps, shrunk": TAPS(shrink=0.7),
+    "staps, shrunk": STAPS(lambda_=0.3, attack=ATTACK, gradient_scale=2, shrink=0.8),
 }
+
+
+def witness(name: str, model: nn.Sequential, kind: type[Witness] = Witness) -> Witness:
+    return kind(model, batch()[0], METHODS_SHOWN[name].shrink or 1.0)
 
 
 def step(model: nn.Module, method: Method, phase: Phase = Phase.FULL, ramp: float = 1.0, **options) -> Metrics:
@@ -274,10 +290,35 @@ def check_same_gradients(model: nn.Module, other: nn.Module, tolerance: float = 
 def test_loss_and_gradient_equal_the_formula(name):
     model, other = network(), network()
     metrics = step(model, METHODS_SHOWN[name])
-    expected = witnessed(name, other, *batch())
+    expected = witnessed(name, witness(name, other), *batch())
     expected.backward()
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
     check_same_gradients(model, other)
+
+
+class LirpaWitness(Witness):
+    """The same formulas of intervals that auto_LiRPA computes, through the same BatchNorm statistics."""
+
+    def __init__(self, model: nn.Sequential, clean: Tensor, shrink: float = 1.0) -> None:
+        super().__init__(model, clean, shrink)
+        self.clean, self.net, self.head_net = clean, LirpaModel(model, clean), LirpaModel(model[:3], clean)
+
+    def margins(self, low: Tensor, high: Tensor, labels: Tensor) -> Tensor:
+        return self.net.margins(Box(low, high), labels, clean=self.clean)
+
+    def head(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        box = self.head_net.ibp(Box(low, high), clean=self.clean).output
+        return box.lower, box.upper
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS_SHOWN.items() if method.shrink is None])
+def test_gradients_through_auto_lirpas_intervals_are_the_same(name):
+    model, other = network(), network()
+    metrics = step(model, METHODS_SHOWN[name])
+    expected = witnessed(name, witness(name, other, LirpaWitness), *batch())
+    expected.backward()
+    assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
+    check_same_gradients(model, other, 1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS_SHOWN)
@@ -289,8 +330,9 @@ def test_natural_terms(name, weight, ramp):
     method = type(method)(method.Section(**{**dict(method.options), **weight}))
     metrics = step(model, method, Phase.FULL, ramp)
     images, labels = batch()
-    natural = cross_entropy(Witness(other, images).logits(images), labels)
-    expected = share * witnessed(name, other, images, labels) + (1 - share) * natural
+    net = witness(name, other)
+    natural = cross_entropy(net.logits(images), labels)
+    expected = share * witnessed(name, net, images, labels) + (1 - share) * natural
     expected.backward()
     assert metrics["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
     check_same_gradients(model, other)
@@ -318,7 +360,10 @@ def test_at_its_ends_a_method_is_another(method, same_as):
     check_same_gradients(model, other)
 
 
-@pytest.mark.parametrize(("method", "same_as"), [("taps", "ibp"), ("staps", "sabr")])
+@pytest.mark.parametrize(
+    ("method", "same_as"),
+    [("taps", "ibp"), ("staps", "sabr"), pytest.param("staps, shrunk", "sabr, shrunk", id="shrunk")],
+)
 def test_until_epsilon_is_full_a_tail_is_bounded_as_the_head_is(method, same_as):
     model, other = network(), network()
     metrics, expected = (
@@ -338,6 +383,17 @@ def test_a_method_says_whether_its_loss_is_another_one_during_warmup(method):
     assert (warmup.keys() != full.keys()) == method.differs_in_warmup
 
 
+def test_until_epsilon_grows_no_box_is_shrunk():
+    model, other = network(), network()
+    options = {"phase": Phase.BEFORE, "regularization": Regularization()}
+    metrics, expected = (
+        step(model, METHODS_SHOWN["sabr, shrunk"], **options),
+        step(other, METHODS_SHOWN["sabr"], **options),
+    )
+    assert metrics["loss"] == expected["loss"]
+    check_same_gradients(model, other)
+
+
 @pytest.mark.parametrize("tail", [2, 3])
 def test_a_network_that_cannot_be_cut_there_is_an_error(tail):
     net = BoundedModel(network(), batch()[0])
@@ -347,6 +403,14 @@ def test_a_network_that_cannot_be_cut_there_is_an_error(tail):
     with pytest.raises(UsageError, match=r"cannot be cut behind activation 4: .* reads a value before it"):
         GradientStep(residual, TAPS(tail=1))
     GradientStep(residual, TAPS(tail=2))
+
+
+def test_without_a_relu_no_box_is_shrunk():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    net = BoundedModel(model, torch.rand(1, 1, 2, 2))
+    for method in (SABR(shrink=0.8), TAPS(shrink=0.8), STAPS(shrink=0.8)):
+        with pytest.raises(UsageError, match=r"training\.method\.shrink: the network has no ReLU"):
+            GradientStep(net, method, NO_REGULARIZATION)
 
 
 def test_the_tail_continues_what_the_head_began():
@@ -405,7 +469,7 @@ def test_errors_have_the_name_of_what_they_are_errors_of():
         metrics = step(network(), method)
         assert metrics.get("verified_error", verified) == pytest.approx(verified), name
         assert metrics.get("adversarial_error", wrong) == pytest.approx(wrong), name
-        whole_box = name.startswith(("ibp", "cc-ibp", "mtl-ibp", "exp-ibp", "taps"))
+        whole_box = name.startswith(("ibp", "cc-ibp", "mtl-ibp", "exp-ibp", "taps")) and method.shrink is None
         assert ("verified_error" in metrics) == whole_box, name
         assert ("robust_error" in metrics) == name.startswith(("sabr", "cc-ibp", "taps", "staps")), name
 
@@ -500,22 +564,23 @@ def test_random_numbers_are_uniform_and_belong_to_an_image_and_a_step():
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"natural", "ibp", "crown-ibp"}))
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "smoothing"),
+    [*((name, "none") for name in sorted(METHODS)), ("ibp", "{name: pgpe, pairs: 2}"), ("sabr", "rgs")],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, smoothing, tmp_path, monkeypatch):
     few = {part: {"steps": 2} for part in ("attack", "latent") if part in METHOD_SECTIONS[name].model_fields}
-    config = load_config("digits", [*TINY, f"training.method={json.dumps({'name': name, **few})}"])
-    backward, calls = GradientStep.backward, []
+    options = [f"training.method={json.dumps({'name': name, **few})}", f"training.smoothing={smoothing}"]
+    config = load_config("digits", [*TINY, *options])
 
-    def interrupted(self: GradientStep, *inputs) -> Metrics:
-        calls.append(None)
-        if len(calls) == 5:
+    def interrupt(self: ProgressDisplay, trainer: Trainer) -> None:
+        if trainer.step == 5:
             signal.raise_signal(signal.SIGTERM)
-        return backward(self, *inputs)
 
     with one_thread():
         certtrain.train(config, tmp_path / "whole", device="cpu")
         with monkeypatch.context() as patch:
-            patch.setattr(GradientStep, "backward", interrupted)
+            patch.setattr(ProgressDisplay, "after_step", interrupt)
             assert certtrain.train(config, tmp_path / "cut", device="cpu").summary is None
         certtrain.train(config, tmp_path / "cut", device="cpu", resume=True)
     whole, cut = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("whole", "cut"))
@@ -535,6 +600,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, tmp_path, monk
         ("{name: ibp, kappa: [1.5, 0]}", r"training\.method\.kappa\.0: "),
         ("{name: ibp, kappa: [0.5, -1]}", r"training\.method\.kappa\.1: "),
         ("{name: ibp, kappa: 0.5, w: 0.5}", r"training\.method: w and kappa both weigh the clean loss"),
+        ("{name: sabr, shrink: 0}", r"training\.method\.shrink: .*greater than 0"),
+        ("{name: staps, shrink: 1.1}", r"training\.method\.shrink: .*less than or equal to 1"),
+        ("{name: ibp, shrink: 0.8}", r"unknown key .*shrink: it belongs to training\.method sabr, taps, staps"),
         ("{name: sabr, attack: {steps: 0}}", r"training\.method\.attack\.steps: .*greater than or equal to 1"),
         ("{name: sabr, attack: {stps: 3}}", r"unknown key training\.method\.attack\.stps: did you mean steps "),
         ("{name: sabr, alpha: 0.5}", r"unknown key .*alpha: it belongs to training\.method cc-ibp, mtl-ibp, exp-ibp"),

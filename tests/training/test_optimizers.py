@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from certtrain.config import load_config
 from certtrain.config.schema import OptimizerSection
 from certtrain.errors import UsageError
 from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.runs.progress import ProgressDisplay
 from certtrain.training.optimizers import build_optimizer, build_rate
 from tests.networks import narrow_cnn7
 
+MUON_ONLY = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+MUON = pytest.param("Muon", marks=MUON_ONLY)
 
-@pytest.mark.parametrize("name", ["AdamW", "RAdam", "NAdam", "SGD"])
+
+@pytest.mark.parametrize("name", ["AdamW", "RAdam", "NAdam", "SGD", MUON])
 def test_batch_norm_and_biases_do_not_decay_where_that_is_asked_for(name):
     """A step without gradient shrinks what decays, and nothing else."""
     model = narrow_cnn7()
@@ -27,6 +33,56 @@ def test_batch_norm_and_biases_do_not_decay_where_that_is_asked_for(name):
     optimizer.step()
     for key, value in model.named_parameters():
         assert torch.equal(value, before[key]) == (value.dim() == 1), key
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """Muon's quintic iteration: five times aX + (bA + cA²)X with A = XXᵀ, of the wide form divided by its norm."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+@MUON_ONLY
+def test_muon_takes_hidden_matrices_and_adamw_the_rest():
+    """One step: 0.2·√(larger side)·orthogonalized gradient (in bfloat16), or ± the rate; decay 0.1 of the rate."""
+    model, lr = narrow_cnn7(), 0.01
+    optimizer = build_optimizer(OptimizerSection(name="Muon", lr=lr), model)
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    (hidden,) = [key for key, value in before.items() if value.dim() == 2][:-1]
+    for key, value in model.named_parameters():
+        if key == hidden:
+            step = 0.2 * max(value.shape) ** 0.5 * orthogonalized(value.grad)
+            torch.testing.assert_close(value, before[key] * (1 - 0.1 * lr) - lr * step, rtol=0, atol=0.05 * lr)
+        else:
+            expected = before[key] * (1 - 0.01 * lr) - lr * value.grad.sign()
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-4 * lr)
+
+
+@MUON_ONLY
+def test_muon_needs_a_hidden_linear_layer():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(UsageError, match=r"optimizer\.name: Muon is for weights of hidden linear layers"):
+        build_optimizer(OptimizerSection(name="Muon"), model)
+
+
+@pytest.mark.parametrize("name", ["RAdam", MUON])
+def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, monkeypatch, name):
+    options = [f"optimizer.name={name}", "optimizer.vector_factor=0.5", "optimizer.decay_vectors=false"]
+    assert train(*options).code == 0
+    whole = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        after = lambda self, trainer: trainer.step == 4 and signal.raise_signal(signal.SIGINT)  # noqa: E731
+        patch.setattr(ProgressDisplay, "after_step", after)
+        assert train("--overwrite", *options).code == 130
+    assert train("--resume").code == 0
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
 
 
 def test_by_default_everything_is_one_group():
