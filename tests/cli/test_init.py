@@ -40,9 +40,7 @@ def test_nothing_is_overwritten_unasked(cli, tmp_path, place):
         assert load_config(path) == load_config("digits")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["digit"], ["digits", "seed=-1"], ["--out", "no/such/folder"]]
-)
+@pytest.mark.parametrize("arguments", [["digit"], ["digits", "seed=-1"], ["--out", "no/such/folder"]])
 def test_a_config_that_is_none_is_one_line_and_leaves_no_trace(cli, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     assert cli("init", *arguments).error
@@ -59,15 +57,16 @@ FOLLOWS = {
     "certtrain init cifar10_2": {"cifar10_2_255"},
 }
 ASK = """
-import io, json, os, sys
+import functools, io, json, os, sys
 import argcomplete
-from certtrain.cli.main import _parser
-found = []
+from certtrain.cli import completion, main
+ask, found = argcomplete.autocomplete, []
 for line in json.loads(sys.argv[1]):
     answer = io.StringIO()
+    argcomplete.autocomplete = functools.partial(ask, exit_method=lambda code: None, output_stream=answer)
     os.environ |= {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_COMP_WORDBREAKS": "", "_ARGCOMPLETE_IFS": "|",
                    "COMP_LINE": line, "COMP_POINT": str(len(line))}
-    argcomplete.autocomplete(_parser(), exit_method=lambda code: None, output_stream=answer)
+    completion.answer(sys.modules["certtrain.cli.main"]._parser())
     found.append([word.strip() for word in answer.getvalue().split("|")])
 assert "torch" not in sys.modules
 print(json.dumps(found))
