@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -42,3 +43,16 @@ def test_git_ignores_no_code():
     files = [str(path) for folder in folders for path in folder.rglob("*.py")]
     ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True)
     assert ignored.stdout == ""
+
+
+def test_the_public_names_are_there_in_a_fresh_process():
+    """Each on its own: what another import has loaded must not matter."""
+    program = """
+import inspect, certtrain
+for name in certtrain.__all__:
+    value = getattr(certtrain, name)
+    assert callable(value) and not inspect.ismodule(value), name
+    assert value.__name__ == name, name
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
