@@ -50,7 +50,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may follow options, which argparse leaves over."""
-    parser = _parser()
+    parser = build_parser()
     completion.answer(parser)
     options, rest = parser.parse_known_args(arguments)
     if strangers := [word for word in rest if word.startswith("-") or "overrides" not in options]:
@@ -60,7 +60,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Every command, with its options."""
     parser = _Parser(prog="certtrain", description="Train networks whose robustness is proved.")
     parser.add_argument("--version", action="version", version=f"certtrain {certtrain.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")

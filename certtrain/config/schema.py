@@ -329,7 +329,9 @@ class Config(Section):
 
     @property
     def test_radii(self) -> tuple[float, ...]:
+        """The radii that are verified."""
         return self.verification.eps or (self.epsilon.max,)
 
     def to_yaml(self) -> str:
+        """All values, as YAML that `load_config` reads back as the same."""
         return write_yaml(self.model_dump(mode="json"))

@@ -66,7 +66,7 @@ for line in json.loads(sys.argv[1]):
     argcomplete.autocomplete = functools.partial(ask, exit_method=lambda code: None, output_stream=answer)
     os.environ |= {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_COMP_WORDBREAKS": "", "_ARGCOMPLETE_IFS": "|",
                    "COMP_LINE": line, "COMP_POINT": str(len(line))}
-    completion.answer(sys.modules["certtrain.cli.main"]._parser())
+    completion.answer(sys.modules["certtrain.cli.main"].build_parser())
     found.append([word.strip() for word in answer.getvalue().split("|")])
 assert "torch" not in sys.modules
 print(json.dumps(found))
