@@ -40,6 +40,7 @@ from certtrain.runs.provenance import versions
 from certtrain.runtime.allocation import keep_freed_memory
 from certtrain.runtime.files import write_json
 from certtrain.runtime.layout import layout_for
+from certtrain.runtime.precision import training_precision
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
 
@@ -69,7 +70,8 @@ def makers_of(setting: Setting) -> dict[str, Callable[[], Step]]:
         model, optimizer = network(setting)
 
         def step() -> None:
-            F.cross_entropy(model(images), labels).backward()
+            with training_precision("float32", setting.device):  # as the others; cuDNN's own choice is TF32
+                F.cross_entropy(model(images), labels).backward()
             finish(model, optimizer)
 
         return step
