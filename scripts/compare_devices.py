@@ -20,14 +20,13 @@ from torch import Tensor
 
 import certtrain
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.config.methods import METHOD_SECTIONS
 from certtrain.config.names import METHODS
 from certtrain.models import build_model
 from certtrain.runs.train import resolve_device, versions
 from certtrain.runtime.files import write_json
 from certtrain.runtime.precision import full_precision
 from certtrain.training.method import Phase, scheduled
-from certtrain.training.methods import build_method
+from certtrain.training.methods import METHODS as TRAINING_METHODS
 from certtrain.training.step import GradientStep
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
@@ -59,7 +58,7 @@ def gradient(method: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Of one step in the middle of warmup, all parameters behind each other."""
     images, labels = images_and_labels(device, dtype)
     model = network(device, dtype).train()
-    step = GradientStep(BoundedModel(model, images[:1]), build_method(METHOD_SECTIONS[method]()))
+    step = GradientStep(BoundedModel(model, images[:1]), TRAINING_METHODS[method]())
     step.backward(images, labels, scheduled(EPS, 0.5, like=images), Phase.WARMUP)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -94,7 +93,8 @@ def main() -> None:
     options = parser.parse_args()
     device, cpu = resolve_device(options.device), torch.device("cpu")
     rows = []
-    for what, compute, methods in (("bounds", bounds, METHODS), ("gradient", gradient, METHOD_SECTIONS)):
+    robust = [name for name, method in TRAINING_METHODS.items() if method.is_robust]
+    for what, compute, methods in (("bounds", bounds, METHODS), ("gradient", gradient, robust)):
         for method in methods:
             exact = compute(method, cpu, torch.float64)
             off = {place.type: difference(compute(method, place, torch.float32), exact) for place in (cpu, device)}

@@ -4,12 +4,13 @@
 #   bash scripts/gpu_hour.sh CIFAR [AUTHORS] [section.key=value...]      HOUR=1800 for half of one
 #   bash scripts/gpu_hour.sh --rehearse CIFAR [AUTHORS]                  the same on a CPU, everything small
 #
-# CIFAR holds torchvision's cifar-10-batches-py; AUTHORS is a checkout of the authors' repository. A part that fails or takes
-# too long is named, and the next one begins; in a rehearsal it is an error. A rehearsal writes nothing into docs.
+# CIFAR holds torchvision's cifar-10-batches-py, or train.npz and test.npz of the same images; AUTHORS is a checkout of the
+# authors' repository. A part that fails or takes too long is named, and the next one begins; in a rehearsal it
+# is an error. A rehearsal writes nothing into docs.
 set -euo pipefail
 
 hour=${HOUR:-3600} device=cuda results=docs/results runs=runs rehearsal=
-benchmark=(--batch 128 --rounds 30) growth=(--batch 128 --rounds 3) setting=() resumed=(training.epochs=12 epsilon.warmup_epochs=8 'optimizer.milestones=[]')
+benchmark=(--batch 128 --rounds 30) growth=(--batch 128 --rounds 3) setting=()
 if [[ ${1:-} == --rehearse ]]; then
     shift
     device=cpu rehearsal=1 hour=${HOUR:-600}
@@ -21,7 +22,12 @@ fi
 cifar=$(realpath "$1") authors=
 shift
 [[ -d ${1:-} ]] && authors=$(realpath "$1") && shift
-setting+=("data.root=$cifar" "$@")
+if [[ -e $cifar/train.npz ]]; then
+    setting+=(data.name=npz "data.path=$cifar" 'data.mean=[0.4914, 0.4822, 0.4465]' 'data.std=[0.2023, 0.1994, 0.2010]')
+else
+    setting+=("data.root=$cifar")
+fi
+setting+=("$@")
 cd "$(dirname "$0")/.."
 
 # part NAME SHARE COMMAND...: what leaves NAME behind in the results, in at most SHARE hundredths of the hour.
@@ -36,15 +42,13 @@ part() {
     fi
 }
 
-certtrain=(uv run python -m certtrain)
-# 1. It works: what a CPU proves, the GPU proves as well.
-part devices.json 5 uv run python scripts/compare_devices.py --device "$device" --out "$results/devices.json"
+# 1. Right: bounds, gradients and runs are those of a CPU.
+part "devices-$device.json" 10 uv run python scripts/compare_devices.py --device "$device" --out "$results/devices-$device.json"
 # 2. A step, beside the natural one and auto_LiRPA's; eager, compiled, tf32, bf16; and its memory.
 part "benchmark-$device.json" 15 uv run python scripts/benchmark.py --device "$device" "${benchmark[@]}" --out "$results/benchmark-$device.json"
-# 3. The run itself, in what is left but for the parts behind it; again, it goes on.
-left=$((hour * 80 / 100 - SECONDS))
+# 3. The run itself, in what the parts behind it leave.
 uv run python scripts/reproduce.py cifar10_8_255 "${setting[@]}" --device "$device" --runs "$runs" \
-    --results "$results/reproduce.jsonl" --budget $((rehearsal ? left / 2 : left)) || [[ $? == 75 ]] # out of time, to be continued
+    --results "$results/reproduce.jsonl" --budget $((hour * 80 / 100 - SECONDS)) || [[ $? == 75 ]] # out of time, to be continued
 # 4. How time grows with batch, width and classes.
 part "growth-$device.json" 10 uv run python scripts/benchmark.py --device "$device" "${growth[@]}" --grow --out "$results/growth-$device.json"
 # 5. The authors' own code, here.
@@ -52,3 +56,6 @@ if [[ -n $authors ]]; then
     part "authors-epochs-$device.json" 10 uv run python scripts/authors_epochs.py --repo "$authors" --data "$cifar" --device "$device" \
         --out "$results/authors-epochs-$device.json"
 fi
+# 6. The pages, from what was measured.
+[[ -n $rehearsal ]] || uv run python scripts/tables.py
+echo "== done after $SECONDS s; results in $results"

@@ -8,6 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+import certtrain
 
 ROOT = Path(__file__).parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -22,6 +25,12 @@ def test_every_folder_with_code_is_a_package_that_is_listed():
     found = {path.parent for path in (ROOT / "certtrain").rglob("*.py")} | set(FOLDERS.values())
     assert {folder_of(package) for package in SETUPTOOLS["packages"]} == found
     assert all((folder / "__init__.py").is_file() for folder in found)
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert certtrain.__version__ == project["version"] == citation["version"]
 
 
 def test_every_file_that_is_no_code_is_listed():
