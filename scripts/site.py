@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
 
 def help_of(command: str) -> str:
     """What `certtrain COMMAND --help` prints."""
+    os.environ["COLUMNS"] = "88"  # what fits beside the tables of contents
     (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
     return commands.choices[command].format_help()
 
