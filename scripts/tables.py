@@ -38,10 +38,8 @@ def main() -> None:
             fill(RESULTS / "benchmark.md", **{f"authors-{device}": authors_table(read(f"authors-epochs-{device}"))})
     for device in ("cpu", "cpu-upstream", "cuda"):
         if (RESULTS / f"benchmark-{device}.json").exists():
-            measured, grown = (
-                read(f"benchmark-{device}"),
-                RESULTS / f"growth-{device}.json",
-            )  # gpu_hour.sh has two files
+            measured = read(f"benchmark-{device}")
+            grown = RESULTS / f"growth-{device}.json"  # which gpu_hour.sh measures by itself
             growth_rows = read(grown.stem)["growth"] if grown.exists() else measured["growth"]
             tables = {device: benchmark_table(measured)}
             if growth_rows:
