@@ -6,15 +6,15 @@
 #
 # CIFAR holds torchvision's cifar-10-batches-py, or train.npz and test.npz of the same images; AUTHORS is a checkout of the
 # authors' repository. A part that fails or takes too long is named, and the next one begins; in a rehearsal it
-# is an error. A rehearsal writes nothing into docs.
+# is an error. A rehearsal writes nothing into docs, but into RESULTS, a new folder if not given.
 set -euo pipefail
 
 hour=${HOUR:-3600} device=cuda results=docs/results runs=runs rehearsal=
 benchmark=(--batch 128 --rounds 30) growth=(--batch 128 --rounds 3) setting=()
 if [[ ${1:-} == --rehearse ]]; then
     shift
-    device=cpu rehearsal=1 hour=${HOUR:-600}
-    results=$(mktemp -d) runs=$results/runs
+    device=cpu rehearsal=1
+    results=${RESULTS:-$(mktemp -d)} runs=$results/runs
     benchmark=(--width 4 --batch 8 --rounds 2) growth=(--width 4 --batch 8 --rounds 1)
     setting=(model.options.width=2 model.options.linear_width=16 data.limit=256 training.epochs=4 epsilon.warmup_epochs=2
         'optimizer.milestones=[3]' training.batch_size=32 verification.limit=64 verification.pgd_steps=2)

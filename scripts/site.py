@@ -1,6 +1,6 @@
 """What mkdocs does to the pages of docs/ before it renders them (mkdocs.yml, hooks).
 
-Marks in a page are replaced by what the program says itself: `<!-- help: COMMAND -->` by a command's help, and
+Marks in a page are replaced by what the program says itself: `<!-- commands -->` by the help of every command, and
 `<!-- configuration -->` by a table of every section. Links to files that are not part of the site become their text.
 """
 
@@ -21,7 +21,6 @@ from certtrain.config.schema import Config
 from certtrain.config.section import Section
 
 ROOT = Path(__file__).resolve().parents[1]
-HELP = re.compile(r"<!-- help: (\w+) -->")
 LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")
 
 
@@ -33,15 +32,16 @@ def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
         inside = (folder / link[2]).resolve().is_relative_to(ROOT / "docs")
         return link[0] if inside else f"`{link[1].strip('`')}`"
 
-    markdown = HELP.sub(lambda mark: f"```text\n{help_of(mark[1])}```", LINK.sub(outside, markdown))
+    markdown = LINK.sub(outside, markdown).replace("<!-- commands -->", "\n".join(commands()))
     return markdown.replace("<!-- configuration -->", "\n".join(configuration(Config, "")))
 
 
-def help_of(command: str) -> str:
-    """What `certtrain COMMAND --help` prints."""
+def commands() -> Iterator[str]:
+    """A heading for each command, and what `certtrain COMMAND --help` prints."""
     os.environ["COLUMNS"] = "88"  # what fits beside the tables of contents
-    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
-    return commands.choices[command].format_help()
+    (known,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    for name, parser in known.choices.items():
+        yield f"\n## certtrain {name}\n\n```text\n{parser.format_help()}```"
 
 
 def configuration(section: type[Section], path: str) -> Iterator[str]:
