@@ -256,6 +256,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--grow", action="store_true", help="also measure growth with batch, width and classes")
+    parser.add_argument("--no-memory", action="store_true", help="on a CPU, leave out peak memory: a process for each")
     parser.add_argument("--memory-of", metavar="STEP", help="only print what a step takes, in bytes")
     parser.add_argument("--out", type=Path, help="default: docs/results/benchmark-DEVICE.json")
     options = parser.parse_args()
@@ -269,7 +270,7 @@ def main() -> None:
     content: dict[str, Any] = {"versions": versions(), "rows": measure(setting), "growth": []}
     write_json(out, content)
     show(content["rows"])
-    if device.type == "cpu":
+    if device.type == "cpu" and not options.no_memory:
         for row in content["rows"]:
             row["peak_bytes"] = cpu_memory(setting, row["step"])
             write_json(out, content)

@@ -15,7 +15,7 @@ if [[ ${1:-} == --rehearse ]]; then
     shift
     device=cpu rehearsal=1
     results=${RESULTS:-$(mktemp -d)} runs=$results/runs
-    benchmark=(--width 4 --batch 8 --rounds 2) growth=(--width 4 --batch 8 --rounds 1)
+    benchmark=(--width 4 --batch 8 --rounds 2 --no-memory) growth=(--width 4 --batch 8 --rounds 1 --no-memory)
     setting=(model.options.width=2 model.options.linear_width=16 data.limit=256 training.epochs=4 epsilon.warmup_epochs=2
         'optimizer.milestones=[3]' training.batch_size=32 verification.limit=64 verification.pgd_steps=2)
 fi
