@@ -24,8 +24,8 @@ _HOMES = {
     "train": "certtrain.runs.train",
     "Run": "certtrain.runs.train",
     "Observer": "certtrain.training.trainer",
-    "verify": "certtrain.verification",
-    "Verification": "certtrain.verification",
+    "verify": "certtrain.verification.verify",
+    "Verification": "certtrain.verification.verify",
 }
 
 

@@ -52,6 +52,7 @@ Shape = Callable[[int], float]  # steps since the learning rate's warmup -> what
 
 
 def constant(step: int) -> float:
+    """The rate stays as it is."""
     return 1.0
 
 

@@ -44,7 +44,8 @@ def build_model(
     Args:
         name: one of MODELS, or "module:callable", called as callable(image_shape, num_classes, **options).
         image_shape: (C, H, W).
-        mean, std: per-channel normalisation of pixels in [0, 1]; None for none.
+        mean: per-channel normalisation of pixels in [0, 1], with `std`; None for none.
+        std: as `mean`.
         options: keyword arguments of the architecture, such as width.
         trust: import the module of a "module:callable", which runs its code.
 

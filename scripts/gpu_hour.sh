@@ -1,19 +1,61 @@
 #!/usr/bin/env bash
-# What an hour of a CUDA machine is for: the benchmark beside auto_LiRPA, epochs of the authors' own code, and the
-# CIFAR-10 run at 8/255 in what remains of the hour. Started again, it goes on with the run.
+# What an hour of a CUDA machine is for, most important first (docs/gpu_hour.md). Started again, it goes on where it was.
 #
-#   bash scripts/gpu_hour.sh CIFAR AUTHORS [section.key=value...]
+#   bash scripts/gpu_hour.sh CIFAR [AUTHORS] [section.key=value...]      HOUR=1800 for half of one
+#   bash scripts/gpu_hour.sh --rehearse CIFAR [AUTHORS]                  the same on a CPU, everything small
 #
-# CIFAR holds torchvision's cifar-10-batches-py; AUTHORS is a checkout of the authors' repository; HOUR=1800 for half.
+# CIFAR holds torchvision's cifar-10-batches-py, or train.npz and test.npz of the same images; AUTHORS is a checkout of the
+# authors' repository. A part that fails or takes too long is named, and the next one begins; in a rehearsal it
+# is an error. A rehearsal writes nothing into docs, but into RESULTS, a new folder if not given.
 set -euo pipefail
-cifar=$(realpath "$1") authors=$(realpath "$2")
-shift 2
-cd "$(dirname "$0")/.."
-results=docs/results
 
-[[ -e $results/benchmark-cuda.json ]] || uv run python scripts/benchmark.py --device cuda --batch 128 --rounds 30 --grow
-[[ -e $results/authors-epochs-cuda.json ]] || uv run python scripts/authors_epochs.py --repo "$authors" --data "$cifar" ||
-    echo "the authors' code did not run here; going on without"
-uv run python scripts/reproduce.py cifar10_8_255 "data.root=$cifar" "$@" --device cuda \
-    --budget $((${HOUR:-3600} - SECONDS)) || [[ $? == 75 ]] # out of time, to be continued
-uv run python scripts/tables.py
+hour=${HOUR:-3600} device=cuda results=docs/results runs=runs rehearsal=
+benchmark=(--batch 128 --rounds 30) growth=(--batch 128 --rounds 3) setting=()
+if [[ ${1:-} == --rehearse ]]; then
+    shift
+    device=cpu rehearsal=1
+    results=${RESULTS:-$(mktemp -d)} runs=$results/runs
+    benchmark=(--width 4 --batch 8 --rounds 2 --no-memory) growth=(--width 4 --batch 8 --rounds 1 --no-memory)
+    setting=(model.options.width=2 model.options.linear_width=16 data.limit=256 training.epochs=4 epsilon.warmup_epochs=2
+        'optimizer.milestones=[3]' training.batch_size=32 verification.limit=64 verification.pgd_steps=2)
+fi
+cifar=$(realpath "$1") authors=
+shift
+[[ -d ${1:-} ]] && authors=$(realpath "$1") && shift
+if [[ -e $cifar/train.npz ]]; then
+    setting+=(data.name=npz "data.path=$cifar" 'data.mean=[0.4914, 0.4822, 0.4465]' 'data.std=[0.2023, 0.1994, 0.2010]')
+else
+    setting+=("data.root=$cifar")
+fi
+setting+=("$@")
+cd "$(dirname "$0")/.."
+
+# part NAME SHARE COMMAND...: what leaves NAME behind in the results, in at most SHARE hundredths of the hour.
+part() {
+    local name=$1 seconds=$(($2 * hour / 100))
+    shift 2
+    [[ -e $results/$name ]] && return
+    echo "== $name, at most $seconds s, ${SECONDS} s gone"
+    if ! timeout --signal=INT --kill-after=60 "$seconds" "$@"; then
+        echo "== $name: failed, or out of time; going on without"
+        [[ -z $rehearsal ]]
+    fi
+}
+
+# 1. Right: bounds, gradients and runs are those of a CPU.
+part "devices-$device.json" 10 uv run python scripts/compare_devices.py --device "$device" --out "$results/devices-$device.json"
+# 2. A step, beside the natural one and auto_LiRPA's; eager, compiled, tf32, bf16; and its memory.
+part "benchmark-$device.json" 15 uv run python scripts/benchmark.py --device "$device" "${benchmark[@]}" --out "$results/benchmark-$device.json"
+# 3. The run itself, in what the parts behind it leave.
+uv run python scripts/reproduce.py cifar10_8_255 "${setting[@]}" --device "$device" --runs "$runs" \
+    --results "$results/reproduce.jsonl" --budget $((hour * 80 / 100 - SECONDS)) || [[ $? == 75 ]] # out of time, to be continued
+# 4. How time grows with batch, width and classes.
+part "growth-$device.json" 10 uv run python scripts/benchmark.py --device "$device" "${growth[@]}" --grow --out "$results/growth-$device.json"
+# 5. The authors' own code, here.
+if [[ -n $authors ]]; then
+    part "authors-epochs-$device.json" 10 uv run python scripts/authors_epochs.py --repo "$authors" --data "$cifar" --device "$device" \
+        --out "$results/authors-epochs-$device.json"
+fi
+# 6. The pages, from what was measured.
+[[ -n $rehearsal ]] || uv run python scripts/tables.py
+echo "== done after $SECONDS s; results in $results"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+import certtrain
 
 ROOT = Path(__file__).parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -21,6 +25,12 @@ def test_every_folder_with_code_is_a_package_that_is_listed():
     found = {path.parent for path in (ROOT / "certtrain").rglob("*.py")} | set(FOLDERS.values())
     assert {folder_of(package) for package in SETUPTOOLS["packages"]} == found
     assert all((folder / "__init__.py").is_file() for folder in found)
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert certtrain.__version__ == project["version"] == citation["version"]
 
 
 def test_every_file_that_is_no_code_is_listed():
@@ -42,3 +52,16 @@ def test_git_ignores_no_code():
     files = [str(path) for folder in folders for path in folder.rglob("*.py")]
     ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True)
     assert ignored.stdout == ""
+
+
+def test_the_public_names_are_there_in_a_fresh_process():
+    """Each on its own: what another import has loaded must not matter."""
+    program = """
+import inspect, certtrain
+for name in certtrain.__all__:
+    value = getattr(certtrain, name)
+    assert callable(value) and not inspect.ismodule(value), name
+    assert value.__name__ == name, name
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr

@@ -47,30 +47,35 @@ class Box:
 
     @property
     def lower(self) -> Tensor:
+        """The lower end of every element."""
         if self._lower is None:
             self._lower = self.center - self.radius
         return self._lower
 
     @property
     def upper(self) -> Tensor:
+        """The upper end of every element."""
         if self._upper is None:
             self._upper = self.center + self.radius
         return self._upper
 
     @property
     def center(self) -> Tensor:
+        """(lower + upper) / 2."""
         if self._center is None:
             self._center = (self.lower + self.upper) / 2
         return self._center
 
     @property
     def radius(self) -> Tensor:
+        """(upper - lower) / 2, never negative."""
         if self._radius is None:
             self._radius = (self.upper - self.lower) / 2
         return self._radius
 
     @property
     def shape(self) -> torch.Size:
+        """Of both ends."""
         return self.like.shape
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
@@ -89,6 +94,7 @@ class Box:
         return (point >= self.lower - tolerance) & (point <= self.upper + tolerance)
 
     def detach(self) -> Box:
+        """The same box, without its history of gradients."""
         return Box(self.lower.detach(), self.upper.detach())
 
     def __repr__(self) -> str:

@@ -282,6 +282,30 @@ def config_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def init_command(options: argparse.Namespace) -> int:
+    from certtrain.config.loading import config_path, load_config
+    from certtrain.config.template import commented_yaml
+    from certtrain.runtime.files import write_text
+
+    config = load_config(options.config, options.overrides)
+    file = options.out or Path(config_path(options.config).name)
+    if os.path.lexists(file) and not options.overwrite:
+        raise UsageError(f"{file} exists: name another with --out, or pass --overwrite")
+    write_text(
+        file,
+        f"# Made by certtrain init {options.config}: every key may be changed or left out.\n{commented_yaml(config)}",
+    )
+    print(f"wrote {file}; certtrain train {file} trains it")
+    return 0
+
+
+def completion_command(options: argparse.Namespace) -> int:
+    from certtrain.cli.completion import script
+
+    print(script(options.shell))
+    return 0
+
+
 def models_command(options: argparse.Namespace) -> int:
     from certtrain.models import MODELS
     from certtrain.training.cost import network_size

@@ -1,4 +1,4 @@
-"""certtrain train | verify | check | export | report | config | models."""
+"""certtrain train | verify | check | export | report | config | init | models | completion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import certtrain
-from certtrain.cli import commands, terminal
+from certtrain.cli import commands, completion, terminal
 from certtrain.errors import CerttrainError, ProcessLost, lines_of, shortened, shown
 from certtrain.runtime.launch import is_first_process
 
@@ -50,7 +50,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may follow options, which argparse leaves over."""
-    parser = _parser()
+    parser = build_parser()
+    completion.answer(parser)
     options, rest = parser.parse_known_args(arguments)
     if strangers := [word for word in rest if word.startswith("-") or "overrides" not in options]:
         parser.error(f"unrecognized arguments: {' '.join(strangers)}")
@@ -59,18 +60,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Every command, with its options."""
     parser = _Parser(prog="certtrain", description="Train networks whose robustness is proved.")
     parser.add_argument("--version", action="version", version=f"certtrain {certtrain.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = _command(subparsers, "train", "train a network from a YAML config, and verify it", commands.train_command)
-    train.add_argument(
-        "config",
-        nargs="?",
-        help="a YAML file, or the name of a shipped one, such as digits; to resume, a run directory",
+    _add_config(
+        train, "a YAML file, or the name of a shipped one, such as digits; to resume, a run directory", default=None
     )
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
     train.add_argument("--out", type=_path, help="run directory (default: runs/NAME)")
     existing = train.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in that directory")
@@ -137,21 +136,45 @@ def _parser() -> argparse.ArgumentParser:
         commands.config_command,
         device=False,
     )
-    config.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped one; without it, their names")
-    config.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the config")
+    _add_config(config, "a YAML file, or the name of a shipped one; without it, their names", default=None)
+
+    init = _command(subparsers, "init", "write a commented config to begin from", commands.init_command, device=False)
+    _add_config(init, "a shipped config, or a YAML file, whose values it has (default: digits)", default="digits")
+    init.add_argument("--out", type=_path, metavar="FILE", help="default: NAME.yaml in the working directory")
+    init.add_argument("--overwrite", action="store_true", help="replace the file that is there")
 
     models = _command(
         subparsers, "models", "the networks that can be named, and their size", commands.models_command, device=False
     )
     models.add_argument("--input", type=_image_shape, default=(3, 32, 32), help="image shape (default: 3x32x32)")
     models.add_argument("--classes", type=_positive, default=10, help="number of classes (default: 10)")
+
+    shell = _command(
+        subparsers,
+        "completion",
+        "print a shell's completion of these commands",
+        commands.completion_command,
+        device=False,
+    )
+    shell.add_argument("shell", choices=completion.SHELLS)
     return parser
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=_path, help="a run directory, or its model.safetensors or last.ckpt")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of the run's config")
+    _add_overrides(command, "change values of the run's config")
     _add_trust(command)
+
+
+def _add_config(command: argparse.ArgumentParser, text: str, default: str | None) -> None:
+    config = command.add_argument("config", nargs="?", default=default, help=text)
+    config.completer = completion.configs  # type: ignore[attr-defined] # argcomplete's
+    _add_overrides(command, "change values of the config")
+
+
+def _add_overrides(command: argparse.ArgumentParser, text: str) -> None:
+    overrides = command.add_argument("overrides", nargs="*", metavar="section.key=value", help=text)
+    overrides.completer = completion.overrides  # type: ignore[attr-defined] # argcomplete's
 
 
 def _add_trust(command: argparse.ArgumentParser) -> None:

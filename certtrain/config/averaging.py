@@ -22,17 +22,22 @@ class EMASection(Section):
     """An exponential moving average of the weights after steps. (Polyak and Juditsky 1992; Tarvainen 2017.)"""
 
     name: Literal["ema"] = "ema"
-    start_epoch: int = Field(1, ge=1)  # from 1; the first weights taken are those after its first `every_steps` steps
+    start_epoch: int = Field(1, ge=1)
+    """From 1; the first weights taken are those after its first `every_steps` steps."""
     every_steps: int = Field(1, ge=1)
-    decay: float = Field(0.999, ge=0, lt=1)  # what is kept of the average each time
+    """Steps from one taking of the weights to the next."""
+    decay: float = Field(0.999, ge=0, lt=1)
+    """What is kept of the average each time."""
 
 
 class SWASection(Section):
     """The mean of the weights at the ends of epochs. (Izmailov et al. 2018, arXiv 1803.05407.)"""
 
     name: Literal["swa"] = "swa"
-    start_epoch: int = Field(ge=1)  # from 1; the first weights taken are those at its end
+    start_epoch: int = Field(ge=1)
+    """From 1; the first weights taken are those at its end."""
     every_epochs: int = Field(1, ge=1)
+    """Epochs from one taking of the weights to the next."""
 
 
 AveragingSection = NoAveragingSection | EMASection | SWASection

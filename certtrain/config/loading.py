@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import reduce
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
 
+from certtrain.config.keys import keys_of, variants_of
 from certtrain.config.reading import NotPlainYaml, parse_yaml, read_yaml
 from certtrain.config.schema import Config
-from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
 
 MOST_FILES = 32  # that one configuration is read from, bases of bases among them
@@ -253,20 +253,20 @@ def _instead(location: Sequence[str | int]) -> str:
     """What could be meant by an unknown key."""
     *outer, key = location
     path, section = _place(outer)
-    siblings = _variants(_place(outer[:-1])[1])  # where the section is one of several
-    inside = {name: _variants(kind) for name, kind in _keys(section).items()}
+    siblings = variants_of(_place(outer[:-1])[1])  # where the section is one of several
+    inside = {name: variants_of(kind) for name, kind in keys_of(section).items()}
     for place, variants in {
         ".".join(path): siblings,
         **{".".join([*path, name]): v for name, v in inside.items()},
     }.items():
-        owners = [name for name, variant in variants.items() if key in _keys(variant)]
+        owners = [name for name, variant in variants.items() if key in keys_of(variant)]
         if owners:
             return f"it belongs to {place} {', '.join(owners)}"
-    near = get_close_matches(shortened(key), _keys(section), n=3, cutoff=0.5)
+    near = get_close_matches(shortened(key), keys_of(section), n=3, cutoff=0.5)
     if near:
         return f"did you mean {' or '.join(near)}?"
     where = ".".join(path) + (f" {outer[-1]}" if siblings else "")
-    return f"{where or 'a config'} has {', '.join(_keys(section))}"
+    return f"{where or 'a config'} has {', '.join(keys_of(section))}"
 
 
 def _place(location: Sequence[str | int]) -> tuple[list[str], Any]:
@@ -274,22 +274,9 @@ def _place(location: Sequence[str | int]) -> tuple[list[str], Any]:
     path: list[str] = []
     place: Any = Config
     for part in location:
-        if part in _variants(place):
-            place = _variants(place)[part]
+        if part in variants_of(place):
+            place = variants_of(place)[part]
         else:
             path.append(str(part))
-            place = _keys(place).get(str(part))
+            place = keys_of(place).get(str(part))
     return path, place
-
-
-def _variants(place: Any) -> dict[str, type[Section]]:
-    """By name, where the fields depend on the name."""
-    sections = [kind for kind in get_args(place) if isinstance(kind, type) and issubclass(kind, Section)]
-    return {kind.model_fields["name"].default: kind for kind in sections if "name" in kind.model_fields}
-
-
-def _keys(place: Any) -> dict[str, Any]:
-    """The keys of a section, with their types; of anything else none."""
-    if not (isinstance(place, type) and issubclass(place, Section)):
-        return {}
-    return {field.alias or name: field.annotation for name, field in place.model_fields.items()}

@@ -17,9 +17,8 @@ def _constant(value: Any) -> Any:
     return (value, value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Ramp = Annotated[
-    tuple[Share, Share], Field(strict=False), BeforeValidator(_constant)
-]  # as epsilon begins to grow, and from warmup's end on
+# As epsilon begins to grow, and from warmup's end on; linear in between.
+Ramp = Annotated[tuple[Share, Share], Field(strict=False), BeforeValidator(_constant)]
 
 
 Shrink = Annotated[float, Field(gt=0, le=1)]  # of upper ends behind unstable ReLUs, while training (CTBench)
@@ -29,9 +28,13 @@ class StepsSection(Section):
     """Steps along the sign of a gradient."""
 
     steps: int = Field(8, ge=1)
-    decay: float = Field(0.1, gt=0)  # of the step size ...
-    decay_at: Annotated[tuple[Share, ...], Field(strict=False)] = ()  # ... each time these shares of the steps are done
-    restarts: int = Field(1, ge=1)  # the one with the largest loss is taken
+    """Number of steps."""
+    decay: float = Field(0.1, gt=0)
+    """Of the step size ..."""
+    decay_at: Annotated[tuple[Share, ...], Field(strict=False)] = ()
+    """... each time these shares of the steps are done."""
+    restarts: int = Field(1, ge=1)
+    """Starts; the one with the largest loss is taken."""
 
 
 class AttackSection(StepsSection):
@@ -41,18 +44,26 @@ class AttackSection(StepsSection):
     """
 
     step_size: float = Field(0.25, gt=0)
-    start: Literal["uniform", "image"] = "uniform"  # where the first restart begins; the others begin anywhere
+    """As a share of the radius that is attacked."""
+    start: Literal["uniform", "image"] = "uniform"
+    """Where the first restart begins; the others begin anywhere."""
     eps_factor: float = Field(1.0, gt=0)
-    clamp_to_box: bool = True  # move the point found back to within epsilon of the image
-    statistics: Literal["clean", "running"] = "clean"  # of BatchNorm while attacking: of the clean batch, or running
+    """The radius that is attacked, as a multiple of epsilon."""
+    clamp_to_box: bool = True
+    """Move the point found back to within epsilon of the image."""
+    statistics: Literal["clean", "running"] = "clean"
+    """Of BatchNorm while attacking: of the clean batch, or running."""
 
 
 class LatentAttackSection(StepsSection):
     """PGD on the margins of a network's tail; its step size is a share of the box's width there."""
 
-    step_size: float | None = Field(None, gt=0)  # null: 2 / steps, but at least 0.2
+    step_size: float | None = Field(None, gt=0)
+    """As a share of the box's width; null: 2 / steps, but at least 0.2."""
     decay: float = Field(0.2, gt=0)
+    """Of the step size ..."""
     decay_at: Annotated[tuple[Share, ...], Field(strict=False)] = (0.7,)
+    """... each time these shares of the steps are done."""
 
 
 class MethodSection(Section):
@@ -82,8 +93,10 @@ class RobustSection(MethodSection):
     """What all methods but natural training have: a loss of clean images beside the robust one."""
 
     loss_of_one_box: ClassVar[bool] = False  # its robust loss is a function of the propagated box alone
-    w: Share = 1.0  # weight of the robust loss, 1 - w that of the clean one (CTBench)
-    kappa: Ramp = (0.0, 0.0)  # weight of the clean loss, linear in the steps of warmup (CROWN-IBP, CTRAIN)
+    w: Share = 1.0
+    """Weight of the robust loss, 1 - w that of the clean one (CTBench)."""
+    kappa: Ramp = (0.0, 0.0)
+    """Weight of the clean loss, along warmup (CROWN-IBP, CTRAIN)."""
 
     @model_validator(mode="after")
     def _one_weight(self) -> RobustSection:
@@ -124,9 +137,12 @@ class CrownIBPSection(RobustSection):
 
     name: Literal["crown-ibp"] = "crown-ibp"
     loss_of_one_box: ClassVar[bool] = True
-    loss_fusion: bool = False  # bound the cross-entropy itself: one backward row instead of one for each class
+    loss_fusion: bool = False
+    """Bound the cross-entropy itself: one backward row instead of one for each class."""
     beta: Ramp = (1.0, 0.0)
-    beta_along: Literal["epsilon", "steps"] = "epsilon"  # β is linear in eps / max_eps, or in the steps of warmup
+    """Weight of CROWN-IBP, along warmup."""
+    beta_along: Literal["epsilon", "steps"] = "epsilon"
+    """What β is linear in: epsilon / its maximum, or the steps of warmup."""
     boxes_only: ClassVar[bool] = False
 
     @property
@@ -139,42 +155,54 @@ class SABRSection(AttackingSection):
 
     name: Literal["sabr"] = "sabr"
     loss_of_one_box: ClassVar[bool] = True
-    lambda_: Share = Field(0.4, alias="lambda")  # the small box's radius ...
-    radius: Literal["box", "epsilon"] = "box"  # ... as a share of the cut box's, pixel by pixel, or of epsilon
+    lambda_: Share = Field(0.4, alias="lambda")
+    """The small box's radius ..."""
+    radius: Literal["box", "epsilon"] = "box"
+    """... as a share of the cut box's, pixel by pixel, or of epsilon."""
     shrink: Shrink = 1.0
+    """What upper ends behind unstable ReLUs are multiplied by while training; 1: nothing."""
 
 
 class CCIBPSection(AttackingSection):
     """Convex combination of IBP's margins and attacked ones. (De Palma et al. 2024, arXiv 2305.13991.)"""
 
     name: Literal["cc-ibp"] = "cc-ibp"
-    alpha: Share = 0.5  # weight of the margins of IBP
+    alpha: Share = 0.5
+    """Weight of the margins of IBP."""
 
 
 class MTLIBPSection(AttackingSection):
     """Convex combination of the IBP loss and the attacked one. (De Palma et al. 2024, arXiv 2305.13991.)"""
 
     name: Literal["mtl-ibp"] = "mtl-ibp"
-    alpha: Share = 0.5  # weight of the IBP loss
+    alpha: Share = 0.5
+    """Weight of the IBP loss."""
 
 
 class ExpIBPSection(AttackingSection):
     """Product of powers of the IBP loss and the attacked one. (De Palma et al. 2024, arXiv 2305.13991.)"""
 
     name: Literal["exp-ibp"] = "exp-ibp"
-    alpha: Share = 0.5  # exponent of the IBP loss
-    product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
+    alpha: Share = 0.5
+    """Exponent of the IBP loss."""
+    product: Literal["batch", "image"] = "batch"
+    """Of the losses' means over the batch, or of each image's."""
 
 
 class TailSection(RobustSection):
     """What the methods have that bound a network's head by IBP and attack its tail."""
 
-    tail: int = Field(1, ge=1)  # activations in the part that is attacked
+    tail: int = Field(1, ge=1)
+    """Activations in the part that is attacked."""
     latent: LatentAttackSection = LatentAttackSection()
-    link: float = Field(0.5, gt=0, le=1)  # share of the box's width, from each end, in which points move that end
-    gradient_scale: float = Field(4.0, gt=0)  # of the gradient through the tail's loss
-    product: Literal["batch", "image"] = "batch"  # of the losses' means over the batch, or of each image's
+    link: float = Field(0.5, gt=0, le=1)
+    """Share of the box's width, from each end, in which points move that end."""
+    gradient_scale: float = Field(4.0, gt=0)
+    """Of the gradient through the tail's loss."""
+    product: Literal["batch", "image"] = "batch"
+    """Of the losses' means over the batch, or of each image's."""
     shrink: Shrink = 1.0
+    """What upper ends behind unstable ReLUs are multiplied by while training; 1: nothing."""
     boxes_only: ClassVar[bool] = False
 
     @property
@@ -192,8 +220,10 @@ class STAPSSection(TailSection):
     """TAPS of small boxes around attacked points. (Mao et al. 2023, arXiv 2305.04574.)"""
 
     name: Literal["staps"] = "staps"
-    lambda_: Share = Field(0.4, alias="lambda")  # as for sabr
+    lambda_: Share = Field(0.4, alias="lambda")
+    """The small box's radius ..."""
     radius: Literal["box", "epsilon"] = "box"
+    """... as a share of the cut box's, pixel by pixel, or of epsilon."""
     attack: AttackSection = AttackSection()
 
 

@@ -81,6 +81,12 @@ def write_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
+def write_value(value: Any) -> str:
+    """`value` on one line, as it stands behind a key."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 - as the library declares it
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
@@ -158,10 +164,16 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes all that either version of YAML would not read as text."""
+    """Quotes all that either version of YAML would not read as text, and escapes the ends of lines in it."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def text(self, data: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.text)
 
 
 def _problem(text: str, where: yaml.Node | yaml.Event) -> ConstructorError:

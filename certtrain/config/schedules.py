@@ -22,7 +22,8 @@ class LinearSection(Section):
     """The rate falls linearly."""
 
     name: Literal["linear"] = "linear"
-    final: Share = 0.0  # what is left of it at the end
+    final: Share = 0.0
+    """What is left of the rate at the end."""
 
 
 class CosineSection(Section):
@@ -30,21 +31,25 @@ class CosineSection(Section):
 
     name: Literal["cosine"] = "cosine"
     final: Share = 0.0
+    """What is left of the rate at the end."""
 
 
 class InverseRootSection(Section):
     """The rate falls as 1 / √step."""
 
     name: Literal["inverse-root"] = "inverse-root"
-    timescale_epochs: float = Field(1.0, gt=0)  # after which it begins to fall
+    timescale_epochs: float = Field(1.0, gt=0)
+    """Epochs after which it begins to fall."""
 
 
 class CooldownSection(Section):
     """The rate stays, and falls linearly at the end."""
 
     name: Literal["cooldown"] = "cooldown"
-    length: Share = 0.2  # share of the run in which it falls
+    length: Share = 0.2
+    """Share of the run in which it falls."""
     final: Share = 0.0
+    """What is left of the rate at the end."""
 
 
 ScheduleSection = ConstantSection | LinearSection | CosineSection | InverseRootSection | CooldownSection

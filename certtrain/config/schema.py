@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from numbers import Real
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -91,66 +92,90 @@ Plain = Annotated[dict[str, Any], BeforeValidator(_plain)]
 Switch = Literal[True, False, "auto"]
 
 
-def one_of(kind: str, choices: Collection[str]) -> AfterValidator:
-    """A name among `choices`, or an error with the nearest ones."""
+V = TypeVar("V", str, tuple[str, ...])
 
-    def check(name: str) -> str:
-        if name not in choices:
-            raise unknown(kind, name, choices)
-        return name
 
-    return AfterValidator(check)
+@dataclass(frozen=True)
+class OneOf:
+    """A validator: a name among `choices`, or several, or an error with the nearest ones."""
+
+    kind: str
+    choices: Collection[str]
+    own: bool = False  # also module:callable
+
+    def __call__(self, value: V) -> V:
+        for name in (value,) if isinstance(value, str) else value:
+            if name not in self.choices and not (self.own and ":" in name):
+                raise unknown(self.kind, name, self.choices)
+        return value
 
 
 class DataSection(Section):
     """What is trained and tested on."""
 
-    name: Annotated[str, one_of("data set", DATASETS)]
+    name: Annotated[str, AfterValidator(OneOf("data set", DATASETS))]
+    """Data set; npz and folder are one's own."""
     root: str = "data"
-    path: str | None = None  # of one's own data: npz, folder
+    """Folder of the named data sets."""
+    path: str | None = None
+    """Folder of one's own data: npz, folder."""
     download: bool = False
-    limit: Annotated[int, Field(ge=2, le=MOST)] | None = None  # only the first so many training images
-    validation: Amount = 0  # held out of the training set: a share, or a number of images
+    """Fetch a named data set that is not in `root` yet."""
+    limit: Annotated[int, Field(ge=2, le=MOST)] | None = None
+    """Only the first so many training images."""
+    validation: Amount = 0
+    """Held out of the training set: a share, or a number of images."""
     flip: bool = False
-    crop: int = Field(0, ge=0, le=1024)  # random shifts of up to this many pixels
-    mean: Several[float] | None = None  # input normalisation; null: the data set's own
+    """Mirror half of the training images, at random."""
+    crop: int = Field(0, ge=0, le=1024)
+    """Random shifts of the training images, by up to this many pixels."""
+    mean: Several[float] | None = None
+    """Input normalisation, one number a channel; null: the data set's own."""
     std: Several[Annotated[float, Field(gt=0)]] | None = None
+    """As `mean`."""
 
 
 class ModelSection(Section):
     """The architecture: a name of certtrain.models, or "module:callable"."""
 
-    name: str
-    path: str | None = None  # where that module lies; null: the config's own folder. The working directory comes next
+    name: Annotated[str, AfterValidator(OneOf("model", MODELS, own=True))]
+    """Architecture; or "module:callable" for one's own."""
+    path: str | None = None
+    """Where that module lies; null: the config's own folder. The working directory comes next."""
     options: Plain = Field(default_factory=dict)
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if ":" not in name and name not in MODELS:
-            raise unknown("model", name, MODELS)
-        return name
+    """Arguments of the architecture, such as width."""
 
 
 class EpsilonSection(Section):
     """The perturbation radius and its warmup: 0 until `start_epoch` (counted from 1) begins, `max` when it ends."""
 
     max: Radius
-    train_factor: float = Field(1.0, gt=0)  # networks are trained at this multiple of `max`, which is tested
+    """Radius that is trained for and tested, in pixel units of [0, 1]: a number, or a fraction such as 8/255."""
+    train_factor: float = Field(1.0, gt=0)
+    """Networks are trained at this multiple of `max`, which is tested."""
     start_epoch: Positive = 1
+    """Epoch, counted from 1, in which the radius begins to grow."""
     warmup_epochs: Count = 0
+    """Epochs in which it grows."""
     mid: float = Field(0.25, ge=0, le=1)
+    """Share of warmup in which it grows as a power of the step; linearly afterwards."""
     beta: float = Field(4.0, ge=1)
+    """That power."""
 
 
 class RegularizerSection(Section):
     """Bound tightness and ReLU balance during warmup, and an L1 weight penalty throughout."""
 
     weight: float = Field(0.5, ge=0)
+    """Of both, while the radius is 0; it falls to 0 as the radius grows."""
     tolerance: float = Field(0.5, gt=0)
+    """Below which a layer's tightness and balance cost something."""
     tightness: bool = True
+    """Penalise boxes that grow from layer to layer."""
     relu_balance: bool = True
+    """Penalise layers in which active and inactive ReLUs are out of balance."""
     l1: float = Field(0.0, ge=0)
+    """Weight of the L1 norm of affine layers' weights, throughout."""
 
 
 class OptimizerSection(Section):
@@ -159,17 +184,28 @@ class OptimizerSection(Section):
     The rate is lr, times warmup or `schedule`, times `factor` for each milestone that has been reached.
     """
 
-    name: Annotated[str, one_of("optimizer", OPTIMIZERS)] = "Adam"
+    name: Annotated[str, AfterValidator(OneOf("optimizer", OPTIMIZERS))] = "Adam"
+    """Class of torch.optim."""
     lr: float = Field(5e-4, gt=0)
-    warmup_epochs: float = Field(0.0, ge=0)  # of the learning rate
+    """Learning rate."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs in which the learning rate grows from 0."""
     schedule: ChosenSchedule = ConstantSection()
-    milestones: Annotated[tuple[Count, ...], Field(strict=False)] = ()  # epochs done when `factor` sets in ...
-    milestones_from: Literal["start", "ramp"] = "start"  # ... since the start, or since epsilon has stopped growing
+    """What the learning rate does next: a name, or a mapping of `name` and the schedule's own fields."""
+    milestones: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    """Epochs done when the rate is multiplied by `factor` ..."""
+    milestones_from: Literal["start", "ramp"] = "start"
+    """... counted from the start, or from the end of the radius's warmup."""
     factor: float = Field(0.2, gt=0)
-    clip: float | None = Field(10.0, gt=0)  # of the gradient's norm
-    decay_vectors: bool = True  # whether weight decay is for BatchNorm's parameters and biases, too
-    vector_factor: float = Field(1.0, gt=0)  # of the learning rate of those
+    """Of the learning rate at each milestone."""
+    clip: float | None = Field(10.0, gt=0)
+    """Largest norm of the gradient; null: any."""
+    decay_vectors: bool = True
+    """Whether weight decay is for BatchNorm's parameters and biases, too."""
+    vector_factor: float = Field(1.0, gt=0)
+    """Of the learning rate of those."""
     arguments: Plain = Field(default_factory=dict)
+    """Further arguments of the class, such as weight_decay."""
 
 
 class BatchNormSection(Section):
@@ -179,49 +215,69 @@ class BatchNormSection(Section):
     """
 
     statistics: Literal["clean", "adversarial", "center"] = "clean"
-    population: bool = False  # at the end, re-estimate the running statistics over the whole training set
+    """Of the clean images, of the attacked ones, or of the box's centre."""
+    population: bool = False
+    """At the end, re-estimate the running statistics over the whole training set."""
 
 
 class TrainingSection(Section):
-    method: ChosenMethod = IBPSection()  # a name, or a mapping of `name` and the method's own fields
+    """What is minimised, and how."""
+
+    method: ChosenMethod = IBPSection()
+    """What is minimised: a name, or a mapping of `name` and the method's own fields."""
     batch_norm: BatchNormSection = BatchNormSection()
     smoothing: ChosenSmoothing = NoSmoothingSection()
+    """Of the loss over perturbed weights."""
     averaging: ChosenAveraging = NoAveragingSection()
-    initialization: Annotated[str, one_of("initialization", INITIALIZATIONS)] = "ibp"
+    """Of the weights over steps or epochs."""
+    initialization: Annotated[str, AfterValidator(OneOf("initialization", INITIALIZATIONS))] = "ibp"
+    """Of the weights."""
     epochs: Positive
+    """Length of the run."""
     batch_size: Positive = 128
-    accumulation: Positive = 1  # parts a batch is worked through in, to save memory
-    activation_checkpointing: bool = False  # compute the boxes again on the way back, to save memory (ibp)
-    precision: Precision = "float32"  # of products while training: float32, tf32 or bf16; verification is float32
-    compile: Switch = "auto"  # the step as one compiled graph; auto: where a run is long enough to save by it
-    channels_last: Switch = "auto"  # layout of images; auto: where that is faster
-    checkpoint_seconds: float = Field(60.0, ge=0)  # at least this long between two saves
+    """Images of a step, over all processes."""
+    accumulation: Positive = 1
+    """Parts a batch is worked through in, to save memory."""
+    activation_checkpointing: bool = False
+    """Compute the boxes again on the way back, to save memory (ibp)."""
+    precision: Precision = "float32"
+    """Of products while training; verification is float32."""
+    compile: Switch = "auto"
+    """The step as one compiled graph; auto: where a run is long enough to save by it."""
+    channels_last: Switch = "auto"
+    """Layout of images; auto: where that is faster."""
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    """At least this long between two saves."""
 
 
 class VerificationSection(Section):
     """What is measured on the test set at the end, and by `certtrain verify`."""
 
-    eps: Several[Radius] | None = None  # null: epsilon.max
-    method: Several[str] = ("ibp",)  # a cascade: each sees what those before left unknown
-    arithmetic: Annotated[str, one_of("arithmetic", ARITHMETICS)] | None = None  # whose rounding the bounds cover
-    limit: Positive | None = None  # only the first so many test images
+    eps: Several[Radius] | None = None
+    """Radii, one or several; null: epsilon.max."""
+    method: Annotated[Several[str], AfterValidator(OneOf("bound method", METHODS))] = ("ibp",)
+    """Bounds, a cascade: each sees what those before left unknown."""
+    arithmetic: Annotated[str, AfterValidator(OneOf("arithmetic", ARITHMETICS))] | None = None
+    """Whose rounding the bounds cover; null: real mathematics, computed in float32."""
+    limit: Positive | None = None
+    """Only the first so many test images."""
     batch_size: Positive = 256
+    """Images that are verified at once."""
     pgd_steps: Count = 40
+    """Steps of the attack."""
     pgd_restarts: Count = 2
-    pgd_step_size: float = Field(0.25, gt=0)  # as a share of epsilon
+    """How often it starts at a random point."""
+    pgd_step_size: float = Field(0.25, gt=0)
+    """As a share of the radius."""
 
     @field_validator("method", mode="before")
     @classmethod
-    def _known_methods(cls, value: Any) -> Any:
-        methods = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-        for name in methods if isinstance(methods, Sequence) else ():
-            if name not in METHODS:
-                raise unknown("bound method", name if isinstance(name, str) else shown(name), METHODS)
-        return methods
+    def _one_method_or_several(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("eps", mode="before")
     @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
+    def _one_radius_or_several(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
 
 
@@ -229,6 +285,7 @@ class Config(Section):
     """A whole training run."""
 
     seed: int = Field(0, ge=0, le=MOST_SEED)
+    """Of weights, shuffles, augmentations and attacks."""
     data: DataSection
     model: ModelSection
     epsilon: EpsilonSection
@@ -236,7 +293,8 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     regularizers: RegularizerSection = RegularizerSection()
     verification: VerificationSection = VerificationSection()
-    backend: Literal["native", "lirpa"] = "native"  # who computes bounds; lirpa is auto_LiRPA, where installed
+    backend: Literal["native", "lirpa"] = "native"
+    """Who computes bounds; lirpa is auto_LiRPA, where installed."""
 
     @model_validator(mode="after")
     def _fits_the_run(self) -> Config:
@@ -285,7 +343,9 @@ class Config(Section):
 
     @property
     def test_radii(self) -> tuple[float, ...]:
+        """The radii that are verified."""
         return self.verification.eps or (self.epsilon.max,)
 
     def to_yaml(self) -> str:
+        """All values, as YAML that `load_config` reads back as the same."""
         return write_yaml(self.model_dump(mode="json"))

@@ -22,8 +22,10 @@ class PGPESection(Section):
     """Gradients from losses at pairs of opposite perturbations of the weights, without going backward."""
 
     name: Literal["pgpe"] = "pgpe"
-    std: float = Field(0.001, gt=0)  # of the noise on each weight
+    std: float = Field(0.001, gt=0)
+    """Of the noise on each weight."""
     pairs: int = Field(16, ge=1)
+    """Of opposite perturbations, each step."""
 
 
 class RGSSection(Section):
@@ -31,7 +33,9 @@ class RGSSection(Section):
 
     name: Literal["rgs"] = "rgs"
     std: float = Field(0.001, gt=0)
+    """Of the noise on each weight."""
     samples: int = Field(2, ge=1)
+    """Perturbed weights, each step."""
 
 
 SmoothingSection = NoSmoothingSection | PGPESection | RGSSection

@@ -87,6 +87,7 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """How many classes have a name; some may have no images."""
         return len(self.classes)
 
     @property

@@ -38,7 +38,14 @@ from certtrain.training.trainer import Observer, Trainer
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, or one that a signal (`interrupted_by`) or a callback ended, without summary, to be resumed."""
+    """A finished run, or one that was ended, to be resumed.
+
+    Attributes:
+        folder: the run directory.
+        model: the network, as trained so far.
+        summary: what summary.json holds; None where the run is not finished.
+        interrupted_by: the signal that ended it; None where it is finished, or a callback ended it.
+    """
 
     folder: Path
     model: nn.Module

@@ -75,8 +75,10 @@ def certified_radii(
     """The largest radius that IBP proves for each image, by bisection: IBP's margins only fall as a box grows.
 
     Args:
-        model, data, attack, arithmetic, seed: as of `verify`; the PGD error is taken at a few radii, 0 among them.
+        model: as of `verify`, as are `arithmetic`, `batch_size` and `seed`.
+        data: the images.
         max_eps: where the search ends; a radius found is at most max_eps / 2^halvings too small, and never too large.
+        attack: None for none; the PGD error is taken at a few radii, 0 among them.
 
     Raises:
         UsageError, DataError: as of `verify`.

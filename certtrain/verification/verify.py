@@ -45,13 +45,18 @@ class Stage:
 class Verification:
     """What was found at one epsilon; per-image tensors (N,) on the CPU, in the order of the split.
 
-    prediction: the class of the unperturbed image, -1 where its logits are not all numbers; correct: it is the label;
-    attacked: right, but PGD found a misclassified point; adversarial: those points (M, C, H, W), in order; proved: no
-    perturbation of at most eps in any pixel changes the prediction, which is right; margin: smallest lower bound of
-    z_y - z_j, j ≠ y.
-    stages: the methods of the cascade, in order; arithmetic: that of the deployed network for which the bounds hold,
-    None for real mathematics; seconds: all of it, the attack included; trees: by position, what proves an image by
-    branch and bound (`Trees`), where that was kept.
+    Attributes:
+        eps: the radius.
+        stages: the methods of the cascade, in order.
+        arithmetic: that of the deployed network for which the bounds hold, None for real mathematics.
+        prediction: the class of the unperturbed image, -1 where its logits are not all numbers.
+        correct: the prediction is the label.
+        attacked: right, but PGD found a misclassified point.
+        adversarial: those points (M, C, H, W), in order.
+        proved: no perturbation of at most eps in any pixel changes the prediction, which is right.
+        margin: smallest lower bound of z_y - z_j, j ≠ y.
+        seconds: all of it, the attack included.
+        trees: by position, what proves an image by branch and bound (`Trees`), where that was kept.
     """
 
     eps: float
@@ -73,10 +78,12 @@ class Verification:
 
     @property
     def natural_error(self) -> float:
+        """Share of images that are misclassified as they are."""
         return _share(~self.correct)
 
     @property
     def pgd_error(self) -> float:
+        """Share of images that are misclassified as they are, or at an attacked point within eps."""
         return _share(~self.correct | self.attacked)
 
     @property

@@ -25,6 +25,7 @@ from certtrain.bounds.linear.patches import Coefficients, Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS as LINES
 from certtrain.bounds.linear.relaxations import unstable_relus
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.bounds.model import free_memory
 from certtrain.bounds.operations import OPERATIONS, Affine
 from certtrain.errors import UnsupportedOperation, UsageError
 from tests.bounds.test_interval import assert_close
@@ -409,6 +410,13 @@ def test_margins_of_a_linear_network_are_exact_by_every_method():
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_pytorch_keeps_of_a_gpu_is_free(monkeypatch):
+    """10 GB that the driver has left, and 4 of the 60 that PyTorch has taken from it, which no tensor has."""
+    for name, value in {"mem_get_info": (10, 80), "memory_reserved": 60, "memory_allocated": 56}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda", 1)) == 14
 
 
 def spy_on_coefficients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:

@@ -8,7 +8,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from certtrain.config.reading import MOST_CHARACTERS, MOST_DEPTH, MOST_NODES, NotPlainYaml, parse_yaml, write_yaml
+from certtrain.config.reading import (
+    MOST_CHARACTERS,
+    MOST_DEPTH,
+    MOST_NODES,
+    NotPlainYaml,
+    parse_yaml,
+    write_value,
+    write_yaml,
+)
 
 SCALARS = (
     st.none()
@@ -46,6 +54,13 @@ def value_or_message(text):
 @given(VALUES)
 def test_what_another_writer_writes_is_read_as_it_was(value):
     assert parse_yaml(yaml.safe_dump(value, default_style='"')) == value  # tagged where it is no text
+
+
+@given(VALUES)
+def test_a_value_behind_a_key_is_one_line(value):
+    line = f"key: {write_value(value)}  # said of it"
+    assert len(line.splitlines()) == 1
+    assert parse_yaml(line) == {"key": value}
 
 
 @given(VALUES)

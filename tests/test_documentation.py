@@ -1,0 +1,111 @@
+"""The pages do what they say: their Python runs, their commands and configurations are ones that certtrain takes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from certtrain.cli.main import build_parser
+from certtrain.config import load_config
+from certtrain.config.keys import dotted_fields
+from certtrain.config.loading import override_keys
+from certtrain.config.reading import parse_yaml
+from tests.commands import one_thread
+from tests.test_scripts import script
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+blocks = script("run_page").blocks
+
+# What README's example of one's own training loop takes as given.
+GIVEN = """
+import torch, torch.nn.functional as F
+from certtrain.models import build_model
+model = build_model("cnn-small", (1, 8, 8), 10, options={"width": 2, "linear_width": 8})
+images, labels, eps, max_eps = torch.rand(8, 1, 8, 8), torch.arange(8), 0.05, 0.1
+"""
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def with_language(*languages):
+    pages = [page for page in PAGES if any(block.language in languages for block in blocks(page))]
+    return pytest.mark.parametrize("page", pages, ids=name)
+
+
+@with_language("python")
+def test_python_runs(page, run, tmp_path, monkeypatch, cli):
+    """A page's blocks, one after the other, beside the run directories and certificates that the page speaks of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("certtrain.data.DATASETS", {**__import__("certtrain.data").data.DATASETS})
+    for known in ("digits", "first"):
+        shutil.copytree(run, tmp_path / "runs" / known)
+    if "first.parquet" in page.read_text():
+        cli("verify", "runs/first", "--certificates", "first.parquet", "verification.limit=null")
+    values = {"__name__": "page"}
+    with one_thread():
+        exec(GIVEN, values)
+        for block in blocks(page):
+            if block.title is not None:
+                Path(block.title).write_text(block.text)
+            elif block.language == "python":
+                exec(compile("\n" * block.line + block.text, name(page), "exec"), values)
+
+
+@with_language("yaml")
+def test_configurations_are_ones_that_can_be_trained(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page):
+        if block.language == "yaml":
+            config = load_config(parse_yaml(block.text))
+            assert config.training.epochs > 0
+
+
+def commands(page):
+    """The arguments of every certtrain command in the page's blocks of shell, `...` left out."""
+    for block in blocks(page):
+        if block.language in ("sh", "console", "bash"):
+            for line in block.text.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                starts = [i for i, word in enumerate(words) if word in ("certtrain", "certtrain.cli")]
+                if starts and words[0] != "error:":
+                    yield line, words[starts[-1] + 1 :]
+
+
+@with_language("sh", "console")
+def test_commands_are_ones_that_are_taken(page):
+    known = {key for key, _ in dotted_fields()}
+    for line, words in commands(page):
+        options, rest = build_parser().parse_known_args([word.replace("[section.key=value...]", "") for word in words])
+        overrides = [*getattr(options, "overrides", []), *rest]
+        assert not [word for word in overrides if word.startswith("-")], line
+        for key in override_keys([word for word in overrides if "=" in word]):
+            assert key in known or key == "training.epoch", line  # which the tutorial misspells
+        if options.command.__name__ in ("train_command", "config_command", "init_command"):
+            wanted = str(options.config)
+            assert wanted in ("CONFIG", "None") or "/" in wanted or wanted.endswith(".yaml") or load_config(wanted), (
+                line
+            )
+
+
+def test_the_commands_are_found():
+    assert sum(len(list(commands(page))) for page in PAGES) > 20
+
+
+def test_every_public_name_says_what_it_is():
+    """Of what the reference shows: `::: module.name`."""
+    silent = []
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for path in re.findall(r"^::: ([\w.]+)$(?!\n +options)", page.read_text(), re.MULTILINE):
+            module, _, member = path.replace("models.", "certtrain.models.").rpartition(".")
+            value = getattr(__import__(module, fromlist=["_"]), member)
+            silent += [path] if isinstance(value, type) and not value.__doc__ else []
+            parts = vars(value).items() if isinstance(value, type) else [(member, value)]
+            silent += [f"{path}: {key}" for key, part in parts if callable(part) and key[0] != "_" and not part.__doc__]
+    assert silent == []
