@@ -1,0 +1,60 @@
+"""Planes below and above softmax, by log-sum-exp. (Wei et al. 2023, arXiv 2303.01713, L^LSE and U^LSE.)
+
+below   e^{x_k} / Σ_j (chord of e^{x_j} over its interval), convex in x: its tangent plane
+above   the chord of exp over the interval of log p_k, at log p_k = x_k - LSE(x), concave in x: its tangent plane
+
+both in the middle of the box. The slopes of element k in x_j are a diagonal and a product of two vectors, which is how
+they are applied: no Jacobian is written down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from certtrain.bounds.box import Box
+from certtrain.bounds.graph import Call, Ref
+from certtrain.bounds.softmax import log_odds
+
+NARROW = 1e-6
+
+
+def softmax(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[list[tuple[Ref, Tensor]], Tensor]:
+    ref, dim = call.args
+    x = boxes[ref.index]
+    axis = dim % x.like.dim()
+    lower, upper = x.lower.movedim(axis, -1), x.upper.movedim(axis, -1)
+    pulled, constant = _planes(a.movedim(axis + 1, -1), lower, upper)
+    return [(ref, pulled.movedim(-1, axis + 1))], constant
+
+
+def _planes(a: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Over the last axis."""
+    shift = upper.detach().amax(-1, keepdim=True)  # which softmax does not see: no exponential is above 1 then
+    lower, upper = lower - shift, upper - shift
+    middle = (lower + upper) / 2
+    low, high, width = lower.exp(), upper.exp(), upper - lower
+    # Where the interval is too narrow for a chord, the steepest tangent: from `low` on it is above as well.
+    chord = torch.where(width > NARROW, (high - low) / width.clamp(min=NARROW), high)
+    total = (low + chord * (middle - lower)).sum(-1, keepdim=True)
+    value = middle.exp() / total
+    share = chord / total
+    below = value * (1 - middle + (share * middle).sum(-1, keepdim=True))
+
+    least, most = (F.logsigmoid(odds) for odds in log_odds(Box(lower, upper), -1))
+    log_p = middle.log_softmax(-1)
+    span = most - least
+    slope = torch.where(span > NARROW, (most.exp() - least.exp()) / span.clamp(min=NARROW), most.exp())
+    p = log_p.exp()
+    above = least.exp() + slope * (log_p - least - middle + (p * middle).sum(-1, keepdim=True))
+
+    positive, negative = a.clamp(min=0), a.clamp(max=0)
+    of_below, of_above = positive * value[:, None], negative * slope[:, None]
+    pulled = of_below - of_below.sum(-1, keepdim=True) * share[:, None]
+    pulled = pulled + of_above - of_above.sum(-1, keepdim=True) * p[:, None]
+    offset = (positive * below[:, None] + negative * above[:, None]).flatten(2).sum(2)
+    # The planes are those of the shifted values; their slopes sum to what the shift of each row is multiplied by.
+    return pulled, offset - (pulled * shift[:, None]).flatten(2).sum(2)
