@@ -18,6 +18,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.operations import (
     DECOMPOSITIONS,
     MODULE_DECOMPOSITIONS,
+    OPERATIONS,
     Affine,
     ModuleCalls,
     Shape,
@@ -53,6 +54,47 @@ def _require_constant_mask(scores: Any, mask: Any, causal: Any) -> None:
 
 
 define(masked, lambda scores, mask, causal: (scores, mask, causal), affine=Affine.FIRST, require=_require_constant_mask)
+
+
+def attend(weights: Tensor, value: Tensor) -> Tensor:
+    """weights @ value, where every row of the weights is a softmax: not negative, of sum 1."""
+    return weights @ value
+
+
+define(
+    attend,
+    lambda weights, value: (weights, value),
+    operands=2,
+    affine=Affine.ONE,
+    require=OPERATIONS[torch.matmul].require,
+)
+
+
+def attend_box(weights: Any, value: Any) -> Box:
+    """Averages of the rows of `value`, by what is known of the weights and no more than their sum is 1.
+
+    For any m, Σ_j p_j v_j = m + Σ_j p_j (v_j - m), and since no p_j is negative the sum is greatest where each v_j is,
+    with the greatest p_j where that is above m, the least where it is below. With m the mean of all v_j that is less
+    than from p_j·v_j alone; with m the greatest of them it is the greatest of them. (These are bounds of a linear
+    program's dual. Its optimum is exact, but has another m for each element.)
+    """
+    p, v = (operand if isinstance(operand, Box) else Box(operand, operand) for operand in (weights, value))
+    m = center_of(v)
+    upper = m + _greatest(p, v.upper - m)
+    lower = m - _greatest(p, m - v.lower)
+    return Box(
+        torch.maximum(lower, v.lower.amin(-2, keepdim=True)), torch.minimum(upper, v.upper.amax(-2, keepdim=True))
+    )
+
+
+def center_of(value: Box) -> Tensor:
+    """(..., 1, D): the mean of the rows, that all of them are compared with."""
+    return value.center.mean(-2, keepdim=True)
+
+
+def _greatest(p: Box, v: Tensor) -> Tensor:
+    """Σ_j p_j v_j for p_j of its interval, not negative."""
+    return torch.cat([p.upper, p.lower], -1) @ torch.cat([v.clamp(min=0), v.clamp(max=0)], -2)
 
 
 def _without_dropout(p: float) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from certtrain.bounds.box import Box
 from certtrain.bounds.operations import einsum
 
-MOST_CORNERS = 2**16  # single products of one image whose corners are looked at
+MOST_CORNERS = 2**12  # single products of one image whose corners are looked at
 
 Product = Callable[..., Tensor]  # (x, y, *settings): linear in each of the two
 

@@ -26,7 +26,7 @@ from certtrain.bounds import (
     bilinear,
     softmax,
 )
-from certtrain.bounds.attention import masked, masked_box
+from certtrain.bounds.attention import attend, attend_box, masked, masked_box
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients, scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
@@ -227,6 +227,7 @@ RULES: dict[Callable, Rule] = {
     torch.softmax: softmax.softmax,
     torch.log_softmax: softmax.log_softmax,
     masked: masked_box,
+    attend: attend_box,
     deviation: deviation_box,
     normalized: normalized_box,
 }

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from certtrain.bounds import operations
+from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import BatchSum
 from certtrain.bounds.graph import Graph, Ref, Step, leaves, map_leaves, with_last_uses
 from certtrain.bounds.operations import Bind, Operation, module_decomposition, module_entry
@@ -265,10 +266,19 @@ class _Recorder:
             return _Parts(operation, args, self.where)
         if operation.identity is not None and operation.identity(*args, *arguments()):
             return args[0]
+        if operation.function is torch.matmul and self._is_distribution(args[0]):
+            operation = operations.OPERATIONS[attend]
         # A module's own weights are constants; they are read when they are needed, since reading a BatchNorm counts it.
         operands = (*args, *[None] * operation.operands)[: operation.operands]
         affine = operation.affine.holds([self._depends_on_input([operand]) for operand in operands])
         return self._append(Step(operation.function, args, self.where, operation, affine, arguments, module=module))
+
+    def _is_distribution(self, ref: Any) -> bool:
+        """Is it a softmax over its last axis?"""
+        step = self.steps[ref.index] if isinstance(ref, Ref) else None
+        if step is None or step.function is not torch.softmax:
+            return False
+        return (*step.args, *step.arguments())[1] == -1
 
     def _part(self, parts: _Parts, index: Any) -> Any:
         if not isinstance(index, int):

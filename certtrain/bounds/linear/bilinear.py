@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from certtrain.bounds.attention import attend, center_of
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref
 from certtrain.bounds.interval import RULES as INTERVAL_RULES
@@ -76,6 +77,16 @@ def _product(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None) 
     return [(x, of_x), (y, of_y)], constant
 
 
+def _average(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None) -> tuple[Contributions, Tensor]:
+    """Σ_j p_j v_j = m + Σ_j p_j (v_j - m), for any m, since the p_j sum to 1: planes of p_j (v_j - m) are closer."""
+    p, v = call.args
+    m = center_of(boxes[v.index])
+    apart = Box.around(boxes[v.index].center - m, boxes[v.index].radius)
+    of_p, of_v, constant = planes(torch.matmul, a, boxes[p.index], apart, t)
+    constant = constant - _dot(of_v, m.expand(apart.shape)) + _dot(a, m.expand(a.shape[:1] + a.shape[2:]))
+    return [(p, of_p), (v, of_v)], constant
+
+
 def _quotient(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None) -> tuple[Contributions, Tensor]:
     """x / y as x · (1 / y), for y above 0."""
     x, y = call.args
@@ -104,6 +115,7 @@ PRODUCTS: dict[Callable, Rule] = {
     torch.mul: _product,
     torch.matmul: _product,
     einsum: _product,
+    attend: _average,
     torch.div: _quotient,
 }
 """Of calls that are affine in no value alone: (call, a, boxes, t) -> contributions and constants."""
