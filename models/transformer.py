@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from certtrain.errors import UsageError, unknown
 
 
-class TokenBatchNorm(nn.BatchNorm1d):
+class TokenBatchNorm(nn.Module):
     """BatchNorm of each feature of tokens (B, T, E)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.transpose(1, 2)).transpose(1, 2)
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.transpose(1, 2)).transpose(1, 2)
 
 
 class CenteredNorm(nn.Module):
@@ -74,21 +78,21 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, image_shape: Sequence[int], patch: int, width: int, *, class_token: bool, shifted: bool) -> None:
         super().__init__()
-        channels, height, image_width = image_shape
-        tokens = (height // patch) * (image_width // patch)
-        self.half, self.shifted = patch // 2, shifted
+        channels, height, across = image_shape
+        tokens = (height // patch) * (across // patch)
+        self.offset, self.shifted = patch // 2, shifted
         self.projection = nn.Conv2d(channels * (5 if shifted else 1), width, patch, patch)
         self.class_token = nn.Parameter(0.02 * torch.randn(1, 1, width)) if class_token else None
-        self.position = nn.Parameter(0.02 * torch.randn(1, tokens + class_token, width))
+        self.position = nn.Parameter(0.02 * torch.randn(1, tokens + int(class_token), width))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shifted:
-            height, width = x.shape[2:]
-            wide = F.pad(x, [self.half] * 4)
+            height, across = x.shape[2:]
+            wide = F.pad(x, [self.offset] * 4)
             moved = [
-                wide[:, :, top : top + height, left : left + width]
-                for top in (0, 2 * self.half)
-                for left in (0, 2 * self.half)
+                wide[:, :, top : top + height, left : left + across]
+                for top in (0, 2 * self.offset)
+                for left in (0, 2 * self.offset)
             ]
             x = torch.cat([x, *moved], 1)
         tokens = self.projection(x).flatten(2).transpose(1, 2)
@@ -107,6 +111,7 @@ class MeanToken(nn.Module):
         return x.mean(1)
 
 
+POOLS: dict[str, Callable[[], nn.Module]] = {"mean": MeanToken, "token": FirstToken, "flatten": nn.Flatten}
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "layer": nn.LayerNorm,
     "layer-no-variance": CenteredNorm,
@@ -128,7 +133,7 @@ def vit(
     norm: str = "pre",
     norm_kind: str = "layer",
     activation: str = "relu",
-    class_token: bool = False,
+    pool: str = "mean",
     shifted_patches: bool = False,
 ) -> nn.Sequential:
     """A vision transformer. (Dosovitskiy et al. 2021, arXiv 2010.11929; norms: Xiong et al. 2020, arXiv 2002.04745.)
@@ -140,7 +145,7 @@ def vit(
         norm: where blocks normalize: pre (and once behind the last block), post, none.
         norm_kind: layer, layer-no-variance, batch.
         activation: relu, gelu.
-        class_token: classify an extra token, not the mean of all.
+        pool: what is classified: the mean of all tokens, an extra token, or all of them (flatten).
         shifted_patches: see `PatchEmbedding`.
     """
     if norm not in PLACES:
@@ -149,10 +154,13 @@ def vit(
         raise unknown("kind of norm", norm_kind, NORMS)
     if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
-    height = image_shape[1]
+    if pool not in POOLS:
+        raise unknown("pool", pool, POOLS)
+    height, across = image_shape[1:]
     patch = patch or (2 if height < 16 else 4 if height < 64 else 8)
-    if any(size % patch for size in image_shape[1:]):
-        raise UsageError(f"vit: patches of {patch} pixels do not divide images of {height}×{image_shape[2]}")
+    if height % patch or across % patch:
+        raise UsageError(f"vit: patches of {patch} pixels do not divide images of {height}×{across}")
+    tokens = (height // patch) * (across // patch)
     if width % heads:
         raise UsageError(f"vit: {heads} heads do not divide a width of {width}")
     hidden = mlp_width or 2 * width
@@ -166,9 +174,9 @@ def vit(
         return Block(SelfAttention(width, heads), mlp, norms, norm_first=norm != "post")
 
     return nn.Sequential(
-        PatchEmbedding(image_shape, patch, width, class_token=class_token, shifted=shifted_patches),
+        PatchEmbedding(image_shape, patch, width, class_token=pool == "token", shifted=shifted_patches),
         *(block() for _ in range(depth)),
         normalization() if norm == "pre" else nn.Identity(),
-        FirstToken() if class_token else MeanToken(),
-        nn.Linear(width, num_classes),
+        POOLS[pool](),
+        nn.Linear(width * (tokens if pool == "flatten" else 1), num_classes),
     )
