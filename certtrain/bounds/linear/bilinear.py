@@ -21,11 +21,11 @@ from certtrain.bounds.attention import attend, center_of
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref
 from certtrain.bounds.interval import RULES as INTERVAL_RULES
+from certtrain.bounds.linear.patches import Contributions
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations import einsum
 from certtrain.errors import UnsupportedOperation
 
-Contributions = list[tuple[Ref, Tensor]]
 Product = Callable[[Tensor, Tensor], Tensor]  # linear in each of the two
 Rule = Callable[[Call, Tensor, Mapping[int, Box], Tensor | None], tuple[Contributions, Tensor]]
 

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from certtrain.bounds.bilinear import squared
 from certtrain.bounds.box import Box
-from certtrain.bounds.graph import Call, Ref
+from certtrain.bounds.graph import Call
 from certtrain.bounds.linear.bilinear import planes
+from certtrain.bounds.linear.patches import Contributions
 from certtrain.bounds.linear.relaxations import NARROW, TINY, LinearRelaxation
 from certtrain.bounds.normalization import count_of, epsilon_of, sum_of_others
 
 
-def normalized(
-    call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None
-) -> tuple[list[tuple[Ref, Tensor]], Tensor]:
+def normalized(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None) -> tuple[Contributions, Tensor]:
     d, factor, _, dims, eps = call.args
     lines = _lines(boxes[d.index], dims, eps)
     below, above = _middles(boxes[d.index], boxes[factor.index], dims, eps)

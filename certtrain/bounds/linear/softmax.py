@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.graph import Call, Ref
+from certtrain.bounds.graph import Call
+from certtrain.bounds.linear.patches import Contributions
 from certtrain.bounds.softmax import log_odds
 
 NARROW = 1e-6
 
 
-def softmax(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[list[tuple[Ref, Tensor]], Tensor]:
+def softmax(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
     ref, dim = call.args
     x = boxes[ref.index]
     axis = dim % x.like.dim()
