@@ -248,7 +248,7 @@ RULES: dict[Callable, Rule] = {
     torch.amin: _extreme(-1),
     torch.maximum: _maximum(1),
     torch.minimum: _maximum(-1),
-    torch.softmax: softmax,
+    **{function: softmax for function in (torch.softmax, torch.log_softmax)},
 }
 """Of operations whose transpose, or relaxation as a whole, is written down; any other affine call has `_affine`."""
 

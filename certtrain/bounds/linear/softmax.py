@@ -3,7 +3,8 @@
 below   e^{x_k} / Σ_j (chord of e^{x_j} over its interval), convex in x: its tangent plane
 above   the chord of exp over the interval of log p_k, at log p_k = x_k - LSE(x), concave in x: its tangent plane
 
-both in the middle of the box. The slopes of element k in x_j are a diagonal and a product of two vectors, which is how
+and log-softmax in the same way without exp, below x_k - log Σ_j (chord of e^{x_j}) by the tangent of the logarithm;
+all in the middle of the box. The slopes of element k in x_j are a diagonal and a product of two vectors, which is how
 they are applied: no Jacobian is written down.
 """
 
@@ -28,11 +29,12 @@ def softmax(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributi
     x = boxes[ref.index]
     axis = dim % x.like.dim()
     lower, upper = x.lower.movedim(axis, -1), x.upper.movedim(axis, -1)
-    pulled, constant = _planes(a.movedim(axis + 1, -1), lower, upper)
+    logarithm = call.function is torch.log_softmax
+    pulled, constant = _planes(a.movedim(axis + 1, -1), lower, upper, logarithm)
     return [(ref, pulled.movedim(-1, axis + 1))], constant
 
 
-def _planes(a: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+def _planes(a: Tensor, lower: Tensor, upper: Tensor, logarithm: bool) -> tuple[Tensor, Tensor]:
     """Over the last axis."""
     shift = upper.detach().amax(-1, keepdim=True)  # which softmax does not see: no exponential is above 1 then
     lower, upper = lower - shift, upper - shift
@@ -41,16 +43,21 @@ def _planes(a: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
     # Where the interval is too narrow for a chord, the steepest tangent: from `low` on it is above as well.
     chord = torch.where(width > NARROW, (high - low) / width.clamp(min=NARROW), high)
     total = (low + chord * (middle - lower)).sum(-1, keepdim=True)
-    value = middle.exp() / total
     share = chord / total
-    below = value * (1 - middle + (share * middle).sum(-1, keepdim=True))
+    value = torch.ones_like(middle) if logarithm else middle.exp() / total
+    tangent = middle - total.log() if logarithm else value
+    below = tangent - value * (middle - (share * middle).sum(-1, keepdim=True))
 
-    least, most = (F.logsigmoid(odds) for odds in log_odds(Box(lower, upper), -1))
     log_p = middle.log_softmax(-1)
-    span = most - least
-    slope = torch.where(span > NARROW, (most.exp() - least.exp()) / span.clamp(min=NARROW), most.exp())
     p = log_p.exp()
-    above = least.exp() + slope * (log_p - least - middle + (p * middle).sum(-1, keepdim=True))
+    if logarithm:
+        slope, chord_of_exp = torch.ones_like(middle), log_p
+    else:
+        least, most = (F.logsigmoid(odds) for odds in log_odds(Box(lower, upper), -1))
+        span = most - least
+        slope = torch.where(span > NARROW, (most.exp() - least.exp()) / span.clamp(min=NARROW), most.exp())
+        chord_of_exp = least.exp() + slope * (log_p - least)
+    above = chord_of_exp - slope * (middle - (p * middle).sum(-1, keepdim=True))
 
     positive, negative = a.clamp(min=0), a.clamp(max=0)
     of_below, of_above = positive * value[:, None], negative * slope[:, None]
