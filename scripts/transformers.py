@@ -82,7 +82,7 @@ def measure_initial(images: int = 64, seeds: int = 3, eps: float = 1e-3) -> None
 
 
 def train_grid(seeds: list[int], runs: Path) -> None:
-    for seed, norm, lr_warmup, eps_warmup in itertools.product(seeds, NORMS, LEARNING_RATE_WARMUPS, EPSILON_WARMUPS):
+    for seed, eps_warmup, lr_warmup, norm in itertools.product(seeds, EPSILON_WARMUPS, LEARNING_RATE_WARMUPS, NORMS):
         file = runs / f"{norm}-{lr_warmup}-{eps_warmup}-{seed}.json"
         if not file.exists():
             row = {"norm": norm, "lr_warmup": lr_warmup, "eps_warmup": eps_warmup, "seed": seed}

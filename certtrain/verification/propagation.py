@@ -58,7 +58,7 @@ class Interval(NamedTuple):
 
 def growth(unit: float, roundings: int) -> float:
     """No less than (1 ± unit)^±roundings."""
-    return (1 + 2.0**-40) / (1 - roundings * unit) if roundings * unit < 1 else np.inf
+    return (1 + 2.0**-50) / (1 - roundings * unit) if roundings * unit < 1 else np.inf
 
 
 @dataclass(frozen=True)
