@@ -108,10 +108,7 @@ def train_once(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def plot() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
+def plot_initial() -> None:
     from matplotlib import pyplot
 
     initial = json.loads((RESULTS / "transformers-initial.json").read_text())["rows"]
@@ -134,6 +131,11 @@ def plot() -> None:
     panels[-1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(RESULTS / "transformers-initial.png", dpi=110)
+
+
+def plot_grid() -> None:
+    from matplotlib import pyplot
+
     rows = json.loads((RESULTS / "transformers.json").read_text())["rows"]
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.6), sharey=True)
     for panel, eps_warmup in zip(panels, EPSILON_WARMUPS, strict=True):
@@ -165,7 +167,12 @@ def main() -> None:
     elif arguments.what == "train":
         train_grid(arguments.seeds, arguments.runs)
     else:
-        plot()
+        import matplotlib
+
+        matplotlib.use("Agg")
+        plot_initial()
+        if (RESULTS / "transformers.json").exists():
+            plot_grid()
 
 
 if __name__ == "__main__":

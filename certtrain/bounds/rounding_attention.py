@@ -1,4 +1,4 @@
-"""Rules of `rounding.py` for what attention and normalization consist of; docs/soundness.md, (11) to (14).
+"""Rules of `rounding.py` for what attention and normalization consist of; docs/soundness.md, (13) to (16).
 
 Products of two values, softmax, averages by softmax, deviations from a mean and their division by the root of a mean
 square. A box of real numbers comes from the rules of real mathematics, taken in float64; what the deployed network's
@@ -52,7 +52,7 @@ def _own_error(terms: int) -> float:
 
 
 def _product_of_two(function: Callable[..., Tensor], terms_of: Callable[..., int]) -> Callable[..., OutwardBox]:
-    """Eq. 11."""
+    """Eq. 13."""
 
     def rule(a: Arithmetic, x: OutwardBox, y: OutwardBox, *settings: Any) -> OutwardBox:
         terms = terms_of(x, *settings)
@@ -75,7 +75,7 @@ def _products_lost(a: Arithmetic, terms: int, x: OutwardBox, y: OutwardBox) -> T
 
 
 def softmax_rule(a: Arithmetic, x: OutwardBox, dim: int) -> tuple[OutwardBox, Tensor]:
-    """Eq. 12. Also how far the sum of a row's results can be from 1."""
+    """Eq. 14. Also how far the sum of a row's results can be from 1."""
     unit, terms = float(a.unit), x.shape[dim]
     width = (x.upper.amax(dim, keepdim=True) - x.lower.amin(dim, keepdim=True)) * inflation(1)
     roundings = terms + 2 * EXPONENTIAL + 2 + 2 * width
@@ -92,7 +92,7 @@ def softmax_rule(a: Arithmetic, x: OutwardBox, dim: int) -> tuple[OutwardBox, Te
 
 
 def attend_rule(a: Arithmetic, p: OutwardBox, v: OutwardBox | Tensor, excess: Tensor) -> OutwardBox:
-    """Eq. 13; `excess`: how far the sums of the weights can be from 1."""
+    """Eq. 15; `excess`: how far the sums of the weights can be from 1."""
     v = stored(a, v) if isinstance(v, Tensor) else v
     terms = p.shape[-1]
     found = attend_box(p, v)
@@ -135,7 +135,7 @@ def _require_epsilon(eps: float | None) -> None:
 def _normalized(
     a: Arithmetic, d: OutwardBox, factor: OutwardBox, x: OutwardBox, dims: Dims, eps: float | None
 ) -> OutwardBox:
-    """Eq. 14."""
+    """Eq. 16."""
     _require_epsilon(eps)
     assert eps is not None
     terms = count_of(x.like, dims)

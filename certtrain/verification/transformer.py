@@ -1,6 +1,6 @@
 """The vision transformer of `certtrain.models`, as the checker sees it: intervals of one image's tokens, (T, E).
 
-Softmax, products of two intervals and normalization are derived again here; docs/soundness.md, (11) to (14).
+Softmax, products of two intervals and normalization are derived again here; docs/soundness.md, (13) to (16).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _centered(p: Propagation, x: Interval) -> Interval:
 
 
 def _standardized(p: Propagation, x: Interval) -> Interval:
-    """(x - mean) / √(variance + ε), by Eq. 14; d is the deviation."""
+    """(x - mean) / √(variance + ε), by Eq. 16; d is the deviation."""
     terms = x.center.shape[-1]
     mean_size = x.magnitude.mean(-1, keepdims=True) * SPARE
     combined = (x.magnitude + mean_size) * SPARE
@@ -151,7 +151,7 @@ def _sum_of_others(squares: Array) -> Array:
 
 
 def _product(p: Propagation, x: Interval, y: Interval) -> Interval:
-    """x @ y, by Eq. 11."""
+    """x @ y, by Eq. 13."""
     terms = x.center.shape[-1]
     inner, other = np.clip(x.center, -x.radius, x.radius), np.clip(y.center, -y.radius, y.radius)
     center = x.center @ y.center + inner @ other
@@ -168,7 +168,7 @@ def _products_lost(p: Propagation, terms: int, x: Interval, y: Interval) -> floa
 
 
 def _softmax(p: Propagation, x: Interval) -> tuple[Interval, Array]:
-    """Over the last axis, by Eq. 12: the weights, and how far their sums can be from 1."""
+    """Over the last axis, by Eq. 14: the weights, and how far their sums can be from 1."""
     unit, terms = UNIT[p.arithmetic], x.center.shape[-1]
     low, high = x.center - x.radius, x.center + x.radius
     width = (high.max(-1, keepdims=True) - low.min(-1, keepdims=True)) * SPARE
@@ -194,7 +194,7 @@ def _share(own: Array, others: Array) -> Array:
 
 
 def _average(p: Propagation, weights: Interval, excess: Array, value: Interval) -> Interval:
-    """weights @ value, by Eq. 13; `excess`: how far the sums of the weights can be from 1."""
+    """weights @ value, by Eq. 15; `excess`: how far the sums of the weights can be from 1."""
     terms = weights.center.shape[-1]
     least, most = np.maximum(weights.center - weights.radius, 0.0), weights.center + weights.radius
     low, high = value.center - value.radius, value.center + value.radius
