@@ -27,7 +27,6 @@ from certtrain.verification.certificates import VERDICTS, Certificates, Claim, d
 from certtrain.verification.coverage import check_coverage
 from certtrain.verification.propagation import UNIT, Array, Interval, Propagation
 from certtrain.verification.transformer import encode
-
 from certtrain.verification.trees import Trees
 
 METHODS = ("ibp", "crown-ibp", "crown", "branch-and-bound")
