@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,17 @@ def ibp_init_(model: nn.Module) -> nn.Module:
 
     Layers and sums are found by torch.fx; where a network cannot be traced, modules are taken in the order they were
     registered, none is halved, and a warning says so.
+
+    Networks with attention (products of two values, or nn.MultiheadAttention and nn.TransformerEncoderLayer):
+
+    A layer of σ multiplies a radius by E|w|·fan_in = 2, since a ReLU before it has halved it. One that follows none (a
+    sum, a normalization, an average by attention; not the first layer) is halved for that reason.
+    Attention averages values v by weights p that sum to 1. Its radius is at most the average of theirs, r, and 2|v|ρ
+    for a radius ρ of the scores, as an element of softmax moves by 2p(1 - p)ρ at most. Halved projections of n features
+    of mean square 1 have |q|, |k|, |v| of about 1/√n and radii r, so that a score q·k/√d of one of h heads, d = n / h,
+    has ρ = √d (|q| + |k|) r = 2r/√h, and the second part is 4r/√(h n): with 4 heads of 64 features a quarter of r.
+    Sums x + f(x) add up radii: of N one after the other, each of which doubled it, 2^N would be left. So the layer that
+    ends a branch f is divided by N, and N sums multiply a radius by at most (1 + 1/N)^N < e.
     """
     return initialize_(model, "ibp")
 
@@ -63,8 +74,7 @@ def initialize_(model: nn.Module, scheme: str) -> nn.Module:
     kept = []
     with torch.no_grad():
         for weight in _affine_weights(model)[:-1]:
-            factor = 0.5 if scheme == "ibp" and weight.after_sum else 1.0
-            if not weight.draw_(INITIALIZATIONS[scheme], factor):
+            if not weight.draw_(INITIALIZATIONS[scheme], weight.factor if scheme == "ibp" else 1.0):
                 kept.append(weight.path)
     if kept:
         warnings.warn(
@@ -99,7 +109,7 @@ INITIALIZATIONS: dict[str, Fill] = {
 class _AffineWeight:
     """The weight of one affine layer, attribute `name` of `owner`, and how the layer uses it.
 
-    `owner` is None for a weight that the network computes on its way; `path` then names the place.
+    `owner` is None for a weight that the network computes on its way; `path` then names the place. `factor`: of σ.
     """
 
     path: str
@@ -108,7 +118,7 @@ class _AffineWeight:
     transposed: bool = False
     groups: int = 1
     stride: tuple[int, ...] = ()
-    after_sum: bool = False
+    factor: float = 1.0
 
     def draw_(self, fill: Fill, factor: float) -> bool:
         """Give the layer a new weight to compute with; or change nothing, where that cannot be: False."""
@@ -166,18 +176,36 @@ def _affine_weights(model: nn.Module) -> list[_AffineWeight]:
             stacklevel=4,
         )
         return [_of_module(path, m) for path, m in modules.items() if isinstance(m, AFFINE_MODULES)]
+    rules = _Transformer(list(nodes), modules) if _has_attention(nodes, modules) else _Residual(modules)
     found: dict[tuple[nn.Module | None, str], _AffineWeight] = {}
     for node in nodes:
-        weight = None
-        if node.op == "call_module" and isinstance(modules[node.target], AFFINE_MODULES):
-            weight = _of_module(node.target, modules[node.target])
-        elif node.op == "call_function" and node.target in _FUNCTIONS:
-            weight = _of_call(node, modules)
-        if weight is not None:
-            after_sum = _is_relu_of_sum(node.all_input_nodes[0], modules)
+        for weight in _weights_of(node, modules):
             key = (weight.owner, weight.name if weight.owner else weight.path)
-            found.setdefault(key, replace(weight, after_sum=after_sum))
+            found.setdefault(key, replace(weight, factor=weight.factor * rules.factor(node, weight)))
     return list(found.values())
+
+
+def _weights_of(node: fx.Node, modules: dict[str, nn.Module]) -> list[_AffineWeight]:
+    if node.op == "call_function" and node.target in _FUNCTIONS:
+        weight = _of_call(node, modules)
+        return [] if weight is None else [weight]
+    module, path = modules.get(str(node.target)), str(node.target)
+    if node.op != "call_module" or module is None:
+        return []
+    if isinstance(module, AFFINE_MODULES):
+        return [_of_module(path, module)]
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return [
+            *_of_attention(f"{path}.self_attn", module.self_attn),
+            *(_of_module(f"{path}.{name}", getattr(module, name)) for name in ("linear1", "linear2")),
+        ]
+    return _of_attention(path, module) if isinstance(module, nn.MultiheadAttention) else []
+
+
+def _of_attention(path: str, module: nn.MultiheadAttention) -> list[_AffineWeight]:
+    names = ["in_proj_weight"] if module.in_proj_weight is not None else [f"{name}_proj_weight" for name in "qkv"]
+    inner = [_AffineWeight(f"{path}.{name}", module, name) for name in names]
+    return [*inner, _of_module(f"{path}.out_proj", module.out_proj)]
 
 
 def _of_module(path: str, module: nn.Module) -> _AffineWeight:
@@ -220,11 +248,103 @@ _RESHAPES = {torch.flatten, torch.reshape, "flatten", "view", "reshape", "contig
 _RESHAPING_MODULES = (nn.Flatten, nn.Identity, nn.Dropout)
 
 
-def _is_relu_of_sum(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    module = modules.get(str(node.target)) if node.op == "call_module" else None
-    if node.target in _RESHAPES or isinstance(module, _RESHAPING_MODULES):
-        return _is_relu_of_sum(node.all_input_nodes[0], modules)
-    if not (node.target in _RELUS or isinstance(module, nn.ReLU)):
+@dataclass(frozen=True)
+class _Residual:
+    """Halves what follows ReLU(a sum of two branches)."""
+
+    modules: dict[str, nn.Module]
+
+    def factor(self, node: fx.Node, weight: _AffineWeight) -> float:
+        return 0.5 if self._is_relu_of_sum(node.all_input_nodes[0]) else 1.0
+
+    def _is_relu_of_sum(self, node: fx.Node) -> bool:
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        if node.target in _RESHAPES or isinstance(module, _RESHAPING_MODULES):
+            return self._is_relu_of_sum(node.all_input_nodes[0])
+        if not (node.target in _RELUS or isinstance(module, nn.ReLU)):
+            return False
+        source = node.all_input_nodes[0]
+        return source.target in _ADDITIONS and len(set(source.all_input_nodes)) == 2
+
+
+_PRODUCTS = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__", torch.einsum}
+_RECTIFIERS = _RELUS | {F.gelu, F.silu}
+_RECTIFYING_MODULES = (nn.ReLU, nn.GELU, nn.SiLU)
+_ATTENTION_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+def _has_attention(nodes: Iterable[fx.Node], modules: dict[str, nn.Module]) -> bool:
+    return any(
+        node.target is F.scaled_dot_product_attention
+        or (node.target in _PRODUCTS and len(_values(node)) == 2)
+        or (node.op == "call_module" and isinstance(modules[str(node.target)], _ATTENTION_MODULES))
+        for node in nodes
+    )
+
+
+def _values(node: fx.Node) -> list[fx.Node]:
+    """The inputs that depend on the network's."""
+    return [source for source in dict.fromkeys(node.all_input_nodes) if _depends_on_input(source)]
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    seen, left = set(), [node]
+    while left:
+        one = left.pop()
+        if one.op == "placeholder":
+            return True
+        fresh = [source for source in one.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        left += fresh
+    return False
+
+
+@dataclass(frozen=True)
+class _Transformer:
+    """Halves what follows no ReLU, and divides what ends a branch by the number of sums."""
+
+    nodes: list[fx.Node]
+    modules: dict[str, nn.Module]
+
+    def factor(self, node: fx.Node, weight: _AffineWeight) -> float:
+        module = self._module(node)
+        ends = 1 / max(1, self._sums())
+        if isinstance(module, _ATTENTION_MODULES):
+            last = isinstance(module, nn.TransformerEncoderLayer) or self._is_branch_end(node)
+            owner = weight.path.rpartition(".")[0].rpartition(".")[2]
+            return (1.0 if owner == "linear2" else 0.5) * (ends if last and owner in ("linear2", "out_proj") else 1.0)
+        return (1.0 if self._is_rectified(node.all_input_nodes[0]) else 0.5) * (
+            ends if self._is_branch_end(node) else 1.0
+        )
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def _is_sum(self, node: fx.Node) -> bool:
+        return node.target in _ADDITIONS and len(_values(node)) == 2
+
+    def _sums(self) -> int:
+        inside = [isinstance(self._module(node), nn.TransformerEncoderLayer) for node in self.nodes]
+        return 2 * sum(inside) + sum(map(self._is_sum, self.nodes))
+
+    def _is_rectified(self, node: fx.Node) -> bool:
+        """By a ReLU or its like, whatever moves or scales stands between; or the input itself."""
+        module = self._module(node)
+        if node.op == "placeholder" or node.target in _RECTIFIERS or isinstance(module, _RECTIFYING_MODULES):
+            return True
+        opaque = node.target in _PRODUCTS | _FUNCTIONS or isinstance(module, (*AFFINE_MODULES, *_ATTENTION_MODULES))
+        sources = _values(node)
+        if opaque or len(sources) != 1:
+            return False
+        return self._is_rectified(sources[0])
+
+    def _is_branch_end(self, node: fx.Node) -> bool:
+        """Does nothing but what moves elements stand between it and a sum of two values?"""
+        for user in node.users:
+            moves = user.target in _MOVES or isinstance(self._module(user), _RESHAPING_MODULES)
+            if self._is_sum(user) or (moves and self._is_branch_end(user)):
+                return True
         return False
-    source = node.all_input_nodes[0]
-    return source.target in _ADDITIONS and len(set(source.all_input_nodes)) == 2
+
+
+_MOVES = _RESHAPES | {operator.getitem, torch.transpose, "transpose", "permute", "unflatten"}

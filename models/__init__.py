@@ -17,6 +17,7 @@ from certtrain.models.feedforward import cnn7, cnn_large, cnn_small, mlp
 from certtrain.models.normalize import Normalize
 from certtrain.models.own import explained, imported, modules_from
 from certtrain.models.residual import Residual, resnext, wide_resnet
+from certtrain.models.transformer import vit
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn7": cnn7,
@@ -26,6 +27,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn-large": cnn_large,
     "cnn-small": cnn_small,
     "mlp": mlp,
+    "vit": vit,
 }
 
 
@@ -109,5 +111,6 @@ __all__ = [
     "find_model",
     "mlp",
     "resnext",
+    "vit",
     "wide_resnet",
 ]

@@ -51,6 +51,52 @@ def test_the_radius_neither_grows_nor_shrinks_with_depth():
     assert growth_under("kaiming", model, growth) > 5
 
 
+@pytest.mark.parametrize("layers", [2, 8])
+def test_the_radius_grows_by_less_than_e_through_attention_and_residual_sums(layers):
+    """However many; without norms, which would divide by deviations that the initialization has made small."""
+    torch.manual_seed(0)
+    options = {"norm": "none", "depth": layers, "width": 64}
+    model, x = build_model("vit", (1, 8, 8), 10, options=options), torch.rand(16, 1, 8, 8)
+
+    def growth() -> float:
+        radii = [box.radius.mean() for box in BoundedModel(model, x).ibp(linf_box(x, 1e-4)).relu_inputs]
+        return (radii[-1] / radii[0]).item()
+
+    assert 1 < growth_under("ibp", model, growth) < math.e
+    assert growth_under("xavier", model, growth) > 10 ** (layers / 2)
+
+
+class Encoder(nn.Module):
+    """Two sums within the layer, one behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, 32), nn.Linear(32, 3)
+        self.layer = nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(self.stem(x))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(x.mean(1))
+
+
+def test_weights_of_torchs_attention_have_their_deviations():
+    model = ibp_init_(Encoder())
+    expected = {  # as a multiple of √(2π) / fan_in
+        "stem.weight": 1,
+        "layer.self_attn.in_proj_weight": 1 / 2,
+        "layer.self_attn.out_proj.weight": 1 / 6,
+        "layer.linear1.weight": 1 / 2,
+        "layer.linear2.weight": 1 / 3,
+        "attention.in_proj_weight": 1 / 2,
+        "attention.out_proj.weight": 1 / 6,
+    }
+    for name, factor in expected.items():
+        weight = model.get_parameter(name).detach()
+        assert weight.std() * weight.shape[1] / math.sqrt(2 * math.pi) == pytest.approx(factor, rel=0.2), name
+
+
 def growth_under(scheme: str, model: nn.Module, growth) -> float:
     initialize_(model, scheme)
     return growth()

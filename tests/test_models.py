@@ -4,11 +4,13 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import certtrain.models
 from certtrain.errors import UsageError
 from certtrain.models import Residual, build_model
+from certtrain.models.transformer import CenteredNorm
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,75 @@ def test_full_batch_norm_stands_after_every_affine_layer_but_the_last():
     assert affine[-1] == len(kinds) - 1
 
 
-@pytest.mark.parametrize("name", ["cnn-small", "mlp"])
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({}, 16),
+        ({"norm": "post", "activation": "gelu", "pool": "token"}, 17),
+        ({"norm": "none", "pool": "flatten", "patch": 4}, 4),
+        ({"norm_kind": "batch", "shifted_patches": True, "depth": 1}, 16),
+    ],
+)
+def test_a_vision_transformer_is_its_equations(options, tokens):
+    """Written out again, with nn.MultiheadAttention for the attention."""
+    torch.manual_seed(0)
+    network = build_model("vit", (3, 8, 8), 10, options={"width": 8, "heads": 2, **options}).eval().network
+    embedding, *blocks, last_norm, _, head = network
+    images = torch.rand(2, 3, 8, 8)
+    x, patch = images, options.get("patch", 2)
+    if options.get("shifted_patches"):
+        wide = F.pad(images, [1] * 4)
+        corners = [(0, 0), (0, 2), (2, 0), (2, 2)]
+        x = torch.cat([images, *(wide[..., i : i + 8, j : j + 8] for i, j in corners)], 1)
+    x = F.unfold(x, patch, stride=patch).mT @ embedding.projection.weight.flatten(1).T + embedding.projection.bias
+    if options.get("pool") == "token":
+        x = torch.cat([embedding.class_token.repeat(2, 1, 1), x], 1)
+    x = x + embedding.position
+    assert x.shape == (2, tokens, 8)
+    norm = options.get("norm", "pre")
+    for block in blocks:
+        own = block.attention
+        attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        state = {
+            "in_proj_weight": torch.cat([own.query.weight, own.key.weight, own.value.weight]),
+            "in_proj_bias": torch.cat([own.query.bias, own.key.bias, own.value.bias]),
+            "out_proj.weight": own.out.weight,
+            "out_proj.bias": own.out.bias,
+        }
+        attention.load_state_dict(state)
+        for branch, normalize in (
+            (lambda h, attention=attention: attention(h, h, h)[0], block.attention_norm),
+            (block.mlp, block.mlp_norm),
+        ):
+            x = x + branch(normalize(x)) if norm == "pre" else normalize(x + branch(x))
+    x = last_norm(x) if norm == "pre" else x
+    pool = options.get("pool", "mean")
+    pooled = x.mean(1) if pool == "mean" else x[:, 0] if pool == "token" else x.flatten(1)
+    torch.testing.assert_close(network(images), head(pooled), rtol=1e-4, atol=1e-4)
+
+
+def test_no_variance_layer_norm_subtracts_the_mean_alone():
+    norm, x = CenteredNorm(4), torch.rand(2, 3, 4)
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (4,)) * (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "pree"}, "did you mean pre"),
+        ({"norm_kind": "layers"}, "did you mean layer"),
+        ({"activation": "rleu"}, "did you mean relu"),
+        ({"pool": "tokens"}, "did you mean token"),
+        ({"patch": 3}, "patches of 3 pixels"),
+        ({"heads": 5}, "5 heads"),
+    ],
+)
+def test_a_vision_transformer_that_cannot_be_is_one_line(options, message):
+    with pytest.raises(UsageError, match=message):
+        build_model("vit", (1, 8, 8), 10, options=options)
+
+
+@pytest.mark.parametrize("name", ["cnn-small", "mlp", "vit"])
 def test_other_models_take_digits(name):
     assert build_model(name, (1, 8, 8), 10)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 

@@ -1,9 +1,10 @@
 """Interval bound propagation (IBP): one forward rule per operation.
 
 A rule takes the operation's arguments with boxes in the place of tensors and returns the box of all results.
-(Gowal et al. 2018, arXiv 1810.12715.) The rules come in three families:
+(Gowal et al. 2018, arXiv 1810.12715.) The rules come in four families:
 
-bilinear   W x + b: centre through the map, radius through its absolute value
+affine     W x + b: centre through the map, radius through its absolute value
+bilinear   products of two boxes, at their corners or by centre and radius (`bilinear.py`)
 monotone   both ends through the function; where it turns, the points at which it does as well
 reshaping  values only move or are averaged: every part of the box through the function
 
@@ -20,10 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from certtrain.bounds import activations  # noqa: F401  whose records stand in OPERATIONS
+from certtrain.bounds import (
+    activations,  # noqa: F401  whose records stand in OPERATIONS
+    bilinear,
+    softmax,
+)
+from certtrain.bounds.attention import attend, attend_box, masked, masked_box
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients, scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
+from certtrain.bounds.normalization import deviation, deviation_box, normalized, normalized_box
 from certtrain.bounds.operations import (
     OPERATIONS,
     WEIGHTED,
@@ -51,12 +58,12 @@ def weighted(function: Callable[..., Tensor]) -> Rule:
     return rule
 
 
-def bilinear(function: Callable[..., Tensor]) -> Rule:
-    """Rule for a product of a box and a constant, in either order."""
+def product(function: Callable[..., Tensor], of_boxes: Rule) -> Rule:
+    """Rule for a product of a box and a constant, in either order, or, by `of_boxes`, of two boxes."""
 
     def rule(x: Any, y: Any, *settings: Any) -> Box:
         if isinstance(x, Box) and isinstance(y, Box):
-            raise UnsupportedOperation("the product of two values that both depend on the input has no rule")
+            return of_boxes(x, y, *settings)
         center = function(*[v.center if isinstance(v, Box) else v for v in (x, y)], *settings)
         radius = function(*[v.radius if isinstance(v, Box) else abs(v) for v in (x, y)], *settings)
         return Box.around(center, radius)
@@ -156,8 +163,15 @@ def _neg(x: Box) -> Box:
     return Box.around(-x.center, x.radius)
 
 
-def _div(x: Box, y: Any) -> Box:
+def _div(x: Any, y: Any) -> Box:
+    if isinstance(y, Box):
+        return bilinear.quotient(x if isinstance(x, Box) else _point(x, y), y)
     return Box.around(x.center / y, x.radius / abs(y))
+
+
+def _point(value: Any, like: Box) -> Box:
+    point = torch.as_tensor(value, dtype=like.like.dtype, device=like.like.device)
+    return Box(point, point)
 
 
 def rule_from_traits(operation: Operation) -> Rule | None:
@@ -201,13 +215,21 @@ RULES: dict[Callable, Rule] = {
     },
     **{function: _extremum(function) for function in (torch.maximum, torch.minimum)},
     **{function: weighted(function) for function in WEIGHTED},
-    **{function: bilinear(function) for function in (torch.mul, torch.matmul, einsum)},
+    torch.mul: product(torch.mul, bilinear.product),
+    torch.matmul: product(torch.matmul, bilinear.matrix_product),
+    einsum: product(einsum, bilinear.einsum_product),
     scale_shift: _scale_shift,
     add: _add,
     sub: lambda x, y, alpha=1: _add(x, y, -alpha),
     torch.div: _div,
     torch.neg: _neg,
     cat: Box.cat,
+    torch.softmax: softmax.softmax,
+    torch.log_softmax: softmax.log_softmax,
+    masked: masked_box,
+    attend: attend_box,
+    deviation: deviation_box,
+    normalized: normalized_box,
 }
 
 

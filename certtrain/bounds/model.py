@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import interval, rounded, rounding
+from certtrain.bounds import (
+    interval,
+    rounded,
+    rounding,
+    rounding_attention,  # noqa: F401  whose rules stand in rounding.RULES
+)
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves

@@ -16,7 +16,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +179,21 @@ MODULES: dict[type[nn.Module], tuple[Operation, Callable[[Any], tuple[Any, ...]]
 WRITES: set[Callable] = set()
 DECOMPOSITIONS: dict[Callable | str, Callable[..., Any]] = {}
 """Spellings that are several operations: (call, *arguments) -> result, where call(function, *args) does one of them."""
+MODULE_DECOMPOSITIONS: dict[type[nn.Module], Callable[..., Any]] = {}
+"""The same of modules: (modules, module, *arguments) -> result; see `ModuleCalls`."""
+
+
+class ModuleCalls(Protocol):
+    """What the decomposition of a module is written with."""
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """One operation, by its canonical function, or the function of a decomposition."""
+
+    def parameter(self, module: nn.Module, name: str) -> Any:
+        """A parameter, read at every call; None where the module has none of that name."""
+
+    def run(self, module: nn.Module, *args: Any) -> Any:
+        """A module within the module."""
 
 
 def define(function: Callable[..., Any], bind: Bind, **traits: Any) -> Operation:
@@ -469,15 +484,6 @@ def _summands(x: Any, y: Any, alpha: Any) -> None:
 
 
 def _factors(x: Any, y: Any) -> None:
-    require_that(
-        not (isinstance(x, Shape) and isinstance(y, Shape)),
-        "the product of two values that both depend on the input has no rule",
-    )
-    _aligned(x, y)
-
-
-def _dividend(x: Any, y: Any) -> None:
-    require_that(not isinstance(y, Shape), "division by a value that depends on the input has no rule")
     _aligned(x, y)
 
 
@@ -520,7 +526,7 @@ define(
     methods=("div", "div_", "divide", "divide_", "true_divide"),
     operands=2,
     affine=Affine.FIRST,
-    require=_dividend,
+    require=_factors,
 )
 define(
     torch.neg,
@@ -1255,7 +1261,13 @@ _moves(
 _moves(unbind, lambda input, dim=0: (input, dim), _over(0), functions=(torch.unbind,), methods=("unbind",), parts=True)
 
 
-# --- a softmax that ends the network keeps the order of its logits ----------------------------------------------------
+# --- softmax; one that ends the network keeps the order of its logits -------------------------------------------------
+
+
+def _distributes(x: Any, dim: Any) -> None:
+    first_alone(x, dim)
+    require_that(dim is not None, "it goes over an axis that PyTorch guesses: name it, dim=-1 say")
+    _off_the_batch_axis(x.dims, dim)
 
 
 def _bind_softmax(input: Any, dim: int | None = None, _stacklevel: int = 3, dtype: None = None) -> tuple[Any, ...]:
@@ -1273,6 +1285,7 @@ for _function, _alias, _module in (
         functions=(_alias,),
         methods=(_function.__name__,),
         modules={_module: lambda m: (m.dim,)},
+        require=_distributes,
     )
 LAST_FUNCTIONS = (torch.softmax, torch.log_softmax)
 
@@ -1311,14 +1324,24 @@ INSPECTING_METHODS = {
 INSPECTED_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 
 
-def module_entry(module: nn.Module) -> tuple[Operation, Callable[[Any], tuple[Any, ...]]] | None:
-    """The record of the computation that `module` really runs, and how to read its settings; None if it has its own.
+T = TypeVar("T")
 
-    That is the entry of its class, or of a base whose `forward` it inherits, unless the instance has another.
-    """
+
+def module_entry(module: nn.Module) -> tuple[Operation, Callable[[Any], tuple[Any, ...]]] | None:
+    """The record of the computation that `module` really runs, and how to read its settings; None if it has its own."""
+    return _of_class(module, MODULES)
+
+
+def module_decomposition(module: nn.Module) -> Callable[..., Any] | None:
+    """The operations that `module` consists of, in the same way."""
+    return _of_class(module, MODULE_DECOMPOSITIONS)
+
+
+def _of_class(module: nn.Module, table: Mapping[type[nn.Module], T]) -> T | None:
+    """The entry of the module's class, or of a base whose `forward` it inherits, unless the instance has another."""
     for base in type(module).__mro__:
-        if base in MODULES:
+        if base in table:
             runs = ("forward", "_conv_forward")
             overridden = any(getattr(type(module), name, None) is not getattr(base, name, None) for name in runs)
-            return None if overridden or any(name in vars(module) for name in runs) else MODULES[base]
+            return None if overridden or any(name in vars(module) for name in runs) else table[base]
     return None

@@ -20,6 +20,7 @@ from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, map_leaves
 from certtrain.bounds.interval import Bounds, Record
+from certtrain.bounds.linear.backward import PARAMETRIZED
 from certtrain.bounds.operations import OPERATIONS, WEIGHTED, add, cast, einsum, sub
 from certtrain.bounds.rounding import (
     BOUND_ARITHMETIC,
@@ -73,7 +74,8 @@ class _RecordingPass(SoundPass):
 
     def apply(self, call: Call, args: tuple[Any, ...]) -> OutwardBox:
         box = super().apply(call, args)
-        if call.function not in LINEAR:
+        of_two_values = not call.affine and call.function in PARAMETRIZED
+        if call.function not in LINEAR or of_two_values:
             raise UnsupportedOperation(
                 f"{call.where} has no linear relaxation that covers rounding; methods that support it: ibp"
             )

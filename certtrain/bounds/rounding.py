@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certtrain.bounds import interval
+from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
@@ -210,7 +211,7 @@ def enclosing_linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float]
     return OutwardBox(lower, upper)
 
 
-def _widened(
+def widened(
     box: OutwardBox, error: float, magnitude: Tensor, arithmetic: Arithmetic, terms: int = 1, losses: Any = 0.0
 ) -> OutwardBox:
     """`box` and whatever lies within error·magnitude of it or has lost an underflow; all reals where it may overflow.
@@ -224,7 +225,7 @@ def _widened(
     return OutwardBox.around(box.center, torch.where(fits, radius, torch.inf))
 
 
-def _unbounded(x: Tensor) -> OutwardBox:
+def unbounded(x: Tensor) -> OutwardBox:
     return OutwardBox.around(x, torch.full_like(x, torch.inf))
 
 
@@ -271,8 +272,6 @@ def _product(function: Callable[..., Tensor]) -> Rule:
 
     def rule(a: Arithmetic, x: Any, y: Any, *settings: Any) -> OutwardBox:
         box, matrix = (x, y) if isinstance(x, OutwardBox) else (y, x)
-        if isinstance(matrix, Box):
-            raise UnsupportedOperation("the product of two values that both depend on the input has no sound rule")
 
         def with_matrix(part: Tensor, factor: Tensor) -> Tensor:
             return function(*((part, factor) if box is x else (factor, part)), *settings)
@@ -336,7 +335,7 @@ def _batch_norm(
     bias = torch.zeros_like(mean) if bias is None else bias
     shift = bias - mean * scale
     if not (_is_harmless(variance + eps, scale, weight) and _is_small(mean, bias)):
-        return _unbounded(x.center), None
+        return unbounded(x.center), None
     parameters = mean.abs() * scale.abs() + bias.abs()
     losses: Tensor | float = 0.0
     folded = None
@@ -353,9 +352,9 @@ def _batch_norm(
     scale, shift, parameters = scale.view(channelwise), shift.view(channelwise), parameters.view(channelwise)
     moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
     magnitude = scale.abs() * x.magnitude + parameters
-    moved = _widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a)
+    moved = widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a)
     terms, foldings = (1, 1) if behind is None else (behind.terms, behind.foldings)
-    return _widened(moved, sum_error(a, terms, foldings), parameters, a, losses=losses), folded
+    return widened(moved, sum_error(a, terms, foldings), parameters, a, losses=losses), folded
 
 
 def _folding_losses(a: Arithmetic, folded: Sum) -> Tensor:
@@ -379,15 +378,15 @@ def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardB
     if not 0 <= negative_slope <= 1:
         raise UnsupportedOperation(f"LeakyReLU with negative_slope={negative_slope} has no sound rule")
     ends = OutwardBox(F.leaky_relu(x.lower, negative_slope), F.leaky_relu(x.upper, negative_slope))
-    return _widened(ends, elementwise_error(a, 2), x.magnitude, a)
+    return widened(ends, elementwise_error(a, 2), x.magnitude, a)
 
 
 def _prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
     channelwise = weight.view(1, -1, *[1] * (x.like.dim() - 2))
     center, sizes = interval.RULES[F.prelu](x, weight), channelwise.abs().clamp(min=1)
     if not _is_harmless(weight):
-        return _unbounded(center.center)
-    return _widened(OutwardBox(center.lower, center.upper), elementwise_error(a, 4), x.magnitude * sizes, a)
+        return unbounded(center.center)
+    return widened(OutwardBox(center.lower, center.upper), elementwise_error(a, 4), x.magnitude * sizes, a)
 
 
 def _clamped(function: Callable[..., Tensor]) -> Rule:
@@ -396,7 +395,7 @@ def _clamped(function: Callable[..., Tensor]) -> Rule:
     def rule(a: Arithmetic, x: OutwardBox, lower: float | None, upper: float | None) -> OutwardBox:
         ends = _monotone(function)(a, x, lower, upper)
         most = max(abs(end) for end in (lower, upper) if end is not None)
-        return _widened(ends, elementwise_error(a, 1), torch.full_like(ends.center, most), a)
+        return widened(ends, elementwise_error(a, 1), torch.full_like(ends.center, most), a)
 
     return rule
 
@@ -408,7 +407,7 @@ def _abs(a: Arithmetic, x: OutwardBox) -> OutwardBox:
 
 def _extremum(function: Callable[..., Tensor]) -> Rule:
     def rule(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
-        x, y = (value if isinstance(value, Box) else _stored(a, value) for value in (x, y))
+        x, y = (value if isinstance(value, Box) else stored(a, value) for value in (x, y))
         return OutwardBox(function(x.lower, y.lower), function(x.upper, y.upper))
 
     return rule
@@ -451,7 +450,7 @@ def _add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
     radius = reduce(torch.add, [factor * box.radius for box, factor in boxes]).expand_as(center)
     magnitude = _magnitude(x) + abs(alpha) * _magnitude(y)
     roundings = 2 if alpha == 1 or alpha == -1 else 4
-    return _widened(OutwardBox.around(center, radius), elementwise_error(a, roundings), magnitude, a)
+    return widened(OutwardBox.around(center, radius), elementwise_error(a, roundings), magnitude, a)
 
 
 def _neg(a: Arithmetic, x: OutwardBox) -> OutwardBox:
@@ -459,8 +458,6 @@ def _neg(a: Arithmetic, x: OutwardBox) -> OutwardBox:
 
 
 def _mul(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
-    if isinstance(x, Box) and isinstance(y, Box):
-        raise UnsupportedOperation("the product of two values that both depend on the input has no sound rule")
     box, factor = (x, y) if isinstance(x, OutwardBox) else (y, x)
     return _scaled(a, box, factor, lambda value, factor: value * factor)
 
@@ -473,9 +470,9 @@ def _scaled(a: Arithmetic, x: OutwardBox, factor: Any, operation: Callable[[Tens
     sizes = torch.as_tensor(factor, dtype=torch.float64, device=x.like.device)
     center = operation(x.center, factor)
     if not _is_harmless(sizes):
-        return _unbounded(center)
+        return unbounded(center)
     radius, magnitude = operation(x.radius, sizes.abs()), operation(x.magnitude, sizes.abs())
-    return _widened(OutwardBox.around(center, radius), elementwise_error(a, 4), magnitude, a)
+    return widened(OutwardBox.around(center, radius), elementwise_error(a, 4), magnitude, a)
 
 
 def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> Rule:
@@ -486,7 +483,7 @@ def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> R
         center, radius = function(x.center, *settings), function(x.radius, *settings)
         magnitude = function(x.magnitude, *settings) * inflation(terms)
         moved = OutwardBox.around(center, radius * inflation(terms))
-        moved = _widened(moved, sum_error(a, terms + 2), magnitude, a, terms)
+        moved = widened(moved, sum_error(a, terms + 2), magnitude, a, terms)
         fits = 2 * terms * x.magnitude.flatten(1).amax(1) <= a.largest
         return OutwardBox.around(moved.center, torch.where(_per_image(fits, center), moved.radius, torch.inf))
 
@@ -526,16 +523,16 @@ def _cast(a: Arithmetic, x: OutwardBox, dtype: torch.dtype | None) -> OutwardBox
         return x
     if a is ARITHMETICS["float64"] and dtype != torch.float64:
         raise UnsupportedOperation(f"a cast to {dtype} in a network of arithmetic float64 has no sound rule")
-    return _widened(x, elementwise_error(a, 1), x.magnitude, a)
+    return widened(x, elementwise_error(a, 1), x.magnitude, a)
 
 
 def _cat(a: Arithmetic, parts: Any, dim: int) -> OutwardBox:
-    return OutwardBox.cat([part if isinstance(part, Box) else _stored(a, part) for part in parts], dim)
+    return OutwardBox.cat([part if isinstance(part, Box) else stored(a, part) for part in parts], dim)
 
 
-def _stored(a: Arithmetic, constant: Tensor) -> OutwardBox:
+def stored(a: Arithmetic, constant: Tensor) -> OutwardBox:
     point = OutwardBox.around(constant, torch.zeros_like(constant))
-    return _widened(point, elementwise_error(a, 1), constant.abs(), a)
+    return widened(point, elementwise_error(a, 1), constant.abs(), a)
 
 
 def _center(value: Any) -> Any:
@@ -607,6 +604,7 @@ class SoundPass:
         self._foldings = foldings_of(graph)
         self._sums: dict[int, Sum | None] = {}  # behind a value, where a linear map made it
         self.entering: OutwardBox | None = None
+        self._excess: dict[int, Tensor] = {}  # of a softmax: how far its sums can be from 1
         self.relu_inputs: list[OutwardBox] = []
         self.affine_input: OutwardBox | None = None
         self.classifier: tuple[Call, OutwardBox] | None = None  # with what enters it
@@ -624,15 +622,19 @@ class SoundPass:
         result = self.result(call, args)
         if call.function is F.batch_norm:
             result, self._sums[call.index] = result
+        elif call.function is torch.softmax:
+            result, self._excess[call.index] = result
         return result
 
     def result(self, call: Call, args: tuple[Any, ...]) -> Any:
-        """What the rule of an operation says, for BatchNorm with the sums behind it."""
+        """What the rule of an operation says, for BatchNorm and softmax with what others must know."""
         keywords: dict[str, Any] = {}
         if call.function in WEIGHTED:
             keywords["foldings"] = self._foldings.get(call.index, 1)
         elif call.function is F.batch_norm:
             keywords["behind"] = self._sums.get(call.args[0].index)
+        elif call.function is attend:
+            keywords["excess"] = self._excess[call.args[0].index]
         return RULES[call.function](self.arithmetic, *args, **keywords)
 
     def _follow_sums(self, call: Call, args: tuple[Any, ...]) -> None:
@@ -690,7 +692,7 @@ def propagate_by(walk: SoundPass, graph: Graph[OutwardBox], box: Box) -> Bounds:
             "a softmax as the last operation, which may round two classes to a tie, has no sound rule"
         )
     a, entering = walk.arithmetic, outward(box)
-    entering = _widened(entering, rounded_up(a.stored), entering.magnitude, a) if a.stored else entering
+    entering = widened(entering, rounded_up(a.stored), entering.magnitude, a) if a.stored else entering
     walk.entering = entering
     with plain_convolutions():
         output = graph.run(entering, walk)

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from certtrain.bounds import operations
+from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import BatchSum
 from certtrain.bounds.graph import Graph, Ref, Step, leaves, map_leaves, with_last_uses
-from certtrain.bounds.operations import Bind, Operation, module_entry
+from certtrain.bounds.operations import Bind, Operation, module_decomposition, module_entry
 from certtrain.errors import CerttrainError, UnsupportedOperation
 
 ROOT = "model"
@@ -78,10 +79,14 @@ class _Tracer(fx.Tracer):
         self._ambient = _ambient()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_entry(m) is not None or (
-            type(m).__module__.startswith("torch.nn")
-            and not isinstance(m, nn.Sequential | nn.ModuleList)
-            and "forward" not in vars(m)
+        return (
+            module_entry(m) is not None
+            or module_decomposition(m) is not None
+            or (
+                type(m).__module__.startswith("torch.nn")
+                and not isinstance(m, nn.Sequential | nn.ModuleList)
+                and "forward" not in vars(m)
+            )
         )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -95,6 +100,8 @@ class _Tracer(fx.Tracer):
         sizes = node.args[1] if len(node.args) > 1 else None
         if node.target in (torch.split, "split") and isinstance(sizes, list | tuple):
             return iter([obj[i] for i in range(len(sizes))])
+        if node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), nn.MultiheadAttention):
+            return iter([obj[0], obj[1]])
         return super().iter(obj)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -204,6 +211,8 @@ class _Recorder:
 
     def _may_share(self, node: fx.Node) -> bool:
         meaning = self.current[node]
+        if isinstance(meaning, tuple):
+            return False
         if isinstance(meaning, _Parts) or meaning in [self.current[other] for other in node.all_input_nodes]:
             return True
         operation = self.steps[meaning.index].operation
@@ -211,10 +220,12 @@ class _Recorder:
 
     def _value(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node.op == "call_module":
-            return self._module(node, args, kwargs)
+            return self._run(self.root.get_submodule(str(node.target)), args, kwargs)
         target = node.target
         if target is operator.getitem and isinstance(args[0], _Parts):
             return self._part(args[0], args[1])
+        if target is operator.getitem and isinstance(args[0], tuple):
+            return args[0][args[1]]
         if target is getattr:
             return self._attribute_of_value(*args)
         if target in operations.INSPECTIONS or (node.op == "call_method" and target in operations.INSPECTING_METHODS):
@@ -223,7 +234,7 @@ class _Recorder:
             return _bound(partial(operations.DECOMPOSITIONS[target], self.call), args, kwargs, self.where)
         entry = _entry(node)
         if entry is None:
-            return self._append(Step(_callable(node, self.root), args, self.where, _without_rule(node), kwargs=kwargs))
+            return self._append(Step(_callable(node, self.root), args, self.where, _without_rule(), kwargs=kwargs))
         operation, bind = entry
         return self._operation(operation, _bound(bind, args, kwargs, self.where))
 
@@ -231,7 +242,23 @@ class _Recorder:
         """Record one operation, by its canonical function and arguments; what a decomposition is written with."""
         if not self._depends_on_input(args) or function in operations.INSPECTIONS:
             return self._append(Step(function, args, self.where))
-        return self._operation(operations.OPERATIONS[function], args)
+        if function in operations.DECOMPOSITIONS:
+            return operations.DECOMPOSITIONS[function](self.call, *args)
+        if function in operations.OPERATIONS:
+            return self._operation(operations.OPERATIONS[function], args)
+        if function not in operations.FUNCTIONS:
+            raise UnsupportedOperation(f"{self.where}: {getattr(function, '__name__', function)} has no rule")
+        operation, bind = operations.FUNCTIONS[function]
+        return self._operation(operation, bind(*args))
+
+    def parameter(self, module: nn.Module, name: str) -> Ref | None:
+        """See `ModuleCalls`."""
+        if getattr(module, name) is None:
+            return None
+        return self._append(_parameter(module, name, f"{name} of {self.where}"))
+
+    def run(self, module: nn.Module, *args: Any) -> Any:
+        return self._run(module, args, {})
 
     def _operation(self, operation: Operation, args: tuple[Any, ...], module: nn.Module | None = None,
                    arguments: Callable[[], tuple[Any, ...]] = tuple) -> Any:  # fmt: skip
@@ -239,10 +266,19 @@ class _Recorder:
             return _Parts(operation, args, self.where)
         if operation.identity is not None and operation.identity(*args, *arguments()):
             return args[0]
+        if operation.function is torch.matmul and self._is_distribution(args[0]):
+            operation = operations.OPERATIONS[attend]
         # A module's own weights are constants; they are read when they are needed, since reading a BatchNorm counts it.
         operands = (*args, *[None] * operation.operands)[: operation.operands]
         affine = operation.affine.holds([self._depends_on_input([operand]) for operand in operands])
         return self._append(Step(operation.function, args, self.where, operation, affine, arguments, module=module))
+
+    def _is_distribution(self, ref: Any) -> bool:
+        """Is it a softmax over its last axis?"""
+        step = self.steps[ref.index] if isinstance(ref, Ref) else None
+        if step is None or step.function is not torch.softmax:
+            return False
+        return (*step.args, *step.arguments())[1] == -1
 
     def _part(self, parts: _Parts, index: Any) -> Any:
         if not isinstance(index, int):
@@ -251,13 +287,15 @@ class _Recorder:
         affine = parts.operation.affine.holds([True])
         return self._append(Step(parts.operation.function, args, parts.where, parts.operation, affine))
 
-    def _module(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.root.get_submodule(str(node.target))
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedOperation(f"{self.where} has forward hooks, which bounds would not see; remove them")
+        decomposition = module_decomposition(module)
+        if decomposition is not None:
+            return _bound(partial(decomposition, self, module), args, kwargs, self.where)
         entry = module_entry(module)
         if entry is None:
-            return self._append(Step(type(module), args, self.where, _without_rule(node), kwargs=kwargs))
+            return self._append(Step(type(module), args, self.where, _without_rule(), kwargs=kwargs))
         operation, read = entry
         given = (*args, *kwargs.values())
         if len(given) != 1:
@@ -317,6 +355,8 @@ def _bound(bind: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
         reason = str(error).replace("<lambda>()", "it").replace("_bind_", "").replace("_decompose_", "")
         raise UnsupportedOperation(f"{where} has no rule with these arguments: {reason}") from error
     except UnsupportedOperation as error:
+        if str(error).startswith(where):  # of an operation within a decomposition
+            raise
         raise UnsupportedOperation(f"{where}: {error}") from error
 
 
@@ -336,7 +376,11 @@ def _attribute(root: nn.Module, path: str) -> Step:
     """A parameter, buffer or tensor of a module, read off it at every call."""
     *owner, name = path.split(".")
     module = root.get_submodule(".".join(owner))
-    return Step(getattr, (), path.removeprefix(f"{ROOT}."), arguments=lambda: (module, name), module=module)
+    return _parameter(module, name, path.removeprefix(f"{ROOT}."))
+
+
+def _parameter(module: nn.Module, name: str, where: str) -> Step:
+    return Step(getattr, (), where, arguments=lambda: (module, name), module=module)
 
 
 def _entry(node: fx.Node) -> tuple[Operation, Bind] | None:
@@ -369,7 +413,7 @@ def record_of(function: Callable[..., Any]) -> Operation | None:
     return None if entry is None else entry[0]
 
 
-def _without_rule(node: fx.Node) -> Operation:
+def _without_rule() -> Operation:
     """Stands for an operation that has no record, until its absence is reported."""
     return Operation(NO_RULE, lambda *args: args)
 

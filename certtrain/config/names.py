@@ -37,7 +37,7 @@ DATASETS = Names(
 MODELS = Names(
     "certtrain.models",
     "MODELS",
-    ("cnn7", "cnn7-wide", "wide-resnet", "resnext", "cnn-large", "cnn-small", "mlp"),
+    ("cnn7", "cnn7-wide", "wide-resnet", "resnext", "cnn-large", "cnn-small", "mlp", "vit"),
 )
 INITIALIZATIONS = Names(
     "certtrain.initialization", "INITIALIZATIONS", ("ibp", "kaiming", "xavier", "orthogonal", "default")

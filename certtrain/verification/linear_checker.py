@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from certtrain.errors import CertificateError
-from certtrain.verification.checker import UNIT, Interval, Propagation, SavedNetwork
+from certtrain.verification.checker import SavedNetwork
+from certtrain.verification.propagation import UNIT, Interval, Propagation
 from certtrain.verification.trees import Trees, covers
 
 Array = np.ndarray

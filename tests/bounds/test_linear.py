@@ -20,6 +20,7 @@ from certtrain.bounds.interval import RULES, Record
 from certtrain.bounds.linear import AlphaOptions, fused_cross_entropy, lower_bounds
 from certtrain.bounds.linear import alpha as alpha_file
 from certtrain.bounds.linear import crown as crown_file
+from certtrain.bounds.linear.backward import PARAMETRIZED
 from certtrain.bounds.linear.backward import RULES as BACKWARD
 from certtrain.bounds.linear.patches import Coefficients, Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS as LINES
@@ -250,7 +251,7 @@ def test_a_degenerate_box_gives_the_networks_own_margins(method, drawn):
 
 def test_every_operation_with_an_interval_rule_has_a_linear_one():
     affine = {function for function, record in OPERATIONS.items() if record.affine is not Affine.NO} | {scale_shift}
-    assert RULES.keys() <= LINES.keys() | BACKWARD.keys() | affine
+    assert RULES.keys() <= LINES.keys() | BACKWARD.keys() | PARAMETRIZED.keys() | affine
 
 
 # --- elementwise functions --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import torch
@@ -62,6 +63,17 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.join(self.one(x), self.other(x))
+
+
+class Attending(nn.Module):
+    """Rows of pixels as tokens."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 5, 0.0, batch_first=True, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1, 2)).unflatten(1, (3, 4))
 
 
 def add_in_place(x: Tensor, y: Tensor) -> Tensor:
@@ -158,6 +170,16 @@ STEPS: list[Callable[[], nn.Module]] = [
     lambda: nn.Conv2d(3, 3, 3, padding=1, padding_mode="circular"),
     lambda: nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear")),
     lambda: Do(lambda x: torch.stack([x[:, 0], x[:, 1], x.narrow(1, 2, 1).squeeze(1)], 1)),
+    lambda: Attending(),
+    lambda: Attending(norm_first=True, activation="gelu"),
+    lambda: Do(lambda x: F.scaled_dot_product_attention(x, x.mT, x + 1, is_causal=True)),
+    lambda: Do(lambda x: torch.einsum("bchw,bcwd->bchd", x, x) * x),
+    lambda: Do(lambda x: x / (x * x + 1)),
+    lambda: Do(lambda x: x.log_softmax(1)),
+    lambda: nn.LayerNorm(4),
+    lambda: nn.RMSNorm((4, 4)),
+    lambda: nn.GroupNorm(3, 3),
+    lambda: nn.InstanceNorm2d(3, affine=True),
 ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds.attention import attend
 from certtrain.bounds.graph import Call, leaves
+from certtrain.bounds.normalization import deviation, inverse_root, normalized
 from certtrain.bounds.operations import WEIGHTED, add, cast, cat, einsum, sub
 from certtrain.bounds.rounding import ARITHMETICS, EXACT, RULES, Arithmetic, enclosing_linf_box
 from certtrain.errors import UnsupportedOperation
@@ -171,12 +174,60 @@ def weighted(function: Callable[..., Tensor]) -> Callable[..., Values]:
 
 def matrix_product(function: Callable[..., Tensor]) -> Callable[..., Values]:
     def by_hand(a: Adversary, x, y, *settings) -> Values:
+        if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+            return product_of_matrices(a, x, y)
         value, matrix = (x, y) if isinstance(x, np.ndarray) else (y, x)
         order = (lambda e: (e, matrix.double())) if value is x else (lambda e: (matrix.double(), e))
         columns, shape = coefficients(lambda e: function(*order(e), *settings), value.shape[1:])
         return a.stored(sum_of_products(a, value, columns, None)).reshape(shape)
 
     return by_hand
+
+
+def product_of_matrices(a: Adversary, x: Values, y: Values) -> Values:
+    terms = [a.product(x[..., :, k, None], y[..., None, k, :]) for k in range(x.shape[-1])]
+    return a.stored(a.sum(terms))
+
+
+def softmax(a: Adversary, x: Values, dim: int) -> Values:
+    """Over the last axis, of exponentials that are four units in the last place off."""
+    assert dim == -1
+
+    def exponential(value: Fraction) -> Fraction:
+        with localcontext(prec=60, Emin=-(10**6)):
+            exact = (Decimal(value.numerator) / Decimal(value.denominator)).exp()
+        return a._erroneous(Fraction(exact), 8 * a.arithmetic.unit)
+
+    terms = np.frompyfunc(exponential, 1, 1)(a.rounded(x - x.max(-1, keepdims=True)))
+    total = a.sum([terms[..., k, None] for k in range(x.shape[-1])])
+    return a.stored(a.rounded(terms * a.rounded(1 / total)) if a.fused else a.rounded(terms / total))
+
+
+def mean_of(a: Adversary, x: Values) -> Values:
+    return a.rounded(a.sum([x[..., k, None] for k in range(x.shape[-1])]) / x.shape[-1])
+
+
+def variance(a: Adversary, x: Values, mean: Values) -> Values:
+    """In two passes, or by Welford's recurrence."""
+    if not a.fused:
+        return mean_of(a, a.rounded(a.rounded(x - mean) ** 2))
+    so_far, squares = x[..., :1], x[..., :1] * 0
+    for k in range(1, x.shape[-1]):
+        apart = a.rounded(x[..., k, None] - so_far)
+        so_far = a.rounded(so_far + a.rounded(apart / (k + 1)))
+        squares = a.rounded(squares + a.rounded(apart * a.rounded(x[..., k, None] - so_far)))
+    return a.rounded(squares / x.shape[-1])
+
+
+def normalized_by_hand(a: Adversary, d: Values, factor: Values, x: Values, dims: tuple[int, ...], eps: float) -> Values:
+    """From x alone, as a LayerNorm that is one operation; its parts are not stored."""
+    assert dims == (-1,)
+    mean = mean_of(a, x) if d is not x else x[..., :1] * 0
+    spread = variance(a, x, mean) if d is not x else mean_of(a, a.rounded(x * x))
+    inverse = a.rounded(1 / a.root(a.rounded(spread + a.rounded(exactly(eps)))))
+    if a.bias_first:
+        return a.stored(a.rounded(a.rounded(x * inverse) - a.rounded(mean * inverse)))
+    return a.stored(a.rounded(a.rounded(x - mean) * inverse))
 
 
 def average(function: Callable[..., Tensor]) -> Callable[..., Values]:
@@ -289,6 +340,12 @@ def padded(a: Adversary, x: Values, *settings) -> Values:
 
 
 BY_HAND: dict[Callable, Callable[..., Values]] = {
+    torch.softmax: softmax,
+    attend: product_of_matrices,
+    torch.square: lambda a, x: a.stored(a.rounded(x * x)),
+    deviation: lambda a, x, dims: a.rounded(x - mean_of(a, x)),
+    inverse_root: lambda a, x, eps: a.rounded(1 / a.root(a.rounded(x + a.rounded(exactly(eps))))),
+    normalized: normalized_by_hand,
     **{function: weighted(function) for function in WEIGHTED},
     **{function: matrix_product(function) for function in (torch.matmul, einsum)},
     **{function: moves(function) for function in EXACT},
@@ -456,6 +513,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mul by a number": (lambda: One(lambda self, x: 0.3 * x), SHAPE),
     "div": (lambda: One(lambda self, x: x / self.c, spread(2, 4, 4)), SHAPE),
     "neg": (lambda: One(lambda self, x: -x), SHAPE),
+    "mul of two values": (lambda: One(lambda self, x: x * x.flip(1)), SHAPE),
+    "matmul of two values": (lambda: One(lambda self, x: x @ x.transpose(2, 3)), SHAPE),
+    "einsum of two values": (lambda: One(lambda self, x: torch.einsum("bij,bjk->bik", x, x)), (4, 4)),
+    "square": (lambda: One(lambda self, x: x * x + x.square()), SHAPE),
+    "softmax": (lambda: One(lambda self, x: x.softmax(-1) * 2), SHAPE),
+    "attention": (lambda: One(lambda self, x: (x * 0.01).softmax(-1) @ x), SHAPE),
+    "layer norm": (lambda: nn.LayerNorm(6, elementwise_affine=False), (2, 6)),
+    "instance norm": (lambda: nn.InstanceNorm1d(2), (2, 6)),
+    "rms norm": (lambda: nn.RMSNorm(6, eps=0.1, elementwise_affine=False), (2, 6)),
     "cat": (
         lambda: One(lambda self, x: torch.cat([x, self.c.expand(x.size(0), -1, -1, -1)], 1), spread(1, 1, 4, 4)),
         SHAPE,

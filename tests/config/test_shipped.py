@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 
@@ -35,11 +36,12 @@ SCHEDULES = {
     ("tinyimagenet", "long"): (800, 100, 400, (600, 700), 0.1, 100, 8, 0.4),
 }
 NARROW = {
-    "cnn7": ["width=2"],
-    "cnn-large": ["width=2"],
-    "cnn-small": ["width=2"],
-    "wide-resnet": ["base_width=2", "widen_factor=1"],
-    "resnext": ["stem_width=2", "bottleneck_width=1"],
+    "cnn7": ["width=2", "linear_width=4"],
+    "cnn-large": ["width=2", "linear_width=4"],
+    "cnn-small": ["width=2", "linear_width=4"],
+    "wide-resnet": ["base_width=2", "widen_factor=1", "linear_width=4"],
+    "resnext": ["stem_width=2", "bottleneck_width=1", "linear_width=4"],
+    "vit": ["width=2", "heads=1", "depth=1"],
 }
 
 
@@ -89,16 +91,16 @@ def test_the_systematic_name_of_the_short_name(data):
 
 
 @cache
-def size_of(model: str, shape: tuple[int, int, int], classes: int, batch_norm: bool) -> Size:
-    return network_size(model, shape, classes, {} if batch_norm else {"batch_norm": False})
+def size_of(model: str, shape: tuple[int, int, int], classes: int, options: str) -> Size:
+    return network_size(model, shape, classes, json.loads(options))
 
 
 @pytest.mark.parametrize("name", runnable_configs())
 def test_the_network_fits_the_images_and_the_file_reads_back(name, tmp_path):
     config = load_config(name)
     shape, classes = IMAGES[config.data.name]
-    size = size_of(config.model.name, shape, classes, config.model.options.get("batch_norm", True))
-    assert 1e5 < size.parameters < 1e8
+    size = size_of(config.model.name, shape, classes, json.dumps(config.model.options))
+    assert 5e4 < size.parameters < 1e8
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "config.yaml") == config
 
@@ -129,7 +131,7 @@ def apart_from_schedules() -> list[str]:
 def test_it_trains_for_an_epoch(name, images, tmp_path):
     """As shipped, but narrow, on eight images, with the whole warmup in this one epoch."""
     config = load_config(name)
-    narrow = [f"model.options.{option}" for option in [*NARROW[config.model.name], "linear_width=4"]]
+    narrow = [f"model.options.{option}" for option in NARROW[config.model.name]]
     small = ["training.epochs=1", "training.batch_size=4", "epsilon.start_epoch=1", "epsilon.warmup_epochs=1",
              "optimizer.milestones=[]", "verification.pgd_steps=1", "verification.pgd_restarts=1"]  # fmt: skip
     overrides = [*narrow, *small, "data.name=npz", f"data.path={images[config.data.name]}"]

@@ -17,11 +17,13 @@ import certtrain
 from certtrain.bounds import BoundedModel
 from certtrain.data import load_dataset, to_float
 from certtrain.errors import CertificateError, CheckpointError
+from certtrain.initialization import ibp_init_
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model, save_model
 from certtrain.verification.certificates import read_certificates
-from certtrain.verification.checker import Interval, Propagation, SavedNetwork, growth
+from certtrain.verification.checker import SavedNetwork
 from certtrain.verification.pixels import pixel_box
+from certtrain.verification.propagation import Interval, Propagation, growth
 from certtrain.verification.verify import verify
 from tests.networks import randomized
 from tests.verification.forging import rewrite
@@ -158,6 +160,65 @@ MODELS = {
     "wide-resnet": {"base_width": 2, "widen_factor": 2, "linear_width": 10},
     "resnext": {"stem_width": 4, "bottleneck_width": 2, "linear_width": 10, "blocks": 2},
 }
+TRANSFORMERS = {
+    "pre, batch": {"norm_kind": "batch", "pool": "flatten", "shifted_patches": True},
+    "post, no variance": {"norm": "post", "norm_kind": "layer-no-variance", "pool": "token"},
+    "none": {"norm": "none"},
+    "pre, layer": {"depth": 1},
+    "post, layer": {"norm": "post", "depth": 1, "pool": "flatten"},
+}
+
+
+def saved_transformer(folder, kind):
+    torch.manual_seed(0)
+    options = {"width": 8, "heads": 2, "mlp_width": 6, "patch": 4, **TRANSFORMERS[kind]}
+    architecture = {"name": "vit", "image_shape": [3, 8, 8], "num_classes": 4, "mean": [0.4, 0.5, 0.6],
+                    "std": [0.2, 0.3, 0.25], "options": options}  # fmt: skip
+    model = randomized(ibp_init_(build_model(**architecture)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # whose weights start as 1, and biases as 0
+                parameter += 0.2 * torch.randn_like(parameter)
+    save_model(folder, model, architecture)
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.parametrize("arithmetic", ["float32", "bf16", "float64"])
+def test_verifier_and_checker_derive_the_same_margins_of_transformers(kind, arithmetic, tmp_path):
+    file = saved_transformer(tmp_path, kind)
+    model, network = load_model(file), SavedNetwork.read(file)
+    images, labels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 3, 1])
+    box = pixel_box(images, 1 / 255)
+    bounds = BoundedModel(model, to_float(images)).margins(box, labels, arithmetic=arithmetic)
+    for row, lower, upper, label in zip(bounds, box.lower.numpy(), box.upper.numpy(), labels.tolist(), strict=True):
+        least = row.scatter(0, torch.tensor([label]), torch.inf).min().item()
+        assert network.classifier_input(lower, upper, arithmetic).margin(label) == pytest.approx(
+            least, rel=1e-7, abs=1e-7
+        )
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+def test_a_transformer_that_is_proved_is_the_one_that_is_loaded(kind, tmp_path):
+    file = saved_transformer(tmp_path, kind)
+    model, network = load_model(file).double(), SavedNetwork.read(file)
+    for image in torch.rand(3, 3, 8, 8, dtype=torch.float64):
+        with torch.no_grad():
+            (logits,) = model(image[None])
+        found = network.classifier_input(image.numpy(), image.numpy(), "float64")
+        for label in range(4):
+            exact = (logits[label] - torch.cat([logits[:label], logits[label + 1 :]])).min().item()
+            assert found.margin(label) <= exact
+            assert found.margin(label) == pytest.approx(exact, abs=1e-6)
+
+
+def test_the_checker_refuses_a_transformer_with_gelu(tmp_path):
+    file = saved_transformer(tmp_path, "none")
+    description = json.loads((tmp_path / "model.json").read_text())
+    description["model"]["options"]["activation"] = "gelu"
+    (tmp_path / "model.json").write_text(json.dumps(description))
+    with pytest.raises(CertificateError, match="GELU"):
+        SavedNetwork.read(file)
 
 
 def saved(folder, name, batch_norm=True):

@@ -1,4 +1,4 @@
-"""alpha-CROWN: the slopes below unstable neurons, optimised for each image and margin."""
+"""alpha-CROWN: the slopes below unstable neurons, and the planes of products, optimised for each image and margin."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from certtrain.bounds.graph import Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
+from certtrain.bounds.linear.backward import PARAMETRIZED
 from certtrain.bounds.linear.crown import crown_margins
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.relaxations import RELAXATIONS
@@ -60,9 +61,17 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
 
 
 def _initial_slopes(record: Record, rows: int) -> tuple[dict[int, Tensor], dict[int, tuple[Tensor, Tensor]]]:
-    """By call with free slopes: those below, (B, rows, ...), and the ends they may move between, (B, 1, ...)."""
+    """By call with free slopes: those below, (B, rows, ...), and the ends they may move between, (B, 1, ...).
+
+    By product of two values: the parameter of its planes.
+    """
     slopes, ends = {}, {}
     for call in record.calls:
+        refs = [argument for argument in call.args[:2] if isinstance(argument, Ref)]
+        if call.function in PARAMETRIZED and len(set(refs)) == 2:
+            start = torch.zeros_like(record.boxes[refs[0].index].like)
+            slopes[call.index] = start[:, None].repeat(1, rows, *[1] * (start.dim() - 1)).requires_grad_()
+            ends[call.index] = -torch.ones_like(start)[:, None], torch.ones_like(start)[:, None]
         if call.function not in FREE_SLOPES:
             continue
         (ref,) = leaves(call.args, Ref)

@@ -7,6 +7,7 @@ they see a part of the image only. An operation is pulled back
 
 affine       by its transpose; autograd's vector-Jacobian product knows every one of them
 elementwise  where A > 0 by the line below the function, where A < 0 by the line above it (`relaxations.py`)
+a product    of two values by planes below and above it (`bilinear.py`); softmax in the same way (`softmax.py`)
 a maximum    by the input that is largest at least, or by a constant; of two values, as y + ReLU(x - y)
 
 and one that has none of these is an error.
@@ -28,14 +29,16 @@ from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Record
-from certtrain.bounds.linear import patches
+from certtrain.bounds.linear import bilinear, normalization, patches
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.patches import Coefficients, Contributions, Patches, added, constant_map, dense, scaling_of
 from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, above_in_exact_arithmetic, relu
+from certtrain.bounds.linear.softmax import softmax
+from certtrain.bounds.normalization import normalized
 from certtrain.bounds.operations import add, cast, differentiable, identity, reshape, sub
 from certtrain.errors import UnsupportedOperation
 
-Slopes = Mapping[int, Tensor]  # by call: slope of the line below, (B, 1 or R, ...)
+Slopes = Mapping[int, Tensor]  # by call: slope of the line below, or parameter of the planes, (B, 1 or R, ...)
 Lines = dict[int, LinearRelaxation]  # by call
 
 
@@ -245,8 +248,13 @@ RULES: dict[Callable, Rule] = {
     torch.amin: _extreme(-1),
     torch.maximum: _maximum(1),
     torch.minimum: _maximum(-1),
+    **{function: softmax for function in (torch.softmax, torch.log_softmax)},
 }
 """Of operations whose transpose, or relaxation as a whole, is written down; any other affine call has `_affine`."""
+
+
+PARAMETRIZED: dict[Callable, bilinear.Rule] = {**bilinear.PRODUCTS, normalized: normalization.normalized}
+"""Of operations of two values, whose planes have a free parameter."""
 
 
 @dataclass(frozen=True)
@@ -299,7 +307,8 @@ def linear_bounds(
 
     Args:
         functions: by value, coefficients (B, R, ...), dense or `Patches`.
-        slopes: replaces the slope of the line below, call by call, where that is free (`FREE_SLOPES`).
+        slopes: by call, the slope of the line below where that is free (`FREE_SLOPES`), or the parameter of a product's
+            planes.
         lines: relaxations known from earlier passes over the same boxes; it is added to.
         observe: sees the coefficients of the value of every call with a relaxation.
 
@@ -350,8 +359,8 @@ def _pulled(
     """What `a`, of the call's value, is of the values before it, and the constants (B, R)."""
     if line is not None:
         return _elementwise(call, a, boxes, line, slope)
-    if not call.affine and call.function in SCALINGS:  # the product of two values
-        raise UnsupportedOperation(f"{call.where} has no linear relaxation; methods that support it: ibp")
+    if not call.affine and call.function in PARAMETRIZED:
+        return PARAMETRIZED[call.function](call, dense(a), boxes, slope)
     if isinstance(a, Patches):
         rule = patches.RULES.get(call.function)
         found = None if rule is None else rule(call, a, boxes)

@@ -1,0 +1,199 @@
+"""What each kind of layer does to an interval of one image's values: the arithmetic of the checker, in numpy.
+
+Nothing of `certtrain.bounds` takes part. The error of every sum, the deployed network's and numpy's own, is at most
+e·(Σ|w||x| + |b|) with e = k·u / (1 - k·u) for k roundings of relative size u, and goes into the radius.
+(docs/soundness.md)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from certtrain.errors import CertificateError
+
+Array = np.ndarray
+
+UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "tf32": 2.0**-22, "bf16": 2.0**-22}
+OPERANDS = {"float64": 0.0, "float32": 0.0, "tf32": (1 + 2.0**-10) ** 2 - 1, "bf16": 2.0**-8}
+STORED = {"float64": 0.0, "float32": 0.0, "tf32": 0.0, "bf16": 2.0**-8}
+TINY = {"float64": 2.0**-1022, "float32": 2.0**-126, "tf32": 2.0**-126, "bf16": 2.0**-126}
+LARGEST = {"float64": 2.0**1023, "float32": 2.0**127, "tf32": 2.0**127, "bf16": 2.0**127}
+NUMPY_ROUNDINGS = 24  # around any sum of the checker's, at the most
+FOLDING_ROUNDINGS = 16  # from BatchNorm's parameters to a weight it may be folded into
+LARGEST_SCALE = 2.0**40  # of BatchNorm's parameters: what an underflow may be multiplied by
+
+
+class Sums(NamedTuple):
+    """The sums of products that made a value: their length, Σ|w| and |b| at the most, and the largest |x| they meet.
+
+    normalized: a BatchNorm has followed already.
+    """
+
+    terms: int
+    weight: float
+    bias: float
+    largest: float
+    normalized: bool = False
+
+
+class Interval(NamedTuple):
+    """All values within `radius` of `center`.
+
+    sums: those that a BatchNorm here may be folded into, where only reshaping stands between; None if there are none.
+    """
+
+    center: Array
+    radius: Array
+    sums: Sums | None = None
+
+    @property
+    def magnitude(self) -> Array:
+        return np.abs(self.center) + self.radius
+
+
+def growth(unit: float, roundings: int) -> float:
+    """No less than (1 ± unit)^±roundings."""
+    return (1 + 2.0**-50) / (1 - roundings * unit) if roundings * unit < 1 else np.inf
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """What each kind of layer does to an interval, in one arithmetic; layers are named as in model.safetensors."""
+
+    weights: Mapping[str, Array]
+    arithmetic: str
+
+    def image(self, lower: Array, upper: Array) -> Interval:
+        center = (lower + upper) / 2
+        radius = np.nextafter(np.maximum(upper - center, center - lower), np.inf)
+        x, stored = Interval(center, radius), STORED[self.arithmetic]
+        return self.widened(x, stored, x.magnitude) if stored else x
+
+    def normalize(self, x: Interval, mean: str, std: str) -> Interval:
+        mean_, std_ = self.weights[mean], self.weights[std]
+        shifted = self.widened(Interval(x.center - mean_, x.radius), self.elementwise(2), x.magnitude + np.abs(mean_))
+        scaled = Interval(shifted.center / std_, shifted.radius / std_)
+        return self.widened(scaled, self.elementwise(4), shifted.magnitude / std_)
+
+    def convolution(self, x: Interval, name: str, stride: int = 1, padding: int = 1, groups: int = 1) -> Interval:
+        kernels = self.weights[f"{name}.weight"]
+        parts = []
+        for kernel, center, radius in zip(*(np.split(v, groups) for v in (kernels, *x[:2])), strict=True):
+            at, around = (_patches(part, kernel.shape[2:], stride, padding) for part in (center, radius))
+            parts.append(self._sums(at, around, kernel.reshape(len(kernel), -1), 0.0))
+        center, radius = (np.concatenate([part[i] for part in parts], axis=-1) for i in (0, 1))
+        bias = self.weights.get(f"{name}.bias", np.zeros(len(kernels)))
+        terms = kernels[0].size
+        radius = radius + self.sum_error(terms) * np.abs(bias)
+        sums = Sums(terms, np.abs(kernels).sum(), np.abs(bias).max(), x.magnitude.max())
+        return Interval((center + bias).transpose(2, 0, 1), radius.transpose(2, 0, 1) * (1 + 2.0**-40), sums)
+
+    def linear(self, x: Interval, name: str) -> Interval:
+        weight = self.weights[f"{name}.weight"]
+        bias = self.weights.get(f"{name}.bias", np.zeros(len(weight)))
+        sums = Sums(weight.shape[1], np.abs(weight).sum(), np.abs(bias).max(), x.magnitude.max())
+        return Interval(*self._sums(x.center, x.radius, weight, bias), sums)
+
+    def flatten(self, x: Interval) -> Interval:
+        return Interval(x.center.ravel(), x.radius.ravel(), x.sums)
+
+    def batch_norm(self, x: Interval, name: str) -> Interval:
+        mean, variance, weight, bias = (
+            self.weights[f"{name}.{part}"].reshape(-1, *[1] * (x.center.ndim - 1))
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        scale = weight / np.sqrt(variance + 1e-5)
+        parameters = np.abs(mean * scale) + np.abs(bias)
+        moved = Interval((x.center - mean) * scale + bias, x.radius * np.abs(scale))
+        small = max(np.abs(mean).max(), np.abs(bias).max()) < LARGEST_SCALE
+        if not (small and self.is_harmless(variance + 1e-5, scale, weight)):
+            return moved._replace(radius=np.full_like(moved.radius, np.inf))
+        magnitude = np.abs(scale) * x.magnitude + parameters
+        moved = self.widened(moved, self.elementwise(FOLDING_ROUNDINGS), magnitude)
+        if x.sums is not None and x.sums.normalized:
+            raise CertificateError(f"{name} follows another BatchNorm: folding both rounds more often than is counted")
+        terms = 1 if x.sums is None else x.sums.terms
+        moved = self.widened(moved, self.sum_error(terms), parameters)
+        return moved if x.sums is None else self._folded(moved, x.sums, np.abs(scale).max(), parameters.max())
+
+    def _folded(self, x: Interval, sums: Sums, scale: float, parameters: float) -> Interval:
+        """With what underflows of folded weights cost; everything, where a folded sum may overflow."""
+        lost = 8 * sums.terms * LARGEST_SCALE * TINY[self.arithmetic] * (1 + sums.largest)
+        fits = (
+            2 * (sums.weight * scale * (1 + sums.largest) + sums.bias * scale + parameters) <= LARGEST[self.arithmetic]
+        )
+        radius = (x.radius + lost) * (1 + 2.0**-40) if fits else np.full_like(x.radius, np.inf)
+        return Interval(x.center, radius, sums._replace(normalized=True))
+
+    def relu(self, x: Interval) -> Interval:
+        lower = np.maximum(np.nextafter(x.center - x.radius, -np.inf), 0)
+        upper = np.maximum(np.nextafter(x.center + x.radius, np.inf), 0)
+        center = (lower + upper) / 2
+        return Interval(center, np.nextafter(np.maximum(upper - center, center - lower), np.inf))
+
+    def add(self, x: Interval, y: Interval) -> Interval:
+        total = Interval(x.center + y.center, x.radius + y.radius)
+        return self.widened(total, self.elementwise(2), x.magnitude + y.magnitude)
+
+    def margins(self, x: Interval, name: str, label: int) -> Array:
+        """(K,): lower bounds of every z_label - z_j that the last layer can compute; 0 for the label itself."""
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        rows = weight[label] - weight
+        sizes = np.abs(weight) @ x.magnitude + np.abs(bias)
+        error = self.sum_error(weight.shape[1]) * (sizes[label] + sizes) + 2 * self._underflow(x.magnitude, weight)
+        reach = (np.abs(rows) @ x.radius + error) * growth(UNIT["float64"], weight.shape[1] + NUMPY_ROUNDINGS)
+        lower = np.nextafter(rows @ x.center + (bias[label] - bias) - reach, -np.inf)
+        known = self._fits(x.magnitude, weight, bias) & ~np.isnan(lower)
+        lower = np.where(known, lower, -np.inf)
+        lower[label] = 0.0
+        return lower
+
+    # --- errors
+
+    def sum_error(self, terms: int) -> float:
+        a = self.arithmetic
+        deployed = (1 + OPERANDS[a]) * (1 + STORED[a]) ** 2 * growth(UNIT[a], terms + 1 + FOLDING_ROUNDINGS) - 1
+        return deployed + growth(UNIT["float64"], terms + 1 + NUMPY_ROUNDINGS) - 1
+
+    def elementwise(self, roundings: int) -> float:
+        deployed = (1 + STORED[self.arithmetic]) ** 2 * growth(UNIT[self.arithmetic], roundings) - 1
+        return deployed + growth(UNIT["float64"], roundings + NUMPY_ROUNDINGS) - 1
+
+    def _sums(self, center: Array, radius: Array, weight: Array, bias: Array | float) -> tuple[Array, Array]:
+        magnitude = np.abs(center) + radius
+        error = self.sum_error(weight.shape[1])
+        spread = (radius + error * magnitude) @ np.abs(weight).T
+        slack = error * np.abs(bias) + self._underflow(magnitude, weight)
+        inflated = (spread + slack) * growth(UNIT["float64"], weight.shape[1] + NUMPY_ROUNDINGS)
+        fits = self._fits(magnitude, weight, np.atleast_1d(bias))
+        return center @ weight.T + bias, inflated if fits else np.full_like(inflated, np.inf)
+
+    def _underflow(self, magnitude: Array, weight: Array) -> float:
+        terms = weight.shape[1]
+        return 8 * TINY[self.arithmetic] * (2 * terms + 2 + np.abs(weight).sum() + terms * magnitude.max())
+
+    def _fits(self, magnitude: Array, weight: Array, bias: Array) -> bool:
+        return bool(2 * (np.abs(weight).sum() * magnitude.max() + np.abs(bias).max()) <= LARGEST[self.arithmetic])
+
+    def widened(self, x: Interval, error: float, magnitude: Array) -> Interval:
+        underflow = 2.0**60 * TINY[self.arithmetic]
+        radius = (x.radius + error * magnitude + underflow) * (1 + 2.0**-40)
+        fits = 2 * (magnitude + radius) <= LARGEST[self.arithmetic]
+        return Interval(x.center, np.where(fits, radius, np.inf))
+
+    def is_harmless(self, *parameters: Array) -> bool:
+        """No intermediate result of a BatchNorm can overflow, or lose more in an underflow than `widened` allows."""
+        sizes = np.abs(np.concatenate([values.ravel() for values in parameters]))
+        return bool(((sizes == 0) | ((sizes > 1 / LARGEST_SCALE) & (sizes < LARGEST_SCALE))).all())
+
+
+def _patches(image: Array, kernel: tuple[int, ...], stride: int, padding: int) -> Array:
+    """(H', W', C·kh·kw): what each output position of a convolution sees of a (C, H, W) image."""
+    padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
+    windows = sliding_window_view(padded, kernel, axis=(1, 2))[:, ::stride, ::stride]
+    return windows.transpose(1, 2, 0, 3, 4).reshape(*windows.shape[1:3], -1)
