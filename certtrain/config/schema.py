@@ -199,12 +199,13 @@ class TrainingSection(Section):
 
 
 class VerificationSection(Section):
-    """What is measured on the test set at the end, and by `certtrain verify`."""
+    """What is measured at the end, and by `certtrain verify`."""
 
+    split: Literal["test", "validation"] = "test"  # of which images; validation: the test set is not looked at
     eps: Several[Radius] | None = None  # null: epsilon.max
     method: Several[str] = ("ibp",)  # a cascade: each sees what those before left unknown
     arithmetic: Annotated[str, one_of("arithmetic", ARITHMETICS)] | None = None  # whose rounding the bounds cover
-    limit: Positive | None = None  # only the first so many test images
+    limit: Positive | None = None  # only the first so many of these images
     batch_size: Positive = 256
     pgd_steps: Count = 40
     pgd_restarts: Count = 2
@@ -272,6 +273,8 @@ class Config(Section):
             )
         if self.backend == "lirpa" and not (method.on_lirpa and statistics == "clean"):
             raise ValueError(f"backend lirpa does not support training.method {method.name} as configured")
+        if self.verification.split == "validation" and not self.data.validation:
+            raise ValueError("verification.split validation: data.validation says how many images that are, and is 0")
         if self.optimizer.warmup_epochs > epochs:
             raise ValueError(f"optimizer.warmup_epochs: {self.optimizer.warmup_epochs:g} of {epochs} epochs")
         if epsilon.train_factor * epsilon.max > 1:

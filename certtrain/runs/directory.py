@@ -23,6 +23,7 @@ RUN_FILES = (
     "model.json",
     "summary.json",
     "verify.json",
+    "verdicts.json",
     "radius.json",
     "radius.png",
     "model.onnx",
