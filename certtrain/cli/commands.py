@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from certtrain.cli.named_run import config_of, folder_of, open_network, require_data
+from certtrain.cli.studies import holds_runs, is_run_folder, report_study
 from certtrain.cli.tables import hints, show_results
 from certtrain.errors import UsageError, optional_module
 from certtrain.runtime.device import check_device_name
@@ -263,6 +264,8 @@ def export_command(options: argparse.Namespace) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
+    if options.run.is_dir() and not is_run_folder(options.run) and holds_runs(options.run):
+        return report_study(options)
     config = config_of(options, options.run)
     require_data(config)
 

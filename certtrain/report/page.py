@@ -39,7 +39,7 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
         CheckpointError: the run is not finished, or one of its files is missing or corrupt.
         MissingDependency: matplotlib or jinja2 is not installed.
     """
-    page = _template()
+    page = template("page.html")
     summary, epochs = _read_summary(run), _read_epochs(run)
     shown, curves = _show(config, summary), error_curves(run, summary)
     drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*curves)}
@@ -62,11 +62,16 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
     write_text(file, text)
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """One of certtrain's pages, to be rendered.
+
+    Raises:
+        MissingDependency: jinja2 is not installed.
+    """
     jinja2 = optional_module("jinja2", "report")
     loader = jinja2.PackageLoader("certtrain", "report")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------

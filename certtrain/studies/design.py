@@ -135,17 +135,17 @@ def _axes(file: StudyFile) -> list[list[tuple[str, Choice]]]:
         if isinstance(choices, dict):
             axes.append(list(choices.items()))
         else:
-            axes.append([(f"{label}={_text(value)}", {key: value}) for value in choices])
+            axes.append([(f"{label}={value_name(value)}", {key: value}) for value in choices])
     return axes
 
 
-def _text(value: Any) -> str:
+def value_name(value: Any) -> str:
     """A value as part of a folder's name."""
     if isinstance(value, Mapping):
         parts = [str(value["name"])] * ("name" in value)
-        return ",".join([*parts, *(f"{key}={_text(inner)}" for key, inner in value.items() if key != "name")])
+        return ",".join([*parts, *(f"{key}={value_name(inner)}" for key, inner in value.items() if key != "name")])
     if isinstance(value, list):
-        return "+".join(map(_text, value))
+        return "+".join(map(value_name, value))
     text = str(value).lower() if isinstance(value, bool) or value is None else str(value)
     return re.sub(r"[^A-Za-z0-9._+-]", "-", text)
 

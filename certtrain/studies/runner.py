@@ -107,7 +107,7 @@ def train_all(
     with (
         Display(console, runs, folder, jobs) as display,
         Processes(jobs, device, folder / "logs") as processes,
-        _sigterm_as_interrupt(),
+        interruptible(),
     ):
         for stranger in require_fit(runs, folder):
             display.tell(f"{folder / stranger} is no longer part of the study: it stays, and is not counted")
@@ -166,7 +166,7 @@ def _note(ended: Ended, folder: Path, outcome: Outcome, display: Display) -> Non
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """What a batch system sends before it kills is answered as Ctrl-C is."""
     previous = None
     with suppress(ValueError):  # not the main thread

@@ -1,0 +1,394 @@
+"""The search for good settings: Optuna proposes, runs are trained on part of the training set and judged by the rest.
+
+The test set is looked at once: by what was chosen, trained anew on the whole training set, when the search is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from certtrain.config import Config
+from certtrain.errors import CheckpointError, UsageError, optional_module, shortened
+from certtrain.runs.directory import differences, stored_config
+from certtrain.runs.lock import holder
+from certtrain.runtime.files import make_folder, parse_json, write_json
+from certtrain.studies.compare import compare
+from certtrain.studies.design import Cell, planned
+from certtrain.studies.page import html
+from certtrain.studies.processes import IN_USE, KILL_AFTER, Ended, Processes
+from certtrain.studies.progress import is_finished
+from certtrain.studies.runner import Outcome, interruptible, train_all
+from certtrain.studies.search import Range, Tuning
+from certtrain.studies.tables import Sheet, sheets
+
+STORAGE = "optuna.db"
+RECORD = "tuning.json"
+STUDY = "certtrain"  # its name in the storage
+SETTINGS = "settings"  # user attribute of a trial: the keys it changes, and to what
+PRUNED = 3  # exit code
+BASE = "base"  # the cell of the settings that were there before
+LOOK_EVERY = 1.0  # seconds
+
+
+@dataclass
+class Trial:
+    """One proposal: the settings it changes, and what they led to on validation images."""
+
+    number: int
+    state: str  # complete, pruned, fail, running
+    settings: Mapping[str, Any]
+    values: Sequence[float] | None
+    on_front: bool = False
+
+
+@dataclass
+class Tuned:
+    """Where a search stands. final: what became of the runs that are tested, None while the search goes on."""
+
+    folder: Path
+    objectives: Sequence[str]
+    validation: Any
+    trials: Sequence[Trial]
+    planned_trials: int
+    final: Outcome | None = None
+    chosen: Sequence[int] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """As of `Outcome`: 75 while the search is not over."""
+        return 75 if self.final is None else self.final.exit_code
+
+    def sheets(self) -> list[Sheet]:
+        return [*_search_sheets(self.summary()), *(sheets(compare([self.folder / "final"])) if self._tested else [])]
+
+    @property
+    def _tested(self) -> bool:
+        return self.final is not None and bool(self.final.finished)
+
+    def summary(self) -> dict[str, Any]:
+        """Of tuning.json."""
+        return {
+            "objectives": list(self.objectives),
+            "validation": self.validation,
+            "trials": [vars(trial) | {"values": list(trial.values) if trial.values else None} for trial in self.trials],
+            "planned_trials": self.planned_trials,
+            "chosen": list(self.chosen),
+            "tested": self._tested,
+        }
+
+
+def tune(
+    tuning: Tuning,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    budget: float | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Tuned:
+    """Search, or go on searching, and when all trials are over test what was chosen.
+
+    Several such calls, here and on other machines, may work on one folder and storage. A trial whose process was killed
+    is continued from its checkpoint.
+
+    Args:
+        folder: of the trials' runs, the record tuning.json, and the runs that are tested.
+        jobs, budget, device: as of `train_all`.
+
+    Raises:
+        UsageError: the storage holds another search; or more trials are asked for after the test set was looked at.
+        MissingDependency: Optuna is not installed.
+    """
+    optuna = optional_module("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    console = console or Console()
+    deadline = None if budget is None else time.monotonic() + budget - min(KILL_AFTER, budget / 5)
+    make_folder(folder)
+    study = open_study(tuning, folder)
+    tested_before = _tested_trials(folder)
+    if tested_before is not None and tuning.file.trials > tested_before:
+        raise UsageError(
+            f"{folder}: the test set was looked at after {tested_before} trials; choosing among {tuning.file.trials} "
+            "now would be choosing on it: name another --out"
+        )
+    interrupted = _search(tuning, study, folder, jobs, deadline, device, console)
+    result = Tuned(folder, tuning.file.objectives, tuning.file.validation, _trials(study), tuning.file.trials)
+    over = [trial for trial in result.trials if trial.state != "running"]
+    if not interrupted and len(over) >= tuning.file.trials and len(over) == len(result.trials):
+        _choose(result, tuning.file.final.most)
+        write_json(folder / RECORD, result.summary())  # after how many trials the test set was looked at
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is None or left > 0:
+            console.print("the search is over; now the test set, once", highlight=False)
+            cells = [Cell(BASE, tuning.final_config({}))]
+            cells += [
+                Cell(f"trial-{number}", tuning.final_config(result.trials[number].settings)) for number in result.chosen
+            ]
+            runs = [planned(cell, seed) for seed in tuning.file.final.seeds for cell in cells]
+            result.final = train_all(runs, folder / "final", jobs=jobs, budget=left, device=device, console=console)
+    write_json(folder / RECORD, result.summary())
+    return result
+
+
+def open_study(tuning: Tuning, folder: Path) -> Any:
+    """The Optuna study in the folder's storage, made where there is none."""
+    optuna = optional_module("optuna", "tune")
+    file = tuning.file
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=file.seed, constant_liar=True),
+        "random": lambda: optuna.samplers.RandomSampler(seed=file.seed),
+    }
+    pruner = optuna.pruners.NopPruner()
+    if file.pruning is not None:
+        epsilon = tuning.trial_config({}).epsilon
+        warmup = epsilon.start_epoch - 1 + epsilon.warmup_epochs
+        pruner = optuna.pruners.MedianPruner(
+            n_startup_trials=file.pruning.startup_trials,
+            n_warmup_steps=warmup if file.pruning.warmup_epochs is None else file.pruning.warmup_epochs,
+        )
+    url = file.storage or f"sqlite:///{(folder / STORAGE).resolve()}"
+    try:
+        study = optuna.create_study(
+            study_name=STUDY,
+            storage=url,
+            load_if_exists=True,
+            directions=["minimize"] * len(file.objectives),
+            sampler=samplers[file.sampler](),
+            pruner=pruner,
+        )
+    except Exception as error:  # of optuna, SQLAlchemy and the database's driver
+        raise UsageError(f"storage {shortened(url)} cannot be used: {shortened(error, 160)}") from error
+    asked = {"objectives": list(file.objectives), "search": sorted(file.search), "validation": file.validation}
+    stored = study.user_attrs.get("asked")
+    if stored is None:
+        study.set_user_attr("asked", asked)
+    elif stored != asked:
+        changed = [key for key in asked if stored.get(key) != asked[key]]
+        raise UsageError(f"{folder} holds another search: {', '.join(changed)} differ; name another --out")
+    return study
+
+
+# --- searching --------------------------------------------------------------------------------------------------------
+
+
+def _search(
+    tuning: Tuning, study: Any, folder: Path, jobs: int, deadline: float | None, device: str, console: Console
+) -> bool:
+    """Train trials until there are enough, or the time is up; whether somebody ended it."""
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with Processes(jobs, device, folder / "logs") as processes, interruptible():
+        try:
+            while deadline is None or time.monotonic() < deadline:
+                while processes.free and (trial := _next_trial(tuning, study, folder, processes.names)) is not None:
+                    number, config = trial
+                    tell(f"trial {number}: {_shown(study.trials[number].user_attrs[SETTINGS])}")
+                    processes.start(
+                        trial_name(number), train_trial, tuning, folder, number, config, folder / trial_name(number)
+                    )
+                if not processes.names:
+                    return False
+                for ended in processes.wait(LOOK_EVERY):
+                    _note(study, ended, tell)
+            return False
+        except KeyboardInterrupt:
+            tell("ending: what is under way is being saved")
+            return True
+
+
+def trial_name(number: int) -> str:
+    return f"trials/{number:04}"
+
+
+def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) -> tuple[int, Config] | None:
+    """A trial that was begun and has nobody at work in it, or a new one; None where there are enough."""
+    optuna = optional_module("optuna", "tune")
+    for begun in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+        place = folder / trial_name(begun.number)
+        if trial_name(begun.number) in names or holder(place) is not None:
+            continue
+        config = _propose(tuning, study, optuna.trial.Trial(study, begun._trial_id))
+        if config is None:
+            continue
+        if (place / "config.yaml").exists() and (different := differences(stored_config(place), config)):
+            raise UsageError(f"{place} no longer fits the search: {'; '.join(different.values())}")
+        return begun.number, config
+    while len(study.get_trials(deepcopy=False)) < tuning.file.trials:
+        trial = study.ask()
+        if (config := _propose(tuning, study, trial)) is not None:
+            return trial.number, config
+    return None
+
+
+def _propose(tuning: Tuning, study: Any, trial: Any) -> Config | None:
+    """The configuration of a trial; what it was given before, it keeps. None, and it has failed, where there is none."""
+    optuna = optional_module("optuna", "tune")
+    settings = {key: _suggest(trial, key, tuning) for key in tuning.file.search}
+    trial.set_user_attr(SETTINGS, settings)
+    try:
+        return tuning.trial_config(settings)
+    except UsageError as error:  # each value is possible, but not all of them together
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return None
+
+
+def _suggest(trial: Any, key: str, tuning: Tuning) -> Any:
+    space = tuning.file.search[key]
+    if not isinstance(space, Range):
+        choices = tuning.choices(key)
+        return choices[trial.suggest_categorical(key, list(choices))]
+    if space.whole:
+        return trial.suggest_int(key, space.low, space.high, log=space.log, step=int(space.step or 1))
+    return trial.suggest_float(key, space.low, space.high, log=space.log, step=space.step)
+
+
+def _note(study: Any, ended: Ended, tell: Any) -> None:
+    optuna = optional_module("optuna", "tune")
+    number = int(ended.name.rpartition("/")[2])
+    if ended.code == 0:
+        tell(f"trial {number}: {', '.join(f'{value:.4f}' for value in study.trials[number].values)}")
+    elif ended.code == PRUNED:
+        tell(f"trial {number}: pruned")
+    elif ended.code == IN_USE or ended.code < 0 or ended.code > 128:
+        pass  # another was quicker; or it was ended, and goes on another time
+    else:
+        study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+        tell(f"trial {number}: failed: {ended.message or f'exit code {ended.code}'}")
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
+    )
+
+
+def train_trial(tuning: Tuning, folder: Path, number: int, config: Config, place: Path, device: str) -> int:
+    """In a process of its own: train a trial, report its epochs to the pruner, and tell the storage what came out."""
+    optuna = optional_module("optuna", "tune")
+    from certtrain.runs.train import train
+    from certtrain.studies.pruning import Pruner
+
+    study = open_study(tuning, folder)
+    trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
+    pruner = Pruner(trial, config)
+    callbacks = [] if tuning.file.pruning is None else [pruner]
+    run = train(config, place, resume=True, device=device, console=Console(width=120), callbacks=callbacks)
+    if pruner.pruned:
+        study.tell(number, state=optuna.trial.TrialState.PRUNED, skip_if_finished=True)
+        return PRUNED
+    if run.summary is None:
+        return 128 + (run.interrupted_by or 0)
+    study.tell(number, [run.summary[name] for name in tuning.file.objectives], skip_if_finished=True)
+    return 0
+
+
+# --- choosing and telling ---------------------------------------------------------------------------------------------
+
+
+def _trials(study: Any) -> list[Trial]:
+    best = {trial.number for trial in study.best_trials}
+    return [
+        Trial(
+            trial.number,
+            trial.state.name.lower(),
+            trial.user_attrs.get(SETTINGS, {}),
+            trial.values,
+            trial.number in best,
+        )
+        for trial in study.get_trials(deepcopy=False)
+    ]
+
+
+def _choose(result: Tuned, most: int) -> None:
+    """The best trial; of a front, `most` that are spread along it, both ends among them.
+
+    Raises:
+        CheckpointError: no trial was finished.
+    """
+    front = [trial for trial in result.trials if trial.on_front]
+    if not front:
+        raise CheckpointError(f"no trial in {result.folder} was finished: its logs say why")
+    ordered = sorted(front, key=lambda trial: (list(trial.values or ()), trial.number))
+    count = 1 if len(result.objectives) == 1 else min(most, len(ordered))
+    places = [round(index * (len(ordered) - 1) / max(1, count - 1)) for index in range(count)]
+    result.chosen = [ordered[place].number for place in dict.fromkeys(places)]
+
+
+def _tested_trials(folder: Path) -> int | None:
+    """After how many trials the test set was looked at; None where it was not."""
+    if not any(is_finished(file.parent) for file in (folder / "final").glob("*/seed-*/config.yaml")):
+        return None
+    return len(_record(folder)["trials"])
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        content = parse_json((folder / RECORD).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content["trials"], list):
+            raise ValueError("a list of trials is expected")
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{folder / RECORD} is missing or corrupt ({error})") from error
+    return content
+
+
+def page_of(folder: Path, title: str) -> str:
+    """The HTML page of a search: the front, the trials, and what was tested.
+
+    Raises:
+        CheckpointError: tuning.json is missing or corrupt, or nothing was tested yet.
+    """
+    record = _record(folder)
+    if not record.get("tested"):
+        raise CheckpointError(f"the search in {folder} is not over: certtrain tune goes on")
+    comparison = compare([folder / "final"])
+    return html(comparison, title, _search_sheets(record), [("Search, on validation images", drawn(record))])
+
+
+def drawn(record: Mapping[str, Any]) -> str:
+    """The trials of tuning.json: the trade-off of the first two objectives, or the course of the only one."""
+    from certtrain.report import plots
+
+    complete = [trial for trial in record["trials"] if trial["state"] == "complete"]
+    values, names = [trial["values"] for trial in complete], record["objectives"]
+    if len(names) == 1:
+        return plots.progress_of_trials([value for (value,) in values], names[0])
+    front = [trial["values"] for trial in complete if trial["on_front"]]
+    return plots.trade_off([tuple(value[:2]) for value in values], [tuple(value[:2]) for value in front], names)
+
+
+def _search_sheets(record: Mapping[str, Any]) -> list[Sheet]:
+    objectives = [name.replace("_", " ") for name in record["objectives"]]
+    keys = list(dict.fromkeys(key for trial in record["trials"] for key in trial["settings"]))
+    states = [trial["state"] for trial in record["trials"]]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    shown = [trial for trial in record["trials"] if trial["on_front"]]
+    rows = [
+        [str(trial["number"]), *(f"{value:.4f}" for value in trial["values"]), *(_cell(trial, key) for key in keys)]
+        for trial in shown
+    ]
+    validation = record["validation"]
+    held_out = f"{validation:.0%}" if isinstance(validation, float) else f"{validation} images"
+    chosen = ", ".join(map(str, record["chosen"]))
+    tested = (
+        f"The test set was looked at once, afterwards, by trial {chosen} and the settings before, trained anew on all "
+        "training images."
+        if record["tested"]
+        else "The test set has not been looked at."
+    )
+    note = f"By {held_out} of the training set, held out, of {len(states)} trials ({counts}). {tested}"
+    title = "Best trial" if len(objectives) == 1 else "Pareto front"
+    return [Sheet(title, ["trial", *objectives, *keys], rows, note)]
+
+
+def _cell(trial: Mapping[str, Any], key: str) -> str:
+    value = trial["settings"].get(key)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
