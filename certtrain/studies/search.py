@@ -13,6 +13,7 @@ from certtrain.config import Config, load_config
 from certtrain.config.schema import Amount, Plain, Positive, one_of
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shown
+from certtrain.runs.directory import leaves
 from certtrain.studies.design import Bases, Seeds, value_name
 from certtrain.studies.reading import read_section
 
@@ -107,6 +108,24 @@ class Tuning:
     def final_config(self, changes: Mapping[str, Any]) -> Config:
         """Trained on all training images, and tested."""
         return self._config(changes, {"data.validation": 0, "verification.split": "test"})
+
+    def base_settings(self) -> dict[str, Any] | None:
+        """What `base` has at the keys that are searched, as Optuna knows it; None where that is not in the search."""
+        base = self.trial_config({})
+        values = dict(leaves(base.model_dump(mode="json")))
+        settings: dict[str, Any] = {}
+        for key, space in self.file.search.items():
+            if isinstance(space, Range):
+                value = values.get(key)
+                if not isinstance(value, int | float) or not space.low <= value <= space.high:
+                    return None
+                settings[key] = value
+            else:
+                same = [name for name, choice in self.choices(key).items() if self.trial_config({key: choice}) == base]
+                if not same:
+                    return None
+                settings[key] = same[0]
+        return settings
 
     def _config(self, changes: Mapping[str, Any], last: Mapping[str, Any]) -> Config:
         source = {"base": list(self.file.base)}

@@ -38,13 +38,14 @@ LOOK_EVERY = 1.0  # seconds
 
 @dataclass
 class Trial:
-    """One proposal: the settings it changes, and what they led to on validation images."""
+    """One proposal: its settings, and what they led to on validation images; is_base: they are those of `base`."""
 
     number: int
-    state: str  # complete, pruned, fail, running
+    state: str  # complete, pruned, fail, running, waiting
     settings: Mapping[str, Any]
     values: Sequence[float] | None
     on_front: bool = False
+    is_base: bool = False
 
 
 @dataclass
@@ -105,8 +106,6 @@ def tune(
         UsageError: the storage holds another search; or more trials are asked for after the test set was looked at.
         MissingDependency: Optuna is not installed.
     """
-    optuna = optional_module("optuna", "tune")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     console = console or Console()
     deadline = None if budget is None else time.monotonic() + budget - min(KILL_AFTER, budget / 5)
     make_folder(folder)
@@ -139,6 +138,7 @@ def tune(
 def open_study(tuning: Tuning, folder: Path) -> Any:
     """The Optuna study in the folder's storage, made where there is none."""
     optuna = optional_module("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = tuning.file
     samplers = {
         "tpe": lambda: optuna.samplers.TPESampler(seed=file.seed, constant_liar=True),
@@ -168,6 +168,8 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
     stored = study.user_attrs.get("asked")
     if stored is None:
         study.set_user_attr("asked", asked)
+        if (before := tuning.base_settings()) is not None:
+            study.enqueue_trial(before, user_attrs={BASE: True})
     elif stored != asked:
         changed = [key for key in asked if stored.get(key) != asked[key]]
         raise UsageError(f"{folder} holds another search: {', '.join(changed)} differ; name another --out")
@@ -221,7 +223,7 @@ def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) 
         if (place / "config.yaml").exists() and (different := differences(stored_config(place), config)):
             raise UsageError(f"{place} no longer fits the search: {'; '.join(different.values())}")
         return begun.number, config
-    while len(study.get_trials(deepcopy=False)) < tuning.file.trials:
+    while sum(trial.state != optuna.trial.TrialState.WAITING for trial in study.get_trials()) < tuning.file.trials:
         trial = study.ask()
         if (config := _propose(tuning, study, trial)) is not None:
             return trial.number, config
@@ -229,7 +231,7 @@ def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) 
 
 
 def _propose(tuning: Tuning, study: Any, trial: Any) -> Config | None:
-    """The configuration of a trial; what it was given before, it keeps. None, and it has failed, where there is none."""
+    """The configuration of a trial, which keeps what it was given before; None, and it has failed, if there is none."""
     optuna = optional_module("optuna", "tune")
     settings = {key: _suggest(trial, key, tuning) for key in tuning.file.search}
     trial.set_user_attr(SETTINGS, settings)
@@ -303,6 +305,7 @@ def _trials(study: Any) -> list[Trial]:
             trial.user_attrs.get(SETTINGS, {}),
             trial.values,
             trial.number in best,
+            bool(trial.user_attrs.get(BASE)),
         )
         for trial in study.get_trials(deepcopy=False)
     ]
@@ -370,10 +373,10 @@ def _search_sheets(record: Mapping[str, Any]) -> list[Sheet]:
     keys = list(dict.fromkeys(key for trial in record["trials"] for key in trial["settings"]))
     states = [trial["state"] for trial in record["trials"]]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    shown = [trial for trial in record["trials"] if trial["on_front"]]
     rows = [
-        [str(trial["number"]), *(f"{value:.4f}" for value in trial["values"]), *(_cell(trial, key) for key in keys)]
-        for trial in shown
+        [_trial_label(trial), *(f"{value:.4f}" for value in trial["values"]), *(_cell(trial, key) for key in keys)]
+        for trial in record["trials"]
+        if trial["values"] and (trial["on_front"] or trial["is_base"])
     ]
     validation = record["validation"]
     held_out = f"{validation:.0%}" if isinstance(validation, float) else f"{validation} images"
@@ -385,8 +388,12 @@ def _search_sheets(record: Mapping[str, Any]) -> list[Sheet]:
         else "The test set has not been looked at."
     )
     note = f"By {held_out} of the training set, held out, of {len(states)} trials ({counts}). {tested}"
-    title = "Best trial" if len(objectives) == 1 else "Pareto front"
+    title = ("Best trial" if len(objectives) == 1 else "Pareto front") + " and base, on validation images"
     return [Sheet(title, ["trial", *objectives, *keys], rows, note)]
+
+
+def _trial_label(trial: Mapping[str, Any]) -> str:
+    return f"{trial['number']}" + (" (base)" if trial["is_base"] else "")
 
 
 def _cell(trial: Mapping[str, Any], key: str) -> str:
