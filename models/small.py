@@ -52,7 +52,7 @@ def cnn_4layer(
     linear_width: int = 256,
     batch_norm: bool = False,
 ) -> nn.Sequential:
-    """Convolutions 3×3, and 4×4 with stride 2, of 4·width channels, the same of 8·width, and two hidden linear layers."""
+    """Convolutions 3×3, and 4×4 with stride 2, of 4·width channels and again of 8·width; two hidden linear layers."""
     convolutions = [(4 * width, 3, 1, 1), (4 * width, 4, 2, 1), (8 * width, 3, 1, 1), (8 * width, 4, 2, 1)]
     return _network(image_shape, num_classes, convolutions, [linear_width, linear_width], batch_norm)
 

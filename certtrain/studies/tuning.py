@@ -5,6 +5,8 @@ The test set is looked at once: by what was chosen, trained anew on the whole tr
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +17,11 @@ from rich.console import Console
 
 from certtrain.config import Config
 from certtrain.errors import CheckpointError, UsageError, optional_module, shortened
-from certtrain.runs.directory import differences, stored_config
+from certtrain.runs.directory import differences, leaves, stored_config
 from certtrain.runs.lock import holder
 from certtrain.runtime.files import make_folder, parse_json, write_json
 from certtrain.studies.compare import compare
-from certtrain.studies.design import Cell, planned
+from certtrain.studies.design import Cell, PlannedRun, planned
 from certtrain.studies.page import html
 from certtrain.studies.processes import IN_USE, KILL_AFTER, Ended, Processes
 from certtrain.studies.progress import is_finished
@@ -57,13 +59,16 @@ class Tuned:
     validation: Any
     trials: Sequence[Trial]
     planned_trials: int
+    interrupted: bool = False
     final: Outcome | None = None
     chosen: Sequence[int] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
         """As of `Outcome`: 75 while the search is not over."""
-        return 75 if self.final is None else self.final.exit_code
+        if self.final is not None:
+            return self.final.exit_code
+        return 128 + signal.SIGINT if self.interrupted else os.EX_TEMPFAIL
 
     def sheets(self) -> list[Sheet]:
         return [*_search_sheets(self.summary()), *(sheets(compare([self.folder / "final"])) if self._tested else [])]
@@ -117,7 +122,8 @@ def tune(
             "now would be choosing on it: name another --out"
         )
     interrupted = _search(tuning, study, folder, jobs, deadline, device, console)
-    result = Tuned(folder, tuning.file.objectives, tuning.file.validation, _trials(study), tuning.file.trials)
+    file = tuning.file
+    result = Tuned(folder, file.objectives, file.validation, _trials(study), file.trials, interrupted)
     over = [trial for trial in result.trials if trial.state != "running"]
     if not interrupted and len(over) >= tuning.file.trials and len(over) == len(result.trials):
         _choose(result, tuning.file.final.most)
@@ -125,11 +131,7 @@ def tune(
         left = None if deadline is None else deadline - time.monotonic()
         if left is None or left > 0:
             console.print("the search is over; now the test set, once", highlight=False)
-            cells = [Cell(BASE, tuning.final_config({}))]
-            cells += [
-                Cell(f"trial-{number}", tuning.final_config(result.trials[number].settings)) for number in result.chosen
-            ]
-            runs = [planned(cell, seed) for seed in tuning.file.final.seeds for cell in cells]
+            runs = _final_runs(tuning, result)
             result.final = train_all(runs, folder / "final", jobs=jobs, budget=left, device=device, console=console)
     write_json(folder / RECORD, result.summary())
     return result
@@ -164,15 +166,22 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
         )
     except Exception as error:  # of optuna, SQLAlchemy and the database's driver
         raise UsageError(f"storage {shortened(url)} cannot be used: {shortened(error, 160)}") from error
-    asked = {"objectives": list(file.objectives), "search": sorted(file.search), "validation": file.validation}
+    asked = {
+        "objectives": list(file.objectives),
+        "validation": file.validation,
+        **{f"search.{key}": space for key, space in file.model_dump(mode="json")["search"].items()},
+        **dict(leaves(tuning.trial_config({}).model_dump(mode="json"))),
+    }
     stored = study.user_attrs.get("asked")
     if stored is None:
         study.set_user_attr("asked", asked)
         if (before := tuning.base_settings()) is not None:
             study.enqueue_trial(before, user_attrs={BASE: True})
     elif stored != asked:
-        changed = [key for key in asked if stored.get(key) != asked[key]]
-        raise UsageError(f"{folder} holds another search: {', '.join(changed)} differ; name another --out")
+        changed = [key for key in dict.fromkeys((*asked, *stored)) if stored.get(key) != asked.get(key)]
+        raise UsageError(
+            f"{folder} holds another search: {', '.join(changed)} differ; undo that, or name another --out"
+        )
     return study
 
 
@@ -324,6 +333,14 @@ def _choose(result: Tuned, most: int) -> None:
     count = 1 if len(result.objectives) == 1 else min(most, len(ordered))
     places = [round(index * (len(ordered) - 1) / max(1, count - 1)) for index in range(count)]
     result.chosen = [ordered[place].number for place in dict.fromkeys(places)]
+
+
+def _final_runs(tuning: Tuning, result: Tuned) -> list[PlannedRun]:
+    """What was there before, which may be what was chosen, and the others that were."""
+    base = Cell(BASE, tuning.final_config({}))
+    chosen = [Cell(f"trial-{n}", tuning.final_config(result.trials[n].settings)) for n in result.chosen]
+    cells = [base, *(cell for cell in chosen if cell.config != base.config)]
+    return [planned(cell, seed) for seed in tuning.file.final.seeds for cell in cells]
 
 
 def _tested_trials(folder: Path) -> int | None:
