@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,11 +40,18 @@ def study_command(options: argparse.Namespace) -> int:
     )
     _tell(console, outcome, f"certtrain study {options.study}")
     if outcome.finished:
-        from certtrain.studies.compare import compare
-        from certtrain.studies.tables import sheets, show
-
-        show(console, sheets(compare([folder / name for name in outcome.finished])))
+        _show_table(console, [folder / name for name in outcome.finished])
     return outcome.exit_code
+
+
+def _show_table(console: Console, runs: Sequence[Path]) -> None:
+    from certtrain.studies.compare import compare
+    from certtrain.studies.tables import sheets, show
+
+    try:
+        show(console, sheets(compare(runs)))
+    except UsageError as error:  # the study may well have several radii, or data sets
+        console.print(f"there is no one table of all runs: {error}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _tell(console: Console, outcome: Outcome, command: str) -> None:

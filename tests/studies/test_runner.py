@@ -20,37 +20,12 @@ from certtrain.studies.design import load_study
 from certtrain.studies.progress import Progress, look_at, time_left
 from certtrain.studies.runner import require_fit, train_all
 from tests.commands import wait_until
-from tests.studies.folders import write_run
+from tests.studies.folders import STUDY, pretend_finished
 
 QUIET = Console(quiet=True)
-STUDY = """
-base: digits
-seeds: [0, 1]
-overrides:
-  data.limit: 96
-  model.options: {width: 2, linear_width: 8}
-  epsilon: {max: 0.01, start_epoch: 1, warmup_epochs: 1}
-  training: {epochs: 2, batch_size: 32, checkpoint_seconds: 0}
-  optimizer.milestones: []
-  verification: {limit: 200, pgd_steps: 2}
-grid:
-  optimizer.lr: [0.01, 0.03]
-"""
-
-
-@pytest.fixture
-def study_file(tmp_path):
-    (tmp_path / "study.yaml").write_text(STUDY)
-    return tmp_path / "study.yaml"
 
 
 # --- without training -------------------------------------------------------------------------------------------------
-
-
-def pretend_finished(study, folder):
-    for run in study.runs:
-        values = run.config.model_dump(mode="json")
-        write_run(folder / run.name, "ppum", seed=values.pop("seed"), **values)
 
 
 def test_finished_runs_are_not_repeated(study_file, tmp_path):
