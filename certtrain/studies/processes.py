@@ -24,7 +24,31 @@ PRELOADED = [  # once, by the process that the others are copies of
     "torch._dynamo",
     "tensorboard.summary.writer.record_writer",
 ]
-KILL_AFTER = 60.0  # seconds that a process has to end when it was asked to
+KILL_AFTER = 60.0  # seconds that a process has to end when it was asked to, at most
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When to stop: `budget` seconds from now, less what processes then need to end; None for never."""
+
+    at: float | None
+    reserve: float = KILL_AFTER
+
+    @classmethod
+    def after(cls, budget: float | None) -> Deadline:
+        if budget is None:
+            return cls(None)
+        reserve = min(KILL_AFTER, budget / 5)
+        return cls(time.monotonic() + budget - reserve, reserve)
+
+    @property
+    def passed(self) -> bool:
+        return self.at is not None and time.monotonic() >= self.at
+
+    @property
+    def budget_left(self) -> float | None:
+        """What `after` would be called with now."""
+        return None if self.at is None else self.at + self.reserve - time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -50,8 +74,8 @@ class Processes:
     it ends, they are asked to end as by SIGTERM, which a run answers with a checkpoint.
     """
 
-    def __init__(self, jobs: int, device: str, logs: Path) -> None:
-        self._jobs, self._device, self._logs = jobs, device, logs
+    def __init__(self, jobs: int, device: str, logs: Path, kill_after: float = KILL_AFTER) -> None:
+        self._jobs, self._device, self._logs, self._kill_after = jobs, device, logs, kill_after
         self._running: dict[str, _Started] = {}
         self._context: Any = multiprocessing.get_context(_start_method())
         if _start_method() == "forkserver":
@@ -89,11 +113,11 @@ class Processes:
         over = [name for name, started in self._running.items() if not started.process.is_alive()]
         return [self._collect(name) for name in over]
 
-    def end(self, seconds: float = KILL_AFTER) -> list[Ended]:
-        """Ask all to end, and kill those that have not after so many seconds."""
+    def end(self) -> list[Ended]:
+        """Ask all to end, and kill those that have not after `kill_after` seconds."""
         for started in self._running.values():
             started.process.terminate()
-        until, ended = time.monotonic() + seconds, []
+        until, ended = time.monotonic() + self._kill_after, []
         while self._running and time.monotonic() < until:
             ended += self.wait(min(1.0, until - time.monotonic()))
         for started in self._running.values():
@@ -149,7 +173,10 @@ def _run(
         device = f"cuda:{slot % gpus}"
     try:
         code = work(*arguments, device=device)
-    except CerttrainError as error:
+    except Exception as error:
+        if not isinstance(error, CerttrainError):
+            messages.send(lines_of(f"{type(error).__name__}: {error}"))
+            raise
         message = lines_of(error)
         print(f"error: {message}", flush=True)
         messages.send(message)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from certtrain.runs.directory import differences, stored_config
 from certtrain.runs.lock import can_lock, holder
 from certtrain.runtime.files import make_folder
 from certtrain.studies.design import PlannedRun
-from certtrain.studies.processes import IN_USE, KILL_AFTER, Ended, Processes
+from certtrain.studies.processes import IN_USE, Deadline, Ended, Processes
 from certtrain.studies.progress import Display, is_finished
 
 LOOK_EVERY = 1.0  # seconds
@@ -100,13 +99,13 @@ def train_all(
     Raises:
         UsageError: runs in `folder` have another configuration.
     """
-    deadline = None if budget is None else time.monotonic() + budget - min(KILL_AFTER, budget / 5)
+    deadline = Deadline.after(budget)
     console = console or Console()
     make_folder(folder)
     outcome = Outcome()
     with (
         Display(console, runs, folder, jobs) as display,
-        Processes(jobs, device, folder / "logs") as processes,
+        Processes(jobs, device, folder / "logs", deadline.reserve) as processes,
         interruptible(),
     ):
         for stranger in require_fit(runs, folder):
@@ -117,7 +116,7 @@ def train_all(
                 "let one machine work on it"
             )
         try:
-            while deadline is None or time.monotonic() < deadline:
+            while not deadline.passed:
                 _start_what_can_be(runs, folder, processes, outcome, display)
                 if not processes.names:
                     break

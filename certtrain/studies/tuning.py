@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from certtrain.runtime.files import make_folder, parse_json, write_json
 from certtrain.studies.compare import compare
 from certtrain.studies.design import Cell, PlannedRun, planned
 from certtrain.studies.page import html
-from certtrain.studies.processes import IN_USE, KILL_AFTER, Ended, Processes
+from certtrain.studies.processes import IN_USE, Deadline, Ended, Processes
 from certtrain.studies.progress import is_finished
 from certtrain.studies.runner import Outcome, interruptible, train_all
 from certtrain.studies.search import Range, Tuning
@@ -112,7 +111,7 @@ def tune(
         MissingDependency: Optuna is not installed.
     """
     console = console or Console()
-    deadline = None if budget is None else time.monotonic() + budget - min(KILL_AFTER, budget / 5)
+    deadline = Deadline.after(budget)
     make_folder(folder)
     study = open_study(tuning, folder)
     tested_before = _tested_trials(folder)
@@ -128,11 +127,12 @@ def tune(
     if not interrupted and len(over) >= tuning.file.trials and len(over) == len(result.trials):
         _choose(result, tuning.file.final.most)
         write_json(folder / RECORD, result.summary())  # after how many trials the test set was looked at
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is None or left > 0:
+        if not deadline.passed:
             console.print("the search is over; now the test set, once", highlight=False)
             runs = _final_runs(tuning, result)
-            result.final = train_all(runs, folder / "final", jobs=jobs, budget=left, device=device, console=console)
+            result.final = train_all(
+                runs, folder / "final", jobs=jobs, budget=deadline.budget_left, device=device, console=console
+            )
     write_json(folder / RECORD, result.summary())
     return result
 
@@ -189,16 +189,16 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
 
 
 def _search(
-    tuning: Tuning, study: Any, folder: Path, jobs: int, deadline: float | None, device: str, console: Console
+    tuning: Tuning, study: Any, folder: Path, jobs: int, deadline: Deadline, device: str, console: Console
 ) -> bool:
     """Train trials until there are enough, or the time is up; whether somebody ended it."""
 
     def tell(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    with Processes(jobs, device, folder / "logs") as processes, interruptible():
+    with Processes(jobs, device, folder / "logs", deadline.reserve) as processes, interruptible():
         try:
-            while deadline is None or time.monotonic() < deadline:
+            while not deadline.passed:
                 while processes.free and (trial := _next_trial(tuning, study, folder, processes.names)) is not None:
                     number, config = trial
                     tell(f"trial {number}: {_shown(study.trials[number].user_attrs[SETTINGS])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from certtrain.errors import UsageError
 from certtrain.runs.lock import LOCK, can_lock, claimed, holder
 from certtrain.studies.compare import ERRORS, compare
 from certtrain.studies.design import load_study
-from certtrain.studies.progress import Progress, look_at, time_left
+from certtrain.studies.progress import Display, Progress, look_at, time_left
 from certtrain.studies.runner import require_fit, train_all
 from tests.commands import wait_until
 from tests.studies.folders import STUDY, pretend_finished
@@ -87,6 +88,24 @@ def test_time_left_is_that_of_the_epochs_left_at_each_cell_s_own_pace():
     assert time_left(runs, 1) == pytest.approx(5 * 2 + 8 * 4 + 10 * 3)
     assert time_left(runs, 2) == pytest.approx(36)
     assert time_left(runs[3:], 1) is None
+
+
+def test_the_table_shows_every_cell_whoever_trains_it(study_file, tmp_path):
+    study = load_study(study_file)
+    pretend_finished(study, tmp_path)
+    (tmp_path / study.runs[0].name / "summary.json").unlink()
+    (tmp_path / study.runs[0].name / LOCK).touch()
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=100)
+    with Display(console, study.runs, tmp_path, jobs=1) as display:
+        display.show([])
+        display.tell("something happens")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue())
+    assert "3 of 4 runs finished" in text
+    first, second, *_ = (line for line in text.splitlines() if line.startswith("│ lr="))
+    assert [cell.strip() for cell in first.split("│")[1:-1]] == ["lr=0.01", "1/2", "1", "0/4", "75.00%"]
+    assert [cell.strip() for cell in second.split("│")[1:-1]] == ["lr=0.03", "2/2", "0", "0/4", "75.00% 75.00%"]
+    assert "something happens" in text
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"epoch": 1'])
