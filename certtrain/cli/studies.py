@@ -138,7 +138,7 @@ def report_study(options: argparse.Namespace) -> int:
     check_output(file)
     title = options.run.resolve().name
     if (options.run / "tuning.json").is_file():
-        from certtrain.studies.tuning import page_of
+        from certtrain.studies.trials import page_of
 
         text = page_of(options.run, title)
     else:

@@ -103,8 +103,8 @@ def test_the_table_shows_every_cell_whoever_trains_it(study_file, tmp_path):
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue())
     assert "3 of 4 runs finished" in text
     first, second, *_ = (line for line in text.splitlines() if line.startswith("│ lr="))
-    assert [cell.strip() for cell in first.split("│")[1:-1]] == ["lr=0.01", "1/2", "1", "0/4", "75.00%"]
-    assert [cell.strip() for cell in second.split("│")[1:-1]] == ["lr=0.03", "2/2", "0", "0/4", "75.00% 75.00%"]
+    assert [cell.strip() for cell in first.split("│")[1:-1]] == ["lr=0.01", "1/2", "1", "0/4", "50.00%"]
+    assert [cell.strip() for cell in second.split("│")[1:-1]] == ["lr=0.03", "2/2", "0", "0/4", "50.00% 50.00%"]
     assert "something happens" in text
 
 

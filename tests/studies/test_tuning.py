@@ -13,7 +13,8 @@ from certtrain.errors import CheckpointError, UsageError
 from certtrain.runs.train import train
 from certtrain.studies.pruning import Pruner
 from certtrain.studies.search import load_tuning
-from certtrain.studies.tuning import Trial, Tuned, _choose, drawn, open_study, page_of
+from certtrain.studies.trials import Trial, Tuned, choose, drawn, page_of
+from certtrain.studies.tuning import open_study
 from tests.commands import TINY, one_thread
 from tests.studies.folders import write_run
 
@@ -48,15 +49,15 @@ def tuned(folder, objectives, *values, front):
 
 def test_the_best_trial_is_chosen_and_of_a_front_both_ends_and_what_lies_between(tmp_path):
     one = tuned(tmp_path, ["verified_error"], [0.3], None, [0.1], [0.2], front=[2])
-    _choose(one, 3)
+    choose(one, 3)
     assert one.chosen == [2]
     values = [[0.5, 0.1], [0.1, 0.5], [0.2, 0.4], [0.3, 0.3], [0.4, 0.2], [0.6, 0.6]]
     for most, expected in ((1, [1]), (2, [1, 0]), (3, [1, 3, 0]), (9, [1, 2, 3, 4, 0])):
         several = tuned(tmp_path, ["natural_error", "verified_error"], *values, front=range(5))
-        _choose(several, most)
+        choose(several, most)
         assert several.chosen == expected
     with pytest.raises(CheckpointError, match=r"no trial in .* was finished"):
-        _choose(tuned(tmp_path, ["verified_error"], None, front=[]), 1)
+        choose(tuned(tmp_path, ["verified_error"], None, front=[]), 1)
 
 
 @pytest.mark.parametrize("objectives", [["verified_error"], ["natural_error", "verified_error"]])
