@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -15,7 +15,7 @@ from certtrain.config import Config, load_config
 from certtrain.config.schema import MOST_SEED, Plain, Several
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shortened, shown
-from certtrain.studies.reading import read_section
+from certtrain.studies.reading import list_or_mapping, read_section
 
 MOST_RUNS = 10_000
 RESERVED = {"logs", "final", "trials"}  # folders of a study that are no cell's
@@ -25,7 +25,7 @@ Choice = dict[str, Any]  # overrides, and under `base` the configs they come aft
 
 
 def _several(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -34,8 +34,11 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Bases = Annotated[tuple[str, ...], Field(strict=False, min_length=1), BeforeValidator(_several)]
+Bases = Annotated[Several[str], BeforeValidator(_several)]
 Seeds = Annotated[Several[Annotated[int, Field(ge=0, le=MOST_SEED)]], AfterValidator(_distinct)]
+
+
+Axis: TypeAlias = list_or_mapping(list[Any], dict[str, Plain])  # type: ignore[valid-type]
 
 
 class StudyFile(Section):
@@ -44,7 +47,7 @@ class StudyFile(Section):
     base: Bases  # configs, as `base` of a config: beside the file or shipped
     overrides: Plain = Field(default_factory=dict)  # of every run
     configs: dict[str, Plain] = Field(default_factory=dict)  # name -> overrides; `base` among them: after the study's
-    grid: dict[str, list[Any] | dict[str, Plain]] = Field(default_factory=dict)  # key -> values, or name -> choices
+    grid: dict[str, Axis] = Field(default_factory=dict)  # key -> values, or name -> choices
     seeds: Seeds = (0,)
     slurm: Plain = Field(
         default_factory=dict

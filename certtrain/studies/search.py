@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,7 @@ from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shown
 from certtrain.runs.directory import leaves
 from certtrain.studies.design import Bases, Seeds, value_name
-from certtrain.studies.reading import read_section
+from certtrain.studies.reading import list_or_mapping, read_section
 
 OBJECTIVES = ("natural_error", "pgd_error", "verified_error", "train_seconds", "verify_seconds")
 
@@ -57,12 +57,15 @@ class Final(Section):
     most: Positive = 3  # configurations of a Pareto front
 
 
+Space: TypeAlias = list_or_mapping(list[Any], Range)  # type: ignore[valid-type]
+
+
 class TuningFile(Section):
     """A search over any keys of a configuration. The test set is looked at once, when it is over."""
 
     base: Bases
     overrides: Plain = Field(default_factory=dict)  # of every trial and of what is tested
-    search: dict[str, Range | list[Any]] = Field(min_length=1)  # key -> range or choices
+    search: dict[str, Space] = Field(min_length=1)  # key -> range or choices
     objectives: Annotated[tuple[Annotated[str, one_of("objective", OBJECTIVES)], ...], Field(strict=False)] = (
         "verified_error",
     )  # all are minimised

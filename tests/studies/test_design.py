@@ -94,6 +94,11 @@ def test_a_base_lies_beside_the_study(written, tmp_path, monkeypatch):
             "22500 runs, more than",
         ),
         ("[]", "expected keys such as base"),
+        ("base: 3", "base.0: Input should be a valid string (got 3)"),
+        ("base: digits\nseeds: 3", "seeds: a list is expected (got 3)"),
+        ("base: digits\ngrid: {optimizer.lr: 3}", "grid.optimizer.lr: a list is expected (got 3)"),
+        ("base: digits\ngrid: {size: {wide: 3}}", "grid.size.wide: a mapping is expected, key: value (got 3)"),
+        ("base: digits\nconfigs: {a: {base: 3}}", "a: base is the name of a config file, or a list of names"),
     ],
 )
 def test_a_wrong_study_is_explained(written, text, message):
@@ -116,6 +121,9 @@ def test_a_wrong_study_is_explained(written, text, message):
         (TUNING.replace("[32, 64]", "[32, few]"), "search training.batch_size='few': training.batch_size: "),
         (TUNING.replace("[32, 64]", "[32]"), "name at least two choices"),
         (TUNING + "sampler: tpee", "sampler: "),
+        (TUNING.replace("[32, 64]", "3"), "search.training.batch_size: a list is expected (got 3)"),
+        (TUNING.replace("high", "hihg"), "unknown key search.optimizer.lr.hihg: did you mean high?"),
+        (TUNING + "final: {seed: 3}", "unknown key final.seed: did you mean seeds?"),
         (TUNING + "trails: 3", "unknown key trails: did you mean trials?"),
     ],
 )
