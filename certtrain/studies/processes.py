@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -17,6 +18,7 @@ from certtrain.errors import CerttrainError, FolderInUse, lines_of
 from certtrain.runtime.files import make_folder
 
 IN_USE = os.EX_TEMPFAIL  # exit code: another process is at work in the run's folder
+BROKEN = os.EX_SOFTWARE  # exit code: an error that certtrain does not explain
 PRELOADED = [  # once, by the process that the others are copies of
     "certtrain.studies.processes",
     "certtrain.runs.train",
@@ -175,8 +177,9 @@ def _run(
         code = work(*arguments, device=device)
     except Exception as error:
         if not isinstance(error, CerttrainError):
+            traceback.print_exc()
             messages.send(lines_of(f"{type(error).__name__}: {error}"))
-            raise
+            raise SystemExit(BROKEN) from None
         message = lines_of(error)
         print(f"error: {message}", flush=True)
         messages.send(message)

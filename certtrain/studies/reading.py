@@ -47,7 +47,7 @@ def read_section(kind: type[S], path: Path) -> S:
 def list_or_mapping(of_list: Any, of_mapping: Any) -> Any:
     """The type of a value that is read as `of_mapping` where it is a mapping, and as `of_list` otherwise."""
     kinds = Annotated[of_list, Tag(_TAGS[0])] | Annotated[of_mapping, Tag(_TAGS[1])]
-    return Annotated[kinds, Discriminator(lambda value: _TAGS[isinstance(value, Mapping)])]
+    return Annotated[kinds, Discriminator(lambda value: _TAGS[isinstance(value, Mapping | Section)])]
 
 
 _TAGS = ("as a list", "as a mapping")  # no keys of a file

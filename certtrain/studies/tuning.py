@@ -12,12 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from certtrain.config import Config
-from certtrain.errors import UsageError, optional_module, shortened
+from certtrain.errors import CerttrainError, UsageError, optional_module, shortened
 from certtrain.runs.directory import differences, leaves, stored_config
 from certtrain.runs.lock import holder
 from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.design import Cell, PlannedRun, planned
-from certtrain.studies.processes import IN_USE, Deadline, Ended, Processes
+from certtrain.studies.processes import BROKEN, IN_USE, Deadline, Ended, Processes
 from certtrain.studies.runner import interruptible, train_all
 from certtrain.studies.search import Range, Tuning
 from certtrain.studies.trials import RECORD, Trial, Tuned, choose, tested_trials
@@ -213,9 +213,14 @@ def _note(study: Any, ended: Ended, tell: Any) -> None:
         tell(f"trial {number}: pruned")
     elif ended.code == IN_USE or ended.code < 0 or ended.code > 128:
         pass  # another was quicker; or it was ended, and goes on another time
+    elif ended.code == BROKEN or not ended.message:  # which the next trial would meet, too
+        raise CerttrainError(
+            f"the search stops at trial {number}, which the same command tries again: "
+            f"{ended.message or f'exit code {ended.code}'}"
+        )
     else:
         study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-        tell(f"trial {number}: failed: {ended.message or f'exit code {ended.code}'}")
+        tell(f"trial {number}: failed: {ended.message}")
 
 
 def _shown(settings: Mapping[str, Any]) -> str:

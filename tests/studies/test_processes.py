@@ -6,7 +6,7 @@ import os
 import signal
 
 from certtrain.errors import FolderInUse, UsageError
-from certtrain.studies.processes import IN_USE, Processes
+from certtrain.studies.processes import BROKEN, IN_USE, Processes
 
 
 def succeed(device):
@@ -16,6 +16,10 @@ def succeed(device):
 
 def find_fault(device):
     raise UsageError("this is wrong")
+
+
+def break_down(device):
+    raise ZeroDivisionError("by nought")
 
 
 def find_it_taken(device):
@@ -31,7 +35,7 @@ def wait_for_ever(device):
 
 
 def test_each_says_how_it_ended(tmp_path):
-    work = {"a/good": succeed, "wrong": find_fault, "taken": find_it_taken, "killed": die}
+    work = {"a/good": succeed, "wrong": find_fault, "taken": find_it_taken, "broken": break_down, "killed": die}
     ended = {}
     with Processes(2, "cpu", tmp_path / "logs") as processes:
         left = dict(work)
@@ -44,6 +48,7 @@ def test_each_says_how_it_ended(tmp_path):
         "a/good": (0, ""),
         "wrong": (UsageError.exit_code, "this is wrong"),
         "taken": (IN_USE, "somebody is in it"),
+        "broken": (BROKEN, "ZeroDivisionError: by nought"),
         "killed": (-signal.SIGKILL, ""),
     }
     assert (tmp_path / "logs" / "a--good.log").read_text() == "on cpu\n"

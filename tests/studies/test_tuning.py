@@ -9,12 +9,13 @@ import pytest
 from rich.console import Console
 
 from certtrain.config import load_config
-from certtrain.errors import CheckpointError, UsageError
+from certtrain.errors import CerttrainError, CheckpointError, UsageError
 from certtrain.runs.train import train
+from certtrain.studies.processes import BROKEN, Ended
 from certtrain.studies.pruning import Pruner
 from certtrain.studies.search import load_tuning
 from certtrain.studies.trials import Trial, Tuned, choose, drawn, page_of
-from certtrain.studies.tuning import open_study
+from certtrain.studies.tuning import _note, open_study
 from tests.commands import TINY, one_thread
 from tests.studies.folders import write_run
 
@@ -83,6 +84,7 @@ def test_a_search_that_was_changed_or_goes_on_after_the_test_is_refused(cli, tmp
     out.mkdir()
     study = open_study(load_tuning(file), out)
     assert [trial.state for trial in study.get_trials()] == [optuna.trial.TrialState.WAITING]  # of the base
+    assert study.user_attrs["asked"]["search.optimizer.lr"] == {"low": 0.001, "high": 0.03, "log": True, "step": None}
     file.write_text(SEARCH.replace("high: 0.03", "high: 0.04").replace("pgd_steps: 2", "pgd_steps: 3"))
     with pytest.raises(
         UsageError, match=r"holds another search: search\.optimizer\.lr, verification\.pgd_steps differ"
@@ -100,6 +102,22 @@ def test_a_storage_that_cannot_be_used_is_one_line(cli, tmp_path, storage):
     (tmp_path / "search.yaml").write_text(SEARCH + f"storage: '{storage}'")
     outcome = cli("tune", tmp_path / "search.yaml", "--out", tmp_path / "out")
     assert (outcome.code, "cannot be used" in outcome.error) == (2, True)
+
+
+def test_a_trial_that_cannot_go_well_has_failed_and_what_is_broken_stops_the_search(tmp_path):
+    (tmp_path / "search.yaml").write_text(SEARCH)
+    study = open_study(load_tuning(tmp_path / "search.yaml"), tmp_path)
+    told = []
+    for number in range(2):
+        study.ask()
+        _note(study, Ended(f"trials/{number:04}", 1, "the loss is not finite"), told.append)
+    assert [trial.state.name for trial in study.get_trials()] == ["FAIL", "FAIL"]
+    assert told == [f"trial {number}: failed: the loss is not finite" for number in range(2)]
+    for code, message in ((BROKEN, "ImportError: no such module"), (1, "")):
+        study.ask()
+        with pytest.raises(CerttrainError, match="the search stops at trial"):
+            _note(study, Ended(f"trials/{len(study.trials) - 1:04}", code, message), told.append)
+    assert [trial.state.name for trial in study.get_trials()[2:]] == ["RUNNING", "RUNNING"]
 
 
 class Recorded:
