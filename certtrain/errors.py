@@ -29,6 +29,10 @@ class CheckpointError(CerttrainError):
     """A checkpoint or run directory is missing, corrupt, of another architecture, or could not be written."""
 
 
+class FolderInUse(CheckpointError):
+    """Another process is at work in a run directory."""
+
+
 class CertificateError(CerttrainError):
     """Certificates are missing or corrupt, are about something else, or one of them does not hold."""
 

@@ -17,6 +17,7 @@ from certtrain.models.feedforward import cnn7, cnn_large, cnn_small, mlp
 from certtrain.models.normalize import Normalize
 from certtrain.models.own import explained, imported, modules_from
 from certtrain.models.residual import Residual, resnext, wide_resnet
+from certtrain.models.small import cnn_2layer, cnn_3layer, cnn_4layer
 from certtrain.models.transformer import vit
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -26,6 +27,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnext": resnext,
     "cnn-large": cnn_large,
     "cnn-small": cnn_small,
+    "cnn-2layer": cnn_2layer,
+    "cnn-3layer": cnn_3layer,
+    "cnn-4layer": cnn_4layer,
     "mlp": mlp,
     "vit": vit,
 }
@@ -106,6 +110,9 @@ __all__ = [
     "Residual",
     "build_model",
     "cnn7",
+    "cnn_2layer",
+    "cnn_3layer",
+    "cnn_4layer",
     "cnn_large",
     "cnn_small",
     "find_model",

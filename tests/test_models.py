@@ -29,6 +29,30 @@ def test_cnn7_has_the_published_shape(shape, batch_norm, parameters):
     assert model.eval()(torch.rand(2, *shape)).shape == (2, 10)
 
 
+# By hand, from config/cifar_crown.json and model_defs.py of huanzhang12/CROWN-IBP: weights and biases, layer by layer.
+SMALL = [
+    ("cnn-2layer", {"width": 2, "linear_width": 256}, 8 * 49 + 16 * 129 + 1025 * 256 + 257 * 10),
+    ("cnn-4layer", {"width": 1, "linear_width": 256},
+     4 * 28 + 4 * 65 + 8 * 37 + 8 * 129 + 513 * 256 + 257 * 256 + 257 * 10),
+    ("cnn-4layer", {"width": 2, "linear_width": 512},
+     8 * 28 + 8 * 129 + 16 * 73 + 16 * 257 + 1025 * 512 + 513 * 512 + 513 * 10),
+    ("cnn-3layer", {"width": 8, "kernel": 3}, 32 * 28 + 64 * 289 + 64 * 1025 + 4097 * 512 + 513 * 10),
+    ("cnn-3layer", {"width": 1, "kernel": 5}, 4 * 76 + 8 * 101 + 8 * 129 + 393 * 64 + 65 * 10),
+    ("cnn-3layer", {"width": 2, "kernel": 5}, 8 * 76 + 16 * 201 + 16 * 257 + 785 * 128 + 129 * 10),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "options", "parameters"), SMALL)
+def test_small_networks_have_the_published_shapes(name, options, parameters):
+    model = build_model(name, (3, 32, 32), 10, options=options)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    with_batch_norm = build_model(name, (3, 32, 32), 10, options=options | {"batch_norm": True})
+    affine = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)][:-1]
+    normalised = [module for module in with_batch_norm.modules() if hasattr(module, "running_mean")]
+    assert [len(module.running_mean) for module in normalised] == [len(module.weight) for module in affine]
+
+
 def weights(*layers: tuple[int, int, int]) -> int:
     """Weights of convolutions (kernel, channels in per group, channels out)."""
     return sum(kernel**2 * channels * out for kernel, channels, out in layers)

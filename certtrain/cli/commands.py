@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from certtrain.cli.named_run import config_of, folder_of, open_network, require_data
+from certtrain.cli.studies import holds_runs, is_run_folder, report_study
 from certtrain.cli.tables import hints, show_results
 from certtrain.errors import UsageError, optional_module
 from certtrain.runtime.device import check_device_name
@@ -54,10 +55,10 @@ def train_command(options: argparse.Namespace) -> int:
         raise BrokenPipeError
     if run.summary is None:
         return 128 + (run.interrupted_by or 0)
-    show_results(console, run.summary["radii"], run.summary["validation"])
+    show_results(console, run.summary["radii"], run.summary["validation"], run.summary["split"])
     if raw := run.summary.get("networks", {}).get(RAW_WEIGHTS):
         _tell(console, f"the weights above are averaged; those after the last step ({RAW_WEIGHTS}):")
-        show_results(console, raw["radii"], raw["validation"])
+        show_results(console, raw["radii"], raw["validation"], run.summary["split"])
     for line in hints(load_config(run.summary["config"]), run.summary):
         _tell(console, line)
     _tell(
@@ -100,13 +101,17 @@ def verify_command(options: argparse.Namespace) -> int:
     if options.certificates and weights.suffix != ".safetensors":
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
     if not launched():  # ranks fail together, inside
-        require_data(config_of(options, options.run, _verification_changes(options)))
+        asked = config_of(options, options.run, _verification_changes(options))
+        require_data(asked)
+        if options.certificates and asked.verification.split != "test":
+            raise UsageError("certificates are about a test set: not with verification.split=validation")
 
     from certtrain.runs.build import load_data
     from certtrain.runs.directory import check_output, write_results
     from certtrain.runs.evaluation import verify_run
     from certtrain.runs.progress import Output
     from certtrain.runs.provenance import versions
+    from certtrain.runs.verdicts import read_verdicts, verdicts_of, write_verdicts
     from certtrain.runtime.distributed import process_group
     from certtrain.runtime.files import write_json
     from certtrain.verification.certificates import write_certificates
@@ -124,17 +129,20 @@ def verify_command(options: argparse.Namespace) -> int:
         if not ranks.is_first:
             return 0
     summaries = [result.summary() for result in results]
-    show_results(Output(), summaries)
+    show_results(Output(), summaries, split=config.verification.split)
     if options.certificates:
         hidden = {"data": {"root", "path"}, "model": {"path"}}  # where this machine keeps things
         settings = config.model_dump(mode="json", exclude=hidden)
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
-    content = {**summaries[0], "model": str(options.run), "radii": summaries, "versions": versions()}
+    split = config.verification.split
+    content = {**summaries[0], "split": split, "model": str(options.run), "radii": summaries, "versions": versions()}
     if options.json:
         write_json(options.json, content)
     elif kept := write_results(folder / "verify.json", content):
         print(f"the earlier results, which were others, are kept in {kept}")
+    if weights.name == "model.safetensors":  # not of a checkpoint on the way
+        write_verdicts(folder, [*read_verdicts(folder), *verdicts_of(split, dataset.test, results)])
     return 0
 
 
@@ -256,6 +264,8 @@ def export_command(options: argparse.Namespace) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
+    if options.run.is_dir() and not is_run_folder(options.run) and holds_runs(options.run):
+        return report_study(options)
     config = config_of(options, options.run)
     require_data(config)
 

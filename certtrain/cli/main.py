@@ -1,4 +1,4 @@
-"""certtrain train | verify | check | export | report | config | init | models | completion."""
+"""certtrain train | study | tune | compare | verify | check | export | report | config | init | models | completion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import certtrain
-from certtrain.cli import commands, completion, terminal
+from certtrain.cli import commands, completion, studies, terminal
 from certtrain.errors import CerttrainError, ProcessLost, lines_of, shortened, shown
 from certtrain.runtime.launch import is_first_process
 
@@ -76,6 +76,33 @@ def build_parser() -> argparse.ArgumentParser:
     existing.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
     _add_trust(train)
 
+    study = _command(subparsers, "study", "train a grid of configs with several seeds", studies.study_command)
+    _add_study(study)
+    study.add_argument(
+        "--slurm", type=_positive, metavar="N", help="leave it to N jobs of the batch system Slurm, by submitit"
+    )
+
+    tune = _command(subparsers, "tune", "search for good settings on validation images", studies.tune_command)
+    _add_study(tune)
+
+    compare = _command(
+        subparsers, "compare", "runs beside each other, with intervals and tests", studies.compare_command, device=False
+    )
+    compare.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="run directories, or folders of them")
+    compare.add_argument("--eps", type=_radius, help="the radius (default: that of the first run's summary)")
+    compare.add_argument("--method", help="bounds of results that `verify` added, such as ibp,crown")
+    compare.add_argument("--metric", action="append", default=[], help="instead of the errors; may be repeated")
+    compare.add_argument("--baseline", metavar="NAME", help="what the others are paired with (default: the first)")
+    compare.add_argument("--confidence", type=_share, default=0.95, help="of intervals (default: 0.95)")
+    compare.add_argument(
+        "--out",
+        type=_path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write it as .json, .md, .tex, .html or .svg (the learning curves); may be repeated",
+    )
+
     verify = _command(
         subparsers, "verify", "natural, PGD and verified error of a trained network", commands.verify_command
     )
@@ -124,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--limit", type=_positive, help="only the first N test images")
     export.add_argument("--timeout", type=_positive, help="of a property, in instances.csv (default: 300)")
 
-    report = _command(subparsers, "report", "show a run as an HTML page", commands.report_command)
+    report = _command(subparsers, "report", "show a run, or a study, as an HTML page", commands.report_command)
     _add_run(report)
     report.add_argument("--out", type=_path, help="where to write the page (default: report.html in the run)")
     report.add_argument("--limit", type=_positive, default=200, help="how many test images to look at (default: 200)")
@@ -158,6 +185,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shell.add_argument("shell", choices=completion.SHELLS)
     return parser
+
+
+def _add_study(command: argparse.ArgumentParser) -> None:
+    command.add_argument("study", help="a YAML file, or the name of a shipped one")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of every config")
+    command.add_argument("--out", type=_path, help="folder of the runs (default: runs/NAME)")
+    command.add_argument("--jobs", type=_positive, default=1, help="runs at a time, which share the cores (default: 1)")
+    command.add_argument("--budget", type=_positive, metavar="SECONDS", help="end, all saved, after that time at most")
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
@@ -215,6 +250,12 @@ def _radius(text: str) -> float:
         return parse_radius(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _share(text: str) -> float:
+    if not re.fullmatch(r"0?\.[0-9]{1,9}", text) or not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number between 0 and 1, such as 0.95")
+    return float(text)
 
 
 def _image_shape(text: str) -> tuple[int, ...]:

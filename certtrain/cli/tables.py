@@ -14,16 +14,18 @@ if TYPE_CHECKING:
 NOTHING_PROVED = 0.95  # a verified error from which on training has come to nothing
 
 
-def show_results(console: Console, results: Sequence[dict], validation: Sequence[dict] = ()) -> None:
-    """A row for each radius, and below them those of the validation images where there are any."""
+def show_results(
+    console: Console, results: Sequence[dict], validation: Sequence[dict] = (), split: str = "test"
+) -> None:
+    """A row for each radius, and below them those of the validation images where there are any beside `split`'s."""
     sound = f", sound in {results[0]['arithmetic']}" if results[0]["arithmetic"] else ""
-    table = Table(title=f"{results[0]['images']} test images, bounds by {results[0]['method']}{sound}")
+    table = Table(title=f"{results[0]['images']} {split} images, bounds by {results[0]['method']}{sound}")
     if validation:
         table.add_column("images")
     for column in ("epsilon", "natural error", "PGD error", "verified error", "seconds"):
         table.add_column(column, justify="right")
-    for name, split in (("test", results), ("validation", validation)):
-        for result in split:
+    for name, part in ((split, results), ("validation", validation)):
+        for result in part:
             errors = [f"{result[key]:.2%}" for key in ("natural_error", "pgd_error", "verified_error")]
             images = [f"{result['images']} {name}"] if validation else []
             table.add_row(*images, f"{result['eps']:.5f}", *errors, f"{result['seconds']:.1f}")

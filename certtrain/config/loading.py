@@ -19,20 +19,24 @@ from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
 
 MOST_FILES = 32  # that one configuration is read from, bases of bases among them
 MOST_PARTS = 16  # of an override's key
+STUDIES = "studies"  # the folder among the shipped configurations that holds studies
 
 Overrides = Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 
-def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Overrides = ()) -> Config:
+def load_config(
+    source: str | Path | Mapping[str, Any] | Config, overrides: Overrides = (), folder: Path | None = None
+) -> Config:
     """Read and check a configuration.
 
     Args:
         source: a YAML file, the name of one that certtrain ships (such as "digits"), a mapping, or a Config. A file or
             mapping may name others under `base`, whose values it overrules section by section: YAML files in its
-            folder (of a mapping, the working directory) or below, or shipped ones.
+            folder (of a mapping, `folder`) or below, or shipped ones.
         overrides: values that overrule it: a mapping, of sections or of dotted keys; or a sequence of such mappings and
             of texts "section.key=value", the value written as in YAML, as on the command line. A mapping is merged
             section by section, a text replaces what stands at its key.
+        folder: where a mapping stands; None: in the working directory.
 
     A network of one's own, `model.name` "module:callable", is looked for in the folder of the file (`model.path`).
 
@@ -41,7 +45,9 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
     """
     if isinstance(source, Config):
         source = source.model_dump(mode="json")
-    layers = _with_bases(None, source, []) if isinstance(source, Mapping) else _layers(config_path(source), [])
+    layers = (
+        _with_bases(None, source, [], (), folder) if isinstance(source, Mapping) else _layers(config_path(source), [])
+    )
     values: dict[str, Any] = reduce(_merged, [layer for _, layer in layers], {})
     for override in [overrides] if isinstance(overrides, Mapping) else overrides:
         values = _merged(values, _nested(override)) if isinstance(override, Mapping) else _changed(values, override)
@@ -50,18 +56,19 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Over
     except ValidationError as error:
         lines = [_origin(_place(problem["loc"])[0], values, layers) + _describe(problem) for problem in error.errors()]
         raise UsageError(lines_of("\n".join(lines))) from error
-    return _with_model_path(config, layers)
+    return _with_model_path(config, layers, folder)
 
 
-def _with_model_path(config: Config, layers: Sequence[Layer]) -> Config:
+def _with_model_path(config: Config, layers: Sequence[Layer], folder: Path | None) -> Config:
     """A network of one's own lies beside the file that names it, or where that is an override, beside the config."""
     if ":" not in config.model.name or config.model.path is not None:
         return config
     named_in = [file for file, values in layers if _at(("model", "name"), values) == config.model.name]
     file = named_in[-1] if named_in else layers[-1][0]
-    if file is None or file.parent == Path():
+    place = folder if file is None else file.parent
+    if place is None or place == Path():
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(file.parent)})})
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(place)})})
 
 
 def override_keys(overrides: Overrides) -> list[str]:
@@ -84,7 +91,13 @@ def shipped_configs() -> dict[str, Path]:
     """Name -> file of every configuration that certtrain ships, parts that are no whole run among them."""
     folder = Path(str(importlib.resources.files("certtrain.configs")))
     files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
-    return {file.stem: file for file in files}
+    return {file.stem: file for file in files if file.parent.name != STUDIES}
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Name -> file of every study that certtrain ships."""
+    folder = Path(str(importlib.resources.files("certtrain.configs"))) / STUDIES
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def runnable_configs() -> list[str]:
@@ -125,7 +138,11 @@ def _layers(path: Path, read: list[Path], asked_by: tuple[Path, ...] = ()) -> li
 
 
 def _with_bases(
-    path: Path | None, values: Mapping[str, Any], read: list[Path], chain: tuple[Path, ...] = ()
+    path: Path | None,
+    values: Mapping[str, Any],
+    read: list[Path],
+    chain: tuple[Path, ...] = (),
+    folder: Path | None = None,
 ) -> list[Layer]:
     where = f"{path}: " if path else ""
     bases = values.get("base", [])
@@ -135,7 +152,7 @@ def _with_bases(
     layers: list[Layer] = []
     for name in bases:
         try:
-            file = _base(path.parent if path else Path(), Path(name))
+            file = _base(path.parent if path else folder or Path(), Path(name))
         except UsageError as error:
             raise UsageError(f"{where}base: {error}") from error
         layers += _layers(file, read, chain)

@@ -37,7 +37,19 @@ DATASETS = Names(
 MODELS = Names(
     "certtrain.models",
     "MODELS",
-    ("cnn7", "cnn7-wide", "wide-resnet", "resnext", "cnn-large", "cnn-small", "mlp", "vit"),
+    (
+        "cnn7",
+        "cnn7-wide",
+        "wide-resnet",
+        "resnext",
+        "cnn-large",
+        "cnn-small",
+        "cnn-2layer",
+        "cnn-3layer",
+        "cnn-4layer",
+        "mlp",
+        "vit",
+    ),
 )
 INITIALIZATIONS = Names(
     "certtrain.initialization", "INITIALIZATIONS", ("ibp", "kaiming", "xavier", "orthogonal", "default")

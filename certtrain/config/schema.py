@@ -251,8 +251,10 @@ class TrainingSection(Section):
 
 
 class VerificationSection(Section):
-    """What is measured on the test set at the end, and by `certtrain verify`."""
+    """What is measured at the end, and by `certtrain verify`."""
 
+    split: Literal["test", "validation"] = "test"
+    """Of which images; validation: the test set is not looked at."""
     eps: Several[Radius] | None = None
     """Radii, one or several; null: epsilon.max."""
     method: Annotated[Several[str], AfterValidator(OneOf("bound method", METHODS))] = ("ibp",)
@@ -260,7 +262,7 @@ class VerificationSection(Section):
     arithmetic: Annotated[str, AfterValidator(OneOf("arithmetic", ARITHMETICS))] | None = None
     """Whose rounding the bounds cover; null: real mathematics, computed in float32."""
     limit: Positive | None = None
-    """Only the first so many test images."""
+    """Only the first so many of these images."""
     batch_size: Positive = 256
     """Images that are verified at once."""
     pgd_steps: Count = 40
@@ -330,6 +332,8 @@ class Config(Section):
             )
         if self.backend == "lirpa" and not (method.on_lirpa and statistics == "clean"):
             raise ValueError(f"backend lirpa does not support training.method {method.name} as configured")
+        if self.verification.split == "validation" and not self.data.validation:
+            raise ValueError("verification.split validation: data.validation says how many images that are, and is 0")
         if self.optimizer.warmup_epochs > epochs:
             raise ValueError(f"optimizer.warmup_epochs: {self.optimizer.warmup_epochs:g} of {epochs} epochs")
         if epsilon.train_factor * epsilon.max > 1:

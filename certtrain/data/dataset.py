@@ -126,6 +126,11 @@ class Dataset:
         held_out[torch.randperm(total, generator=generator(seed))[:count]] = True
         return replace(self, train=self.train.take(~held_out), validation=self.train.take(held_out))
 
+    def tested_on_validation(self) -> Dataset:
+        """The validation split, which there must be, in the place of the test images."""
+        assert self.validation is not None
+        return replace(self, test=self.validation, validation=None)
+
 
 def require_two_classes(train: Split) -> None:
     """Refuse a training set of one class: a constant network would be right everywhere, and proved to be.

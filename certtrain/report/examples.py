@@ -39,7 +39,7 @@ def judge(
     """Verify the first `limit` test images as the configuration says, at radius `eps`.
 
     Returns:
-        What was found, and under each of the names of `fates` the first `most` examples.
+        What was found, and under each fate the first `most` examples.
     """
     (result,) = verify_run(load_config(config, {"verification.eps": eps}), model, dataset, limit)
     split = dataset.test.take(slice(len(result.correct)))
@@ -54,15 +54,5 @@ def judge(
         margin = result.margin[index].item()
         return Example(index, images[index], int(split.labels[index]), point, int(prediction), margin)
 
-    chosen = {name: flags.nonzero()[:most, 0].tolist() for name, flags in fates(result).items()}
+    chosen = {name: flags.nonzero()[:most, 0].tolist() for name, flags in result.fates.items()}
     return result, {name: [example(index) for index in indices] for name, indices in chosen.items()}
-
-
-def fates(result: Verification) -> dict[str, Tensor]:
-    """A flag (N,) per image for each thing that can become of it; every image has one fate."""
-    return {
-        "proved": result.proved,
-        "unknown": result.unknown,
-        "attacked": result.attacked,
-        "misclassified": ~result.correct,
-    }

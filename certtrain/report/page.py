@@ -16,9 +16,9 @@ from certtrain.config import Config
 from certtrain.data import Dataset
 from certtrain.errors import CheckpointError, optional_module
 from certtrain.report import plots
-from certtrain.report.examples import Example, fates, judge
+from certtrain.report.examples import Example, judge
 from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
-from certtrain.runs.progress import read_records
+from certtrain.runs.metrics import read_records
 from certtrain.runtime.files import parse_json, write_text
 
 EXAMPLES = 12  # of each fate
@@ -39,17 +39,18 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
         CheckpointError: the run is not finished, or one of its files is missing or corrupt.
         MissingDependency: matplotlib or jinja2 is not installed.
     """
-    page = _template()
+    page = template("page.html")
     summary, epochs = _read_summary(run), _read_epochs(run)
     shown, curves = _show(config, summary), error_curves(run, summary)
     drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*curves)}
     result, examples = judge(config, model, dataset, summary["eps"], limit, EXAMPLES)
-    counts = {name: int(flags.sum()) for name, flags in fates(result).items()}
+    counts = {name: int(flags.sum()) for name, flags in result.fates.items()}
     text = page.render(
         shown,
         title=run.resolve().name,
         plots=drawn,
         images=len(result.correct),
+        split=config.verification.split,
         methods=", ".join(config.verification.method),
         fates=[(name, count, MEANING[name]) for name, count in counts.items()],
         gallery=[
@@ -61,11 +62,16 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
     write_text(file, text)
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """One of certtrain's pages, to be rendered.
+
+    Raises:
+        MissingDependency: jinja2 is not installed.
+    """
     jinja2 = optional_module("jinja2", "report")
     loader = jinja2.PackageLoader("certtrain", "report")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 # --- what is read ----------------------------------------------------------------------------------------------------
@@ -138,7 +144,8 @@ def _show(config: Config, summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _subtitle(config: Config, summary: Mapping[str, Any]) -> str:
     parts = (config.model.name, config.data.name, f"trained by {config.training.method.name}", f"seed {config.seed}")
-    return f"{', '.join(parts)}; {summary['images']} test images, bounds by {summary['method'].replace(',', ', ')}"
+    images = f"{summary['images']} {config.verification.split} images"
+    return f"{', '.join(parts)}; {images}, bounds by {summary['method'].replace(',', ', ')}"
 
 
 def _tiles(summary: Mapping[str, Any]) -> dict[str, str]:

@@ -133,6 +133,65 @@ def errors_over_eps_png(natural: float, curves: Curves) -> bytes:
         return file.getvalue()
 
 
+Histories = Mapping[str, Sequence[Epochs]]  # by name, the epochs of several runs
+
+
+def learning_curves(histories: Histories) -> str:
+    """Verified error on the training images of each epoch: the mean over the runs of a name, and their range."""
+    with _figure(width=9.6, height=4.2) as figure:
+        _draw_histories(figure.subplots(), histories)
+        return _svg(figure)
+
+
+def _draw_histories(axes: Any, histories: Histories) -> None:
+    shades = optional_module("matplotlib", "report").colormaps["turbo"]
+    for number, (name, runs) in enumerate(histories.items()):
+        errors: dict[int, list[float]] = {}
+        for record in (record for epochs in runs for record in epochs if "verified_error" in record):
+            errors.setdefault(record["epoch"], []).append(record["verified_error"])
+        if not errors:
+            continue
+        color = shades(0.1 + 0.8 * number / max(1, len(histories) - 1))
+        epochs = sorted(errors)
+        means = [sum(errors[epoch]) / len(errors[epoch]) for epoch in epochs]
+        ranges = [[edge(errors[epoch]) for epoch in epochs] for edge in (min, max)]
+        axes.fill_between(epochs, *ranges, color=color, alpha=0.2, linewidth=0)
+        axes.plot(epochs, means, color=color, label=name, marker="o" if len(epochs) == 1 else "")
+    _label(axes, "epoch", "verified error of training images", percent=True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+
+
+Point = tuple[float, float]
+
+
+def trade_off(points: Sequence[Point], front: Sequence[Point], names: Sequence[str]) -> str:
+    """Two objectives of many trials, those that none surpasses joined; both are better when smaller."""
+    with _figure() as figure:
+        axes = figure.subplots()
+        axes.scatter(*zip(*points, strict=True), s=14, color=COLORS["natural"], label="trial")
+        best = sorted(front)
+        axes.step(*zip(*best, strict=True), where="post", color=COLORS["verified"], marker="o", label="Pareto front")
+        axes.set_xlabel(names[0].replace("_", " "))
+        axes.set_ylabel(names[1].replace("_", " "))
+        axes.legend()
+        return _svg(figure)
+
+
+def progress_of_trials(values: Sequence[float], name: str) -> str:
+    """One objective of each trial, in order, and the best so far."""
+    with _figure() as figure:
+        axes = figure.subplots()
+        trials = range(len(values))
+        axes.scatter(trials, values, s=14, color=COLORS["natural"], label="trial")
+        best = [min(values[: number + 1]) for number in trials]
+        axes.step(trials, best, where="post", color=COLORS["verified"], label="best so far")
+        axes.set_xlabel("finished trial")
+        axes.set_ylabel(name.replace("_", " "))
+        axes.legend()
+        return _svg(figure)
+
+
 def _draw_errors(axes: Any, natural: float, curves: Curves) -> None:
     axes.axhline(natural, color=COLORS["natural"], label=NAMES["natural"])
     for key, (eps, values) in curves.items():

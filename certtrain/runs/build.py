@@ -55,13 +55,14 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 
 def load_data(config: Config) -> Dataset:
+    """The images of a run; where the validation split is verified, it stands in the place of the test set."""
     data = config.data
     dataset = load_dataset(
         data.name, data.root, download=data.download, path=data.path, validation=data.validation, seed=config.seed
     )
     dataset = replace(dataset, train=dataset.train.take(slice(data.limit)))
     require_two_classes(dataset.train)
-    return dataset
+    return dataset.tested_on_validation() if config.verification.split == "validation" else dataset
 
 
 def build(config: Config, dataset: Dataset, trust: bool = True) -> tuple[nn.Module, dict[str, Any]]:

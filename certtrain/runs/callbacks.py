@@ -14,7 +14,8 @@ from torch import Tensor
 
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runs.checkpoint import save_checkpoint
-from certtrain.runs.progress import MetricsFile, ProgressDisplay, TensorBoard, epoch_record
+from certtrain.runs.metrics import MetricsFile
+from certtrain.runs.progress import ProgressDisplay, TensorBoard, epoch_record
 from certtrain.runs.state import run_state
 from certtrain.runtime.distributed import Ranks
 from certtrain.training.step import SMALLEST_RADIUS

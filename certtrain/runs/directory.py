@@ -23,6 +23,7 @@ RUN_FILES = (
     "model.json",
     "summary.json",
     "verify.json",
+    "verdicts.json",
     "radius.json",
     "radius.png",
     "model.onnx",
@@ -92,7 +93,7 @@ def stored_config(folder: Path) -> Config:
 
 def differences(stored: Config, asked: Config) -> dict[str, str]:
     """Of each value that differs, under its key "section.key": what it is in the run, and what was asked for."""
-    run, here = (dict(_leaves(config.model_dump(mode="json"))) for config in (stored, asked))
+    run, here = (dict(leaves(config.model_dump(mode="json"))) for config in (stored, asked))
     return {
         key: f"{key} is {_shown(run, key)} there, {_shown(here, key)} here"
         for key in dict.fromkeys((*run, *here))
@@ -100,10 +101,10 @@ def differences(stored: Config, asked: Config) -> dict[str, str]:
     }
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

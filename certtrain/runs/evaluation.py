@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -75,17 +74,12 @@ class Results(NamedTuple):
         return {name: [result.summary() for result in results] for name, results in splits.items()}
 
 
-def on_validation(dataset: Dataset) -> Dataset:
-    """The validation split in the place of the test images."""
-    assert dataset.validation is not None
-    return replace(dataset, test=dataset.validation)
-
-
 def summarize(config: Config, results: Sequence[Verification]) -> dict[str, Any]:
     """Of summary.json; the three errors on top are those at epsilon.max, or else at the largest radius tested."""
     chosen = next((r for r in results if r.eps == config.epsilon.max), max(results, key=lambda r: r.eps))
     return {
         **chosen.summary(),
+        "split": config.verification.split,
         "verify_seconds": round(sum(r.seconds for r in results), 2),
         "seed": config.seed,
         "radii": [r.summary() for r in results],

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from certtrain.errors import CheckpointError, UsageError
+from certtrain.errors import CheckpointError, FolderInUse, UsageError
 from certtrain.runtime.files import make_folder
 
 try:
@@ -30,7 +30,8 @@ def claimed(folder: Path) -> Iterator[None]:
     that ends; a file that a killed one has left holds nobody out. The file says who holds it.
 
     Raises:
-        CheckpointError: another process is in it, or it cannot be made.
+        FolderInUse: another process is in it.
+        CheckpointError: it cannot be made or locked.
         UsageError: it is a file.
     """
     if folder.exists() and not folder.is_dir():
@@ -78,13 +79,52 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = " ".join(os.pread(descriptor, 200, 0).decode(errors="replace").split()) or "another process"
-        raise CheckpointError(
-            f"another run goes on in {folder} ({holder}): wait for it, end it, or name another folder with --out"
+        raise FolderInUse(
+            f"another run goes on in {folder} ({_name_in(descriptor)}): wait for it, end it, or name another folder "
+            "with --out"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems that cannot lock
             raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
+
+
+def holder(folder: Path) -> str | None:
+    """Who is at work in `folder`, as the lock file says; None where nobody is.
+
+    Asked of the operating system: a lock file that a killed process has left, here or on another machine, does not
+    count. For a moment this keeps others out itself, who may then be told that somebody is in it.
+    """
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return None
+    try:
+        _lock(descriptor, folder)
+    except FolderInUse:
+        return _name_in(descriptor)
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def can_lock(folder: Path) -> bool:
+    """Whether the file system of `folder`, which exists, knows locks; some that machines share do not."""
+    if fcntl is None:
+        return False
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _name_in(descriptor: int) -> str:
+    return " ".join(os.pread(descriptor, 200, 0).decode(errors="replace").split()) or "another process"
 
 
 def _is_still(descriptor: int, file: Path) -> bool:

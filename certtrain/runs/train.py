@@ -23,11 +23,13 @@ from certtrain.runs.build import assemble, build, compiles, layout_of, load_data
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
 from certtrain.runs.directory import clear, remove_temporaries
-from certtrain.runs.evaluation import Results, on_validation, summarize, verify_run
+from certtrain.runs.evaluation import Results, summarize, verify_run
 from certtrain.runs.extension import compiled_as, extend, require_same_past
-from certtrain.runs.progress import MetricsFile, Output, ProgressDisplay
+from certtrain.runs.metrics import MetricsFile
+from certtrain.runs.progress import Output, ProgressDisplay
 from certtrain.runs.request import Request, Stored
 from certtrain.runs.state import check_state, continue_from
+from certtrain.runs.verdicts import verdicts_of, write_verdicts
 from certtrain.runtime.compilation import announced
 from certtrain.runtime.distributed import Ranks, process_group
 from certtrain.runtime.files import write_json, write_text
@@ -215,6 +217,7 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
             "steps": run.trainer.step,
             "processes": ranks.world_size,
         }
+        write_verdicts(run.folder, verdicts_of(run.config.verification.split, run.dataset.test, results.test))
         write_json(run.folder / "summary.json", summary)
     return ranks.broadcast(summary)
 
@@ -229,7 +232,9 @@ def _hand_out(run: Prepared, file: str, population: bool, ranks: Ranks) -> Resul
     if ranks.is_first:
         save_weights(run.folder / file, model)
     results = verify_run(config, model, dataset, ranks=ranks)
-    held_out = [] if dataset.validation is None else verify_run(config, model, on_validation(dataset), ranks=ranks)
+    held_out = (
+        [] if dataset.validation is None else verify_run(config, model, dataset.tested_on_validation(), ranks=ranks)
+    )
     return Results(results, held_out)
 
 

@@ -77,6 +77,16 @@ class Verification:
         return self.correct & ~self.proved & ~self.attacked
 
     @property
+    def fates(self) -> dict[str, Tensor]:
+        """A flag (N,) per image for each thing that can become of it; every image has one fate."""
+        return {
+            "proved": self.proved,
+            "unknown": self.unknown,
+            "attacked": self.attacked,
+            "misclassified": ~self.correct,
+        }
+
+    @property
     def natural_error(self) -> float:
         """Share of images that are misclassified as they are."""
         return _share(~self.correct)

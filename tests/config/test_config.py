@@ -149,7 +149,7 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
         (
             "model.name",
             "transformer",
-            "model.name: unknown model 'transformer': choose from cnn-large, .*wide-resnet",
+            "model.name: unknown model 'transformer': choose from cnn-2layer, .*wide-resnet",
         ),
         ("data.name", "cifar", "data.name: unknown data set 'cifar': did you mean cifar10.*\\?"),
         ("optimizer.name", "adam", "optimizer.name: unknown optimizer 'adam': did you mean .*Adam.*\\?"),

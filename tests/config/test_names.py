@@ -96,6 +96,12 @@ asked = [
     (["check", "file", "--model", "{tmp_path}"], 1),
     (["export", "{tmp_path}"], 2),
     (["report", "{tmp_path}"], 1),
+    (["study", "no_such_study"], 2),
+    (["study", "digits_methods", "optimizer.rl=1"], 2),
+    (["study", "digits_methods", "--device", "meta"], 2),
+    (["tune", "tune_digits", "data.name=digit"], 2),
+    (["compare", "{tmp_path}"], 2),
+    (["compare", "{tmp_path}", "--out", "table.docx"], 2),
 ]
 for arguments, code in asked:
     try:

@@ -23,7 +23,7 @@ from certtrain.config import load_config
 from certtrain.data import Dataset, Split, load_dataset
 from certtrain.errors import CheckpointError
 from certtrain.report import plots
-from certtrain.report.examples import fates, judge
+from certtrain.report.examples import judge
 from certtrain.report.page import _read_epochs, _read_summary, _show, error_curves, write_report
 from certtrain.runs.checkpoint import load_model
 from tests.commands import contents
@@ -120,7 +120,7 @@ def threshold_images(restarts, limit=9, most=9):
 
 def test_every_image_has_the_fate_that_is_known():
     result, examples = threshold_images(restarts=1)
-    flags = torch.stack(list(fates(result).values()))
+    flags = torch.stack(list(result.fates.values()))
     assert (flags.sum(0) == 1).all()
     found = {name: [example.index for example in group] for name, group in examples.items()}
     assert found == {"proved": [0], "unknown": [], "attacked": [1, 3], "misclassified": [2]}
@@ -135,7 +135,7 @@ def test_every_image_has_the_fate_that_is_known():
 
 def test_without_an_attack_images_are_unknown_and_only_the_first_are_shown():
     result, examples = threshold_images(restarts=0, most=1)
-    assert fates(result)["unknown"].tolist() == [False, True, False, True]
+    assert result.fates["unknown"].tolist() == [False, True, False, True]
     assert [example.index for example in examples["unknown"]] == [1]
     result, _ = threshold_images(restarts=0, limit=1)
     assert len(result.correct) == 1

@@ -67,7 +67,7 @@ def check_same_run(folder, reference):
 
 def test_a_run_directory_holds_the_files_and_nothing_else(reference):
     expected = {"config.yaml", "metrics.jsonl", "last.ckpt", "model.safetensors", "model.json", "summary.json"}
-    assert {path.name for path in reference.iterdir()} == expected | {"tensorboard"}
+    assert {path.name for path in reference.iterdir()} == expected | {"tensorboard", "verdicts.json"}
 
 
 def test_summary(reference):

@@ -178,6 +178,7 @@ READERS = {
     "summary.json": ("report",),
     "verify.json": ("report", "verify"),
     "radius.json": ("report",),
+    "verdicts.json": ("verify",),
 }
 
 

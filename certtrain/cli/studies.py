@@ -1,0 +1,148 @@
+"""The commands about many runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from certtrain.errors import UsageError
+from certtrain.runtime.device import check_device_name
+
+if TYPE_CHECKING:
+    from certtrain.studies.runner import Outcome
+
+
+def study_command(options: argparse.Namespace) -> int:
+    from certtrain.studies.design import load_study
+    from certtrain.studies.reading import study_path
+
+    path = study_path(options.study)
+    study = load_study(path, options.overrides)
+    check_device_name(options.device)
+    folder = options.out or Path("runs") / path.stem
+
+    from certtrain.studies.runner import require_fit, train_all
+
+    require_fit(study.runs, folder)
+    if options.slurm is not None:
+        from certtrain.studies.slurm import submit
+
+        jobs = submit(study, folder, options.slurm, jobs=options.jobs, budget=options.budget, device=options.device)
+        print(f"submitted {', '.join(jobs)}; certtrain compare {folder} shows what is finished")
+        return 0
+    console = Console()
+    outcome = train_all(
+        study.runs, folder, jobs=options.jobs, budget=options.budget, device=options.device, console=console
+    )
+    _tell(console, outcome, f"certtrain study {options.study}")
+    if outcome.finished:
+        _show_table(console, [folder / name for name in outcome.finished])
+    return outcome.exit_code
+
+
+def _show_table(console: Console, runs: Sequence[Path]) -> None:
+    from certtrain.studies.compare import compare
+    from certtrain.studies.tables import sheets, show
+
+    try:
+        show(console, sheets(compare(runs)))
+    except UsageError as error:  # the study may well have several radii, or data sets
+        console.print(f"there is no one table of all runs: {error}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell(console: Console, outcome: Outcome, command: str) -> None:
+    lines = [f"failed: {name}: {reason}" for name, reason in outcome.failed.items()]
+    lines += [f"{name} is trained by another: {who}" for name, who in outcome.elsewhere.items()]
+    if outcome.left:
+        lines.append(f"{len(outcome.left)} runs are not finished: {command}, with the same options, goes on")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def tune_command(options: argparse.Namespace) -> int:
+    from certtrain.studies.reading import study_path
+    from certtrain.studies.search import load_tuning
+
+    path = study_path(options.study)
+    tuning = load_tuning(path, options.overrides)
+    check_device_name(options.device)
+    folder = options.out or Path("runs") / path.stem
+
+    from certtrain.studies.tables import show
+    from certtrain.studies.tuning import tune
+
+    console = Console()
+    result = tune(tuning, folder, jobs=options.jobs, budget=options.budget, device=options.device, console=console)
+    show(console, result.sheets())
+    return result.exit_code
+
+
+def compare_command(options: argparse.Namespace) -> int:
+    from certtrain.runs.directory import check_output
+    from certtrain.studies.page import check_ending
+
+    for file in options.out:
+        check_ending(file)
+        check_output(file, *options.runs, own="report.html")
+
+    from certtrain.errors import optional_module
+    from certtrain.studies.compare import compare
+    from certtrain.studies.page import write_comparison
+    from certtrain.studies.tables import sheets, show
+
+    if any(file.suffix in (".html", ".svg") for file in options.out):
+        optional_module("matplotlib", "report")
+    comparison = compare(
+        options.runs,
+        eps=options.eps,
+        method=options.method,
+        metrics=options.metric,
+        baseline=options.baseline,
+        confidence=options.confidence,
+    )
+    show(Console(), sheets(comparison))
+    for file in options.out:
+        write_comparison(file, comparison, " ".join(run.resolve().name for run in options.runs))
+        print(f"wrote {file}")
+    return 0
+
+
+# --- a page for a study -----------------------------------------------------------------------------------------------
+
+
+def is_run_folder(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.yaml", "model.json", "model.safetensors", "last.ckpt"))
+
+
+def holds_runs(folder: Path) -> bool:
+    return any(
+        any(folder.glob(pattern)) for pattern in ("*/config.yaml", "*/seed-*/config.yaml", "trials/*/config.yaml")
+    )
+
+
+def report_study(options: argparse.Namespace) -> int:
+    """The page of a study or a tuning, without looking at single images."""
+    if options.overrides:
+        raise UsageError(f"{options.run} is a study: {options.overrides[0]} cannot be changed for all of its runs")
+
+    from certtrain.runs.directory import check_output
+    from certtrain.runtime.files import write_text
+    from certtrain.studies.compare import compare
+    from certtrain.studies.page import html
+
+    file = options.out or options.run / "report.html"
+    check_output(file)
+    title = options.run.resolve().name
+    if (options.run / "tuning.json").is_file():
+        from certtrain.studies.trials import page_of
+
+        text = page_of(options.run, title)
+    else:
+        text = html(compare([options.run]), title)
+    write_text(file, text)
+    print(f"wrote {file}")
+    return 0

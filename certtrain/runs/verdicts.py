@@ -1,0 +1,95 @@
+"""What became of every image that was verified, so that runs can be compared image by image: verdicts.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from certtrain.errors import CheckpointError
+from certtrain.runtime.files import parse_json, write_json
+
+if TYPE_CHECKING:
+    from certtrain.data import Split
+    from certtrain.verification.verify import Verification
+
+FILE = "verdicts.json"
+LETTERS = {"proved": "p", "attacked": "a", "unknown": "u", "misclassified": "m"}
+MOST_IMAGES = 10**7
+
+
+class Verdicts(BaseModel):
+    """The answer to one question: a letter per image (`LETTERS`), in the order of the split.
+
+    sha256: of the whole split (`certificates.split_digest`), of which these are the first images or all.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    split: str
+    sha256: str
+    eps: Annotated[float, Field(ge=0, le=1)]
+    method: str
+    arithmetic: str | None
+    images: Annotated[str, Field(pattern=r"^[paum]+$", max_length=MOST_IMAGES)]
+
+    @property
+    def question(self) -> tuple[Any, ...]:
+        """Of a network there is one answer to it."""
+        return self.split, self.sha256, self.eps, self.method, self.arithmetic, len(self.images)
+
+
+def verdicts_of(split: str, data: Split, results: Sequence[Verification]) -> list[Verdicts]:
+    """Those of `results`, which are about the first images of `data`."""
+    from certtrain.verification.certificates import split_digest
+
+    sha256 = split_digest(data.images.cpu().numpy(), data.labels.cpu().numpy())
+    return [
+        Verdicts(
+            split=split,
+            sha256=sha256,
+            eps=result.eps,
+            method=",".join(stage.method for stage in result.stages),
+            arithmetic=result.arithmetic,
+            images=_letters(result),
+        )
+        for result in results
+    ]
+
+
+def write_verdicts(folder: Path, verdicts: Sequence[Verdicts]) -> None:
+    """Write those of the run in `folder`; of two answers to one question the later."""
+    answered = {answer.question: answer for answer in verdicts}
+    write_json(folder / FILE, [answer.model_dump() for answer in answered.values()])
+
+
+def read_verdicts(folder: Path) -> list[Verdicts]:
+    """The verdicts of the run in `folder`; none where it has no such file.
+
+    Raises:
+        CheckpointError: it is corrupt.
+    """
+    file = folder / FILE
+    if not file.exists():
+        return []
+    try:
+        content = parse_json(file.read_text(encoding="utf-8"))
+        if not isinstance(content, list):
+            raise ValueError("a list is expected")
+        return [Verdicts.model_validate(entry) for entry in content]
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise CheckpointError(f"{file} is corrupt ({where}: {problem['msg']:.150})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
+
+
+def _letters(result: Verification) -> str:
+    letters = [""] * len(result.correct)
+    for fate, chosen in result.fates.items():
+        for index in chosen.nonzero()[:, 0].tolist():
+            letters[index] = LETTERS[fate]
+    return "".join(letters)

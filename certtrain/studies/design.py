@@ -1,0 +1,173 @@
+"""What a study is made of: configurations, as a list or a grid, times seeds."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from certtrain.config import Config, load_config
+from certtrain.config.schema import MOST_SEED, Plain, Several
+from certtrain.config.section import Section
+from certtrain.errors import UsageError, lines_of, shortened, shown
+from certtrain.studies.reading import list_or_mapping, read_section
+
+MOST_RUNS = 10_000
+RESERVED = {"logs", "final", "trials"}  # folders of a study that are no cell's
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,119}")
+
+Choice = dict[str, Any]  # overrides, and under `base` the configs they come after
+
+
+def _several(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("a seed is named twice")
+    return seeds
+
+
+Bases = Annotated[Several[str], BeforeValidator(_several)]
+Seeds = Annotated[Several[Annotated[int, Field(ge=0, le=MOST_SEED)]], AfterValidator(_distinct)]
+
+
+Axis: TypeAlias = list_or_mapping(list[Any], dict[str, Plain])  # type: ignore[valid-type]
+
+
+class StudyFile(Section):
+    """Every combination of a named configuration and a choice of each axis of the grid is trained with every seed."""
+
+    base: Bases  # configs, as `base` of a config: beside the file or shipped
+    overrides: Plain = Field(default_factory=dict)  # of every run
+    configs: dict[str, Plain] = Field(default_factory=dict)  # name -> overrides; `base` among them: after the study's
+    grid: dict[str, Axis] = Field(default_factory=dict)  # key -> values, or name -> choices
+    seeds: Seeds = (0,)
+    slurm: Plain = Field(
+        default_factory=dict
+    )  # of submitit's executor: timeout_min, slurm_partition, gpus_per_node, ...
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> StudyFile:
+        empty = [name for name, choices in self.grid.items() if not choices]
+        if empty:
+            raise ValueError(f"grid.{empty[0]} names no value")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A configuration under a name; its seed is replaced by those of the study."""
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a study; its name is its folder below the study's."""
+
+    name: str
+    config: Config
+
+
+@dataclass(frozen=True)
+class Study:
+    cells: tuple[Cell, ...]
+    seeds: tuple[int, ...]
+    slurm: Mapping[str, Any]
+
+    @property
+    def runs(self) -> list[PlannedRun]:
+        """The seeds of a cell are apart, so that early on there is one of everything."""
+        return [planned(cell, seed) for seed in self.seeds for cell in self.cells]
+
+
+def planned(cell: Cell, seed: int) -> PlannedRun:
+    return PlannedRun(f"{cell.name}/seed-{seed}", cell.config.model_copy(update={"seed": seed}))
+
+
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read and check a study and each of its configurations.
+
+    Args:
+        overrides: "section.key=value", of every run, over all that the file says.
+
+    Raises:
+        UsageError: one line per thing that is wrong, each naming the cell.
+    """
+    file = read_section(StudyFile, path)
+    axes = _axes(file)
+    count = len(file.seeds)
+    for choices in axes:
+        count *= len(choices)
+    if count > MOST_RUNS:
+        raise UsageError(f"{path}: {count} runs, more than {MOST_RUNS}")
+    cells, wrong = [], []
+    for combination in itertools.product(*axes):
+        name = "_".join(part for part, _ in combination) or "base"
+        chosen = [choice for _, choice in combination]
+        try:
+            cells.append(Cell(name, _config(file, path.parent, chosen, overrides)))
+        except UsageError as error:
+            wrong += [f"{path}: {name}: {line}" for line in str(error).splitlines()]
+    if wrong:
+        raise UsageError(lines_of("\n".join(dict.fromkeys(wrong))))
+    _check_names([cell.name for cell in cells], path)
+    return Study(tuple(cells), file.seeds, file.slurm)
+
+
+def _config(file: StudyFile, folder: Path, choices: Sequence[Choice], overrides: Sequence[str]) -> Config:
+    bases = [*file.base, *(name for choice in choices for name in _several(choice.get("base", [])))]
+    changes = [{key: value for key, value in choice.items() if key != "base"} for choice in choices]
+    return load_config({"base": bases}, [dict(file.overrides), *changes, *overrides], folder)
+
+
+def _axes(file: StudyFile) -> list[list[tuple[str, Choice]]]:
+    """Of each axis its choices, by name."""
+    axes = [list(file.configs.items())] if file.configs else []
+    endings = [key.rpartition(".")[2] for key in file.grid]
+    for key, ending in zip(file.grid, endings, strict=True):
+        choices, label = file.grid[key], ending if endings.count(ending) == 1 else key
+        if isinstance(choices, dict):
+            axes.append(list(choices.items()))
+        else:
+            axes.append([(f"{label}={value_name(value)}", {key: value}) for value in choices])
+    return axes
+
+
+def value_name(value: Any) -> str:
+    """A value as part of a folder's name."""
+    if isinstance(value, Mapping):
+        parts = [str(value["name"])] * ("name" in value)
+        return ",".join([*parts, *(f"{key}={value_name(inner)}" for key, inner in value.items() if key != "name")])
+    if isinstance(value, list):
+        return "+".join(map(value_name, value))
+    text = str(value).lower() if isinstance(value, bool) or value is None else str(value)
+    return re.sub(r"[^A-Za-z0-9._+-]", "-", text)
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if not _PLAIN_NAME.fullmatch(name) or name in RESERVED:
+            raise UsageError(
+                f"{path}: {shown(name)} cannot be a folder's name: name the choices, as in configs: {{NAME: …}}"
+            )
+        if name.lower() in seen:
+            raise UsageError(f"{path}: two configurations are called {shortened(name)}: name the choices")
+        seen.add(name.lower())
+
+
+def cells_of(runs: Iterator[PlannedRun] | Sequence[PlannedRun]) -> dict[str, list[PlannedRun]]:
+    """The runs of each cell, by the cell's name."""
+    cells: dict[str, list[PlannedRun]] = {}
+    for run in runs:
+        cells.setdefault(run.name.rpartition("/")[0], []).append(run)
+    return cells

@@ -1,0 +1,185 @@
+"""Training all the runs of a study, by several processes and several machines that share a folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from certtrain.config import Config
+from certtrain.errors import CheckpointError, UsageError, lines_of
+from certtrain.runs.directory import differences, stored_config
+from certtrain.runs.lock import can_lock, holder
+from certtrain.runtime.files import make_folder
+from certtrain.studies.design import PlannedRun
+from certtrain.studies.processes import IN_USE, Deadline, Ended, Processes
+from certtrain.studies.progress import Display, is_finished
+
+LOOK_EVERY = 1.0  # seconds
+
+
+@dataclass
+class Outcome:
+    """What has become of the runs, by name: each is in one of these.
+
+    finished: by this call or before; failed: with the reason; elsewhere: who is at work in it; left: the time was up,
+    or somebody ended it, and the same call goes on.
+    """
+
+    finished: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    interrupted: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 where all are finished, 1 where one failed, 130 after Ctrl-C, 75 where the same command may go on."""
+        if self.failed:
+            return 1
+        return 128 + signal.SIGINT if self.interrupted else os.EX_TEMPFAIL if self.left or self.elsewhere else 0
+
+
+def require_fit(runs: Sequence[PlannedRun], folder: Path) -> list[str]:
+    """What was trained before must be what the study says now.
+
+    Returns:
+        The folders of finished or unfinished runs that the study no longer names.
+
+    Raises:
+        UsageError: a line for each run that no longer fits, with the values that differ.
+    """
+    wrong = []
+    for run in runs:
+        if not (folder / run.name / "config.yaml").exists():
+            continue
+        try:
+            different = differences(stored_config(folder / run.name), run.config)
+        except CheckpointError as error:
+            wrong.append(str(error))
+            continue
+        if different:
+            wrong.append(f"{folder / run.name} no longer fits the study: {'; '.join(different.values())}")
+    if wrong:
+        remedy = f"{len(wrong)} of {len(runs)} runs: undo the change, move these folders away, or name another --out"
+        raise UsageError(lines_of("\n".join([*wrong[:15], remedy])))
+    named = {(folder / run.name).resolve() for run in runs}
+    return sorted(
+        str(file.parent.relative_to(folder))
+        for file in folder.glob("*/seed-*/config.yaml")
+        if file.parent.resolve() not in named
+    )
+
+
+def train_all(
+    runs: Sequence[PlannedRun],
+    folder: Path,
+    *,
+    jobs: int = 1,
+    budget: float | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Outcome:
+    """Train every run that is not finished, each in its own folder below `folder`, or go on with it.
+
+    Any number of such calls, here and on other machines, may work on one folder: each run has one process at a time, by
+    the lock on its folder, which ends with the process that holds it. A call that finds nothing left but what others
+    are training returns.
+
+    Args:
+        jobs: processes at a time, which share the cores and the GPUs.
+        budget: seconds after which this call has ended, unfinished runs saved.
+        console: where progress goes.
+
+    Raises:
+        UsageError: runs in `folder` have another configuration.
+    """
+    deadline = Deadline.after(budget)
+    console = console or Console()
+    make_folder(folder)
+    outcome = Outcome()
+    with (
+        Display(console, runs, folder, jobs) as display,
+        Processes(jobs, device, folder / "logs", deadline.reserve) as processes,
+        interruptible(),
+    ):
+        for stranger in require_fit(runs, folder):
+            display.tell(f"{folder / stranger} is no longer part of the study: it stays, and is not counted")
+        if not can_lock(folder):
+            display.tell(
+                f"{folder} is on a file system without locks: nothing keeps two processes out of one run; "
+                "let one machine work on it"
+            )
+        try:
+            while not deadline.passed:
+                _start_what_can_be(runs, folder, processes, outcome, display)
+                if not processes.names:
+                    break
+                for ended in processes.wait(LOOK_EVERY):
+                    _note(ended, folder, outcome, display)
+                display.show(processes.names)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+            display.tell("ending: what is under way is being saved")
+        for ended in processes.end():
+            _note(ended, folder, outcome, display)
+    outcome.finished = [run.name for run in runs if is_finished(folder / run.name)]
+    for run in runs:
+        if run.name not in outcome.finished and run.name not in outcome.failed:
+            who = holder(folder / run.name)
+            outcome.left += [run.name] if who is None else []
+            outcome.elsewhere |= {} if who is None else {run.name: who}
+    return outcome
+
+
+def _start_what_can_be(
+    runs: Sequence[PlannedRun], folder: Path, processes: Processes, outcome: Outcome, display: Display
+) -> None:
+    """Asked anew each time: another machine may have finished a run, or have died in it."""
+    for run in runs:
+        if not processes.free:
+            return
+        place = folder / run.name
+        started = run.name in processes.names or run.name in outcome.failed
+        if started or is_finished(place) or holder(place) is not None:
+            continue
+        display.tell(f"{run.name}: {'goes on' if (place / 'last.ckpt').exists() else 'starts'}")
+        processes.start(run.name, train_run, run.config, place)
+
+
+def _note(ended: Ended, folder: Path, outcome: Outcome, display: Display) -> None:
+    if is_finished(folder / ended.name):
+        display.tell(f"{ended.name}: finished")
+    elif ended.code in (IN_USE, 128 + signal.SIGTERM, -signal.SIGTERM):
+        pass  # another was quicker; or it was asked to end
+    else:
+        reason = ended.message or (f"ended by signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}")
+        log = folder / "logs" / f"{ended.name.replace('/', '--')}.log"
+        outcome.failed[ended.name] = reason
+        display.tell(f"{ended.name}: failed: {reason} ({log})")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """What a batch system sends before it kills is answered as Ctrl-C is."""
+    previous = None
+    with suppress(ValueError):  # not the main thread
+        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def train_run(config: Config, folder: Path, device: str) -> int:
+    """In a process of its own: train the run, or go on with it; the exit code."""
+    from certtrain.runs.train import train
+
+    run = train(config, folder, resume=True, device=device, console=Console(width=120))
+    return 0 if run.summary is not None else 128 + (run.interrupted_by or 0)

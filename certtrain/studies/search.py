@@ -1,0 +1,174 @@
+"""Tuning files: what is searched, and how much; read without torch or Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, Field, model_validator
+
+from certtrain.config import Config, load_config
+from certtrain.config.schema import Amount, OneOf, Plain, Positive
+from certtrain.config.section import Section
+from certtrain.errors import UsageError, lines_of, shown
+from certtrain.runs.directory import leaves
+from certtrain.studies.design import Bases, Seeds, value_name
+from certtrain.studies.reading import list_or_mapping, read_section
+
+OBJECTIVES = ("natural_error", "pgd_error", "verified_error", "train_seconds", "verify_seconds")
+
+
+class Range(Section):
+    """Numbers between two ends, both included; whole ones where both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False  # uniform in the logarithm
+    step: int | float | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low}, high {self.high}: nothing lies between")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log is for ranges above 0, without step")
+        if self.step is not None and (self.step <= 0 or (self.whole and not isinstance(self.step, int))):
+            raise ValueError(f"step {self.step} does not fit the range from {self.low} to {self.high}")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+class Pruning(Section):
+    """Trials whose verified error on validation images is above the median of the others' at that epoch are ended."""
+
+    warmup_epochs: Annotated[int, Field(ge=0)] | None = None  # before which none is; null: those of epsilon's warmup
+    startup_trials: Annotated[int, Field(ge=1)] = 5  # that are finished before one is ended
+
+
+class Final(Section):
+    """What is trained anew on the whole training set, and tested."""
+
+    seeds: Seeds = (0, 1, 2)
+    most: Positive = 3  # configurations of a Pareto front
+
+
+Space: TypeAlias = list_or_mapping(list[Any], Range)  # type: ignore[valid-type]
+
+
+class TuningFile(Section):
+    """A search over any keys of a configuration. The test set is looked at once, when it is over."""
+
+    base: Bases
+    overrides: Plain = Field(default_factory=dict)  # of every trial and of what is tested
+    search: dict[str, Space] = Field(min_length=1)  # key -> range or choices
+    objectives: Annotated[
+        tuple[Annotated[str, AfterValidator(OneOf("objective", OBJECTIVES))], ...], Field(strict=False)
+    ] = ("verified_error",)  # all are minimised
+    trials: Positive
+    validation: Amount = 0.1  # images held out of the training set: a share, or a number
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # of the sampler
+    pruning: Pruning | None = None
+    storage: str | None = None  # URL of a database; null: a file in the study's folder
+    final: Final = Final()
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> TuningFile:
+        if not 1 <= len(set(self.objectives)) == len(self.objectives):
+            raise ValueError("objectives: name one or several, none twice")
+        if self.pruning is not None and len(self.objectives) > 1:
+            raise ValueError("pruning is by one objective: with several, Optuna has no order in which to end trials")
+        if not self.validation:
+            raise ValueError("validation is 0: there would be nothing to choose by but the test set")
+        empty = [key for key, space in self.search.items() if isinstance(space, list) and len(space) < 2]
+        if empty:
+            raise ValueError(f"search.{empty[0]}: name at least two choices")
+        return self
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A tuning file and where it lies; its configurations are checked."""
+
+    file: TuningFile
+    folder: Path
+    overrides: Sequence[str]
+
+    def trial_config(self, changes: Mapping[str, Any]) -> Config:
+        """Of a trial: verified on validation images, the test set out of reach.
+
+        Raises:
+            UsageError: the changes do not go together.
+        """
+        held_out = {"data.validation": self.file.validation, "verification.split": "validation"}
+        return self._config(changes, held_out)
+
+    def final_config(self, changes: Mapping[str, Any]) -> Config:
+        """Trained on all training images, and tested."""
+        return self._config(changes, {"data.validation": 0, "verification.split": "test"})
+
+    def base_settings(self) -> dict[str, Any] | None:
+        """What `base` has at the keys that are searched, as Optuna knows it; None where that is not in the search."""
+        base = self.trial_config({})
+        values = dict(leaves(base.model_dump(mode="json")))
+        settings: dict[str, Any] = {}
+        for key, space in self.file.search.items():
+            if isinstance(space, Range):
+                value = values.get(key)
+                if not isinstance(value, int | float) or not space.low <= value <= space.high:
+                    return None
+                settings[key] = value
+            else:
+                same = [name for name, choice in self.choices(key).items() if self.trial_config({key: choice}) == base]
+                if not same:
+                    return None
+                settings[key] = same[0]
+        return settings
+
+    def _config(self, changes: Mapping[str, Any], last: Mapping[str, Any]) -> Config:
+        source = {"base": list(self.file.base)}
+        return load_config(source, [dict(self.file.overrides), *self.overrides, dict(changes), dict(last)], self.folder)
+
+    def choices(self, key: str) -> dict[str, Any]:
+        """The choices of a key by the names that Optuna knows them under."""
+        space = self.file.search[key]
+        assert isinstance(space, list)
+        return {value_name(value): value for value in space}
+
+
+def load_tuning(path: Path, overrides: Sequence[str] = ()) -> Tuning:
+    """Read a tuning file, and check every end and every choice of its search alone.
+
+    Raises:
+        UsageError: one line per thing that is wrong.
+    """
+    file = read_section(TuningFile, path)
+    tuning = Tuning(file, path.parent, overrides)
+    wrong = []
+    for key, value in [("", None), *_corners(file)]:
+        try:
+            tuning.trial_config({key: value} if key else {})
+            tuning.final_config({key: value} if key else {})
+        except UsageError as error:
+            wrong += [f"{path}: {key and f'search {key}={shown(value)}: '}{line}" for line in str(error).splitlines()]
+            if not key:
+                break
+    for key, space in file.search.items():
+        if isinstance(space, list) and len(tuning.choices(key)) < len(space):
+            wrong.append(f"{path}: search.{key}: two choices have the same name")
+    if wrong:
+        raise UsageError(lines_of("\n".join(dict.fromkeys(wrong))))
+    return tuning
+
+
+def _corners(file: TuningFile) -> list[tuple[str, Any]]:
+    return [
+        (key, value)
+        for key, space in file.search.items()
+        for value in (space if isinstance(space, list) else (space.low, space.high))
+    ]

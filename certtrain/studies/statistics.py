@@ -1,0 +1,85 @@
+"""What a few seeds, and many images, say about a difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+FEW = 20  # values, below which a bootstrap covers less than it claims: three values, resampled, never leave their range
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval of a mean, and how it was had."""
+
+    low: float
+    high: float
+    method: str
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
+    """Where the mean of the distribution lies that `values` are drawn from; None for fewer than two of them.
+
+    Of fewer than 20 values Student's t interval, exact for normal ones; of more the bias-corrected and accelerated
+    bootstrap (Efron 1987).
+    """
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2:
+        return None
+    mean, spread = float(sample.mean()), float(sample.std(ddof=1))
+    method = "Student's t" if len(sample) < FEW else "BCa bootstrap"
+    if spread <= 1e-12 * abs(mean) or spread == 0:  # all the same
+        return Interval(mean, mean, method)
+    if len(sample) < FEW:
+        half = float(stats.t.ppf((1 + confidence) / 2, len(sample) - 1)) * spread / math.sqrt(len(sample))
+        return Interval(mean - half, mean + half, method)
+    return _bootstrapped(sample, confidence, "BCa", method)
+
+
+def image_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
+    """Where the mean of `differences` (N,), one for each image, would lie on other images of the same kind.
+
+    A percentile bootstrap over images; which networks are compared is taken as given.
+    """
+    method = "bootstrap over images"
+    if len(differences) < 2 or np.ptp(differences) == 0:
+        return Interval(float(differences.mean()), float(differences.mean()), method)
+    return _bootstrapped(differences, confidence, "percentile", method)
+
+
+def _bootstrapped(sample: np.ndarray, confidence: float, kind: str, method: str) -> Interval:
+    found = stats.bootstrap(
+        (sample,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=100,
+        confidence_level=confidence,
+        method=kind,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(float(found.low), float(found.high), method)
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Images that only the first, or only the second, of two networks proves; p: exact, two-sided."""
+
+    only_first: int
+    only_second: int
+    p: float
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
+    """McNemar's test of two networks on the same images, (N,) bool each: whether each proves as many as the other.
+
+    The exact form: of the images that only one of them proves, either may be the one with probability 1/2.
+    """
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    split = only_first + only_second
+    p = float(stats.binomtest(only_first, split, 0.5).pvalue) if split else 1.0
+    return McNemar(only_first, only_second, p)

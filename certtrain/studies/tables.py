@@ -1,0 +1,196 @@
+"""A comparison as tables, and tables as text for a terminal, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from certtrain.studies.compare import Comparison, Group, Paired, Spread, is_error
+from certtrain.studies.statistics import Interval
+
+ABSENT = "–"
+_LATEX = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
+_LATEX |= {
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "−": "$-$",
+    "ε": r"$\epsilon$",
+}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of text; the first column names the rows."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def sheets(comparison: Comparison) -> list[Sheet]:
+    """Means of every metric; the scatter of the errors; differences to the baseline; differences of settings."""
+    tables = [_means(comparison), *(_scatter(comparison, metric) for metric in comparison.metrics if is_error(metric))]
+    if len(comparison.groups) > 1:
+        tables += [_paired(comparison), _settings(comparison)]
+    if comparison.unfinished:
+        tables.append(Sheet("Not finished, and not counted", ["run"], [[name] for name in comparison.unfinished]))
+    return tables
+
+
+def subtitle(comparison: Comparison) -> str:
+    runs = sum(len(group.runs) for group in comparison.groups)
+    return f"{runs} runs, {comparison.images} {comparison.split} images, epsilon {comparison.eps:.5f}"
+
+
+def _means(comparison: Comparison) -> Sheet:
+    def row(group: Group) -> list[str]:
+        cells = [_mean(metric, comparison.spread(group, metric)) for metric in comparison.metrics]
+        return [group.name, str(len(group.runs)), *cells]
+
+    columns = ["configuration", "runs", *map(_heading, comparison.metrics)]
+    note = "Mean ± standard deviation over runs, which are seeds."
+    return Sheet(f"Results: {subtitle(comparison)}", columns, [row(group) for group in comparison.groups], note)
+
+
+def _scatter(comparison: Comparison, metric: str) -> Sheet:
+    rows, methods = [], set()
+    for group in comparison.groups:
+        spread = comparison.spread(group, metric)
+        if spread is None:
+            continue
+        cells = (spread.mean, min(spread.values), _median(spread), max(spread.values))
+        mean, best, median, worst = (_number(metric, value) for value in cells)
+        rows.append([group.name, mean, _interval(metric, spread.interval), best, median, worst])
+        methods |= {spread.interval.method} if spread.interval else set()
+    level = f"{comparison.confidence:.0%} interval"
+    note = f"Intervals of the mean over seeds by {' or '.join(sorted(methods))}." if methods else ""
+    heading = _heading(metric)
+    return Sheet(
+        heading[0].upper() + heading[1:], ["configuration", "mean", level, "best", "median", "worst"], rows, note
+    )
+
+
+def _paired(comparison: Comparison) -> Sheet:
+    def row(pair: Paired) -> list[str]:
+        tests = [f"{test.only_second}:{test.only_first} p={test.p:.2g}" for test in pair.tests.values()]
+        return [
+            pair.name,
+            _signed(pair.difference),
+            _interval("verified_error", pair.over_seeds),
+            _interval("verified_error", pair.over_images),
+            ", ".join(tests) or ABSENT,
+        ]
+
+    level = f"{comparison.confidence:.0%}"
+    columns = ["configuration", "difference", f"{level} over seeds", f"{level} over images", "McNemar, by seed"]
+    note = (
+        f"Verified error minus that of {comparison.baseline.name}, of the same seeds on the same images; below 0 is "
+        "better. McNemar: images that only the baseline proves : images that only this one proves, and the exact "
+        "two-sided p of each pair of networks, not adjusted for the number of tests."
+    )
+    return Sheet(f"Against {comparison.baseline.name}", columns, [row(pair) for pair in comparison.paired], note)
+
+
+def _settings(comparison: Comparison) -> Sheet:
+    rows = [[key, *map(_setting, values)] for key, values in comparison.settings.items()]
+    return Sheet("Settings that differ", ["setting", *(group.name for group in comparison.groups)], rows)
+
+
+def _setting(value: Any) -> str:
+    return ABSENT if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _heading(metric: str) -> str:
+    return metric.replace("_", " ").replace("pgd", "PGD").replace("train seconds", "seconds of training")
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{value:.2%}" if is_error(metric) else f"{value:.4g}"
+
+
+def _mean(metric: str, spread: Spread | None) -> str:
+    if spread is None:
+        return ABSENT
+    if spread.deviation is None:
+        return _number(metric, spread.mean)
+    return f"{_number(metric, spread.mean)} ± {_number(metric, spread.deviation)}"
+
+
+def _median(spread: Spread) -> float:
+    return float(spread.summary()["median"])
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2%}".replace("-", "−")
+
+
+def _interval(metric: str, interval: Interval | None) -> str:
+    if interval is None:
+        return ABSENT
+    return f"{_number(metric, interval.low)} to {_number(metric, interval.high)}".replace("-", "−")
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def show(console: Console, tables: Sequence[Sheet]) -> None:
+    for sheet in tables:
+        table = Table(title=sheet.title, caption=sheet.note or None, caption_justify="left")
+        for number, column in enumerate(sheet.columns):
+            table.add_column(column, justify="right" if number else "left")
+        for cells in sheet.rows:
+            table.add_row(*cells)
+        console.print(table, markup=False)
+
+
+def to_markdown(tables: Sequence[Sheet]) -> str:
+    return "\n\n".join("\n".join(_markdown_lines(sheet)) for sheet in tables) + "\n"
+
+
+def _markdown_lines(sheet: Sheet) -> Iterator[str]:
+    yield f"**{sheet.title}**"
+    yield ""
+    yield _markdown_row(sheet.columns)
+    yield "|---|" + "---:|" * (len(sheet.columns) - 1)
+    yield from map(_markdown_row, sheet.rows)
+    if sheet.note:
+        yield ""
+        yield sheet.note
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def to_latex(tables: Sequence[Sheet]) -> str:
+    """Tables for LaTeX with the package booktabs."""
+    return "\n\n".join("\n".join(_latex_lines(sheet)) for sheet in tables) + "\n"
+
+
+def _latex_lines(sheet: Sheet) -> Iterator[str]:
+    yield r"\begin{table}"
+    yield rf"\caption{{{_latex(sheet.title)}{'. ' if sheet.note else ''}{_latex(sheet.note)}}}"
+    yield rf"\begin{{tabular}}{{l{'r' * (len(sheet.columns) - 1)}}}"
+    yield r"\toprule"
+    yield _latex_row(sheet.columns)
+    yield r"\midrule"
+    yield from map(_latex_row, sheet.rows)
+    yield r"\bottomrule"
+    yield r"\end{tabular}"
+    yield r"\end{table}"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(map(_latex, cells)) + r" \\"
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

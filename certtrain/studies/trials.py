@@ -1,0 +1,163 @@
+"""What a search has come to: its trials, what is chosen of them, and how that is told; tuning.json."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from certtrain.errors import CheckpointError
+from certtrain.runtime.files import parse_json
+from certtrain.studies.compare import compare
+from certtrain.studies.page import html
+from certtrain.studies.progress import is_finished
+from certtrain.studies.runner import Outcome
+from certtrain.studies.tables import Sheet, sheets
+
+RECORD = "tuning.json"
+
+
+@dataclass
+class Trial:
+    """One proposal: its settings, and what they led to on validation images; is_base: they are those of `base`."""
+
+    number: int
+    state: str  # complete, pruned, fail, running, waiting
+    settings: Mapping[str, Any]
+    values: Sequence[float] | None
+    on_front: bool = False
+    is_base: bool = False
+
+
+@dataclass
+class Tuned:
+    """Where a search stands. final: what became of the runs that are tested, None while the search goes on."""
+
+    folder: Path
+    objectives: Sequence[str]
+    validation: Any
+    trials: Sequence[Trial]
+    planned_trials: int
+    interrupted: bool = False
+    final: Outcome | None = None
+    chosen: Sequence[int] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """As of `Outcome`: 75 while the search is not over."""
+        if self.final is not None:
+            return self.final.exit_code
+        return 128 + signal.SIGINT if self.interrupted else os.EX_TEMPFAIL
+
+    def sheets(self) -> list[Sheet]:
+        return [*_search_sheets(self.summary()), *(sheets(compare([self.folder / "final"])) if self._tested else [])]
+
+    @property
+    def _tested(self) -> bool:
+        return _was_tested(self.folder)
+
+    def summary(self) -> dict[str, Any]:
+        """Of tuning.json."""
+        return {
+            "objectives": list(self.objectives),
+            "validation": self.validation,
+            "trials": [vars(trial) | {"values": list(trial.values) if trial.values else None} for trial in self.trials],
+            "planned_trials": self.planned_trials,
+            "chosen": list(self.chosen),
+            "tested": self._tested,
+        }
+
+
+def choose(result: Tuned, most: int) -> None:
+    """The best trial; of a front, `most` that are spread along it, both ends among them.
+
+    Raises:
+        CheckpointError: no trial was finished.
+    """
+    front = [trial for trial in result.trials if trial.on_front]
+    if not front:
+        raise CheckpointError(f"no trial in {result.folder} was finished: its logs say why")
+    ordered = sorted(front, key=lambda trial: (list(trial.values or ()), trial.number))
+    count = 1 if len(result.objectives) == 1 else min(most, len(ordered))
+    places = [round(index * (len(ordered) - 1) / max(1, count - 1)) for index in range(count)]
+    result.chosen = [ordered[place].number for place in dict.fromkeys(places)]
+
+
+def tested_trials(folder: Path) -> int | None:
+    """After how many trials the test set was looked at; None where it was not."""
+    return len(_record(folder)["trials"]) if _was_tested(folder) else None
+
+
+def _was_tested(folder: Path) -> bool:
+    return any(is_finished(file.parent) for file in (folder / "final").glob("*/seed-*/config.yaml"))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        content = parse_json((folder / RECORD).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not isinstance(content["trials"], list):
+            raise ValueError("a list of trials is expected")
+    except (OSError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{folder / RECORD} is missing or corrupt ({error})") from error
+    return content
+
+
+def page_of(folder: Path, title: str) -> str:
+    """The HTML page of a search: the front, the trials, and what was tested.
+
+    Raises:
+        CheckpointError: tuning.json is missing or corrupt, or nothing was tested yet.
+    """
+    record = _record(folder)
+    if not record.get("tested"):
+        raise CheckpointError(f"the search in {folder} is not over: certtrain tune goes on")
+    comparison = compare([folder / "final"])
+    return html(comparison, title, _search_sheets(record), [("Search, on validation images", drawn(record))])
+
+
+def drawn(record: Mapping[str, Any]) -> str:
+    """The trials of tuning.json: the trade-off of the first two objectives, or the course of the only one."""
+    from certtrain.report import plots
+
+    complete = [trial for trial in record["trials"] if trial["state"] == "complete"]
+    values, names = [trial["values"] for trial in complete], record["objectives"]
+    if len(names) == 1:
+        return plots.progress_of_trials([value for (value,) in values], names[0])
+    front = [trial["values"] for trial in complete if trial["on_front"]]
+    return plots.trade_off([tuple(value[:2]) for value in values], [tuple(value[:2]) for value in front], names)
+
+
+def _search_sheets(record: Mapping[str, Any]) -> list[Sheet]:
+    objectives = [name.replace("_", " ") for name in record["objectives"]]
+    keys = list(dict.fromkeys(key for trial in record["trials"] for key in trial["settings"]))
+    states = [trial["state"] for trial in record["trials"]]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    rows = [
+        [_trial_label(trial), *(f"{value:.4f}" for value in trial["values"]), *(_cell(trial, key) for key in keys)]
+        for trial in record["trials"]
+        if trial["values"] and (trial["on_front"] or trial["is_base"])
+    ]
+    validation = record["validation"]
+    held_out = f"{validation:.0%}" if isinstance(validation, float) else f"{validation} images"
+    chosen = ", ".join(map(str, record["chosen"]))
+    tested = (
+        f"The test set was looked at once, afterwards, by trial {chosen} and the settings before, trained anew on all "
+        "training images."
+        if record["tested"]
+        else "The test set has not been looked at."
+    )
+    note = f"By {held_out} of the training set, held out, of {len(states)} trials ({counts}). {tested}"
+    title = ("Best trial" if len(objectives) == 1 else "Pareto front") + " and base, on validation images"
+    return [Sheet(title, ["trial", *objectives, *keys], rows, note)]
+
+
+def _trial_label(trial: Mapping[str, Any]) -> str:
+    return f"{trial['number']}" + (" (base)" if trial["is_base"] else "")
+
+
+def _cell(trial: Mapping[str, Any], key: str) -> str:
+    value = trial["settings"].get(key)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,272 @@
+"""The search for good settings: Optuna proposes, runs are trained on part of the training set and judged by the rest.
+
+The test set is looked at once: by what was chosen, trained anew on the whole training set, when the search is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from certtrain.config import Config
+from certtrain.errors import CerttrainError, UsageError, optional_module, shortened
+from certtrain.runs.directory import differences, leaves, stored_config
+from certtrain.runs.lock import holder
+from certtrain.runtime.files import make_folder, write_json
+from certtrain.studies.design import Cell, PlannedRun, planned
+from certtrain.studies.processes import BROKEN, IN_USE, Deadline, Ended, Processes
+from certtrain.studies.runner import interruptible, train_all
+from certtrain.studies.search import Range, Tuning
+from certtrain.studies.trials import RECORD, Trial, Tuned, choose, tested_trials
+
+STORAGE = "optuna.db"
+STUDY = "certtrain"  # its name in the storage
+SETTINGS = "settings"  # user attribute of a trial: the keys it changes, and to what
+PRUNED = 3  # exit code
+BASE = "base"  # the cell of the settings that were there before
+LOOK_EVERY = 1.0  # seconds
+
+
+def tune(
+    tuning: Tuning,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    budget: float | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Tuned:
+    """Search, or go on searching, and when all trials are over test what was chosen.
+
+    Several such calls, here and on other machines, may work on one folder and storage. A trial whose process was killed
+    is continued from its checkpoint.
+
+    Args:
+        folder: of the trials' runs, the record tuning.json, and the runs that are tested.
+        jobs, budget, device: as of `train_all`.
+
+    Raises:
+        UsageError: the storage holds another search; or more trials are asked for after the test set was looked at.
+        MissingDependency: Optuna is not installed.
+    """
+    console = console or Console()
+    deadline = Deadline.after(budget)
+    make_folder(folder)
+    study = open_study(tuning, folder)
+    tested_before = tested_trials(folder)
+    if tested_before is not None and tuning.file.trials > tested_before:
+        raise UsageError(
+            f"{folder}: the test set was looked at after {tested_before} trials; choosing among {tuning.file.trials} "
+            "now would be choosing on it: name another --out"
+        )
+    interrupted = _search(tuning, study, folder, jobs, deadline, device, console)
+    file = tuning.file
+    result = Tuned(folder, file.objectives, file.validation, _trials(study), file.trials, interrupted)
+    over = [trial for trial in result.trials if trial.state != "running"]
+    if not interrupted and len(over) >= tuning.file.trials and len(over) == len(result.trials):
+        choose(result, tuning.file.final.most)
+        write_json(folder / RECORD, result.summary())  # after how many trials the test set was looked at
+        if not deadline.passed:
+            console.print("the search is over; now the test set, once", highlight=False)
+            runs = _final_runs(tuning, result)
+            result.final = train_all(
+                runs, folder / "final", jobs=jobs, budget=deadline.budget_left, device=device, console=console
+            )
+    write_json(folder / RECORD, result.summary())
+    return result
+
+
+def open_study(tuning: Tuning, folder: Path) -> Any:
+    """The Optuna study in the folder's storage, made where there is none."""
+    optuna = optional_module("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    file = tuning.file
+    samplers = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=file.seed, constant_liar=True),
+        "random": lambda: optuna.samplers.RandomSampler(seed=file.seed),
+    }
+    pruner = optuna.pruners.NopPruner()
+    if file.pruning is not None:
+        epsilon = tuning.trial_config({}).epsilon
+        warmup = epsilon.start_epoch - 1 + epsilon.warmup_epochs
+        pruner = optuna.pruners.MedianPruner(
+            n_startup_trials=file.pruning.startup_trials,
+            n_warmup_steps=warmup if file.pruning.warmup_epochs is None else file.pruning.warmup_epochs,
+        )
+    url = file.storage or f"sqlite:///{(folder / STORAGE).resolve()}"
+    try:
+        study = optuna.create_study(
+            study_name=STUDY,
+            storage=url,
+            load_if_exists=True,
+            directions=["minimize"] * len(file.objectives),
+            sampler=samplers[file.sampler](),
+            pruner=pruner,
+        )
+    except Exception as error:  # of optuna, SQLAlchemy and the database's driver
+        raise UsageError(f"storage {shortened(url)} cannot be used: {shortened(error, 160)}") from error
+    asked = {
+        "objectives": list(file.objectives),
+        "validation": file.validation,
+        **{f"search.{key}": space for key, space in file.model_dump(mode="json")["search"].items()},
+        **dict(leaves(tuning.trial_config({}).model_dump(mode="json"))),
+    }
+    stored = study.user_attrs.get("asked")
+    if stored is None:
+        study.set_user_attr("asked", asked)
+        if (before := tuning.base_settings()) is not None:
+            study.enqueue_trial(before, user_attrs={BASE: True})
+    elif stored != asked:
+        changed = [key for key in dict.fromkeys((*asked, *stored)) if stored.get(key) != asked.get(key)]
+        raise UsageError(
+            f"{folder} holds another search: {', '.join(changed)} differ; undo that, or name another --out"
+        )
+    return study
+
+
+# --- searching --------------------------------------------------------------------------------------------------------
+
+
+def _search(
+    tuning: Tuning, study: Any, folder: Path, jobs: int, deadline: Deadline, device: str, console: Console
+) -> bool:
+    """Train trials until there are enough, or the time is up; whether somebody ended it."""
+
+    def tell(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with Processes(jobs, device, folder / "logs", deadline.reserve) as processes, interruptible():
+        try:
+            while not deadline.passed:
+                while processes.free and (trial := _next_trial(tuning, study, folder, processes.names)) is not None:
+                    number, config = trial
+                    tell(f"trial {number}: {_shown(study.trials[number].user_attrs[SETTINGS])}")
+                    processes.start(
+                        trial_name(number), train_trial, tuning, folder, number, config, folder / trial_name(number)
+                    )
+                if not processes.names:
+                    return False
+                for ended in processes.wait(LOOK_EVERY):
+                    _note(study, ended, tell)
+            return False
+        except KeyboardInterrupt:
+            tell("ending: what is under way is being saved")
+            return True
+
+
+def trial_name(number: int) -> str:
+    return f"trials/{number:04}"
+
+
+def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) -> tuple[int, Config] | None:
+    """A trial that was begun and has nobody at work in it, or a new one; None where there are enough."""
+    optuna = optional_module("optuna", "tune")
+    for begun in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
+        place = folder / trial_name(begun.number)
+        if trial_name(begun.number) in names or holder(place) is not None:
+            continue
+        config = _propose(tuning, study, optuna.trial.Trial(study, begun._trial_id))
+        if config is None:
+            continue
+        if (place / "config.yaml").exists() and (different := differences(stored_config(place), config)):
+            raise UsageError(f"{place} no longer fits the search: {'; '.join(different.values())}")
+        return begun.number, config
+    while sum(trial.state != optuna.trial.TrialState.WAITING for trial in study.get_trials()) < tuning.file.trials:
+        trial = study.ask()
+        if (config := _propose(tuning, study, trial)) is not None:
+            return trial.number, config
+    return None
+
+
+def _propose(tuning: Tuning, study: Any, trial: Any) -> Config | None:
+    """The configuration of a trial, which keeps what it was given before; None, and it has failed, if there is none."""
+    optuna = optional_module("optuna", "tune")
+    settings = {key: _suggest(trial, key, tuning) for key in tuning.file.search}
+    trial.set_user_attr(SETTINGS, settings)
+    try:
+        return tuning.trial_config(settings)
+    except UsageError as error:  # each value is possible, but not all of them together
+        trial.set_user_attr("error", str(error))
+        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return None
+
+
+def _suggest(trial: Any, key: str, tuning: Tuning) -> Any:
+    space = tuning.file.search[key]
+    if not isinstance(space, Range):
+        choices = tuning.choices(key)
+        return choices[trial.suggest_categorical(key, list(choices))]
+    if space.whole:
+        return trial.suggest_int(key, space.low, space.high, log=space.log, step=int(space.step or 1))
+    return trial.suggest_float(key, space.low, space.high, log=space.log, step=space.step)
+
+
+def _note(study: Any, ended: Ended, tell: Any) -> None:
+    optuna = optional_module("optuna", "tune")
+    number = int(ended.name.rpartition("/")[2])
+    if ended.code == 0:
+        tell(f"trial {number}: {', '.join(f'{value:.4f}' for value in study.trials[number].values)}")
+    elif ended.code == PRUNED:
+        tell(f"trial {number}: pruned")
+    elif ended.code == IN_USE or ended.code < 0 or ended.code > 128:
+        pass  # another was quicker; or it was ended, and goes on another time
+    elif ended.code == BROKEN or not ended.message:  # which the next trial would meet, too
+        raise CerttrainError(
+            f"the search stops at trial {number}, which the same command tries again: "
+            f"{ended.message or f'exit code {ended.code}'}"
+        )
+    else:
+        study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+        tell(f"trial {number}: failed: {ended.message}")
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in settings.items()
+    )
+
+
+def train_trial(tuning: Tuning, folder: Path, number: int, config: Config, place: Path, device: str) -> int:
+    """In a process of its own: train a trial, report its epochs to the pruner, and tell the storage what came out."""
+    optuna = optional_module("optuna", "tune")
+    from certtrain.runs.train import train
+    from certtrain.studies.pruning import Pruner
+
+    study = open_study(tuning, folder)
+    trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
+    pruner = Pruner(trial, config)
+    callbacks = [] if tuning.file.pruning is None else [pruner]
+    run = train(config, place, resume=True, device=device, console=Console(width=120), callbacks=callbacks)
+    if pruner.pruned:
+        study.tell(number, state=optuna.trial.TrialState.PRUNED, skip_if_finished=True)
+        return PRUNED
+    if run.summary is None:
+        return 128 + (run.interrupted_by or 0)
+    study.tell(number, [run.summary[name] for name in tuning.file.objectives], skip_if_finished=True)
+    return 0
+
+
+def _trials(study: Any) -> list[Trial]:
+    best = {trial.number for trial in study.best_trials}
+    return [
+        Trial(
+            trial.number,
+            trial.state.name.lower(),
+            trial.user_attrs.get(SETTINGS, {}),
+            trial.values,
+            trial.number in best,
+            bool(trial.user_attrs.get(BASE)),
+        )
+        for trial in study.get_trials(deepcopy=False)
+    ]
+
+
+def _final_runs(tuning: Tuning, result: Tuned) -> list[PlannedRun]:
+    """What was there before, which may be what was chosen, and the others that were."""
+    base = Cell(BASE, tuning.final_config({}))
+    chosen = [Cell(f"trial-{n}", tuning.final_config(result.trials[n].settings)) for n in result.chosen]
+    cells = [base, *(cell for cell in chosen if cell.config != base.config)]
+    return [planned(cell, seed) for seed in tuning.file.final.seeds for cell in cells]

@@ -1,0 +1,66 @@
+"""What became of every image, as the run directory keeps it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from certtrain.data import load_dataset
+from certtrain.errors import CheckpointError
+from certtrain.runs.checkpoint import load_model
+from certtrain.runs.verdicts import read_verdicts
+from certtrain.verification.certificates import split_digest
+from certtrain.verification.verify import verify
+from tests.commands import contents
+
+
+def test_a_letter_for_each_image(reference):
+    """Natural errors and IBP's proofs, found again; attacks are random."""
+    (verdicts,) = read_verdicts(reference)
+    summary = json.loads((reference / "summary.json").read_text())
+    data = load_dataset("digits").test
+    assert (verdicts.split, verdicts.eps, verdicts.method) == ("test", 0.1, "ibp")
+    assert verdicts.sha256 == split_digest(data.images.numpy(), data.labels.numpy())
+    (result,) = verify(load_model(reference), data, 0.1, limit=50)
+    letters = [*verdicts.images]
+    assert [letter == "m" for letter in letters] == (~result.correct).tolist()
+    assert [letter == "p" for letter in letters] == result.proved.tolist()
+    assert (letters.count("m") + letters.count("a")) / 50 == summary["pgd_error"]
+
+
+def test_verify_adds_answers_and_replaces_those_to_the_same_question(cli, run):
+    for _ in range(2):
+        assert cli("verify", run, "--eps", "0.001,0.1").code == 0
+        assert [verdicts.eps for verdicts in read_verdicts(run)] == [0.1, 0.001]
+    assert cli("verify", run, "--eps", "0.001", "--method", "ibp,crown", "--limit", "20").code == 0
+    assert [len(verdicts.images) for verdicts in read_verdicts(run)] == [50, 50, 20]
+
+
+def test_the_validation_split_in_the_test_set_s_place(train, tmp_path):
+    options = ["data.validation=40", "verification.split=validation"]
+    outcome = train(*options)
+    assert outcome.code == 0
+    assert "40 validation images" in outcome.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (verdicts,) = read_verdicts(tmp_path / "run")
+    assert (summary["split"], summary["images"], summary["validation"]) == ("validation", 40, [])
+    held_out = load_dataset("digits", validation=40, seed=0).validation
+    assert verdicts.sha256 == split_digest(held_out.images.numpy(), held_out.labels.numpy())
+    assert not any(torch.equal(image, held_out.images[0]) for image in load_dataset("digits").test.images)
+
+
+def test_certificates_are_not_about_validation_images(cli, run, tmp_path):
+    before = contents(run)
+    options = ["data.validation=40", "verification.split=validation"]
+    outcome = cli("verify", run, *options, "--certificates", tmp_path / "c.parquet")
+    assert (outcome.code, "certificates are about a test set" in outcome.error) == (2, True)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[{}]", '[{"split": "test"}]', "[" * 10**5, "[1]", "\xff"])
+def test_a_corrupt_file_is_named(reference, tmp_path, content):
+    (tmp_path / "verdicts.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"verdicts\.json is "):
+        read_verdicts(tmp_path)

@@ -1,0 +1,57 @@
+"""Run directories as training leaves them, of made-up results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from certtrain.config import load_config
+from certtrain.runs.verdicts import Verdicts, write_verdicts
+
+STUDY = """
+base: digits
+seeds: [0, 1]
+overrides:
+  data.limit: 96
+  model.options: {width: 2, linear_width: 8}
+  epsilon: {max: 0.01, start_epoch: 1, warmup_epochs: 1}
+  training: {epochs: 2, batch_size: 32, checkpoint_seconds: 0}
+  optimizer.milestones: []
+  verification: {limit: 200, pgd_steps: 2}
+grid:
+  optimizer.lr: [0.01, 0.03]
+"""
+
+
+def write_run(folder, images, *, seed=0, eps=0.1, test_set="these", epochs=(), extra=None, **overrides):
+    """A finished run whose images met the fates that the letters of `images` say, of `test_set`."""
+    folder.mkdir(parents=True)
+    config = load_config("digits", {"seed": seed, **overrides})
+    (folder / "config.yaml").write_text(config.to_yaml())
+    split, count = config.verification.split, len(images)
+    proved, attacked, wrong = (images.count(letter) for letter in "pam")
+    result = {
+        "eps": eps,
+        "method": "ibp",
+        "arithmetic": None,
+        "images": count,
+        "natural_error": wrong / count,
+        "pgd_error": (wrong + attacked) / count,
+        "verified_error": 1 - proved / count,
+        "stages": [],
+    }
+    summary = {**result, "split": split, "train_seconds": 10.0 + seed, "radii": [result], **(extra or {})}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    sha256 = hashlib.sha256(test_set.encode()).hexdigest()
+    write_verdicts(
+        folder, [Verdicts(split=split, sha256=sha256, eps=eps, method="ibp", arithmetic=None, images=images)]
+    )
+    lines = [json.dumps({"epoch": epoch + 1, "verified_error": error}) for epoch, error in enumerate(epochs)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def pretend_finished(study, folder):
+    for run in study.runs:
+        values = run.config.model_dump(mode="json")
+        write_run(folder / run.name, "ppum", seed=values.pop("seed"), **values)

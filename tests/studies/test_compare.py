@@ -1,0 +1,216 @@
+"""Runs of made-up results beside each other: sums by hand, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+
+from certtrain.errors import CheckpointError, UsageError
+from certtrain.studies.compare import compare
+from certtrain.studies.tables import sheets, to_latex, to_markdown
+from tests.report.test_page import Page
+from tests.studies.folders import write_run
+
+# Ten images; a: 6, 5, 7 proved, b: 8, 8, 8.
+A = ["ppppppuuam", "pppppuuuam", "pppppppuam"]
+B = ["ppppppppum", "ppppppppum", "ppppppppum"]
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two configurations, three seeds."""
+    for name, fates, rate in (("a", A, 0.001), ("b_50%", B, 0.002)):
+        for seed, images in enumerate(fates):
+            curve = [0.9, 0.8 - 0.1 * seed]
+            write_run(
+                tmp_path / "study" / name / f"seed-{seed}", images, seed=seed, epochs=curve, **{"optimizer.lr": rate}
+            )
+    return tmp_path / "study"
+
+
+def test_means_scatter_and_intervals(study):
+    found = compare([study]).summary()
+    first, second = found["groups"]
+    assert (found["eps"], found["split"], found["images"]) == (0.1, "test", 10)
+    assert [first["name"], second["name"]] == ["a", "b_50%"]
+    assert first["seeds"] == [0, 1, 2]
+    verified = first["verified_error"]
+    assert verified["values"] == pytest.approx([0.4, 0.5, 0.3])
+    expected = {"mean": 0.4, "deviation": 0.1, "min": 0.3, "median": 0.4, "max": 0.5}
+    assert {key: verified[key] for key in expected} == pytest.approx(expected)
+    half = 4.302652729911275 * 0.1 / math.sqrt(3)  # Student's t, two degrees of freedom, of printed tables
+    assert verified["interval"]["low"] == pytest.approx(0.4 - half)
+    assert verified["interval"]["high"] == pytest.approx(0.4 + half)
+    assert second["natural_error"]["mean"] == pytest.approx(0.1)
+    assert first["pgd_error"]["mean"] == pytest.approx(0.2)
+    assert first["train_seconds"]["mean"] == pytest.approx(11)
+
+
+def test_differences_are_paired_by_seed_and_by_image(study):
+    (pair,) = compare([study]).summary()["paired"]
+    assert pair["difference"] == pytest.approx(-0.2)
+    half = 4.302652729911275 * 0.1 / math.sqrt(3)
+    assert pair["over_seeds"]["low"] == pytest.approx(-0.2 - half)
+    lost = {seed: (test["only_second"], test["only_first"]) for seed, test in pair["mcnemar"].items()}
+    assert lost == {"0": (0, 2), "1": (0, 3), "2": (0, 1)}
+    assert [test["p"] for test in pair["mcnemar"].values()] == pytest.approx([0.5, 0.25, 1.0])
+    assert pair["over_images"]["low"] <= -0.2 <= pair["over_images"]["high"]
+
+
+def test_only_what_differs_is_shown_and_the_baseline_can_be_chosen(study):
+    found = compare([study], baseline="b_50%")
+    assert found.settings == {"optimizer.lr": [0.002, 0.001]}
+    assert found.paired[0].name == "a"
+    assert found.paired[0].difference == pytest.approx(0.2)
+    with pytest.raises(UsageError, match="no group is called 'c': there are a, b_50%"):
+        compare([study], baseline="c")
+
+
+def test_an_error_s_interval_stays_among_shares(tmp_path):
+    for seed, images in enumerate(["p" * 10, "u" * 10]):
+        write_run(tmp_path / f"seed-{seed}", images, seed=seed)
+    found = compare([tmp_path / "seed-0", tmp_path / "seed-1"])
+    interval = found.spread(found.groups[0], "verified_error").interval
+    assert (interval.low, interval.high) == (0, 1)
+
+
+def test_runs_without_verdicts_are_compared_but_not_image_by_image(study):
+    for file in study.rglob("verdicts.json"):
+        file.unlink()
+    (pair,) = compare([study]).paired
+    assert (pair.tests, pair.over_images) == ({}, None)
+    assert pair.difference == pytest.approx(-0.2)
+
+
+def test_unfinished_runs_are_named_and_not_counted(study):
+    (study / "a" / "seed-1" / "summary.json").unlink()
+    found = compare([study])
+    assert [len(group.runs) for group in found.groups] == [2, 3]
+    assert found.unfinished == [str(study / "a" / "seed-1")]
+    assert found.paired[0].seeds == [0, 2]
+    assert "Not finished" in sheets(found)[-1].title
+
+
+def test_a_result_of_other_bounds_can_be_asked_for(study):
+    tighter = {"eps": 0.1, "method": "ibp,crown", "images": 10, "natural_error": 0.1, "pgd_error": 0.1,
+               "verified_error": 0.2}  # fmt: skip
+    for folder in study.glob("*/*"):
+        (folder / "verify.json").write_text(json.dumps({"split": "test", "radii": [tighter]}))
+    assert compare([study]).groups[0].values("verified_error") == pytest.approx([0.4, 0.5, 0.3])
+    found = compare([study], method="ibp,crown")
+    assert found.groups[0].values("verified_error") == [0.2] * 3
+    assert found.paired[0].tests == {}  # those verdicts are of ibp
+
+
+# --- what cannot be compared ------------------------------------------------------------------------------------------
+
+
+def test_a_metric_that_no_run_reports(study):
+    with pytest.raises(UsageError, match=r"no run reports 'accuracy': they report .*verified_error"):
+        compare([study], metrics=["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"images": "pp"}, "verified on 10 images, and on 2"),
+        ({"test_set": "others"}, "the images, or their labels, are others"),
+        ({"data.name": "mnist"}, "data set digits, and mnist"),
+        ({"eps": 0.2}, "was not verified at epsilon 0.1, but at 0.2"),
+        (
+            {"verification.split": "validation", "data.validation": 0.1},
+            "verified on the test split, and on the validation",
+        ),
+        ({"optimizer.lr": 0.001}, "are the same configuration and seed"),
+    ],
+)
+def test_runs_on_other_images_or_at_another_radius(study, tmp_path, change, problem):
+    other = write_run(tmp_path / "other", **{"images": A[0], "seed": 0, **change})
+    with pytest.raises(UsageError) as error:
+        compare([study, other])
+    assert problem in str(error.value)
+    assert len(str(error.value)) <= 300 + 2 * len(str(tmp_path))
+
+
+def test_validation_images_of_one_seed_are_the_same(tmp_path):
+    options = {"verification.split": "validation", "data.validation": 0.1}
+    for name, rate in (("a", 0.001), ("b", 0.002)):
+        for seed in (0, 1):
+            place = tmp_path / name / f"seed-{seed}"
+            write_run(place, "ppppu", seed=seed, test_set=f"of seed {seed}", **options, **{"optimizer.lr": rate})
+    assert compare([tmp_path]).split == "validation"
+    shutil.rmtree(tmp_path / "b" / "seed-1")
+    write_run(tmp_path / "b" / "seed-1", "ppppu", seed=1, test_set="others", **options, **{"optimizer.lr": 0.002})
+    with pytest.raises(UsageError, match="other validation images"):
+        compare([tmp_path])
+
+
+def test_folders_without_a_finished_run(study, tmp_path):
+    for file in study.rglob("summary.json"):
+        file.unlink()
+    with pytest.raises(UsageError, match="none of the 6 runs is finished"):
+        compare([study])
+    (tmp_path / "empty").mkdir()
+    for folder, message in ((tmp_path / "empty", "holds no runs"), (tmp_path / "none", "is no run directory")):
+        with pytest.raises(UsageError, match=message):
+            compare([folder])
+
+
+@pytest.mark.parametrize("name", ["summary.json", "verdicts.json", "metrics.jsonl", "verify.json"])
+@pytest.mark.parametrize("content", ["{", "3", '{"radii": [3]}', '[{"images": "x"}]', "[" * 10**5, "[3]"])
+def test_a_corrupt_file_is_named(study, name, content):
+    (study / "a" / "seed-0" / name).write_text(content)
+    with pytest.raises((CheckpointError, UsageError)) as error:
+        compare([study])
+    assert name in str(error.value) or "was not verified at" in str(error.value)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_every_format_holds_every_cell(cli, study, tmp_path):
+    files = [tmp_path / f"table.{ending}" for ending in ("json", "md", "tex", "html", "svg")]
+    outcome = cli("compare", study, *(f"--out={file}" for file in files))
+    assert (outcome.code, outcome.err) == (0, "")
+    written = {file.suffix: file.read_text() for file in files}
+    assert json.loads(written[".json"])["groups"] == compare([study]).summary()["groups"]
+    page = Page(written[".html"])
+    assert "://" not in written[".html"].replace("</", "")
+    assert page.tags.count("svg") == 1
+    for sheet in sheets(compare([study])):
+        for cells in sheet.rows:
+            for cell in cells:
+                assert cell in page.text
+                assert cell in written[".md"]
+    assert "40.00% ± 10.00%" in written[".md"]
+    assert r"40.00\% $\pm$ 10.00\%" in written[".tex"]
+    assert written[".svg"].startswith("<svg")
+
+
+def test_markdown_and_latex_tables_are_whole(study):
+    tables = sheets(compare([study]))
+    lines = [line for line in to_markdown(tables).splitlines() if line.startswith("|")]
+    assert len(lines) == sum(len(table.rows) + 2 for table in tables)
+    rows = re.findall(r"^(.*) \\\\$", to_latex(tables), flags=re.MULTILINE)
+    widths = [len(table.columns) for table in tables for _ in range(len(table.rows) + 1)]
+    assert [len(row.split(" & ")) for row in rows] == widths
+    assert not re.search(r"(?<!\\)[%#_](?!\w*\})", "\n".join(rows))
+    assert r"b\_50\%" in rows[2]
+
+
+def test_the_page_of_a_study_shows_the_comparison(cli, study):
+    outcome = cli("report", study)
+    assert (outcome.code, outcome.err) == (0, "")
+    page = Page((study / "report.html").read_text())
+    assert "40.00% ± 10.00%" in page.text
+    assert "optimizer.lr" in page.text
+    assert cli("report", study, "seed=3").code == 2
+
+
+def test_a_file_of_a_run_is_not_overwritten(cli, study, tmp_path):
+    assert "is summary.json of the run" in cli("compare", study, "--out", study / "a" / "seed-0" / "summary.json").error
+    assert "its ending says what is written" in cli("compare", study, "--out", tmp_path / "table.docx").error

@@ -1,0 +1,156 @@
+"""What a study file means, and what is said of one that is wrong, without torch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from certtrain.config import load_config
+from certtrain.config.loading import shipped_studies
+from certtrain.errors import UsageError
+from certtrain.studies.design import cells_of, load_study
+from certtrain.studies.search import load_tuning
+
+GRID = """
+base: digits
+seeds: [3, 5]
+overrides: {training.epochs: 58}
+configs:
+  narrow: {model: {options: {width: 2}}}
+  no-bn: {base: no_batch_norm}
+grid:
+  optimizer.lr: [0.001, 2e-3]
+  training.method:
+    - ibp
+    - {name: sabr, lambda: 0.4}
+"""
+TUNING = """
+base: digits
+search:
+  optimizer.lr: {low: 0.001, high: 0.01, log: true}
+  training.batch_size: [32, 64]
+trials: 4
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text, name="study.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def test_every_combination_has_every_seed(written):
+    study = load_study(written(GRID))
+    expected = {
+        f"{config}_lr={lr}_method={method}/seed-{seed}"
+        for config, lr, method, seed in itertools.product(
+            ("narrow", "no-bn"), ("0.001", "0.002"), ("ibp", "sabr,lambda=0.4"), (3, 5)
+        )
+    }
+    assert {run.name for run in study.runs} == expected
+    assert len(study.runs) == 16
+    assert [len(runs) for runs in cells_of(study.runs).values()] == [2] * 8
+    by_name = {run.name: run.config for run in study.runs}
+    changes = {"training.epochs": 58, "model.options.batch_norm": False, "optimizer.lr": 2e-3, "seed": 5}
+    method = {"training.method": {"name": "sabr", "lambda": 0.4}}
+    assert by_name["no-bn_lr=0.002_method=sabr,lambda=0.4/seed-5"] == load_config("digits", changes | method)
+
+
+def test_what_is_said_last_counts(written):
+    text = "base: digits\noverrides: {optimizer.lr: 0.1}\ngrid: {optimizer.lr: [0.2]}\n"
+    assert load_study(written(text)).cells[0].config.optimizer.lr == 0.2
+    assert load_study(written(text), ["optimizer.lr=0.3"]).cells[0].config.optimizer.lr == 0.3
+
+
+def test_a_base_lies_beside_the_study(written, tmp_path, monkeypatch):
+    written("base: digits\ntraining: {epochs: 59}\n", "mine.yaml")
+    path = written("base: mine.yaml\n")
+    monkeypatch.chdir("/")
+    (cell,) = load_study(path).cells
+    assert (cell.name, cell.config.training.epochs) == ("base", 59)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bas: digits", "unknown key bas: did you mean base?"),
+        ("seeds: [0]", "base is missing"),
+        ("base: digit", "base: unknown config file 'digit': did you mean"),
+        ("base: digits\nseeds: [0, 0]", "seeds: a seed is named twice"),
+        ("base: digits\nseeds: []", "seeds: an empty list"),
+        ("base: digits\nseeds: [-1]", "seeds.0: "),
+        ("base: digits\ngrid: {optimizer.lr: []}", "grid.optimizer.lr names no value"),
+        ("base: digits\ngrid: {optimizer.rl: [1]}", "rl=1: unknown key optimizer.rl: did you mean lr?"),
+        ("base: digits\ngrid: {optimizer.lr: [fast]}", "lr=fast: optimizer.lr: "),
+        ("base: digits\ngrid: {optimizer.lr: [0.1, 0.10]}", "two configurations are called lr=0.1"),
+        ("base: digits\nconfigs: {../up: {}}", "'../up' cannot be a folder's name"),
+        ("base: digits\nconfigs: {logs: {}}", "'logs' cannot be a folder's name"),
+        (
+            "base: digits\ngrid: {optimizer.lr: %s, epsilon.beta: %s}" % ((list(range(1, 151)),) * 2),
+            "22500 runs, more than",
+        ),
+        ("[]", "expected keys such as base"),
+        ("base: 3", "base.0: Input should be a valid string (got 3)"),
+        ("base: digits\nseeds: 3", "seeds: a list is expected (got 3)"),
+        ("base: digits\ngrid: {optimizer.lr: 3}", "grid.optimizer.lr: a list is expected (got 3)"),
+        ("base: digits\ngrid: {size: {wide: 3}}", "grid.size.wide: a mapping is expected, key: value (got 3)"),
+        ("base: digits\nconfigs: {a: {base: 3}}", "a: base is the name of a config file, or a list of names"),
+    ],
+)
+def test_a_wrong_study_is_explained(written, text, message):
+    with pytest.raises(UsageError) as error:
+        load_study(written(text))
+    assert message in str(error.value)
+    assert all(len(line) <= 300 for line in str(error.value).splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TUNING + "objectives: [verified_errors]", "unknown objective 'verified_errors': did you mean verified_error"),
+        (TUNING + "objectives: []", "name one or several"),
+        (TUNING + "objectives: [natural_error, verified_error]\npruning: {}", "pruning is by one objective"),
+        (TUNING + "validation: 0", "nothing to choose by but the test set"),
+        (TUNING.replace("high: 0.01", "high: 0.001"), "nothing lies between"),
+        (TUNING.replace("low: 0.001", "low: 0"), "log is for ranges above 0"),
+        (TUNING.replace("optimizer.lr", "optimizer.rl"), "unknown key optimizer.rl: did you mean lr?"),
+        (TUNING.replace("[32, 64]", "[32, few]"), "search training.batch_size='few': training.batch_size: "),
+        (TUNING.replace("[32, 64]", "[32]"), "name at least two choices"),
+        (TUNING + "sampler: tpee", "sampler: "),
+        (TUNING.replace("[32, 64]", "3"), "search.training.batch_size: a list is expected (got 3)"),
+        (TUNING.replace("high", "hihg"), "unknown key search.optimizer.lr.hihg: did you mean high?"),
+        (TUNING + "final: {seed: 3}", "unknown key final.seed: did you mean seeds?"),
+        (TUNING + "trails: 3", "unknown key trails: did you mean trials?"),
+    ],
+)
+def test_a_wrong_search_is_explained(written, text, message):
+    with pytest.raises(UsageError) as error:
+        load_tuning(written(text))
+    assert message in str(error.value)
+
+
+def test_trials_cannot_reach_the_test_set_and_what_is_tested_has_all_training_images(written):
+    tuning = load_tuning(written(TUNING + "overrides: {verification.split: test, data.validation: 7}"))
+    trial, final = tuning.trial_config({"optimizer.lr": 0.005}), tuning.final_config({"optimizer.lr": 0.005})
+    assert (trial.verification.split, trial.data.validation) == ("validation", 0.1)
+    assert (final.verification.split, final.data.validation) == ("test", 0)
+    assert trial.optimizer.lr == final.optimizer.lr == 0.005
+    assert tuning.base_settings() == {"optimizer.lr": 0.002, "training.batch_size": "64"}
+
+
+def test_verification_of_a_split_that_is_not_there_is_refused():
+    with pytest.raises(UsageError, match=r"verification.split validation: data\.validation"):
+        load_config("digits", {"verification.split": "validation"})
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_what_is_shipped_can_be_read(name):
+    path = shipped_studies()[name]
+    if name.startswith("tune"):
+        load_tuning(path)
+    else:
+        assert len(load_study(path).runs) == (4 * 11 * 3 if name.startswith("board") else 12)

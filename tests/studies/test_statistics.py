@@ -1,0 +1,72 @@
+"""Intervals cover what they say, on samples whose distribution is known; tests agree with sums written out."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from certtrain.studies.statistics import image_interval, mcnemar, mean_interval
+
+TRUE_MEAN = 0.3
+
+
+def coverage(draw, interval, trials):
+    """How often the interval of a sample holds the true mean."""
+    rng = np.random.default_rng(0)
+    found = (interval(draw(rng)) for _ in range(trials))
+    return sum(one.low <= TRUE_MEAN <= one.high for one in found) / trials
+
+
+def tolerance(level, trials):
+    """Four standard deviations of the share of trials that are covered."""
+    return 4 * math.sqrt(level * (1 - level) / trials)
+
+
+@pytest.mark.parametrize("level", [0.8, 0.95])
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+def test_few_seeds_are_covered_as_stated(seeds, level):
+    share = coverage(lambda rng: rng.normal(TRUE_MEAN, 0.01, seeds), lambda s: mean_interval(s, level), 2000)
+    assert share == pytest.approx(level, abs=tolerance(level, 2000))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_many_seeds_of_a_skewed_distribution_are_covered_nearly_as_stated(level):
+    def draw(rng):
+        return rng.gamma(4.0, TRUE_MEAN / 4.0, 60)
+
+    share = coverage(draw, lambda sample: mean_interval(sample, level), 300)
+    assert share == pytest.approx(level, abs=tolerance(level, 300) + 0.02)  # second-order accurate: not exact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_differences_over_images_are_covered_as_stated(level):
+    """Of 500 images 35 % are lost, 5 % won, the others the same: the mean is 0.3."""
+
+    def draw(rng):
+        return rng.choice([1.0, -1.0, 0.0], size=500, p=[0.35, 0.05, 0.6])
+
+    share = coverage(draw, lambda sample: image_interval(sample, level), 300)
+    assert share == pytest.approx(level, abs=tolerance(level, 300) + 0.01)
+
+
+def test_one_value_has_no_interval_and_equal_ones_an_empty_one():
+    assert mean_interval([0.5]) is None
+    assert mean_interval([]) is None
+    same = mean_interval([0.1, 0.1, 0.1])
+    assert (same.low, same.high) == pytest.approx((0.1, 0.1))
+    assert image_interval(np.zeros(10)).low == image_interval(np.zeros(10)).high == 0
+
+
+@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (3, 0), (1, 7), (6, 6), (20, 9)])
+def test_mcnemar_is_the_sum_of_the_binomial_tails(only_first, only_second):
+    total = only_first + only_second
+    first = np.array([True] * only_first + [False] * only_second + [True, True, False])
+    second = np.array([False] * only_first + [True] * only_second + [True, True, False])
+    tail = sum(math.comb(total, k) for k in range(min(only_first, only_second) + 1)) / 2**total
+    test = mcnemar(first, second)
+    assert (test.only_first, test.only_second) == (only_first, only_second)
+    assert test.p == pytest.approx(min(1.0, 2 * tail))
