@@ -18,6 +18,7 @@ from certtrain.studies.design import Bases, Seeds, value_name
 from certtrain.studies.reading import list_or_mapping, read_section
 
 OBJECTIVES = ("natural_error", "pgd_error", "verified_error", "train_seconds", "verify_seconds")
+Objective = Annotated[str, AfterValidator(OneOf("objective", OBJECTIVES))]
 
 
 class Range(Section):
@@ -66,9 +67,7 @@ class TuningFile(Section):
     base: Bases
     overrides: Plain = Field(default_factory=dict)  # of every trial and of what is tested
     search: dict[str, Space] = Field(min_length=1)  # key -> range or choices
-    objectives: Annotated[
-        tuple[Annotated[str, AfterValidator(OneOf("objective", OBJECTIVES))], ...], Field(strict=False)
-    ] = ("verified_error",)  # all are minimised
+    objectives: Annotated[tuple[Objective, ...], Field(strict=False)] = ("verified_error",)  # all are minimised
     trials: Positive
     validation: Amount = 0.1  # images held out of the training set: a share, or a number
     sampler: Literal["tpe", "random"] = "tpe"

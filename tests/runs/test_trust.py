@@ -183,7 +183,7 @@ READERS = {
 
 
 def test_every_file_that_is_read_is_tried():
-    assert set(RUN_FILES) == READERS.keys() | {"radius.png", "model.onnx", "report.html"}
+    assert set(RUN_FILES) == READERS.keys() | {"radius.png", "model.onnx", "report.html", "model-raw.safetensors"}
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
