@@ -49,11 +49,16 @@ def main() -> None:
             if growth_rows:
                 tables[f"{device}-growth"] = benchmark_growth_table(growth_rows)
             fill(RESULTS / "benchmark.md", **tables)
-    fill(ROOT / "README.md", digits=seeds_table([run for run in reproduced() if run["setting"] == "digits"]))
+    fill(RESULTS / "transformers.md", **{"digits-vit": seeds_table(of_setting("digits_vit"))})
+    fill(ROOT / "README.md", digits=seeds_table(of_setting("digits")))
 
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def of_setting(name: str) -> list[dict[str, Any]]:
+    return [run for run in reproduced() if run["setting"] == name]
 
 
 def reproduced() -> list[dict[str, Any]]:
