@@ -2,6 +2,7 @@
 
     python scripts/transformers.py initial              # gradients and radii before training; a minute
     python scripts/transformers.py train --seeds 0 1 2  # the grid; runs that are there already are kept
+    python scripts/transformers.py cost                 # of a certified step and a natural one
     python scripts/transformers.py plot                 # of what there is
 
 Networks are small, on digits, so that a CPU trains the grid in an hour or two. JSON and plots go to docs/results.
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from ablation import RESULTS
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import certtrain
 from certtrain.bounds import BoundedModel, linf_box
@@ -26,7 +30,7 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import DivergedError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
-from certtrain.runs.train import versions
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
 EPSILON = 0.05
@@ -108,6 +112,33 @@ def train_once(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
+def measure_cost(images: int = 64, repetitions: int = 5) -> None:
+    """MACs, and processor seconds, the median of a few, of one loss and its gradient."""
+    x, labels = torch.rand(images, 1, 8, 8), torch.arange(images) % 10
+    rows = []
+    for kind in ("layer", "layer-no-variance", "batch"):
+        model = build_model("vit", (1, 8, 8), 10, options={"norm_kind": kind, "pool": "flatten"})
+        net = BoundedModel(model, x)
+
+        def natural(model: torch.nn.Module = model) -> Tensor:
+            return F.cross_entropy(model(x), labels)
+
+        def certified(net: BoundedModel = net) -> Tensor:
+            return F.cross_entropy(-net.margins_of(net.ibp(linf_box(x, EPSILON), x), labels), labels)
+
+        for name, loss in (("natural", natural), ("certified", certified)):
+            with FlopCounterMode(display=False) as counter:
+                loss().backward()
+            seconds = []
+            for _ in range(repetitions):
+                start = time.process_time()
+                loss().backward()
+                seconds.append(time.process_time() - start)
+            macs = counter.get_total_flops() // 2
+            rows.append({"norm_kind": kind, "step": name, "macs": macs, "seconds": statistics.median(seconds)})
+    write_json(RESULTS / "transformers-cost.json", {"images": images, "versions": versions(), "rows": rows})
+
+
 def plot_initial() -> None:
     from matplotlib import pyplot
 
@@ -158,12 +189,14 @@ def plot_grid() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["initial", "train", "plot"])
+    parser.add_argument("what", choices=["initial", "train", "cost", "plot"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/transformers"))
     arguments = parser.parse_args()
     if arguments.what == "initial":
         measure_initial()
+    elif arguments.what == "cost":
+        measure_cost()
     elif arguments.what == "train":
         train_grid(arguments.seeds, arguments.runs)
     else:
