@@ -4,10 +4,10 @@
     python scripts/branch_and_bound.py --networks digits --images 5    # a rehearsal, without the other verifier
 
 CIFAR is a folder with train.npz and test.npz, DIR a checkout of alpha-beta-CROWN whose Python is DIR/venv/bin/python
-(or --abcrown-python). Images are the first that are classified right and that IBP does not prove. Both verifiers get them
-one by one, on the CPU, with as many threads; the seconds of alpha-beta-CROWN are its own, which leave out its start. The
-networks are trained on the way (runs/compare) and kept. Every row is written as soon as it is known, and not measured
-again.
+(or --abcrown-python). Images are the first that are classified right and that IBP does not prove. Both verifiers get
+them one by one, on the CPU, with as many threads; the seconds of alpha-beta-CROWN are its own, without its start. The
+networks are trained on the way (runs/compare) and kept. Every row is written as soon as it is known, and not
+measured again.
 """
 
 from __future__ import annotations
@@ -89,9 +89,8 @@ def theirs(
         ended = subprocess.run(command, cwd=options.abcrown / "complete_verifier", capture_output=True, text=True)
     found = re.findall(r"^Result: (\S+) in ([0-9.]+) seconds", ended.stdout, flags=re.MULTILINE)
     if len(found) != len(images):
-        raise SystemExit(
-            f"alpha-beta-CROWN answered {len(found)} of {len(images)} images:\n{ended.stdout[-2000:]}\n{ended.stderr[-500:]}"
-        )
+        said = f"{ended.stdout[-2000:]}\n{ended.stderr[-500:]}"
+        raise SystemExit(f"alpha-beta-CROWN answered {len(found)} of {len(images)} images:\n{said}")
     return [
         {"verdict": VERDICTS.get(word.split("-")[0], "undecided"), "said": word, "seconds": float(seconds)}
         for word, seconds in found
