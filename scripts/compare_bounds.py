@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +64,21 @@ def compare_methods(data: Path, runs: Path, memory: float, at_once: int) -> None
                 write_json(file, {"versions": versions(), "rows": rows})
 
 
-def trained_networks(data: Path, runs: Path) -> list[tuple[str, Path, Split, float, dict[str, int]]]:
-    digits, cifar = load_dataset("digits").test, load_dataset("npz", path=data).test
-    train_once("digits", runs / "digits")
-    found = [("digits", runs / "digits", digits, 0.1, DIGITS_IMAGES)]
+def trained_networks(
+    data: Path | None, runs: Path, names: Sequence[str] = ("digits", "cifar10-2", "cifar10-8")
+) -> list[tuple[str, Path, Split, float, dict[str, int]]]:
+    found = []
+    if "digits" in names:
+        train_once("digits", runs / "digits")
+        found.append(("digits", runs / "digits", load_dataset("digits").test, 0.1, DIGITS_IMAGES))
     for numerator in (2, 8):
+        folder = runs / f"cifar10-{numerator}"
+        if folder.name not in names:
+            continue
         config = variant_config(data, 0, initialization="ibp", batch_norm=True, regularizers=True)
         config["epsilon"]["max"] = numerator / 255
-        folder = runs / f"cifar10-{numerator}"
         train_once(config, folder)
+        cifar = load_dataset("npz", path=data).test
         found.append((f"CIFAR-10, {numerator}/255", folder, cifar, numerator / 255, CIFAR_IMAGES))
     return found
 

@@ -72,6 +72,7 @@ class Bounder(Protocol):
         max_memory: int | None = None,
         alpha: AlphaOptions = DEFAULT_ALPHA,
         arithmetic: str | None = None,
+        early_stop: bool = False,
     ) -> Tensor: ...
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor: ...

@@ -234,6 +234,7 @@ class LirpaModel:
         max_memory: int | None = None,
         alpha: AlphaOptions = DEFAULT_ALPHA,
         arithmetic: str | None = None,
+        early_stop: bool = False,
     ) -> Tensor:
         """Lower bounds (B, K) of z_y - z_j, 0 at j = y; as `BoundedModel.margins`.
 
@@ -244,11 +245,13 @@ class LirpaModel:
             clean: as in `ibp`.
             intersect: take the better of this bound and the cheaper ones.
             alpha: the steps of alpha-crown, whose bounds carry no gradient; the rates are auto_LiRPA's own.
-            max_memory, arithmetic: not supported.
+            max_memory, arithmetic, early_stop: not supported.
         """
         _refuse_arithmetic(arithmetic)
         if max_memory is not None:
             raise UsageError("backend lirpa cannot keep to a max_memory: ask about fewer images at once")
+        if early_stop:
+            raise UsageError("backend lirpa cannot leave out images that are proved: ask without early_stop")
         if alpha != AlphaOptions(steps=alpha.steps):
             raise UsageError("backend lirpa optimises slopes at rates of its own: alpha can only say how many steps")
         if method not in _METHODS:

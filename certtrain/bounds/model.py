@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial, reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from certtrain.bounds import (
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves
-from certtrain.bounds.interval import Bounds
-from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
+from certtrain.bounds.interval import Bounds, Record
+from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins, no_nan
 from certtrain.bounds.recording import check_recording
 from certtrain.bounds.segments import propagate_in_segments
@@ -34,6 +35,7 @@ METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
 BACKENDS = ("native", "lirpa")
 DEFAULT_ALPHA = AlphaOptions()
 COPIES = 6  # of a row's coefficients that a step of a backward pass holds at once
+CACHE = 2**22  # bytes: arrays of coefficients that are no larger stay in a CPU's cache from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ class BoundedModel:
         max_memory: int | None = None,
         alpha: AlphaOptions = DEFAULT_ALPHA,
         arithmetic: str | None = None,
+        early_stop: bool = False,
     ) -> Tensor:
         """Lower bounds of z_y - z_j over the box.
 
@@ -230,6 +233,9 @@ class BoundedModel:
                 half of what the device has free.
             alpha: how slopes are optimised.
             arithmetic: see `ibp`; the margins are then those of the computed logits, in float64.
+            early_stop: an image whose margins are all positive is spared what is left to do for it; between the layers
+                of "crown" that is looked at. Its margins are then those that prove it, not the method's best. For
+                networks in eval mode, with `intersect`.
 
         Returns:
             (B, K), 0 in column y; an image whose other entries are all positive is proved. -inf where values overflow,
@@ -237,12 +243,15 @@ class BoundedModel:
 
         Raises:
             UsageError: unknown method, a box that is empty or not of float32 or float64, labels outside the classes, a
-                memory bound that does not suffice for one image, or an arithmetic for another method than ibp.
+                memory bound that does not suffice for one image, an arithmetic for another method than ibp, or
+                `early_stop` where it cannot be.
             UnsupportedOperation: an operation has no linear relaxation.
         """
         if method not in METHODS:
             raise unknown("bound method", method, METHODS)
         self._check_question(box, labels)
+        if early_stop and (self.model.training or not intersect):
+            raise UsageError("early_stop is for networks in eval mode, and for bounds that are intersected")
         if method == "ibp":
             bounds = self.ibp(box, clean, arithmetic=arithmetic)
             return no_nan(self._interval_margins(bounds, labels, arithmetic), labels)
@@ -253,10 +262,36 @@ class BoundedModel:
         with torch.set_grad_enabled(torch.is_grad_enabled() and method != "alpha-crown"):
             for part in portions:
                 portion = box.map(partial(_part, part))
+                if early_stop:
+                    found.append(self._early_margins(portion, labels[part], method, rows, alpha, arithmetic))
+                    continue
                 bounds = self.recorded(portion, None if clean is None else clean[part], arithmetic)
                 cheaper = [self._interval_margins(bounds, labels[part], arithmetic)] if intersect else []
                 found.append(self._backward_margins(bounds, labels[part], method, cheaper, rows, alpha))
         return no_nan(torch.cat(found), labels)
+
+    def tightened(self, box: Box, arithmetic: str | None = None, max_memory: int | None = None) -> Record:
+        """Every value's box, as tight as CROWN makes them, for searches on top (`branch_and_bound`).
+
+        The record's calls are those of a pass with one image: where they hold constants that were expanded to a batch,
+        these broadcast to any number of images.
+
+        Args:
+            box: (B, ...) inputs; arithmetic, max_memory: as of `margins`.
+        """
+        images, rows = self._portions(box, "crown", max_memory)
+        portions = [box.map(partial(_part, slice(i, i + images))) for i in range(0, len(box.like), images)]
+        with torch.no_grad():
+            parts = [tightened(self.recorded(part, None, arithmetic).recorded, rows) for part in portions]
+            single = self.recorded(box.map(partial(_part, slice(1))), None, arithmetic).recorded
+        boxes = {
+            index: Box(*(torch.cat([getattr(part.boxes[index], end) for part in parts]) for end in ("lower", "upper")))
+            for index in single.boxes
+        }
+        slack = single.slack and {
+            index: torch.cat([(part.slack or {})[index] for part in parts]) for index in single.slack
+        }
+        return replace(single, boxes=boxes, slack=slack).detach()
 
     def _check_question(self, box: Box, labels: Tensor) -> None:
         """A wrong one would be answered all the same: an empty box has every property."""
@@ -302,6 +337,31 @@ class BoundedModel:
         best = alpha_margins(bounds, labels, alpha) if method == "alpha-crown" else crown_margins(bounds, labels)
         return reduce(torch.fmax, cheaper, best)
 
+    def _early_margins(
+        self, box: Box, labels: Tensor, method: str, rows: int, alpha: AlphaOptions, arithmetic: str | None
+    ) -> Tensor:
+        """Margins by methods of rising price, each for the images that are not proved yet."""
+        bounds = self.recorded(box, None, arithmetic)
+        margins = self._interval_margins(bounds, labels, arithmetic)
+        left = torch.arange(len(labels), device=labels.device)
+        tightening = Tightening(bounds.recorded, rows)
+        for _ in chain([None], tightening.steps()):  # on IBP's boxes, and then after every layer's
+            found = crown_margins(replace(bounds, record=tightening.record), labels[left])
+            margins = margins.index_put((left,), torch.fmax(margins[left], found))
+            unproved = ((margins[left] > 0).sum(1) < margins.shape[1] - 1).nonzero()[:, 0]
+            if len(unproved) < len(left):
+                left = left[unproved]
+                if len(left) == 0:
+                    return margins
+                bounds = self.recorded(box.map(partial(_part, left)), None, arithmetic)
+                tightening.take(unproved, bounds.recorded)
+            if method == "crown-ibp":
+                return margins
+        if method == "alpha-crown":
+            found = alpha_margins(replace(bounds, record=tightening.record), labels[left], alpha)
+            margins = margins.index_put((left,), torch.fmax(margins[left], found))
+        return margins
+
     def _portions(self, box: Box, method: str, max_memory: int | None) -> tuple[int, int]:
         """Images and rows of coefficients to work on at once."""
         budget = free_memory(box.like.device) // 2 if max_memory is None else max_memory
@@ -311,11 +371,16 @@ class BoundedModel:
             raise UsageError(
                 f"max_memory: {method} needs {image:,} bytes for one image of this network, not {budget:,}"
             )
+        row = self._sizes.largest * box.like.element_size()
         images = max(1, min(len(box.like), budget // image))
-        return images, max(1, budget // (COPIES * self._sizes.largest * box.like.element_size() * images))
+        rows = max(1, budget // (COPIES * row * images))
+        if box.like.device.type == "cpu":
+            images = max(1, min(images, CACHE // (row * self._sizes.classes)))
+            rows = max(1, min(rows, max(self._sizes.classes, CACHE // (row * images))))
+        return images, rows
 
 
-def _part(part: slice, values: Tensor) -> Tensor:
+def _part(part: slice | Tensor, values: Tensor) -> Tensor:
     return values[part]
 
 

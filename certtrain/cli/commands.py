@@ -106,10 +106,11 @@ def verify_command(options: argparse.Namespace) -> int:
         if options.certificates and asked.verification.split != "test":
             raise UsageError("certificates are about a test set: not with verification.split=validation")
 
+    from certtrain.models.own import modules_from
     from certtrain.runs.build import load_data
     from certtrain.runs.directory import check_output, write_results
     from certtrain.runs.evaluation import verify_run
-    from certtrain.runs.progress import Output
+    from certtrain.runs.progress import Output, VerificationDisplay
     from certtrain.runs.provenance import versions
     from certtrain.runs.verdicts import read_verdicts, verdicts_of, write_verdicts
     from certtrain.runtime.distributed import process_group
@@ -122,10 +123,22 @@ def verify_command(options: argparse.Namespace) -> int:
                 check_output(options.certificates, options.run)
             if ranks.is_first and options.json:
                 check_output(options.json, options.run, *filter(None, [options.certificates]), own="verify.json")
+            if ranks.is_first and options.results:
+                check_output(options.results, options.run, *filter(None, [options.certificates, options.json]))
             config = config_of(options, options.run, _verification_changes(options))
             model = open_network(options, config, ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
-        results = verify_run(config, model, dataset, options.limit, ranks)
+        display = VerificationDisplay(Output(quiet=not ranks.is_first))
+        try:
+            with display, modules_from(config.model.path):  # workers look for the network's modules where this does
+                results = verify_run(
+                    config, model, dataset, options.limit, ranks, options.workers, options.results, display.add
+                )
+        except KeyboardInterrupt:
+            if options.results and ranks.is_first:
+                count = f"{display.done} more images are in {options.results}"
+                _tell(Output(), f"interrupted: {count}; the same command goes on from there")
+            raise
         if not ranks.is_first:
             return 0
     summaries = [result.summary() for result in results]
@@ -148,12 +161,14 @@ def verify_command(options: argparse.Namespace) -> int:
 
 def _verification_changes(options: argparse.Namespace) -> dict[str, Any]:
     sound = "float32" if options.sound is None and options.certificates else options.sound
-    named = {"eps": options.eps, "method": options.method, "arithmetic": sound}
+    search = None if options.timeout is None else {"timeout": options.timeout}
+    named = {"eps": options.eps, "method": options.method, "arithmetic": sound, "search": search}
     return {"verification": {key: value for key, value in named.items() if value is not None}}
 
 
 def _verify_radii(options: argparse.Namespace) -> int:
-    _refuse(options, "--radius", "certificates", "json", "method", *([] if options.radius is True else ["eps"]))
+    unused = ["certificates", "json", "method", "timeout", "results", *([] if options.radius is True else ["eps"])]
+    _refuse(options, "--radius", *unused)
     config = config_of(options, options.run, _verification_changes(options))
     require_data(config)
 

@@ -109,7 +109,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(verify)
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
     verify.add_argument(
-        "--method", help="bounds, each for what those before left unknown: ibp,crown-ibp,crown,alpha-crown"
+        "--method",
+        help="bounds, each for what those before left unknown: ibp,crown-ibp,crown,alpha-crown,branch-and-bound",
+    )
+    verify.add_argument(
+        "--timeout", type=_seconds, metavar="SECONDS", help="of branch and bound, for each image (default: 100)"
+    )
+    verify.add_argument(
+        "--workers", type=_positive, default=1, metavar="N", help="processes that share images and CPUs (default: 1)"
+    )
+    verify.add_argument(
+        "--results", type=_path, metavar="FILE", help="where images that are finished stand; go on from there"
     )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument(
@@ -235,6 +245,16 @@ def _positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text[:20]) <= MOST):
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number between 1 and {MOST}")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MOST:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of seconds between 0 and {MOST}")
+    return seconds
 
 
 def _path(text: str) -> Path:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from certtrain.verification.cascade import GAVE_UP
+
 if TYPE_CHECKING:
     from certtrain.config import Config
 
@@ -32,6 +34,11 @@ def show_results(
     console.print(table)
     if len(results[0]["stages"]) > 1:
         _show_stages(console, results)
+    for result in results:
+        undecided = [f"{count} {name}" for name, count in result.get("verdicts", {}).items() if name in GAVE_UP]
+        if undecided:
+            line = f"undecided by branch and bound at {result['eps']:.5f}: {', '.join(undecided)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_stages(console: Console, results: Sequence[dict]) -> None:

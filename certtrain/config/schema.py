@@ -18,12 +18,13 @@ from pydantic import (
 
 from certtrain.config.averaging import ChosenAveraging, EMASection, NoAveragingSection, SWASection
 from certtrain.config.methods import ChosenMethod, IBPSection
-from certtrain.config.names import ARITHMETICS, DATASETS, INITIALIZATIONS, METHODS, MODELS, OPTIMIZERS
+from certtrain.config.names import ARITHMETICS, DATASETS, INITIALIZATIONS, MODELS, OPTIMIZERS, STAGES
 from certtrain.config.reading import MOST_DEPTH, write_yaml
 from certtrain.config.schedules import ChosenSchedule, ConstantSection
 from certtrain.config.section import Section
 from certtrain.config.smoothing import ChosenSmoothing, NoSmoothingSection
 from certtrain.errors import shown, unknown
+from certtrain.verification.cascade import check_cascade
 
 MOST = 2**31 - 1  # of a count: what 32 bits hold
 MOST_SEED = 2**63 - 1  # what every random generator takes
@@ -250,6 +251,23 @@ class TrainingSection(Section):
     """At least this long between two saves."""
 
 
+class SearchSection(Section):
+    """Of branch and bound, the last method of a cascade."""
+
+    timeout: float = Field(100.0, ge=0)
+    """Seconds for each image."""
+    images: Positive = 8
+    """Searched at once."""
+    domains: Positive = 32
+    """Bounded together."""
+    candidates: Positive = 3
+    """Neurons of which a split is tried before one is chosen."""
+    steps: Count = 10
+    """In which slopes and multipliers of a domain are optimised."""
+    max_memory: float = Field(2048, gt=0)
+    """MiB that waiting domains may take."""
+
+
 class VerificationSection(Section):
     """What is measured at the end, and by `certtrain verify`."""
 
@@ -257,8 +275,10 @@ class VerificationSection(Section):
     """Of which images; validation: the test set is not looked at."""
     eps: Several[Radius] | None = None
     """Radii, one or several; null: epsilon.max."""
-    method: Annotated[Several[str], AfterValidator(OneOf("bound method", METHODS))] = ("ibp",)
+    method: Annotated[Several[str], AfterValidator(OneOf("bound method", STAGES))] = ("ibp",)
     """Bounds, a cascade: each sees what those before left unknown."""
+    search: SearchSection = SearchSection()
+    """How branch and bound searches, where it is the last of them."""
     arithmetic: Annotated[str, AfterValidator(OneOf("arithmetic", ARITHMETICS))] | None = None
     """Whose rounding the bounds cover; null: real mathematics, computed in float32."""
     limit: Positive | None = None
@@ -312,6 +332,7 @@ class Config(Section):
             raise ValueError("training.compile is for whole steps: not with accumulation or activation_checkpointing")
         if self.training.activation_checkpointing and not method.boxes_only:
             raise ValueError(f"training.activation_checkpointing is not for training.method {method.name}")
+        check_cascade(self.verification.method, self.backend, self.verification.arithmetic)
         if self.backend == "lirpa" and (saves_memory or self.training.compile is True):
             raise ValueError("backend lirpa supports none of training.accumulation, activation_checkpointing, compile")
         if self.training.smoothing.name == "pgpe" and saves_memory:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from certtrain.bounds.linear.beta import Ascent
 from certtrain.config import Config
+from certtrain.config.schema import SearchSection
 from certtrain.data import Dataset, Split
 from certtrain.errors import DataError
 from certtrain.runs.build import output_shape
 from certtrain.runs.provenance import versions
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.verification.attacks import PGD
+from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.radius import Radii, certified_radii
+from certtrain.verification.results import ImageResult
 from certtrain.verification.verify import Verification, verify
 
 
 def verify_run(
-    config: Config, model: nn.Module, dataset: Dataset, limit: int | None = None, ranks: Ranks = ALONE
+    config: Config,
+    model: nn.Module,
+    dataset: Dataset,
+    limit: int | None = None,
+    ranks: Ranks = ALONE,
+    workers: int = 1,
+    results: Path | None = None,
+    observe: Callable[[ImageResult, int], None] | None = None,
 ) -> list[Verification]:
     section = config.verification
     return verify(
@@ -32,7 +44,11 @@ def verify_run(
         seed=config.seed,
         backend=config.backend,
         arithmetic=section.arithmetic,
+        search=_search(section.search),
         ranks=ranks,
+        workers=workers,
+        results=results,
+        observe=observe,
     )
 
 
@@ -56,6 +72,17 @@ def _test_images(config: Config, model: nn.Module, dataset: Dataset, limit: int 
     if dataset.num_classes > classes:
         raise DataError(f"the data has labels up to {dataset.num_classes - 1}, the model only {classes} classes")
     return dataset.test.take(slice(config.verification.limit if limit is None else limit))
+
+
+def _search(section: SearchSection) -> Search:
+    return Search(
+        timeout=section.timeout,
+        images=section.images,
+        domains=section.domains,
+        candidates=section.candidates,
+        ascent=Ascent(steps=section.steps),
+        max_memory=int(section.max_memory * 2**20),
+    )
 
 
 def _attack(config: Config) -> PGD:

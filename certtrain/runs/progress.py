@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from certtrain.errors import CheckpointError
 from certtrain.report.layer_statistics import LayerStatistics
 from certtrain.training.trainer import EpochReport, Trainer
+from certtrain.verification.results import ImageResult
 
 
 class Output(Console):
@@ -90,15 +92,7 @@ class ProgressDisplay:
     def __init__(self, console: Console, total_steps: int, epochs: int, done: int = 0) -> None:
         self._console, self._epochs = console, epochs
         self._started, self._steps_before, self._total = time.monotonic(), done, total_steps
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self._bar = _bar(console)
         self._said_compiling = False
         self._task = self._bar.add_task("starting", total=total_steps, completed=done)
 
@@ -143,3 +137,39 @@ class ProgressDisplay:
         seconds = round(pace * (self._total - step))
         hours, minutes = divmod(seconds // 60, 60)
         return f"{hours}:{minutes:02}:{seconds % 60:02}"
+
+
+class VerificationDisplay:
+    """How many images are done, proved and attacked, and the time left, on a terminal. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.done = 0
+        self._verdicts: Counter[str] = Counter()
+        self._bar = _bar(console)
+        self._task = self._bar.add_task("verifying", total=None)
+
+    def __enter__(self) -> VerificationDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def add(self, result: ImageResult, total: int) -> None:
+        self.done += 1
+        self._verdicts[result.verdict if result.verdict in ("misclassified", "proved", "attacked") else "unknown"] += 1
+        counts = "  ".join(f"{self._verdicts[name]} {name}" for name in ("proved", "attacked", "unknown"))
+        self._bar.update(self._task, completed=self.done, total=total, description=counts)
+
+
+def _bar(console: Console) -> Progress:
+    """Nothing where the console is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )

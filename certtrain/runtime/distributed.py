@@ -35,6 +35,7 @@ class _Sliceable(Protocol):
 S = TypeVar("S", bound=_Sliceable)
 
 TIMEOUT = timedelta(minutes=30)  # for a rank that is silent; one that dies is noticed at once
+PATIENCE = timedelta(days=30)  # where one may have far more to search than another
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,14 @@ class Ranks:
         rank: of this process, from 0.
         world_size: processes in the group.
         local_rank, local_world_size: the same on this machine.
+        patient: a process group of the same processes for collectives that some of them may reach days after others.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    patient: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -106,11 +109,11 @@ class Ranks:
         """Wait until every rank is here; on the CPU, where `dist.barrier` would choose a GPU."""
         self.all_reduce_max(0)
 
-    def all_gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in order of rank, on every rank; it is pickled."""
+    def all_gather(self, value: T, patient: bool = False) -> list[T]:
+        """Every rank's `value`, in order of rank, on every rank; it is pickled. `patient`: however late they come."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self.patient if patient else None)
         return values
 
     def broadcast(self, value: T) -> T:
@@ -187,8 +190,9 @@ def process_group() -> Iterator[Ranks]:
         if initialize:
             on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=TIMEOUT)
-        local = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), *local)
+        local_rank, local_world_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, patient)
     except RuntimeError as error:
         if not _is_of_a_lost_process(error):
             raise

@@ -29,6 +29,8 @@ from certtrain.verification.attacks import logits_of
 from certtrain.verification.leaf import exact_leaf
 from certtrain.verification.trees import Trees
 
+OVERHEAD = 1600  # bytes that a domain takes beside its slopes: two tensors, its splits, and what Python adds; measured
+
 
 class Verdict(StrEnum):
     """How the search for one image ended."""
@@ -46,6 +48,7 @@ class Search:
 
     Args:
         timeout: seconds for each image. Those of a batch are shared by the images whose domains are in it.
+        images: how many are searched at once.
         domains: how many are bounded together.
         candidates: how many splits are tried, by one pass each, before one is chosen; 1 trusts the scores.
         ascent: how each domain's slopes and multipliers are optimised.
@@ -54,6 +57,7 @@ class Search:
     """
 
     timeout: float = 100.0
+    images: int = 8
     domains: int = 32
     candidates: int = 3
     ascent: Ascent = field(default_factory=lambda: Ascent(steps=10))
@@ -166,6 +170,14 @@ def branch_and_bound(
         UnsupportedOperation: a nonlinear operation whose input cannot be split.
         UsageError: a `max_memory` that does not hold the roots.
     """
+    outcomes = dict(settle(model, record, labels, margins, search, points))
+    return [outcomes[position] for position in range(len(labels))]
+
+
+def settle(
+    model: nn.Module, record: Record, labels: Tensor, margins: Tensor, search: Search, points: Box | None = None
+) -> Iterator[tuple[int, Outcome]]:
+    """`branch_and_bound`, of which each image's outcome comes, with its position, as soon as it is known."""
     points = record.boxes[0] if points is None else points
     return _Run(model, record.detach(), labels, margins.detach(), search, points).outcomes()
 
@@ -204,19 +216,23 @@ class _Run:
         for image in self.images:
             image.waiting.clear()
 
-    def outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> Iterator[tuple[int, Outcome]]:
         size = self.search.domains
         for start in range(0, len(self.roots), size):
             self._timed(self._bound, self.roots[start : start + size])
-        while True:
-            for image in self.images:
+        searched = list(self.images)
+        while searched:
+            for image in searched:
                 if image.verdict is None and not image.waiting:
                     image.verdict = Verdict.PROVED
+                if image.verdict is not None:
+                    yield image.position, self._outcome(image)
+                    image.leaves.clear()
+            searched = [image for image in searched if image.verdict is None]
             chosen = self._chosen()
-            if not chosen:
-                return [self._outcome(image) for image in self.images]
-            self._timed(self._round, chosen)
-            self._stop_some()
+            if chosen:
+                self._timed(self._round, chosen)
+                self._stop_some()
 
     def _timed(self, step: Callable[[Sequence[Node]], None], nodes: Sequence[Node]) -> None:
         """The time of a step is shared by the images of its domains."""
@@ -391,9 +407,9 @@ class _Run:
 
     def _bytes(self) -> int:
         """What waiting domains take, and leaves that are kept."""
-        waiting = sum(len(image.waiting) * len(image.undecided) * image.lower.element_size() for image in self.images)
-        leaves = sum(len(image.leaves) * len(image.undecided) * image.lower.element_size() for image in self.images)
-        return waiting + leaves
+        size = self.record.boxes[0].like.element_size()
+        kept = ((len(image.waiting) + len(image.leaves), len(image.undecided)) for image in self.images)
+        return sum(domains * (undecided * size + OVERHEAD) for domains, undecided in kept)
 
     def _outcome(self, image: _Image) -> Outcome:
         assert image.verdict is not None

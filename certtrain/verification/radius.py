@@ -14,9 +14,10 @@ from certtrain.bounds.model import evaluating
 from certtrain.data import Split, to_float
 from certtrain.runtime.precision import full_precision
 from certtrain.training.losses import proved
+from certtrain.verification.answers import predictions
 from certtrain.verification.attacks import PGD
 from certtrain.verification.pixels import perturbation_box
-from certtrain.verification.verify import check_fit, checked_radii, device_of, parts_of, predictions, verify
+from certtrain.verification.verify import check_fit, checked_radii, device_of, parts_of, verify
 
 CURVE_POINTS = 101
 ATTACKED_POINTS = 9

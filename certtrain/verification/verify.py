@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import Bounder, Box, bounded_model
 from certtrain.bounds.model import evaluating
 from certtrain.bounds.rounding import arithmetic_named
 from certtrain.data import Split, to_float
-from certtrain.data.seeding import generator
-from certtrain.errors import DataError, UnsupportedOperation, UsageError
+from certtrain.errors import DataError, UsageError
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
-from certtrain.training.losses import proved
-from certtrain.verification.attacks import PGD, logits_of
-from certtrain.verification.folding import fold_batch_norm
-from certtrain.verification.pixels import perturbation_box
+from certtrain.verification.answers import Answers, Portion, Question, in_parts
+from certtrain.verification.attacks import PGD
+from certtrain.verification.branch_and_bound import Search
+from certtrain.verification.cascade import GAVE_UP, check_cascade
+from certtrain.verification.results import ImageResult, ResultFile
+from certtrain.verification.workers import in_processes
+
+DEFAULT_SEARCH = Search()
 
 
 @dataclass
@@ -36,9 +42,14 @@ class Stage:
     seconds: float = 0.0  # of all processes together
 
     @classmethod
-    def merged(cls, parts: Sequence[Stage]) -> Stage:
-        totals = (sum(getattr(part, name) for part in parts) for name in ("images", "proved", "seconds"))
-        return cls(parts[0].method, *totals)
+    def of(cls, methods: Sequence[str], results: Sequence[ImageResult]) -> tuple[Stage, ...]:
+        stages = tuple(cls(method) for method in methods)
+        for result in results:
+            for stage, seconds in zip(stages, result.seconds, strict=False):
+                stage.images += 1
+                stage.seconds += seconds
+            stages[len(result.seconds) - 1].proved += result.verdict == "proved"
+        return stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +62,14 @@ class Verification:
         arithmetic: that of the deployed network for which the bounds hold, None for real mathematics.
         prediction: the class of the unperturbed image, -1 where its logits are not all numbers.
         correct: the prediction is the label.
-        attacked: right, but PGD found a misclassified point.
+        attacked: right, but a misclassified point was found, by PGD or by branch and bound.
         adversarial: those points (M, C, H, W), in order.
         proved: no perturbation of at most eps in any pixel changes the prediction, which is right.
         margin: smallest lower bound of z_y - z_j, j ≠ y.
         seconds: all of it, the attack included.
         trees: by position, what proves an image by branch and bound (`Trees`), where that was kept.
+        undecided: by position, why branch and bound has given up an image.
+        domains: how many it has bounded.
     """
 
     eps: float
@@ -70,6 +83,8 @@ class Verification:
     margin: Tensor
     seconds: float
     trees: Mapping[int, bytes] = field(default_factory=dict)
+    undecided: Mapping[int, str] = field(default_factory=dict)
+    domains: int = 0
 
     @property
     def unknown(self) -> Tensor:
@@ -101,14 +116,45 @@ class Verification:
         """Share of images that are not proved."""
         return _share(~self.proved)
 
+    @property
+    def verdicts(self) -> list[str]:
+        """Of each image, one of `results.VERDICTS`."""
+        found = ["unknown" if right else "misclassified" for right in self.correct.tolist()]
+        for name, flags in (("proved", self.proved), ("attacked", self.attacked)):
+            for image in flags.nonzero()[:, 0].tolist():
+                found[image] = name
+        for image, reason in self.undecided.items():
+            found[image] = reason
+        return found
+
     @classmethod
-    def merged(cls, parts: Sequence[Verification]) -> Verification:
-        """What several processes found, each for consecutive images; it lasted as long as the slowest."""
-        stages = tuple(Stage.merged(stages) for stages in zip(*(part.stages for part in parts), strict=True))
-        names = ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
-        of_each_image = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        seconds = max(part.seconds for part in parts)
-        return cls(parts[0].eps, stages, parts[0].arithmetic, seconds=seconds, **of_each_image)  # type: ignore[arg-type]
+    def of(
+        cls,
+        eps: float,
+        methods: Sequence[str],
+        arithmetic: str | None,
+        results: Sequence[ImageResult],
+        images: Tensor,
+        seconds: float,
+    ) -> Verification:
+        """Of the results of all images, in whatever order."""
+        ordered = sorted(results, key=lambda result: result.image)
+        verdicts = [result.verdict for result in ordered]
+        points = [result.point for result in ordered if result.point is not None]
+        return cls(
+            eps,
+            Stage.of(methods, ordered),
+            arithmetic,
+            prediction=torch.tensor([result.prediction for result in ordered]),
+            correct=torch.tensor([verdict != "misclassified" for verdict in verdicts]),
+            attacked=torch.tensor([verdict == "attacked" for verdict in verdicts]),
+            adversarial=torch.stack(points) if points else torch.empty(0, *images.shape[1:]),
+            proved=torch.tensor([verdict == "proved" for verdict in verdicts]),
+            margin=torch.tensor([result.margin for result in ordered], dtype=_margin_type(arithmetic)),
+            seconds=seconds,
+            undecided={i: verdict for i, verdict in enumerate(verdicts) if verdict in GAVE_UP},
+            domains=sum(result.domains for result in ordered),
+        )
 
     def summary(self) -> dict[str, Any]:
         """What goes into a JSON file; errors are fractions."""
@@ -120,6 +166,8 @@ class Verification:
             "natural_error": self.natural_error,
             "pgd_error": self.pgd_error,
             "verified_error": self.verified_error,
+            "verdicts": dict(Counter(self.verdicts)),
+            "domains": self.domains,
             "stages": [vars(stage) | {"seconds": round(stage.seconds, 3)} for stage in self.stages],
             "seconds": round(self.seconds, 3),
         }
@@ -137,7 +185,11 @@ def verify(
     seed: int = 0,
     backend: str = "native",
     arithmetic: str | None = None,
+    search: Search = DEFAULT_SEARCH,
     ranks: Ranks = ALONE,
+    workers: int = 1,
+    results: Path | None = None,
+    observe: Callable[[ImageResult, int], None] | None = None,
 ) -> list[Verification]:
     """Natural, PGD and verified error of `model` on `data`, at one epsilon or several.
 
@@ -149,52 +201,96 @@ def verify(
         data: images; it is moved to the model's device.
         eps: radius, or radii.
         method: of `BoundedModel.margins`, or several by price: each sees only the images that those before left
-            unknown.
+            unknown. The last may be "branch-and-bound", which searches those that the attack leaves as well.
         attack: None for none; the PGD error is then a lower bound, the natural error.
         limit: only the first so many images.
         backend: of `bounded_model`.
         arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
             `bounds.rounding`, in any order of its sums, for every representation of the pixels (`pixel_box`). None: the
             network as real mathematics.
+        search: how branch and bound searches, and for how long.
         ranks: the processes that share the images.
+        workers: processes of this machine that this one has share its images and threads, on CPUs; the network, and
+            the module that defines it, must be importable there.
+        results: a file to which the result of each image is added as soon as it is known, and in which images that are
+            finished already are not looked at again (`ResultFile`); rank r > 0 has FILE.r.
+        observe: is told of each result of this process, and how many there will be.
 
     Returns:
         A Verification per radius, of all images in every process.
 
     Raises:
         UsageError: a radius that is negative or not finite; a model of another type or with other outputs; an
-            arithmetic that is unknown, or that method or backend cannot cover; fewer images than processes.
+            arithmetic that is unknown, or that method or backend cannot cover; fewer images than processes; `results`
+            of another question.
         DataError: a label that is none of the model's classes.
+        UnsupportedOperation: one that the backend has no rule for, or that branch and bound cannot split.
     """
     radii = checked_radii(eps)
-    device = device_of(model)
-    everything = data.take(slice(limit))
-    images = range(len(everything))
-    if len(images) < ranks.world_size:
+    data = data.take(slice(limit)).to(device_of(model))
+    if len(data) < ranks.world_size:
         raise UsageError(
-            f"{len(images)} test images for {ranks.world_size} processes: take more images, or fewer processes"
+            f"{len(data)} test images for {ranks.world_size} processes: take more images, or fewer processes"
         )
-    share = ranks.share(images)
-    data = everything.take(slice(share.start, share.stop)).to(device)
+    if workers > 1 and data.images.device.type != "cpu":
+        raise UsageError("workers share a CPU: for several GPUs, start one process for each with torchrun")
     methods = (method,) if isinstance(method, str) else tuple(method)
+    check_cascade(methods, backend, arithmetic)
     if arithmetic is not None:
         _require_sound(backend, arithmetic)
-    question = _Question(methods, arithmetic, attack, batch_size, seed, share.start)
-    with evaluating(model), full_precision():
-        check_fit(model, everything)  # of all, so that every process finds the same
-        example = to_float(data.images[:1])
-        network = _fewest_operations(model, example) if backend == "native" and arithmetic is None else model
-        net = bounded_model(network, example, backend)
-        found = [question.answer(net, data, radius) for radius in radii]
-    return [Verification.merged(parts) for parts in zip(*ranks.all_gather(found), strict=True)]
+    answers = Answers(Question(methods, arithmetic, attack, seed, backend, search), model, data)
+    with evaluating(model), full_precision(), ExitStack() as opened:
+        check_fit(model, data)
+        answers.check()
+        known, keep = _continued(results, answers.asked(radii), ranks, opened)
+        done = {result.key for result in known}
+        portions: list[Portion] = []
+        for radius in radii:
+            left = [image for image in range(len(data)) if (radius, image) not in done]
+            size = batch_size if workers == 1 else max(1, min(batch_size, len(left) // (8 * workers)))
+            portions += [(radius, part) for part in in_parts(ranks.share(left), size)]
+        total = sum(len(part) for _, part in portions)
+        streams = (
+            in_processes(answers, portions, workers) if workers > 1 else chain.from_iterable(map(answers, portions))
+        )
+        found, seconds = [], dict.fromkeys(radii, 0.0)
+        latest = time.perf_counter()
+        for result in streams:
+            keep(result)
+            found.append(result)
+            if observe is not None:
+                observe(result, total)
+            seconds[result.eps] += time.perf_counter() - latest
+            latest = time.perf_counter()
+    parts = ranks.all_gather((found, seconds), patient=True)
+    everything = {result.key: result for result in (*known, *(result for part, _ in parts for result in part))}
+    return [
+        Verification.of(
+            radius,
+            methods,
+            arithmetic,
+            [result for result in everything.values() if result.eps == radius],
+            data.images,
+            max(spent[radius] for _, spent in parts),
+        )
+        for radius in radii
+    ]
 
 
-def _fewest_operations(model: nn.Module, example: Tensor) -> nn.Module:
-    """`model` with BatchNorm folded, if that computes the same."""
-    try:
-        return fold_batch_norm(model, example)
-    except UnsupportedOperation:
-        return model
+def _continued(
+    path: Path | None, asked: Mapping[str, Any], ranks: Ranks, opened: ExitStack
+) -> tuple[list[ImageResult], Callable[[ImageResult], object]]:
+    """What files of results have already, those of other ranks too, and what adds to this rank's own."""
+    if path is None:
+        return [], lambda result: None
+    with ranks.together():
+        own = path if ranks.is_first else path.with_name(f"{path.name}.{ranks.rank}")
+        others = [file for file in path.parent.glob(f"{glob.escape(path.name)}.*") if file.suffix[1:].isdecimal()]
+        known = [result for file in (path, *sorted(others)) for result in ResultFile(file, asked).read()]
+    everywhere = [result for part in ranks.all_gather(known) for result in part]  # all have read before one writes
+    with ranks.together():
+        file = opened.enter_context(ResultFile(own, asked))
+    return everywhere, file.add
 
 
 def checked_radii(eps: float | Sequence[float]) -> list[float]:
@@ -247,88 +343,19 @@ def _type_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-@torch.no_grad()
-def predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """The classes (B,) of float images (B, C, H, W), -1 where a logit is NaN: that is no prediction."""
-    logits = logits_of(model, images)
-    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
-
-
 def _require_sound(backend: str, arithmetic: str) -> None:
     arithmetic_named(arithmetic)
     if backend != "native":
         raise UsageError(f"bounds that cover the rounding of {arithmetic} are those of backend native, not {backend}")
 
 
-@dataclass(frozen=True)
-class _Question:
-    """What `verify` asks of each radius; `first` is the position of its data's first image among all processes'."""
-
-    methods: tuple[str, ...]
-    arithmetic: str | None
-    attack: PGD | None
-    batch_size: int
-    seed: int
-    first: int
-
-    def answer(self, net: Bounder, data: Split, eps: float) -> Verification:
-        started = time.perf_counter()
-        stages = tuple(Stage(method) for method in self.methods)
-        found: list[tuple[Tensor, ...]] = []
-        for start, part in parts_of(data, self.batch_size):
-            images, labels = to_float(part.images), part.labels
-            prediction = predictions(net.model, images)
-            correct = prediction == labels
-            with torch.no_grad():
-                box = perturbation_box(part.images, eps, self.arithmetic)
-                margins = self._cascade(net, box, labels, correct, stages)
-            holds = proved(margins) & correct
-            attacked, points = self._attacks(net.model, images, labels, eps, correct & ~holds, self.first + start)
-            smallest = margins.scatter(1, labels[:, None], torch.inf).amin(1)
-            found.append((prediction, correct, attacked, points, holds, smallest))
-        whole = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
-        prediction, correct, attacked, points, holds, smallest = whole
-        seconds = time.perf_counter() - started
-        return Verification(
-            eps, stages, self.arithmetic, prediction, correct, attacked, points, holds, smallest, seconds
-        )
-
-    def _attacks(
-        self, model: nn.Module, images: Tensor, labels: Tensor, eps: float, left: Tensor, position: int
-    ) -> tuple[Tensor, Tensor]:
-        """(B,) bool, and the points found; an image's attack follows from the seed and its own position alone."""
-        attacked, points = torch.zeros_like(left), images[:0]
-        chosen = left.nonzero()[:, 0]
-        if self.attack is not None and len(chosen) > 0:
-            generators = [generator(self.seed, position + i) for i in chosen.tolist()]
-            points, broken = self.attack(model, images[chosen], labels[chosen], eps, generators)
-            attacked[chosen], points = broken, points[broken]
-        return attacked, points
-
-    def _cascade(self, net: Bounder, box: Box, labels: Tensor, correct: Tensor, stages: Sequence[Stage]) -> Tensor:
-        """Margins (B, K) by the first stage, then by one after another for those right and unknown."""
-        margins = torch.full((len(labels), net.classes), -torch.inf, dtype=box.like.dtype, device=labels.device)
-        margins.scatter_(1, labels[:, None], 0.0)
-        for position, stage in enumerate(stages):
-            left = (torch.ones_like(correct) if position == 0 else correct & ~proved(margins)).nonzero()[:, 0]
-            if len(left) == 0:
-                break
-            started = time.perf_counter()
-            bounds = net.margins(box.map(partial(_rows, left)), labels[left], stage.method, arithmetic=self.arithmetic)
-            margins[left] = torch.maximum(margins[left], bounds)
-            stage.images += len(left)
-            stage.proved += int((proved(margins[left]) & correct[left]).sum())
-            stage.seconds += time.perf_counter() - started
-        return margins
+def _margin_type(arithmetic: str | None) -> torch.dtype:
+    return torch.float32 if arithmetic is None else torch.float64
 
 
 def parts_of(data: Split, size: int) -> Iterator[tuple[int, Split]]:
     """`data` in its own order, `size` images at a time, each part with the position of its first."""
     return ((start, data.take(slice(start, start + size))) for start in range(0, len(data), size))
-
-
-def _rows(index: Tensor, values: Tensor) -> Tensor:
-    return values[index]
 
 
 def _share(flags: Tensor) -> float:

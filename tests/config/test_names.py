@@ -12,6 +12,7 @@ import certtrain.bounds.rounding
 import certtrain.data
 import certtrain.initialization
 import certtrain.models
+import certtrain.verification.cascade
 from certtrain.config import load_config, names, schema
 from certtrain.errors import UsageError
 from certtrain.runtime import precision
@@ -31,6 +32,7 @@ SMALLEST = {
         (names.MODELS, certtrain.models.MODELS),
         (names.INITIALIZATIONS, certtrain.initialization.INITIALIZATIONS),
         (names.METHODS, certtrain.bounds.model.METHODS),
+        (names.STAGES, certtrain.verification.cascade.STAGES),
         (names.ARITHMETICS, certtrain.bounds.rounding.ARITHMETICS),
     ],
     ids=lambda table: getattr(table, "table", ""),
@@ -93,6 +95,8 @@ asked = [
     (["train", "digits", "data.name=npz", "data.path={tmp_path / "none"}"], 1),
     (["verify", "{tmp_path / "none"}"], 1),
     (["verify", "{tmp_path}", "--radius", "--certificates", "file"], 2),
+    (["verify", "{tmp_path}", "--radius", "--results", "file"], 2),
+    (["verify", "{tmp_path}", "--timeout", "-1"], 2),
     (["check", "file", "--model", "{tmp_path}"], 1),
     (["export", "{tmp_path}"], 2),
     (["report", "{tmp_path}"], 1),

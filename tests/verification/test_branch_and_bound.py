@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
-from torch import nn
+from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box
-from certtrain.bounds.linear import tightened
-from certtrain.bounds.linear.beta import Ascent
-from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound
+from certtrain.bounds.interval import Record
+from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
+from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
+from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.verification.branch_and_bound import Leaf, Outcome, Search, Verdict, branch_and_bound
 
 
-def small_network(seed: int, widths: tuple[int, ...], bias: float = 0.3) -> nn.Sequential:
+def small_network(
+    seed: int, widths: tuple[int, ...], bias: float = 0.3, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
     random = torch.Generator().manual_seed(seed)
     layers: list[nn.Module] = []
     for i, (entering, leaving) in enumerate(itertools.pairwise(widths)):
@@ -25,7 +31,7 @@ def small_network(seed: int, widths: tuple[int, ...], bias: float = 0.3) -> nn.S
         with torch.no_grad():
             layer.weight.copy_(torch.randn(leaving, entering, generator=random, dtype=torch.float64))
             layer.bias.copy_(bias * torch.randn(leaving, generator=random, dtype=torch.float64))
-        layers += [layer] if i == len(widths) - 2 else [layer, nn.ReLU()]
+        layers += [layer] if i == len(widths) - 2 else [layer, activation()]
     return nn.Sequential(*layers).eval()
 
 
@@ -84,3 +90,185 @@ def test_verdicts_equal_enumeration(seed, widths):
         assert (outcome.point >= box.lower[0]).all()
         assert (outcome.point <= box.upper[0]).all()
         assert int(network(outcome.point[None]).argmax()) != label
+
+
+# --- what holds of every tree, whatever is split ----------------------------------------------------------------------
+
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh)
+
+
+def searched(seed: int, activation: type[nn.Module]) -> tuple[nn.Sequential, Box, int, Record, Outcome]:
+    """Of a box that is nearly as large as points allow, on IBP's boxes: bounds alone do not prove it."""
+    network = small_network(seed, (3, 5, 4, 3), activation=activation)
+    random = torch.Generator().manual_seed(seed)
+    center = torch.rand(1, 3, generator=random, dtype=torch.float64)
+    label, directions = int(network(center).argmax()), 2 * torch.rand(2000, 3, generator=random).double().round() - 1
+    growing = (0.05 * step for step in range(1, 60))
+    right = itertools.takewhile(lambda r: (network(center + r * directions).argmax(1) == label).all(), growing)
+    radius = 0.9 * max(right, default=0.05)
+    box, labels = Box(center - radius, center + radius), torch.tensor([label])
+    net = BoundedModel(network, center)
+    bounds = net.ibp(box, record=True)
+    search = Search(timeout=torch.inf, max_memory=140_000, ascent=Ascent(steps=3), domains=16, keep_leaves=True)
+    (outcome,) = branch_and_bound(network, bounds.recorded, labels, net.margins_of(bounds, labels), search)
+    return network, box, label, bounds.recorded, outcome
+
+
+def domains_of(leaf: Leaf, record: Record, label: int, classes: int) -> DomainBatch:
+    function = torch.zeros(1, classes, dtype=torch.float64)
+    function[0, label], function[0, leaf.target] = 1, -1
+    split = Splits(
+        torch.tensor([[s.neuron for s in leaf.splits]], dtype=torch.int64),
+        torch.tensor([[-1.0 if s.above else 1.0 for s in leaf.splits]], dtype=torch.float64),
+        torch.tensor([[s.threshold for s in leaf.splits]], dtype=torch.float64),
+    )
+    return DomainBatch(record, Neurons.of(record), torch.zeros(1, dtype=torch.int64), function, split)
+
+
+def neurons_at(network: nn.Sequential, points: Tensor) -> Tensor:
+    """(P, N): what enters the activations."""
+    found = []
+    for module in network:
+        if not isinstance(module, nn.Linear):
+            found.append(points)
+        points = module(points)
+    return torch.cat(found, 1)
+
+
+def holds_at(leaf: Leaf, neurons: Tensor) -> Tensor:
+    """(P,) bool: which points are in the leaf's domain."""
+    inside = torch.ones(len(neurons), dtype=torch.bool)
+    for split in leaf.splits:
+        z = neurons[:, split.neuron]
+        inside &= (z > split.threshold) if split.above else (z <= split.threshold)
+    return inside
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_leaves_cover_the_box_once_and_hold_where_they_are(activation):
+    """Points of the box lie in one leaf of each tree, whose bound is below the margin there and can be had again."""
+    trees = 0
+    for seed in range(6):
+        network, box, label, record, outcome = searched(seed, activation)
+        if outcome.verdict != Verdict.PROVED or len(outcome.leaves) < 3:
+            continue
+        trees += 1
+        random = torch.Generator().manual_seed(seed)
+        points = box.lower + 2 * box.radius * torch.rand(2000, 3, generator=random, dtype=torch.float64)
+        neurons, logits = neurons_at(network, points), network(points)
+        for target in {leaf.target for leaf in outcome.leaves}:
+            leaves = [leaf for leaf in outcome.leaves if leaf.target == target]
+            inside = torch.stack([holds_at(leaf, neurons) for leaf in leaves])
+            assert (inside.sum(0) == 1).all(), "a point is in no leaf, or in several"
+            margin = logits[:, label] - logits[:, target]
+            for leaf, own in zip(leaves, inside, strict=True):
+                batch = domains_of(leaf, record, label, logits.shape[1])
+                assert (leaf.multipliers >= 0).all()
+                bound = float(batch.linear_bounds(leaf.slopes[None], leaf.multipliers[None]).least().detach())
+                assert bound > 0
+                assert bound <= leaf.lower + 1e-9, "a leaf's bound is its own, or its parent's if better"
+                assert (margin[own] >= leaf.lower - 1e-9).all()
+            least = float(outcome.lower[target])
+            assert least == pytest.approx(min(leaf.lower for leaf in leaves))
+    assert trees
+
+
+@given(seed=st.integers(0, 10**6), activation=st.sampled_from(ACTIVATIONS))
+@settings(max_examples=25, deadline=None)
+def test_bounds_hold_on_their_domains_for_all_slopes_and_multipliers(seed, activation):
+    """Whatever is split where, and with whatever parameters that are allowed: sound at every point of the domain."""
+    network = small_network(seed, (3, 5, 4, 3), activation=activation)
+    random = torch.Generator().manual_seed(seed)
+    center = torch.rand(1, 3, generator=random, dtype=torch.float64)
+    box = Box(center - 0.5, center + 0.5)
+    _, record, _, _ = question(network, box, 0)
+    points = box.lower + torch.rand(4000, 3, generator=random, dtype=torch.float64)
+    neurons, logits = neurons_at(network, points), network(points)
+    chosen = torch.randperm(9, generator=random)[:3]
+    anchor = neurons[0, chosen] + 0.05 * torch.randn(3, generator=random, dtype=torch.float64)
+    if issubclass(activation, (nn.ReLU, nn.LeakyReLU)):
+        anchor = torch.zeros_like(anchor)  # only the kink makes both sides linear
+    sign = torch.where(neurons[0, chosen] >= anchor, -1.0, 1.0).double()  # the first point is inside
+    function = torch.randn(1, 3, generator=random, dtype=torch.float64)
+    splits = Splits(chosen[None], sign[None], anchor[None])
+    batch = DomainBatch(record, Neurons.of(record), torch.zeros(1, dtype=torch.int64), function, splits)
+    low, high = batch.slope_ends()
+    slopes = low + (high - low) * torch.rand(1, len(low), generator=random, dtype=torch.float64)
+    multipliers = torch.rand(1, 3, generator=random, dtype=torch.float64)
+    inside = (sign * (neurons[:, chosen] - anchor) <= 0).all(1)
+    assert inside[0]
+    values = logits[inside] @ function[0]
+    bound = float(batch.linear_bounds(slopes, multipliers).least().detach())
+    assert bound <= float(values.detach().min()) + 1e-9
+    best = batch.optimized(slopes, multipliers, Ascent(steps=5))
+    assert float(best.lower) >= bound - 1e-12
+    assert float(best.lower) <= float(values.detach().min()) + 1e-9
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_splits_the_bounds_are_crowns_and_alpha_crowns(activation):
+    network = small_network(3, (3, 5, 4, 3), activation=activation)
+    box = Box(torch.full((1, 3), -1.0).double(), torch.full((1, 3), 1.0).double())
+    label = int(network(box.center).argmin())  # so that no margin is proved, and slopes are optimised
+    _, record, labels, _ = question(network, box, label)
+    others = [j for j in range(3) if j != label]
+    functions = torch.eye(3, dtype=torch.float64)[label] - torch.eye(3, dtype=torch.float64)[others]
+    nothing = torch.zeros(2, 0, dtype=torch.float64)
+    batch = DomainBatch(
+        record, Neurons.of(record), torch.tensor([0, 0]), functions, Splits(nothing.long(), nothing, nothing)
+    )
+    bounds = replace(BoundedModel(network, box.center).ibp(box, record=True), record=record)
+    crown = crown_margins(bounds, labels)[0, others]
+    torch.testing.assert_close(batch.linear_bounds(batch.initial_slopes(), nothing).least()[:, 0], crown)
+    assert (crown < 0).all()
+    for steps in (1, 6):
+        ascent = Ascent(steps=steps)
+        options = AlphaOptions(steps + 1, ascent.slope_lr, ascent.decay)  # which leaves the last step's bound out
+        alpha = alpha_margins(bounds, labels, options)[0, others]
+        found = batch.optimized(batch.initial_slopes(), nothing, ascent).lower
+        torch.testing.assert_close(found, alpha, rtol=1e-9, atol=1e-9)
+
+
+def test_bounds_rise_along_every_branch(monkeypatch):
+    """No domain's bound is below that of the domain it was split from, nor the root's below CROWN's."""
+    from certtrain.verification import branch_and_bound as module
+
+    seen = []
+    bound = module._Run._bound
+
+    def recorded(self, nodes):
+        before = {domain.number: domain.lower for _, domain in nodes}
+        bound(self, nodes)
+        waiting = {domain.number: domain.lower for image in self.images for domain in image.waiting}
+        seen.extend((lower, waiting[number]) for number, lower in before.items() if number in waiting)
+
+    monkeypatch.setattr(module._Run, "_bound", recorded)
+    for activation in ACTIVATIONS:
+        for seed in (1, 3):
+            searched(seed, activation)
+    assert len(seen) > 10
+    assert all(child >= parent for parent, child in seen)
+    assert any(child > parent for parent, child in seen)
+
+
+def test_a_memory_bound_that_does_not_hold_the_roots_is_refused():
+    network = small_network(0, (3, 6, 6, 3))
+    box = Box(torch.full((1, 3), -1.0).double(), torch.full((1, 3), 1.0).double())
+    asked = question(network, box, int(network(box.center).argmax()))
+    with pytest.raises(UsageError, match="max_memory: the first domains of 1 images take"):
+        branch_and_bound(*asked, Search(max_memory=10))
+
+
+def test_an_operation_without_a_split_is_refused_by_name():
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool, self.last = nn.MaxPool1d(2), nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.pool(x[:, None])[:, 0])
+
+    network = Pooled().double().eval()
+    box = Box(torch.zeros(1, 4).double(), torch.ones(1, 4).double())
+    with pytest.raises(UnsupportedOperation, match=r"MaxPool1d in module 'pool' has no split.*alpha-crown"):
+        branch_and_bound(*question(network, box, 0), Search())

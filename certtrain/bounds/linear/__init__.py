@@ -2,7 +2,15 @@
 
 from certtrain.bounds.linear.alpha import AlphaOptions, alpha_margins
 from certtrain.bounds.linear.backward import lower_bounds
-from certtrain.bounds.linear.crown import crown_margins, tightened
+from certtrain.bounds.linear.crown import Tightening, crown_margins, tightened
 from certtrain.bounds.linear.fusion import fused_cross_entropy
 
-__all__ = ["AlphaOptions", "alpha_margins", "crown_margins", "fused_cross_entropy", "lower_bounds", "tightened"]
+__all__ = [
+    "AlphaOptions",
+    "Tightening",
+    "alpha_margins",
+    "crown_margins",
+    "fused_cross_entropy",
+    "lower_bounds",
+    "tightened",
+]

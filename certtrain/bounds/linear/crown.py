@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -39,23 +40,45 @@ def tightened(record: Record, rows_at_once: int, intersect: bool = True) -> Reco
         intersect: keep the cheaper box where it is tighter, and ask only about neurons it leaves unstable; otherwise
             every neuron's box is the backward pass's own.
     """
-    boxes: dict[int, Box] = {0: record.boxes[0]}
-    done: set[int] = {0}
-    lines: Lines = {}
-    for position, call in enumerate(record.calls):
-        if not call.affine:
-            for ref in leaves(call.args, Ref):
-                if ref.index not in done:
-                    before = replace(record, calls=record.calls[:position], boxes=boxes)
-                    boxes[ref.index] = _tightened_box(before, ref.index, call, rows_at_once, intersect, lines)
-                    done.add(ref.index)
-        if record.slack is None:
-            boxes[call.index] = RULES[call.function](*map_leaves(call.args, Ref, lambda ref: boxes[ref.index]))
-        else:  # these rules do not cover rounding
-            boxes[call.index] = record.boxes[call.index]
-        if call.function in RELAXATIONS:
-            done.add(call.index)  # the image of a tight box: a backward pass through the lines cannot be tighter
-    return replace(record, boxes=boxes)
+    tightening = Tightening(record, rows_at_once, intersect)
+    for _ in tightening.steps():
+        pass
+    return tightening.record
+
+
+class Tightening:
+    """`tightened`, one value after another: between two of them the record is whole, and images may leave."""
+
+    def __init__(self, record: Record, rows_at_once: int, intersect: bool = True) -> None:
+        self.record, self._rows, self._intersect = record, rows_at_once, intersect
+        self._tight: set[int] = {0}
+        self._lines: Lines = {}  # of the values before the one that is next
+
+    def steps(self) -> Iterator[None]:
+        """A step for each value that enters nonlinear operations: its box, and by intervals those that follow."""
+        for position in range(len(self.record.calls)):
+            call = self.record.calls[position]
+            for index in [] if call.affine else [ref.index for ref in leaves(call.args, Ref)]:
+                if index not in self._tight:
+                    before = replace(self.record, calls=self.record.calls[:position])
+                    box = _tightened_box(before, index, call, self._rows, self._intersect, self._lines)
+                    self._tight.add(index)
+                    self._follow(index, box)
+                    yield
+            if call.function in RELAXATIONS:
+                self._tight.add(call.index)  # the image of a tight box: a backward pass through the lines is no tighter
+
+    def take(self, images: Tensor, record: Record) -> None:
+        """Go on with these images (L,) alone, of which `record` is as cheap as that which this began with."""
+        boxes = {index: box.map(partial(_take, images)) for index, box in self.record.boxes.items()}
+        self.record, self._lines = replace(record, boxes=boxes), {}
+
+    def _follow(self, index: int, box: Box) -> None:
+        boxes = {**self.record.boxes, index: box}
+        for call in self.record.calls if self.record.slack is None else ():  # these rules do not cover rounding
+            if call.index > index and call.index not in self._tight:
+                boxes[call.index] = RULES[call.function](*map_leaves(call.args, Ref, lambda ref: boxes[ref.index]))
+        self.record = replace(self.record, boxes=boxes)
 
 
 def _tightened_box(record: Record, index: int, call: Call, rows_at_once: int, intersect: bool, lines: Lines) -> Box:
@@ -100,3 +123,7 @@ def _undecided(box: Box, call: Call) -> Tensor:
     settings = call.args[1:]
     inside = [(kink > box.lower) & (kink < box.upper) for kink in at_settings(curve.kinks, *settings)]
     return reduce(torch.logical_or, inside, torch.zeros_like(box.lower, dtype=torch.bool))
+
+
+def _take(index: Tensor, values: Tensor) -> Tensor:
+    return values[index]

@@ -1,0 +1,233 @@
+"""What `verify` asks of every image, and the answers for portions of them, in whatever process."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model
+from certtrain.bounds.linear import lower_bounds
+from certtrain.bounds.linear.beta import Neurons
+from certtrain.bounds.linear.crown import margin_rows
+from certtrain.bounds.margins import no_nan
+from certtrain.bounds.model import evaluating
+from certtrain.data import Split, to_float
+from certtrain.data.seeding import generator
+from certtrain.errors import UnsupportedOperation
+from certtrain.runtime.precision import full_precision
+from certtrain.training.losses import proved
+from certtrain.verification.attacks import PGD, inscribed_linf_box, logits_of
+from certtrain.verification.branch_and_bound import Search, settle
+from certtrain.verification.cascade import BRANCH_AND_BOUND, VERDICTS
+from certtrain.verification.certificates import split_digest
+from certtrain.verification.folding import fold_batch_norm
+from certtrain.verification.pixels import perturbation_box
+from certtrain.verification.results import ImageResult
+
+Portion = tuple[float, Sequence[int]]  # a radius, and positions of images
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `verify` asks, whatever the radius, of every image."""
+
+    methods: tuple[str, ...]
+    arithmetic: str | None
+    attack: PGD | None
+    seed: int
+    backend: str
+    search: Search
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """The methods without branch and bound."""
+        return tuple(name for name in self.methods if name != BRANCH_AND_BOUND)
+
+    @property
+    def searches(self) -> bool:
+        return BRANCH_AND_BOUND in self.methods
+
+
+class Answers:
+    """The results of `verify` for portions of its images; it can be sent to other processes."""
+
+    def __init__(self, question: Question, model: nn.Module, data: Split) -> None:
+        self.question, self.model, self.data = question, model, data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Answers, (self.question, self.model, self.data)  # the network is recorded there anew
+
+    @cached_property
+    def net(self) -> Bounder:
+        question, example = self.question, to_float(self.data.images[:1])
+        fold = question.backend == "native" and question.arithmetic is None
+        return bounded_model(_fewest_operations(self.model, example) if fold else self.model, example, question.backend)
+
+    def check(self) -> None:
+        """Raises UnsupportedOperation for a network that has no such bounds, or that cannot be searched."""
+        net = self.net
+        if self.question.searches:
+            image = to_float(self.data.images[:1])
+            with torch.no_grad():
+                Neurons.of(net.ibp(Box(image, image), record=True).recorded)
+
+    def asked(self, radii: Sequence[float]) -> dict[str, Any]:
+        """All that the results depend on, for a `ResultFile`."""
+        question = self.question
+        searched = {**vars(question.search), "ascent": repr(question.search.ascent)} if question.searches else {}
+        return {
+            "model_sha256": _model_digest(self.model),
+            "data_sha256": split_digest(self.data.images.cpu().numpy(), self.data.labels.cpu().numpy()),
+            "images": len(self.data),
+            "shape": list(self.data.images.shape[1:]),
+            "eps": list(radii),
+            "methods": list(question.methods),
+            "arithmetic": question.arithmetic,
+            "backend": question.backend,
+            "attack": repr(question.attack),
+            "seed": question.seed,
+        } | {f"search.{key}": value for key, value in searched.items()}
+
+    def __call__(self, portion: Portion) -> Iterator[ImageResult]:
+        """The results of these images as they come: those that branch and bound is asked about last."""
+        eps, positions = portion
+        with evaluating(self.model), full_precision():
+            part = self.data.take(torch.tensor(positions))
+            images, labels = to_float(part.images), part.labels
+            prediction = predictions(self.net.model, images)
+            correct = prediction == labels
+            with torch.no_grad():
+                box = perturbation_box(part.images, eps, self.question.arithmetic)
+                margins, seconds = self._cascade(box, labels, correct)
+            holds = proved(margins) & correct
+            attacked, points = self._attacks(self.net.model, images, labels, eps, correct & ~holds, positions)
+            verdicts = np.select(
+                [array.cpu().numpy() for array in (~correct, holds, attacked)], VERDICTS[:3], "unknown"
+            ).tolist()
+            smallest = _least(margins, labels)
+            found = [
+                ImageResult(eps, image, int(prediction[i]), verdicts[i], float(smallest[i]), seconds[i])
+                for i, image in enumerate(positions)
+            ]
+            for i, point in zip(attacked.nonzero()[:, 0].tolist(), points, strict=True):
+                found[i] = replace(found[i], point=point.cpu())
+            unknown = [i for i, verdict in enumerate(verdicts) if verdict == "unknown" and self.question.searches]
+            yield from (result for i, result in enumerate(found) if i not in set(unknown))
+            for some in in_parts(unknown, self.question.search.images):
+                index = torch.tensor(some, device=labels.device)
+                yield from self._searched(
+                    [found[i] for i in some],
+                    box.map(partial(_rows, index)),
+                    images[index],
+                    labels[index],
+                    margins[index],
+                )
+
+    def _searched(
+        self, left: Sequence[ImageResult], box: Box, images: Tensor, labels: Tensor, margins: Tensor
+    ) -> Iterator[ImageResult]:
+        """By branch and bound; its points are looked for in the network as it is deployed."""
+        assert isinstance(self.net, BoundedModel)
+        started, search = time.perf_counter(), self.question.search
+        with torch.no_grad():
+            record = self.net.tightened(box, self.question.arithmetic)
+            rows = margin_rows(labels, self.net.classes, margins)
+            margins = no_nan(torch.fmax(margins, lower_bounds(record, record.output, rows)), labels)
+        spent = (time.perf_counter() - started) / len(left)
+        points = inscribed_linf_box(images, left[0].eps)
+        rest = replace(search, timeout=max(0.0, search.timeout - spent))
+        for i, outcome in settle(self.model, record, labels, margins, rest, points):
+            yield replace(
+                left[i],
+                verdict=outcome.verdict.value,
+                margin=float(_least(outcome.lower[None], labels[i : i + 1])),
+                seconds=(*left[i].seconds, spent + outcome.seconds),
+                domains=outcome.domains,
+                point=None if outcome.point is None else outcome.point.cpu(),
+            )
+
+    def _attacks(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        eps: float,
+        left: Tensor,
+        positions: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) bool, and the points found; an image's attack follows from the seed and its own position alone."""
+        attacked, points = torch.zeros_like(left), images[:0]
+        chosen = left.nonzero()[:, 0]
+        attack = self.question.attack
+        if attack is not None and len(chosen) > 0:
+            generators = [generator(self.question.seed, positions[i]) for i in chosen.tolist()]
+            points, broken = attack(model, images[chosen], labels[chosen], eps, generators)
+            attacked[chosen], points = broken, points[broken]
+        return attacked, points
+
+    def _cascade(self, box: Box, labels: Tensor, correct: Tensor) -> tuple[Tensor, list[tuple[float, ...]]]:
+        """Margins (B, K) by the first bound, then by one after another for those right and unknown; and the seconds
+        that each took of each image."""
+        margins = torch.full((len(labels), self.net.classes), -torch.inf, dtype=box.like.dtype, device=labels.device)
+        margins.scatter_(1, labels[:, None], 0.0)
+        seconds: list[tuple[float, ...]] = [()] * len(labels)
+        for position, method in enumerate(self.question.bounds):
+            left = (torch.ones_like(correct) if position == 0 else correct & ~proved(margins)).nonzero()[:, 0]
+            if len(left) == 0:
+                break
+            started = time.perf_counter()
+            own = box.map(partial(_rows, left))
+            arithmetic, stops = self.question.arithmetic, self.question.backend == "native"
+            bounds = self.net.margins(own, labels[left], method, arithmetic=arithmetic, early_stop=stops)
+            margins[left] = torch.maximum(margins[left], bounds)
+            each = (time.perf_counter() - started) / len(left)
+            for i in left.tolist():
+                seconds[i] += (each,)
+        return margins, seconds
+
+
+def _least(margins: Tensor, labels: Tensor) -> Tensor:
+    """(B,): the smallest of the margins (B, K) of wrong classes."""
+    return margins.scatter(1, labels[:, None], torch.inf).amin(1)
+
+
+def _model_digest(model: nn.Module) -> str:
+    """SHA-256 of what the network's modules are and of its state."""
+    content = hashlib.sha256()
+    for name, module in model.named_modules():
+        content.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
+    for name, tensor in model.state_dict().items():
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, images: Tensor) -> Tensor:
+    """The classes (B,) of float images (B, C, H, W), -1 where a logit is NaN: that is no prediction."""
+    logits = logits_of(model, images)
+    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
+
+
+def _fewest_operations(model: nn.Module, example: Tensor) -> nn.Module:
+    """`model` with BatchNorm folded, if that computes the same."""
+    try:
+        return fold_batch_norm(model, example)
+    except UnsupportedOperation:
+        return model
+
+
+def in_parts(images: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (images[start : start + size] for start in range(0, len(images), size))
+
+
+def _rows(index: Tensor, values: Tensor) -> Tensor:
+    return values[index]

@@ -1,0 +1,28 @@
+"""The stages of a verification by price, which of them go together, and its verdicts; told without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from certtrain.errors import UsageError
+
+BRANCH_AND_BOUND = "branch-and-bound"
+STAGES = ("ibp", "crown-ibp", "crown", "alpha-crown", BRANCH_AND_BOUND)
+"""The methods of `BoundedModel.margins`, and the search that decides what they leave unknown."""
+
+GAVE_UP = ("timeout", "memory", "all split")
+VERDICTS = ("misclassified", "proved", "attacked", "unknown", *GAVE_UP)
+"""Of one image. GAVE_UP says why branch and bound has not decided it; "unknown", that it was not asked."""
+
+
+def check_cascade(methods: Sequence[str], backend: str = "native", arithmetic: str | None = None) -> None:
+    """Raises UsageError for branch and bound where it cannot be: before another method, or beside what it lacks."""
+    if BRANCH_AND_BOUND in methods[:-1]:
+        raise UsageError(f"{BRANCH_AND_BOUND} leaves nothing to another method: name it once, as the last")
+    if BRANCH_AND_BOUND in methods and backend != "native":
+        raise UsageError(f"{BRANCH_AND_BOUND} is for backend native, not {backend}")
+    if BRANCH_AND_BOUND in methods and arithmetic is not None:
+        raise UsageError(
+            f"{BRANCH_AND_BOUND} proves the network as real mathematics: not with arithmetic {arithmetic} "
+            "(--sound, --certificates)"
+        )

@@ -1,0 +1,197 @@
+"""verify with branch and bound as its last stage, on a tiny network of digits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.data import load_dataset, to_float
+from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.training.losses import proved
+from certtrain.verification.attacks import PGD
+from certtrain.verification.branch_and_bound import Search
+from certtrain.verification.results import VERDICTS
+from certtrain.verification.verify import verify
+from tests.commands import one_thread
+
+EPS = 0.08
+METHODS = ("ibp", "crown-ibp", "branch-and-bound")
+ASKED = {"eps": EPS, "method": METHODS, "attack": PGD(2, 1), "limit": 60, "search": Search(timeout=600)}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def network(digits):
+    """Trained for a second: bounds leave some of its images to the search."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10))
+    images, labels = to_float(digits.train.images), digits.train.labels
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    with one_thread():
+        for _ in range(150):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def result(network, digits):
+    (found,) = verify(network, digits.test, **ASKED)
+    return found
+
+
+def least_margin_met(network, images, labels, eps):
+    """(B,): over points drawn from each image's box, corners and the interior."""
+    random = torch.Generator().manual_seed(0)
+    met = torch.full((len(images),), torch.inf)
+    for _ in range(200):
+        steps = 2 * torch.rand(images.shape, generator=random) - 1
+        logits = network((images + eps * steps.sign() * steps.abs().round()).clamp(0, 1))
+        others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+        met = torch.minimum(met, logits.gather(1, labels[:, None])[:, 0] - others)
+    return met
+
+
+def test_every_image_is_decided_and_the_counts_agree(network, digits, result):
+    (bounds,) = verify(network, digits.test, **{**ASKED, "method": METHODS[:2]})
+    assert bounds.unknown.sum() >= 5, "there is something to search"
+    assert not result.unknown.any()
+    assert result.undecided == {}
+    assert (result.proved | ~bounds.proved).all(), "a search takes no proof back"
+    assert result.natural_error <= result.pgd_error == result.verified_error
+    counts = result.summary()["verdicts"]
+    assert sum(counts.values()) == 60
+    assert counts["proved"] == int(result.proved.sum())
+    assert counts["attacked"] == int(result.attacked.sum()) > int(bounds.attacked.sum()), "beyond the attack's"
+    stages = {stage.method: stage for stage in result.stages}
+    assert stages["branch-and-bound"].images == int(bounds.unknown.sum())
+    assert sum(stage.proved for stage in result.stages) == counts["proved"]
+    assert (result.margin[result.proved] > 0).all()
+
+
+def test_attacked_points_are_inside_the_box_and_misclassified(network, digits, result):
+    images, labels = digits.test.images[:60].double() / 255, digits.test.labels[:60]
+    chosen = result.attacked
+    assert len(result.adversarial) == int(chosen.sum())
+    points = result.adversarial.double()
+    assert ((points - to_float(digits.test.images[:60])[chosen].double()).abs() <= EPS).all()
+    assert ((points - images[chosen]).abs() <= EPS + 1e-7).all()
+    assert (points >= 0).all()
+    assert (points <= 1).all()
+    assert (network(result.adversarial).argmax(1) != labels[chosen]).all()
+
+
+def test_no_drawn_point_contradicts_a_proof(network, digits, result):
+    images, labels = to_float(digits.test.images[:60]), digits.test.labels[:60]
+    with torch.no_grad():
+        met = least_margin_met(network, images, labels, EPS)
+    assert (met[result.proved] >= result.margin[result.proved] - 1e-4).all()
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 37, 59])
+def test_an_interrupted_verification_goes_on_to_the_same_table(network, digits, result, tmp_path, after):
+    file, seen = tmp_path / "results.jsonl", []
+
+    def interrupt(found, total):
+        seen.append(found.image)
+        if len(seen) > after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        verify(network, digits.test, **ASKED, results=file, observe=interrupt)
+    again = []
+    (found,) = verify(network, digits.test, **ASKED, results=file, observe=lambda one, total: again.append(one.image))
+    assert not set(again) & set(seen)
+    assert sorted(again + seen) == list(range(60))
+    assert found.verdicts == result.verdicts
+    torch.testing.assert_close(found.margin[found.proved], result.margin[found.proved], rtol=0.2, atol=1e-3)
+    verify(network, digits.test, **ASKED, results=file, observe=lambda one, total: pytest.fail("all is known"))
+
+
+def test_results_of_another_network_are_refused(network, digits, tmp_path):
+    file = tmp_path / "results.jsonl"
+    verify(network, digits.test, EPS, limit=5, results=file)
+    other = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(UsageError, match=r"another question: model_sha256 is .* there"):
+        verify(other, digits.test, EPS, limit=5, results=file)
+    with pytest.raises(UsageError, match="another question: eps is"):
+        verify(network, digits.test, EPS / 2, limit=5, results=file)
+
+
+@pytest.mark.slow
+def test_workers_find_the_same(network, digits, result, tmp_path):
+    (found,) = verify(network, digits.test, **ASKED, workers=2, results=tmp_path / "results.jsonl")
+    assert found.verdicts == result.verdicts
+    assert torch.equal(found.correct, result.correct)
+
+
+def test_a_network_that_cannot_be_sent_to_workers_is_refused(digits):
+    class Local(nn.Sequential):
+        pass
+
+    with pytest.raises(UsageError, match="cannot be sent to other processes"):
+        verify(Local(nn.Flatten(), nn.Linear(64, 10)), digits.test, EPS, limit=4, workers=2)
+
+
+def test_time_and_memory_end_a_search_and_are_told(network, digits):
+    (late,) = verify(network, digits.test, **{**ASKED, "search": Search(timeout=0)})
+    assert set(late.undecided.values()) == {"timeout"}
+    assert late.summary()["verdicts"]["timeout"] == len(late.undecided)
+    assert (late.unknown.nonzero()[:, 0].tolist()) == sorted(late.undecided)
+    assert not (late.proved & late.unknown).any()
+    assert set(late.verdicts) <= set(VERDICTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": ("branch-and-bound", "ibp")}, "as the last"),
+        ({"method": ("branch-and-bound", "branch-and-bound")}, "as the last"),
+        ({"backend": "lirpa"}, "backend native"),
+        ({"arithmetic": "float32"}, "real mathematics"),
+        ({"search": Search(max_memory=1)}, "max_memory: the first domains"),
+    ],
+)
+def test_what_branch_and_bound_cannot_do_is_refused(network, digits, options, message):
+    with pytest.raises(UsageError, match=message):
+        verify(network, digits.test, **{**ASKED, **options})
+
+
+def test_an_operation_without_a_split_is_refused_before_anything_is_computed(digits):
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 10))
+    with pytest.raises(UnsupportedOperation, match="MaxPool2d in module '0' has no split"):
+        verify(model, digits.test, **{**ASKED, "observe": lambda one, total: pytest.fail("too late")})
+
+
+@pytest.mark.parametrize("method", ["crown", "alpha-crown"])
+def test_early_stop_proves_the_same_images_with_bounds_that_hold(network, digits, method):
+    images, labels = to_float(digits.test.images[:60]), digits.test.labels[:60]
+    net, box = BoundedModel(network, images), linf_box(images, EPS)
+    full = net.margins(box, labels, method).detach()
+    early = net.margins(box, labels, method, early_stop=True).detach()
+    with torch.no_grad():
+        met = least_margin_met(network, images, labels, EPS)
+    assert (early.scatter(1, labels[:, None], torch.inf).amin(1) <= met + 1e-4).all()
+    assert (proved(early) >= proved(full)).all()
+    unproved = ~proved(early)
+    assert 0 < int(unproved.sum()) < 60
+    if method == "crown":  # all layers were done for these: no worse than the method, and better where a layer was
+        assert (early[unproved] >= full[unproved] - 1e-4).all()
+
+
+def test_early_stop_is_refused_where_it_has_no_meaning(network, digits):
+    images, labels = to_float(digits.test.images[:2]), digits.test.labels[:2]
+    net = BoundedModel(network, images)
+    with pytest.raises(UsageError, match="early_stop"):
+        net.margins(linf_box(images, EPS), labels, "crown", early_stop=True, intersect=False)
