@@ -23,6 +23,7 @@ from certtrain.cli.tables import hints, show_results
 from certtrain.errors import UsageError, optional_module
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
+from certtrain.verification.certificates import require_checkable
 
 if TYPE_CHECKING:
     from certtrain.verification.certificates import ImageSet
@@ -103,6 +104,8 @@ def verify_command(options: argparse.Namespace) -> int:
     if not launched():  # ranks fail together, inside
         asked = config_of(options, options.run, _verification_changes(options))
         require_data(asked)
+        if options.certificates:
+            require_checkable(asked.verification.method)
         if options.certificates and asked.verification.split != "test":
             raise UsageError("certificates are about a test set: not with verification.split=validation")
 

@@ -332,7 +332,7 @@ class Config(Section):
             raise ValueError("training.compile is for whole steps: not with accumulation or activation_checkpointing")
         if self.training.activation_checkpointing and not method.boxes_only:
             raise ValueError(f"training.activation_checkpointing is not for training.method {method.name}")
-        check_cascade(self.verification.method, self.backend, self.verification.arithmetic)
+        check_cascade(self.verification.method, self.backend)
         if self.backend == "lirpa" and (saves_memory or self.training.compile is True):
             raise ValueError("backend lirpa supports none of training.accumulation, activation_checkpointing, compile")
         if self.training.smoothing.name == "pgpe" and saves_memory:

@@ -152,6 +152,7 @@ class Answers:
                 seconds=(*left[i].seconds, spent + outcome.seconds),
                 domains=outcome.domains,
                 point=None if outcome.point is None else outcome.point.cpu(),
+                tree=outcome.trees().to_bytes() if outcome.leaves else None,
             )
 
     def _attacks(

@@ -29,6 +29,7 @@ from certtrain.verification.attacks import logits_of
 from certtrain.verification.leaf import exact_leaf
 from certtrain.verification.trees import Trees
 
+CHECKABLE = 1e-7  # least bound of a leaf that is kept: another program, rounding otherwise, is to find it above 0 too
 OVERHEAD = 1600  # bytes that a domain takes beside its slopes: two tensors, its splits, and what Python adds; measured
 
 
@@ -327,7 +328,7 @@ class _Run:
             multipliers = found.multipliers[row, : len(domain.splits)].clone()
             lower = max(domain.lower, float(found.lower[row]))
             child = replace(domain, lower=lower, slopes=slopes, multipliers=multipliers)
-            if float(found.lower[row]) > 0:
+            if float(found.lower[row]) > (CHECKABLE if self.search.keep_leaves else 0):
                 self._keep(image, child)
             else:
                 heapq.heappush(image.waiting, child)

@@ -15,14 +15,9 @@ VERDICTS = ("misclassified", "proved", "attacked", "unknown", *GAVE_UP)
 """Of one image. GAVE_UP says why branch and bound has not decided it; "unknown", that it was not asked."""
 
 
-def check_cascade(methods: Sequence[str], backend: str = "native", arithmetic: str | None = None) -> None:
+def check_cascade(methods: Sequence[str], backend: str = "native") -> None:
     """Raises UsageError for branch and bound where it cannot be: before another method, or beside what it lacks."""
     if BRANCH_AND_BOUND in methods[:-1]:
         raise UsageError(f"{BRANCH_AND_BOUND} leaves nothing to another method: name it once, as the last")
     if BRANCH_AND_BOUND in methods and backend != "native":
         raise UsageError(f"{BRANCH_AND_BOUND} is for backend native, not {backend}")
-    if BRANCH_AND_BOUND in methods and arithmetic is not None:
-        raise UsageError(
-            f"{BRANCH_AND_BOUND} proves the network as real mathematics: not with arithmetic {arithmetic} "
-            "(--sound, --certificates)"
-        )

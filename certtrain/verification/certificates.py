@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from certtrain.errors import CertificateError
+from certtrain.errors import CertificateError, UsageError
 from certtrain.runtime.files import parse_json
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 FORMAT = 3
 METADATA = b"certtrain"
 VERDICTS = ("proved", "attacked", "unknown")
+CHECKED_METHODS = ("ibp", "crown-ibp", "crown", "branch-and-bound")  # whose proofs the checker can make again
 MOST_ROWS = 10_000_000
 MOST_HEADER_BYTES = 2**22
 MOST_ROW_BYTES = 1024  # of one value, but for adversarial points, on average and uncompressed
@@ -247,6 +248,16 @@ def certificate_rows(result: Verification, data: Split) -> Iterator[dict[str, An
 
 def _verdict(proved: bool, attacked: bool) -> str:
     return "proved" if proved else "attacked" if attacked else "unknown"
+
+
+def require_checkable(methods: Sequence[str]) -> None:
+    """Raises UsageError for a method whose proofs leave nothing to be checked by."""
+    for method in methods:
+        if method not in CHECKED_METHODS:
+            raise UsageError(
+                f"certificates keep no slopes of {method}: use branch-and-bound, which begins with them; methods that "
+                f"can be checked: {', '.join(CHECKED_METHODS)}"
+            )
 
 
 def write_certificates(

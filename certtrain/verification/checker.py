@@ -23,13 +23,12 @@ from rich.progress import track
 
 from certtrain.errors import CertificateError
 from certtrain.runtime.files import parse_json
-from certtrain.verification.certificates import VERDICTS, Certificates, Claim, digest, split_digest
+from certtrain.verification.certificates import CHECKED_METHODS, VERDICTS, Certificates, Claim, digest, split_digest
 from certtrain.verification.coverage import check_coverage
 from certtrain.verification.propagation import UNIT, Array, Interval, Propagation
 from certtrain.verification.transformer import encode
 from certtrain.verification.trees import Trees
 
-METHODS = ("ibp", "crown-ibp", "crown", "branch-and-bound")
 SEARCH_AGREEMENT = 1e-5  # of margins by boxes that going back has made, in float64, by two programs
 AGREEMENT = 1e-7  # relative; two derivations of one margin in float64 differ by less
 
@@ -251,7 +250,7 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
     if not 0 <= label < network.architecture["num_classes"]:
         raise CertificateError(f"index {index}: label {label} is none of the network's classes")
     methods = row["method"].split(",")
-    if not set(methods) <= set(METHODS) or row["arithmetic"] not in UNIT:
+    if not set(methods) <= set(CHECKED_METHODS) or row["arithmetic"] not in UNIT:
         raise CertificateError(f"index {index}: bounds by {row['method']} in {row['arithmetic']} cannot be checked")
     searched = methods[-1] == "branch-and-bound" and row["verdict"] == "proved"
     if row["tree"] is not None and not searched:
@@ -292,8 +291,9 @@ def _margin_going_back(network: SavedNetwork, lower: Array, upper: Array, row: M
     label, classes = row["label"], network.architecture["num_classes"]
     bounds = linear_checker.recorded(network, lower, upper, row["arithmetic"])
     best = bounds.margins(label, classes)
-    if not (best > 0).all():
-        bounds.tighten()
+    for _ in bounds.tightening():
+        if (best > 0).all():
+            break
         best = np.fmax(best, bounds.margins(label, classes))
     if row["tree"] is not None and not (best > 0).all():
         trees = Trees.from_bytes(row["tree"], classes, bounds.neurons)

@@ -7,7 +7,7 @@ as in docs/soundness.md, (11) and (12). Going back to the image gives a bound. O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -189,7 +189,12 @@ class LinearChecker:
         return lower
 
     def tighten(self) -> None:
-        """Make the boxes before ReLUs those that going back gives, first to last, where they are undecided (CROWN)."""
+        """Make the boxes before all ReLUs those that going back gives (CROWN)."""
+        for _ in self.tightening():
+            pass
+
+    def tightening(self) -> Iterator[None]:
+        """Layer by layer, first to last, where neurons are undecided."""
         for k in self.relus:
             box, value = self.boxes[k], self.layers[k].inputs[0]
             lower, upper = box.lower[0].copy(), box.upper[0].copy()
@@ -202,6 +207,7 @@ class LinearChecker:
                 lower.flat[part] = np.fmax(lower.flat[part], low)
                 upper.flat[part] = np.fmin(upper.flat[part], high)
             self.boxes[k] = _of_all_rows(lower, upper)
+            yield
 
     def leaf_margins(self, trees: Trees, label: int, classes: int) -> Array:
         """(K,) lower bounds of z_label - z_j over all leaves of class j; infinite for classes without leaves.

@@ -35,7 +35,8 @@ class ImageResult:
 
     image: its position in the split; prediction: as of `Verification`; verdict: of VERDICTS; margin: the smallest lower
     bound of z_y - z_j; seconds: what it took of each stage that was asked about it, of which the last has proved it if
-    any has; domains: how many branch and bound has bounded; point: misclassified, (C, H, W), where attacked.
+    any has; domains: how many branch and bound has bounded; point: misclassified, (C, H, W), where attacked; tree: what
+    proves it by branch and bound (`Trees`), where that was kept.
     """
 
     eps: float
@@ -46,6 +47,7 @@ class ImageResult:
     seconds: tuple[float, ...]
     domains: int = 0
     point: Tensor | None = None
+    tree: bytes | None = None
 
     @property
     def key(self) -> tuple[float, int]:
@@ -54,7 +56,8 @@ class ImageResult:
     def to_json(self) -> str:
         point = None if self.point is None else base64.b64encode(self.point.cpu().numpy().tobytes()).decode()
         margin = self.margin if math.isfinite(self.margin) else None
-        return json.dumps({**vars(self), "margin": margin, "point": point})
+        tree = None if self.tree is None else base64.b64encode(self.tree).decode()
+        return json.dumps({**vars(self), "margin": margin, "point": point, "tree": tree})
 
     @classmethod
     def parse(cls, line: str, question: Mapping[str, Any]) -> ImageResult:
@@ -73,6 +76,7 @@ class ImageResult:
             tuple(float(part) for part in seconds),
             int(content["domains"]),
             point,
+            None if content["tree"] is None else base64.b64decode(content["tree"], validate=True),
         )
         known = result.verdict in VERDICTS and result.eps in question["eps"] and 0 <= result.image < question["images"]
         if not (known and 1 <= len(result.seconds) <= len(question["methods"])):

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,7 @@ class Verification:
             seconds=seconds,
             undecided={i: verdict for i, verdict in enumerate(verdicts) if verdict in GAVE_UP},
             domains=sum(result.domains for result in ordered),
+            trees={result.image: result.tree for result in ordered if result.tree is not None},
         )
 
     def summary(self) -> dict[str, Any]:
@@ -235,9 +236,10 @@ def verify(
     if workers > 1 and data.images.device.type != "cpu":
         raise UsageError("workers share a CPU: for several GPUs, start one process for each with torchrun")
     methods = (method,) if isinstance(method, str) else tuple(method)
-    check_cascade(methods, backend, arithmetic)
+    check_cascade(methods, backend)
     if arithmetic is not None:
         _require_sound(backend, arithmetic)
+        search = replace(search, keep_leaves=True)  # for certificates
     answers = Answers(Question(methods, arithmetic, attack, seed, backend, search), model, data)
     with evaluating(model), full_precision(), ExitStack() as opened:
         check_fit(model, data)

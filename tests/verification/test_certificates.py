@@ -143,9 +143,9 @@ def test_a_missing_file_or_another_table_is_refused(cli, run, tmp_path):
 def test_what_cannot_be_sound_is_refused(cli, run, tmp_path):
     assert "did you mean float32" in cli("verify", run, "--sound", "flaot32").error
     assert cli("verify", run, "--sound", "flaot32").code == 2
-    outcome = cli("verify", run, "--certificates", tmp_path / "c.parquet", "--method", "ibp,crown")
+    outcome = cli("verify", run, "--certificates", tmp_path / "c.parquet", "--method", "ibp,alpha-crown")
     assert outcome.code == 2
-    assert "method ibp" in outcome.error
+    assert "no slopes of alpha-crown: use branch-and-bound" in outcome.error
     outcome = cli("verify", run / "last.ckpt", "--certificates", tmp_path / "c.parquet")
     assert outcome.code == 2
     assert "model.safetensors" in outcome.error
