@@ -148,7 +148,7 @@ def verify_command(options: argparse.Namespace) -> int:
 
 def _verification_changes(options: argparse.Namespace) -> dict[str, Any]:
     sound = "float32" if options.sound is None and options.certificates else options.sound
-    named = {"eps": options.eps, "method": options.method, "arithmetic": sound}
+    named = {"eps": options.eps, "method": options.method, "arithmetic": sound, "attack": options.attack}
     return {"verification": {key: value for key, value in named.items() if value is not None}}
 
 

@@ -111,6 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--method", help="bounds, each for what those before left unknown: ibp,crown-ibp,crown,alpha-crown"
     )
+    verify.add_argument(
+        "--attack", help="attacks, each on what those before left: pgd,apgd-ce,apgd-dlr,apgd-t (default: the config's)"
+    )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument(
         "--sound", metavar="ARITHMETIC", help="bounds that cover the rounding of float32, tf32, bf16 or float64"

@@ -21,7 +21,7 @@ from certtrain.errors import DataError, UnsupportedOperation, UsageError
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
 from certtrain.training.losses import proved
-from certtrain.verification.attacks import PGD, logits_of
+from certtrain.verification.attacks import Attack, logits_of
 from certtrain.verification.folding import fold_batch_norm
 from certtrain.verification.pixels import perturbation_box
 
@@ -51,12 +51,13 @@ class Verification:
         arithmetic: that of the deployed network for which the bounds hold, None for real mathematics.
         prediction: the class of the unperturbed image, -1 where its logits are not all numbers.
         correct: the prediction is the label.
-        attacked: right, but PGD found a misclassified point.
+        attacked: right, but the attack found a misclassified point.
         adversarial: those points (M, C, H, W), in order.
         proved: no perturbation of at most eps in any pixel changes the prediction, which is right.
         margin: smallest lower bound of z_y - z_j, j ≠ y.
         seconds: all of it, the attack included.
         trees: by position, what proves an image by branch and bound (`Trees`), where that was kept.
+        attack: the names of those that were made, None where none was.
     """
 
     eps: float
@@ -70,6 +71,7 @@ class Verification:
     margin: Tensor
     seconds: float
     trees: Mapping[int, bytes] = field(default_factory=dict)
+    attack: str | None = None
 
     @property
     def unknown(self) -> Tensor:
@@ -108,7 +110,9 @@ class Verification:
         names = ("prediction", "correct", "attacked", "adversarial", "proved", "margin")
         of_each_image = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         seconds = max(part.seconds for part in parts)
-        return cls(parts[0].eps, stages, parts[0].arithmetic, seconds=seconds, **of_each_image)  # type: ignore[arg-type]
+        first = parts[0]
+        rest: dict[str, Any] = {"seconds": seconds, "attack": first.attack, **of_each_image}
+        return cls(first.eps, stages, first.arithmetic, **rest)
 
     def summary(self) -> dict[str, Any]:
         """What goes into a JSON file; errors are fractions."""
@@ -116,6 +120,7 @@ class Verification:
             "eps": self.eps,
             "method": ",".join(stage.method for stage in self.stages),
             "arithmetic": self.arithmetic,
+            "attack": self.attack,
             "images": len(self.correct),
             "natural_error": self.natural_error,
             "pgd_error": self.pgd_error,
@@ -131,7 +136,7 @@ def verify(
     eps: float | Sequence[float],
     method: str | Sequence[str] = "ibp",
     *,
-    attack: PGD | None = None,
+    attack: Attack | None = None,
     limit: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -266,7 +271,7 @@ class _Question:
 
     methods: tuple[str, ...]
     arithmetic: str | None
-    attack: PGD | None
+    attack: Attack | None
     batch_size: int
     seed: int
     first: int
@@ -289,8 +294,9 @@ class _Question:
         whole = [torch.cat(part).cpu() for part in zip(*found, strict=True)]
         prediction, correct, attacked, points, holds, smallest = whole
         seconds = time.perf_counter() - started
+        name = None if self.attack is None else self.attack.name
         return Verification(
-            eps, stages, self.arithmetic, prediction, correct, attacked, points, holds, smallest, seconds
+            eps, stages, self.arithmetic, prediction, correct, attacked, points, holds, smallest, seconds, attack=name
         )
 
     def _attacks(

@@ -275,6 +275,20 @@ def test_verify_at_several_radii(cli, run, tmp_path):
     assert contents(run) == before
 
 
+def test_verify_by_several_attacks(cli, run):
+    asked = ["verify", run, "--eps", 0.2, "verification.apgd_steps=5", "verification.apgd_targets=2"]
+    errors = {}
+    for attack in ("pgd", "apgd-t", "pgd,apgd-ce,apgd-t"):
+        outcome = cli(*asked, "--attack", attack)
+        assert outcome.code == 0
+        assert f"attacks by {attack}" in " ".join(outcome.out.split())
+        results = json.loads((run / "verify.json").read_text())
+        assert results["attack"] == attack
+        check_results(results, images=results["images"])
+        errors[attack] = results["pgd_error"]
+    assert errors["pgd,apgd-ce,apgd-t"] >= max(errors.values())
+
+
 def test_verify_repeats_what_training_found(cli, run):
     assert cli("verify", run).code == 0
     summary, results = (json.loads((run / name).read_text()) for name in ("summary.json", "verify.json"))
