@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from certtrain.config.keys import keys_of, variants_of
 from certtrain.config.reading import NotPlainYaml, parse_yaml, read_yaml
-from certtrain.config.schema import Config
+from certtrain.config.schema import Config, VerificationSection
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
 
 MOST_FILES = 32  # that one configuration is read from, bases of bases among them
@@ -48,15 +48,35 @@ def load_config(
     layers = (
         _with_bases(None, source, [], (), folder) if isinstance(source, Mapping) else _layers(config_path(source), [])
     )
-    values: dict[str, Any] = reduce(_merged, [layer for _, layer in layers], {})
-    for override in [overrides] if isinstance(overrides, Mapping) else overrides:
-        values = _merged(values, _nested(override)) if isinstance(override, Mapping) else _changed(values, override)
+    values = _overruled(reduce(_merged, [layer for _, layer in layers], {}), overrides)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         lines = [_origin(_place(problem["loc"])[0], values, layers) + _describe(problem) for problem in error.errors()]
         raise UsageError(lines_of("\n".join(lines))) from error
     return _with_model_path(config, layers, folder)
+
+
+def load_verification(overrides: Overrides) -> VerificationSection:
+    """The section `verification` alone, of overrides as of `load_config`: for networks that are no run's.
+
+    Raises:
+        UsageError: as of `load_config`, or for a key of another section.
+    """
+    values = _overruled({}, overrides)
+    if others := [key for key in values if key != "verification"]:
+        raise UsageError(f"{shortened(others[0])}: only the section verification means anything here")
+    try:
+        return VerificationSection.model_validate(values.get("verification", {}))
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("verification", *problem["loc"])} for problem in error.errors()]
+        raise UsageError(lines_of("\n".join(map(_describe, problems)))) from error
+
+
+def _overruled(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    for override in [overrides] if isinstance(overrides, Mapping) else overrides:
+        values = _merged(values, _nested(override)) if isinstance(override, Mapping) else _changed(values, override)
+    return values
 
 
 def _with_model_path(config: Config, layers: Sequence[Layer], folder: Path | None) -> Config:
