@@ -43,7 +43,11 @@ def test_weights_beside_a_config_are_verified_as_in_their_run(cli, run, tmp_path
     ("arguments", "code", "message"),
     [
         (["digits", "--model-weights", "nothing.pth", *MODEL], 1, "there is no file of weights nothing.pth"),
-        (["digits", "--model-weights", "w.pth"], 1, "architecture: network.0.weight is (2, 1, 3, 3), not (32, 1, 3, 3)"),
+        (
+            ["digits", "--model-weights", "w.pth"],
+            1,
+            "architecture: network.0.weight is (2, 1, 3, 3), not (32, 1, 3, 3)",
+        ),
         (["digits", "--model-weights", "w.pth", "model.name=mlp"], 1, "layers with weights, the model has"),
         (["digits", "--model-weights", "w.pth", "--radius"], 2, "--radius cannot be combined with --model-weights"),
         (["digits", "--model-weights", "w.pth", "--certificates", "c"], 2, "cannot be combined with --model-weights"),

@@ -106,9 +106,11 @@ def test_operators_that_cannot_be_imported_are_named_all_at_once(tmp_path):
         import_onnx(tmp_path / "m.onnx")
 
 
-def test_an_operator_without_a_rule_is_named(tmp_path):
-    (tmp_path / "m.onnx").write_bytes(network([node("Sign", ["x"], "y")], (1, 3), {}, 13).SerializeToString())
-    with pytest.raises(UnsupportedOperation, match=r"(?i)sign"):
+def test_operators_without_a_rule_are_named(tmp_path):
+    nodes = [node("Sign", ["x"], "a"), node("Relu", ["a"], "b"), node("Mod", ["b", "two"], "y", fmod=1)]
+    model = network(nodes, (1, 3), {"two": np.array([2.0], np.float32)}, 13)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedOperation, match=r"(?i)sign.*mod.*has no interval rule"):
         BoundedModel(import_onnx(tmp_path / "m.onnx").module, torch.rand(1, 3))
 
 
