@@ -6,8 +6,9 @@ import importlib.resources
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
@@ -107,11 +108,12 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
             yield prefix + key
 
 
-def shipped_configs() -> dict[str, Path]:
+@cache
+def shipped_configs() -> Mapping[str, Path]:
     """Name -> file of every configuration that certtrain ships, parts that are no whole run among them."""
     folder = Path(str(importlib.resources.files("certtrain.configs")))
     files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
-    return {file.stem: file for file in files if file.parent.name != STUDIES}
+    return MappingProxyType({file.stem: file for file in files if file.parent.name != STUDIES})
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -130,12 +132,16 @@ def config_path(name: str | Path) -> Path:
     return Path(name) if os.path.isfile(name) else _shipped(Path(name))  # false too of a name that no file can have
 
 
+def _place_of(file: Path) -> Path:
+    """Where a shipped configuration is, as in certtrain's repository: configs/parts/cnn7.yaml."""
+    return "configs" / file.relative_to(Path(str(importlib.resources.files("certtrain.configs"))))
+
+
 def _shipped(name: Path) -> Path:
     shipped = shipped_configs()
-    folder = Path(str(importlib.resources.files("certtrain.configs")))
-    places = {stem: "configs" / file.relative_to(folder) for stem, file in shipped.items()}
-    if name.stem in shipped and name.parent in (Path(), places[name.stem].parent):
+    if name.stem in shipped and name.parent in (Path(), _place_of(shipped[name.stem]).parent):
         return shipped[name.stem]
+    places = {stem: _place_of(file) for stem, file in shipped.items()}
     choices = places if name == Path(name.stem) else map(str, places.values())
     raise unknown("config file", str(name), choices, "`certtrain config` lists those that can be run")
 

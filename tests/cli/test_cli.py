@@ -130,9 +130,25 @@ def test_config_prints_the_whole_which_reads_back_the_same(cli, tmp_path):
 
 
 def test_config_without_a_file_lists_what_can_be_run(cli):
-    names = cli("config").out.splitlines()
+    names = [line.strip() for line in cli("config").out.splitlines()]
     assert {"digits", "mnist", "cifar10_8_255", "tinyimagenet_1_255_resnext_vanilla_ibp_no_bn"} < set(names)
     assert not {"parts", "crown_ibp", "wide_resnet"} & set(names)
+
+
+def test_configs_are_listed_by_data_set_and_method(cli):
+    problem = method = None
+    for line in cli("config").out.splitlines():
+        depth, text = len(line) - len(line.lstrip()), line.strip()
+        if depth == 0:
+            problem, method = text, None
+        elif depth == 2:
+            method = text
+        else:
+            config = load_config(text)
+            radius = {2 / 255: "2/255", 8 / 255: "8/255", 1 / 255: "1/255", 0.1: "0.1", 0.3: "0.3", 0.4: "0.4"}
+            nearest = min(radius, key=lambda known: abs(known - max(config.test_radii)))
+            assert (problem, method) == (f"{config.data.name}, epsilon {radius[nearest]}", config.training.method.name)
+    assert method is not None
 
 
 def test_a_reader_who_leaves_early_is_no_error():
