@@ -47,11 +47,11 @@ def import_onnx(file: Path) -> OnnxNetwork:
     except Exception as error:  # protobuf's and onnx's own, which depend on its version
         raise DataError(f"{file} is no network in ONNX: {_one_line(error)}") from error
     shape = _input_shape(model, file)
-    network, model = model, _in_known_version(model)
+    network, model = model, _in_known_version(_with_plain_constants(model))
     _require_known_operators(model, file)
     try:
         module = _settled(onnx2torch.convert(model).eval().float(), shape)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # of onnx2torch, for a network that it did not foresee: of any type
         raise UnsupportedOperation(f"{file} cannot be imported: {_one_line(error)}") from error
     return OnnxNetwork(module, shape, _onnxruntime(network))
 
@@ -67,6 +67,31 @@ def _input_shape(model: Any, file: Path) -> tuple[int, ...]:
         shown = "x".join(str(size or "?") for size in (batch, *sizes))
         raise DataError(f"{file} takes an input of shape {shown}: expected a batch axis, of 1 or any size, and others")
     return tuple(sizes)
+
+
+def _with_plain_constants(model: Any) -> Any:
+    """Every constant as an initializer: exporters write weights that are equal as one, and Identity nodes of it."""
+    plain = type(model)()
+    plain.CopyFrom(model)
+    graph = plain.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        value = None
+        if node.op_type == "Identity" and not node.domain:
+            value = constants.get(node.input[0])
+        elif node.op_type == "Constant" and node.attribute[0].name == "value":
+            value = node.attribute[0].t
+        if value is None or node.output[0] in outputs:
+            graph.node.append(node)
+            continue
+        constant = graph.initializer.add()
+        constant.CopyFrom(value)
+        constant.name = node.output[0]
+        constants[constant.name] = constant
+    return plain
 
 
 def _in_known_version(model: Any) -> Any:

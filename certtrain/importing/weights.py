@@ -27,7 +27,7 @@ Layer = dict[str, Tensor]  # of a state dict: what belongs to one module, by its
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Load a state dict of this network, or of the same layers under other names.
+    """Load a state dict of this network, or of the same layers under other names; other precisions are converted.
 
     Args:
         model: of `build_model`, whose input normalisation, where the file has one too, must be the same.
@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
     weights = _without_prefix(_read(file))
     own = model.state_dict()
     if weights.keys() == own.keys():
-        restore(model, weights, file)
+        restore(model, {name: _in_type_of(own[name], tensor) for name, tensor in weights.items()}, file)
         return
     if not _is_sequence(model):
         raise CheckpointError(
@@ -58,21 +58,18 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings(action="ignore"):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
-        reason = (
-            "it holds more than tensors, which only its own program can read" if _holds_code(error) else one_line(error)
-        )
-        raise CheckpointError(f"{file} cannot be read: {reason}: save model.state_dict() there") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} cannot be read: it is no file of torch.save, or holds more than tensors: save model.state_dict()"
+        ) from error
+    except Exception as error:  # of torch's reader, for a file that is cut or changed: of any type
+        raise CheckpointError(f"{file} cannot be read ({one_line(error)})") from error
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{file} holds no state dict: expected tensors by name, also under {', '.join(WRAPPERS)}")
-    return {str(name): tensor.detach() for name, tensor in content.items()}
-
-
-def _holds_code(error: Exception) -> bool:
-    return isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error)
+    return {str(name): tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in content.items()}
 
 
 def _without_prefix(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -103,7 +100,12 @@ def _by_position(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
         found = layer | {name: of for name, of in neutral.items() if name not in layer}
         if {name: of.shape for name, of in found.items()} != {name: of.shape for name, of in own.items()}:
             raise CheckpointError(f"{file}: {source} is {_shown(found)}, in its place the model has {_shown(own)}")
-        yield from ((f"{target}.{name}", found[name].to(own[name].dtype)) for name in own)
+        yield from ((f"{target}.{name}", _in_type_of(own[name], found[name])) for name in own)
+
+
+def _in_type_of(own: Tensor, tensor: Tensor) -> Tensor:
+    """Weights of another precision as the network has them: float32."""
+    return tensor.to(own.dtype) if own.is_floating_point() and tensor.is_floating_point() else tensor
 
 
 def _layers(weights: Mapping[str, Tensor]) -> dict[str, Layer]:

@@ -68,6 +68,13 @@ SPELLINGS = {
          node("MatMul", ["d", "v"], "y")],
         {**LINEAR, "mean": np.full((1, 3, 1, 1), 0.5, np.float32), "std": np.full((1, 3, 1, 1), 2, np.float32)},
     ),
+    "a bias that is another one's, and weights from nodes": (
+        [node("Identity", ["b"], "c"), node("Identity", ["c"], "d"),
+         node("Constant", [], "w", value=numpy_helper.from_array(WEIGHT)), node("Flatten", ["x"], "flat"),
+         node("Gemm", ["flat", "w", "d"], "a"), node("Relu", ["a"], "h"), node("Add", ["h", "b"], "e"),
+         node("MatMul", ["e", "v"], "y")],
+        {name: value for name, value in LINEAR.items() if name != "w"},
+    ),
     "transposed, with the shape of a node": (
         [node("Transpose", ["x"], "t", perm=[0, 2, 3, 1]),
          node("Constant", [], "shape", value=numpy_helper.from_array(np.array([-1, 12]))),

@@ -99,6 +99,16 @@ def test_a_state_dict_of_the_same_names_is_taken_as_it_is(prefix, tmp_path):
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in saved.state_dict().items())
 
 
+def test_half_precision_is_converted(tmp_path):
+    torch.manual_seed(0)
+    saved, model = randomized(own()).half().state_dict(), own()
+    torch.save(saved, tmp_path / "n.pt")
+    load_weights(model, tmp_path / "n.pt")
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == own().state_dict()[name].dtype
+        assert torch.equal(tensor, saved[name].to(tensor.dtype))
+
+
 def changed(change):
     """The state of an expressive-losses network that `change` has been applied to."""
     torch.manual_seed(0)
