@@ -1,7 +1,7 @@
 """The shipped configurations of CTBench and of the expressive losses against their tables, copied cell by cell.
 
 Of a cell: λ, α; s, steps of attacks; f, eps_factor; w; IBP/tail, modules of CTBench's network in either part, and
-behind it the scale of the gradient; ε ×, train_factor; the L1 weight.
+behind it the scale of the gradient; ε ×, train_factor; shrink; SWA, its first epoch; the L1 weight.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ SETTINGS = ("mnist_0_1", "mnist_0_3", "cifar10_2_255", "cifar10_8_255", "tinyima
 RADII = (0.1, 0.3, 2 / 255, 8 / 255, 1 / 255)
 CTBENCH = {
     "ibp": ("2e-6, w .7", "2e-6, w .7", "1e-6, w .8", "0", "1e-5"),
-    "crown-ibp": ("5e-6, w .7", "1e-6, w .7", "3e-6", "0", "2e-5"),
-    "sabr": ("λ .4, s 10, 1e-6, w .7", "λ .9, s 5, 2e-6", "ε × 1.5, λ .1, s 5, 1e-6", "λ .9, s 5, 0",
+    "crown-ibp": ("5e-6, w .7", "1e-6, w .7", "3e-6", "0", "2e-5, SWA 150"),
+    "sabr": ("λ .4, s 10, 1e-6, w .7", "λ .9, s 5, 2e-6", "ε × 1.5, λ .1, shrink .8, s 5, 1e-6", "λ .9, s 5, 0",
              "λ .4, s 1, 5e-5"),
-    "taps": ("10/11, 4, s 10, 2e-6, w .7", "ε × 1.3333333333333333, 13/8, 4, s 5, 0", "4/17, 4, s 8, 2e-6",
+    "taps": ("10/11, 4, s 10, 2e-6, w .7", "ε × 1.3333333333333333, 13/8, 4, s 5, 0", "4/17, 4, s 8, shrink .8, 2e-6",
              "17/4, 2, s 10, 0", "17/4, 8, s 1, 5e-5, w .7"),
-    "staps": ("λ .4, 17/4, 4, s 10, 5e-6, w .7", "λ .6, 17/4, 4, s 10, 1e-5", "λ .1, 17/4, 2, s 8, 1e-6",
+    "staps": ("λ .4, 17/4, 4, s 10, 5e-6, w .7", "λ .6, 17/4, 4, s 10, 1e-5", "λ .1, shrink .8, 17/4, 2, s 8, 1e-6",
               "λ .9, 17/4, 2, s 10, 0", "λ .6, 17/4, 4, s 1, 5e-5"),
-    "mtl-ibp": ("α .02, s 10, 1e-5, w .7", "α .5, s 1, 1e-6", "α .01, f 2, s 1, 3e-6, w .9", "α .6, f 1, s 1, 0",
-                "α .05, f 1.5, s 1, 5e-5, w .7"),
+    "mtl-ibp": ("α .02, s 10, 1e-5, w .7, SWA 65", "α .5, s 1, 1e-6, SWA 65",
+                "α .01, f 2, s 1, 3e-6, w .9, SWA 150", "α .6, f 1, s 1, 0, SWA 225",
+                "α .05, f 1.5, s 1, 5e-5, w .7, SWA 150"),
 }  # fmt: skip
 EXPRESSIVE = {
     "cc-ibp": ("α .1, 2e-6", "α .3, 3e-6", "α .01, 3e-6", "α .5, 0", "α .01, 5e-5"),
@@ -49,7 +50,7 @@ def read(cell: str) -> dict[str, float | str]:
     """A cell by its letters; "l1", "blocks" and "scale" for what has none."""
     values: dict[str, float | str] = {}
     for part in cell.split(", "):
-        if found := re.fullmatch(rf"(λ|α|s|f|w|ε ×) ({NUMBER})", part):
+        if found := re.fullmatch(rf"(λ|α|s|f|w|ε ×|shrink|SWA) ({NUMBER})", part):
             values[found[1]] = float(found[2])
         elif "/" in part:
             values["blocks"] = part
@@ -88,6 +89,7 @@ def check_method(method, name, cell):
     assert method.w == cell.get("w", 1)
     assert getattr(method, "alpha", None) == cell.get("α")
     assert getattr(method, "lambda_", None) == cell.get("λ")
+    assert getattr(method, "shrink", 1) == cell.get("shrink", 1)
 
 
 @pytest.mark.parametrize(("name", "setting", "radius", "cell"), cells(CTBENCH))
@@ -99,6 +101,10 @@ def test_a_network_of_ctbench_is_trained_as_its_table_says(name, setting, radius
     assert config.regularizers.l1 == cell["l1"]
     assert config.epsilon.train_factor == cell.get("ε ×", 2 if setting == "mnist_0_1" else 1)
     assert (batch_norm.statistics, batch_norm.population) == ("clean", True)
+    averaging = config.training.averaging
+    assert (averaging.name, getattr(averaging, "start_epoch", None)) == (
+        ("swa", cell["SWA"]) if "SWA" in cell else ("none", None)
+    )
     if name == "crown-ibp":
         assert (method.loss_fusion, method.beta) == (True, (1, 1))
     if attack := getattr(method, "attack", None):
@@ -122,6 +128,7 @@ def test_a_network_of_the_expressive_losses_is_trained_as_its_table_says(name, s
     check_schedule(config, setting, radius, EXPRESSIVE_SCHEDULES)
     method, batch_norm = config.training.method, config.training.batch_norm
     check_method(method, name, cell)
+    assert config.training.averaging.name == "none"
     assert config.regularizers.l1 == cell["l1"]
     assert config.epsilon.train_factor == {"mnist_0_1": 2, "mnist_0_3": 1.334}.get(setting, 1)
     assert (batch_norm.statistics, batch_norm.population) == ("adversarial", False)
