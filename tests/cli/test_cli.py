@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -145,9 +146,9 @@ def test_configs_are_listed_by_data_set_and_method(cli):
             method = text
         else:
             config = load_config(text)
-            radius = {2 / 255: "2/255", 8 / 255: "8/255", 1 / 255: "1/255", 0.1: "0.1", 0.3: "0.3", 0.4: "0.4"}
-            nearest = min(radius, key=lambda known: abs(known - max(config.test_radii)))
-            assert (problem, method) == (f"{config.data.name}, epsilon {radius[nearest]}", config.training.method.name)
+            data, _, radius = problem.partition(", epsilon ")
+            assert (data, method) == (config.data.name, config.training.method.name)
+            assert float(Fraction(radius)) == pytest.approx(max(config.test_radii), rel=1e-5)
     assert method is not None
 
 
