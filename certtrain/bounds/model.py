@@ -446,9 +446,10 @@ class _CleanTransform:
 
 
 def _require_rules(graph: Graph[Any]) -> None:
-    for step in graph.steps[1:]:
-        if step.tracked and step.function not in interval.RULES.keys() | SETTLED_BY_CLEAN.keys():
-            raise UnsupportedOperation(
-                f"{step.where} has no interval rule; use backend: lirpa, or add one (register_operation, "
-                "docs/extending.md)"
-            )
+    known = interval.RULES.keys() | SETTLED_BY_CLEAN.keys()
+    without = [step.where for step in graph.steps[1:] if step.tracked and step.function not in known]
+    if without:
+        named = without[0] if len(without) == 1 else f"{', '.join(without[:3])} (of {len(without)} such operations)"
+        raise UnsupportedOperation(
+            f"{named} has no interval rule; use backend: lirpa, or add one (register_operation, docs/extending.md)"
+        )

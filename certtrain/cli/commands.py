@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from certtrain.cli.named_run import config_of, folder_of, open_network, require_data
+from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data
 from certtrain.cli.studies import holds_runs, is_run_folder, report_study
 from certtrain.cli.tables import hints, show_results
+from certtrain.config.names import METHODS
 from certtrain.errors import UsageError, optional_module
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
@@ -95,6 +96,13 @@ def _tell(console: Console, line: str) -> None:
 
 
 def verify_command(options: argparse.Namespace) -> int:
+    if options.vnnlib is not None:
+        return _decide_property(options)
+    if _is_onnx(options.run):
+        raise UsageError(f"{options.run} is a network in ONNX: say which property to decide, with --vnnlib FILE")
+    elsewhere = options.model_weights is not None
+    if elsewhere:
+        _refuse(options, "--model-weights", "radius", "certificates")
     if options.radius is not None:
         return _verify_radii(options)
     folder = folder_of(options.run)
@@ -122,15 +130,18 @@ def verify_command(options: argparse.Namespace) -> int:
 
     with process_group() as ranks:
         with ranks.together():
+            used = options.model_weights or options.run
             if ranks.is_first and options.certificates:
-                check_output(options.certificates, options.run)
+                check_output(options.certificates, used)
             if ranks.is_first and options.json:
-                check_output(options.json, options.run, *filter(None, [options.certificates]), own="verify.json")
+                check_output(options.json, used, *filter(None, [options.certificates]), own="verify.json")
             if ranks.is_first and options.results:
-                check_output(options.results, options.run, *filter(None, [options.certificates, options.json]))
+                check_output(options.results, used, *filter(None, [options.certificates, options.json]))
             config = config_of(options, options.run, _verification_changes(options))
-            model = open_network(options, config, ranks)
+            opened = None if elsewhere else open_network(options, config, ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
+        with ranks.together():
+            model = opened or open_weights(options, config, dataset, ranks)
         display = VerificationDisplay(Output(quiet=not ranks.is_first))
         try:
             with display, modules_from(config.model.path):  # workers look for the network's modules where this does
@@ -152,20 +163,62 @@ def verify_command(options: argparse.Namespace) -> int:
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     split = config.verification.split
-    content = {**summaries[0], "split": split, "model": str(options.run), "radii": summaries, "versions": versions()}
+    content = {**summaries[0], "split": split, "model": str(used), "radii": summaries, "versions": versions()}
     if options.json:
         write_json(options.json, content)
-    elif kept := write_results(folder / "verify.json", content):
+    elif not elsewhere and (kept := write_results(folder / "verify.json", content)):
         print(f"the earlier results, which were others, are kept in {kept}")
-    if weights.name == "model.safetensors":  # not of a checkpoint on the way
+    if not elsewhere and weights.name == "model.safetensors":  # not of a checkpoint on the way
         write_verdicts(folder, [*read_verdicts(folder), *verdicts_of(split, dataset.test, results)])
     return 0
+
+
+def _decide_property(options: argparse.Namespace) -> int:
+    _refuse(options, "--vnnlib", "eps", "limit", "sound", "certificates", "radius", "json", "model_weights")
+    check_device_name(options.device)
+
+    from certtrain.config.loading import load_verification
+
+    thorough = {"verification": {"method": list(METHODS), "attack": ["pgd", "apgd-ce", "apgd-t"]}}
+    section = load_verification([thorough, *options.overrides, _verification_changes(options)])
+
+    from certtrain.importing.onnx import import_onnx
+    from certtrain.importing.vnnlib import counterexample, read_property
+    from certtrain.runs.build import resolve_device
+    from certtrain.runs.checkpoint import load_architecture, load_model
+    from certtrain.runs.evaluation import build_attack
+    from certtrain.runtime.distributed import ALONE
+    from certtrain.verification.properties import decide
+
+    cases = read_property(options.vnnlib)
+    device = resolve_device(options.device, ALONE)
+    if _is_onnx(options.run):
+        network = import_onnx(options.run)
+        model, shape, replay = network.module.to(device), network.input_shape, network.run
+    else:
+        model = load_model(options.run, device, trust=options.trust_model)
+        shape, replay = load_architecture(folder_of(options.run))["image_shape"], None
+    decision = decide(model, cases, shape, section.method, build_attack(section), replay=replay)
+    print(decision.verdict)
+    if decision.point is not None and decision.outputs is not None:
+        print(counterexample(decision.point, decision.outputs))
+    return 0
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.name.endswith((".onnx", ".onnx.gz"))
 
 
 def _verification_changes(options: argparse.Namespace) -> dict[str, Any]:
     sound = "float32" if options.sound is None and options.certificates else options.sound
     search = None if options.timeout is None else {"timeout": options.timeout}
-    named = {"eps": options.eps, "method": options.method, "arithmetic": sound, "search": search}
+    named = {
+        "eps": options.eps,
+        "method": options.method,
+        "arithmetic": sound,
+        "attack": options.attack,
+        "search": search,
+    }
     return {"verification": {key: value for key, value in named.items() if value is not None}}
 
 
@@ -212,7 +265,7 @@ def _quantile(radii: Sequence[float], share: float) -> float:
 
 def _refuse(options: argparse.Namespace, asked: str, *names: str) -> None:
     """None of the options may stand beside `asked`, which has no use for them."""
-    given = [f"--{name}" for name in names if getattr(options, name) is not None]
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
     if given:
         raise UsageError(f"{' and '.join(given)} cannot be combined with {asked}")
 
@@ -303,10 +356,18 @@ def report_command(options: argparse.Namespace) -> int:
 def config_command(options: argparse.Namespace) -> int:
     from certtrain.config.loading import load_config, runnable_configs
 
-    if options.config is None:
-        print("\n".join(runnable_configs()))
-    else:
+    if options.config is not None:
         print(load_config(options.config, options.overrides).to_yaml(), end="")
+        return 0
+    groups: dict[str, dict[str, list[str]]] = {}
+    for name in runnable_configs():
+        config = load_config(name)
+        problem = f"{config.data.name}, epsilon {_fraction(max(config.test_radii))}"
+        groups.setdefault(problem, {}).setdefault(config.training.method.name, []).append(name)
+    for problem, methods in sorted(groups.items()):
+        print(problem)
+        for method, names in methods.items():
+            print(f"  {method}", *(f"    {name}" for name in names), sep="\n")
     return 0
 
 
@@ -332,6 +393,11 @@ def completion_command(options: argparse.Namespace) -> int:
 
     print(script(options.shell))
     return 0
+
+
+def _fraction(radius: float) -> str:
+    """As it is written: a short decimal, or else k/255."""
+    return f"{radius:g}" if float(f"{radius:g}") == radius else f"{255 * radius:g}/255"
 
 
 def models_command(options: argparse.Namespace) -> int:

@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify = _command(
         subparsers, "verify", "natural, PGD and verified error of a trained network", commands.verify_command
     )
-    _add_run(verify)
+    _add_run(verify, "; with --vnnlib an ONNX file, with --model-weights a config")
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
     verify.add_argument(
         "--method",
@@ -121,6 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--results", type=_path, metavar="FILE", help="where images that are finished stand; go on from there"
     )
+    verify.add_argument(
+        "--attack", help="attacks, each on what those before left: pgd,apgd-ce,apgd-dlr,apgd-t (default: the config's)"
+    )
     verify.add_argument("--limit", type=_positive, help="only the first N test images")
     verify.add_argument(
         "--sound", metavar="ARITHMETIC", help="bounds that cover the rounding of float32, tf32, bf16 or float64"
@@ -133,6 +136,18 @@ def build_parser() -> argparse.ArgumentParser:
         type=_radius,
         metavar="MAX",
         help="instead: the largest radius proved for each image, up to MAX (default: twice the largest tested)",
+    )
+    verify.add_argument(
+        "--model-weights",
+        type=_path,
+        metavar="FILE",
+        help="a network trained elsewhere: its state dict, .pth or .safetensors, for the model of the config",
+    )
+    verify.add_argument(
+        "--vnnlib",
+        type=_path,
+        metavar="FILE",
+        help="instead: decide this property, and print the verdict as in VNN-COMP",
     )
     verify.add_argument("--json", type=_path, help="where to write the results (default: verify.json in the run)")
 
@@ -205,8 +220,8 @@ def _add_study(command: argparse.ArgumentParser) -> None:
     command.add_argument("--budget", type=_positive, metavar="SECONDS", help="end, all saved, after that time at most")
 
 
-def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", type=_path, help="a run directory, or its model.safetensors or last.ckpt")
+def _add_run(command: argparse.ArgumentParser, more: str = "") -> None:
+    command.add_argument("run", type=_path, help=f"a run directory, or its model.safetensors or last.ckpt{more}")
     _add_overrides(command, "change values of the run's config")
     _add_trust(command)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from certtrain.config import Config
+    from certtrain.data import Dataset
     from certtrain.runtime.distributed import Ranks
 
 CHANGEABLE = "data, verification, epsilon, seed and backend"  # of the configuration of a network that is trained
@@ -29,12 +30,17 @@ def folder_of(run: Path) -> Path:
 def config_of(options: argparse.Namespace, run: Path, changes: Mapping[str, Any] | None = None) -> Config:
     """The configuration of the run that was named, with what the command line changes of it.
 
+    Where weights are given beside it, `run` is the configuration itself, of which anything can be changed.
+
     Raises:
         CheckpointError: there is nothing at `run`, or a model without its configuration.
         UsageError: what is to be changed was settled by training.
     """
     from certtrain.config.loading import load_config
 
+    if getattr(options, "model_weights", None) is not None:
+        check_device_name(options.device)
+        return load_config(run, [*options.overrides, changes or {}])
     settled = [text for text in options.overrides if re.match(r"(training|optimizer|regularizers|model)\b", text)]
     settled = [text for text in settled if not text.startswith("model.path=")]
     if settled:
@@ -58,6 +64,16 @@ def open_network(options: argparse.Namespace, config: Config, ranks: Ranks | Non
     with modules_from(config.model.path):
         place = resolve_device(options.device, ranks or ALONE)
         return load_model(options.run, place, trust=options.trust_model)
+
+
+def open_weights(options: argparse.Namespace, config: Config, dataset: Dataset, ranks: Ranks) -> nn.Module:
+    """The network of a configuration with the weights that were given beside it, on its device."""
+    from certtrain.importing.weights import load_weights
+    from certtrain.runs.build import build, resolve_device
+
+    model, _ = build(config, dataset)
+    load_weights(model, options.model_weights)
+    return model.eval().to(resolve_device(options.device, ranks))
 
 
 def require_data(config: Config) -> None:

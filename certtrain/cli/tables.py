@@ -21,7 +21,8 @@ def show_results(
 ) -> None:
     """A row for each radius, and below them those of the validation images where there are any beside `split`'s."""
     sound = f", sound in {results[0]['arithmetic']}" if results[0]["arithmetic"] else ""
-    table = Table(title=f"{results[0]['images']} {split} images, bounds by {results[0]['method']}{sound}")
+    attacks = f", attacks by {results[0]['attack']}" if results[0].get("attack") else ""
+    table = Table(title=f"{results[0]['images']} {split} images, bounds by {results[0]['method']}{sound}{attacks}")
     if validation:
         table.add_column("images")
     for column in ("epsilon", "natural error", "PGD error", "verified error", "seconds"):

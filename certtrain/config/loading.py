@@ -6,15 +6,16 @@ import importlib.resources
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
 from certtrain.config.keys import keys_of, variants_of
 from certtrain.config.reading import NotPlainYaml, parse_yaml, read_yaml
-from certtrain.config.schema import Config
+from certtrain.config.schema import Config, VerificationSection
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
 
 MOST_FILES = 32  # that one configuration is read from, bases of bases among them
@@ -48,15 +49,35 @@ def load_config(
     layers = (
         _with_bases(None, source, [], (), folder) if isinstance(source, Mapping) else _layers(config_path(source), [])
     )
-    values: dict[str, Any] = reduce(_merged, [layer for _, layer in layers], {})
-    for override in [overrides] if isinstance(overrides, Mapping) else overrides:
-        values = _merged(values, _nested(override)) if isinstance(override, Mapping) else _changed(values, override)
+    values = _overruled(reduce(_merged, [layer for _, layer in layers], {}), overrides)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         lines = [_origin(_place(problem["loc"])[0], values, layers) + _describe(problem) for problem in error.errors()]
         raise UsageError(lines_of("\n".join(lines))) from error
     return _with_model_path(config, layers, folder)
+
+
+def load_verification(overrides: Overrides) -> VerificationSection:
+    """The section `verification` alone, of overrides as of `load_config`: for networks that are no run's.
+
+    Raises:
+        UsageError: as of `load_config`, or for a key of another section.
+    """
+    values = _overruled({}, overrides)
+    if others := [key for key in values if key != "verification"]:
+        raise UsageError(f"{shortened(others[0])}: only the section verification means anything here")
+    try:
+        return VerificationSection.model_validate(values.get("verification", {}))
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("verification", *problem["loc"])} for problem in error.errors()]
+        raise UsageError(lines_of("\n".join(map(_describe, problems)))) from error
+
+
+def _overruled(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:
+    for override in [overrides] if isinstance(overrides, Mapping) else overrides:
+        values = _merged(values, _nested(override)) if isinstance(override, Mapping) else _changed(values, override)
+    return values
 
 
 def _with_model_path(config: Config, layers: Sequence[Layer], folder: Path | None) -> Config:
@@ -87,11 +108,12 @@ def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
             yield prefix + key
 
 
-def shipped_configs() -> dict[str, Path]:
+@cache
+def shipped_configs() -> Mapping[str, Path]:
     """Name -> file of every configuration that certtrain ships, parts that are no whole run among them."""
     folder = Path(str(importlib.resources.files("certtrain.configs")))
     files = sorted(folder.rglob("*.yaml"), key=lambda file: (len(file.parts), file))
-    return {file.stem: file for file in files if file.parent.name != STUDIES}
+    return MappingProxyType({file.stem: file for file in files if file.parent.name != STUDIES})
 
 
 def shipped_studies() -> dict[str, Path]:
@@ -110,12 +132,16 @@ def config_path(name: str | Path) -> Path:
     return Path(name) if os.path.isfile(name) else _shipped(Path(name))  # false too of a name that no file can have
 
 
+def _place_of(file: Path) -> Path:
+    """Where a shipped configuration is, as in certtrain's repository: configs/parts/cnn7.yaml."""
+    return "configs" / file.relative_to(Path(str(importlib.resources.files("certtrain.configs"))))
+
+
 def _shipped(name: Path) -> Path:
     shipped = shipped_configs()
-    folder = Path(str(importlib.resources.files("certtrain.configs")))
-    places = {stem: "configs" / file.relative_to(folder) for stem, file in shipped.items()}
-    if name.stem in shipped and name.parent in (Path(), places[name.stem].parent):
+    if name.stem in shipped and name.parent in (Path(), _place_of(shipped[name.stem]).parent):
         return shipped[name.stem]
+    places = {stem: _place_of(file) for stem, file in shipped.items()}
     choices = places if name == Path(name.stem) else map(str, places.values())
     raise unknown("config file", str(name), choices, "`certtrain config` lists those that can be run")
 

@@ -18,7 +18,7 @@ from pydantic import (
 
 from certtrain.config.averaging import ChosenAveraging, EMASection, NoAveragingSection, SWASection
 from certtrain.config.methods import ChosenMethod, IBPSection
-from certtrain.config.names import ARITHMETICS, DATASETS, INITIALIZATIONS, MODELS, OPTIMIZERS, STAGES
+from certtrain.config.names import ARITHMETICS, ATTACKS, DATASETS, INITIALIZATIONS, MODELS, OPTIMIZERS, STAGES
 from certtrain.config.reading import MOST_DEPTH, write_yaml
 from certtrain.config.schedules import ChosenSchedule, ConstantSection
 from certtrain.config.section import Section
@@ -279,6 +279,8 @@ class VerificationSection(Section):
     """Bounds, a cascade: each sees what those before left unknown."""
     search: SearchSection = SearchSection()
     """How branch and bound searches, where it is the last of them."""
+    attack: Annotated[Several[str], AfterValidator(OneOf("attack", ATTACKS))] = ("pgd",)
+    """Attacks on images that are right and not proved: each on those that withstood the ones before."""
     arithmetic: Annotated[str, AfterValidator(OneOf("arithmetic", ARITHMETICS))] | None = None
     """Whose rounding the bounds cover; null: real mathematics, computed in float32."""
     limit: Positive | None = None
@@ -286,15 +288,21 @@ class VerificationSection(Section):
     batch_size: Positive = 256
     """Images that are verified at once."""
     pgd_steps: Count = 40
-    """Steps of the attack."""
+    """Steps of pgd."""
     pgd_restarts: Count = 2
     """How often it starts at a random point."""
     pgd_step_size: float = Field(0.25, gt=0)
     """As a share of the radius."""
+    apgd_steps: Positive = 100
+    """Steps of apgd-ce, apgd-dlr and apgd-t."""
+    apgd_restarts: Positive = 1
+    """How often each of them starts at a random point."""
+    apgd_targets: Positive = 9
+    """How many wrong classes apgd-t tries, from the most likely one on."""
 
-    @field_validator("method", mode="before")
+    @field_validator("method", "attack", mode="before")
     @classmethod
-    def _one_method_or_several(cls, value: Any) -> Any:
+    def _one_name_or_several(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("eps", mode="before")

@@ -25,7 +25,7 @@ EXAMPLES = 12  # of each fate
 MEANING = {
     "proved": "no perturbation within epsilon changes the prediction",
     "unknown": "classified right, neither proved nor attacked",
-    "attacked": "PGD found a misclassified point within epsilon",
+    "attacked": "the attack found a misclassified point within epsilon",
     "misclassified": "wrong without any perturbation",
 }
 Curve = tuple[list[float], list[float]]  # epsilons, errors

@@ -269,9 +269,9 @@ def require_same_shapes(own: Mapping[str, Any], weights: Mapping[str, Any], sour
     kinds = [(key, _kind(weights[key]), _kind(own[key])) for key in sorted(own.keys() & weights.keys())]
     wrong = [f"{key} is {found}, not {expected}" for key, found, expected in kinds if found != expected]
     if missing or surplus or wrong:
-        details = [f"lacks {min(missing, key=str)}"] if missing else []
-        details += [f"has {min(surplus, key=str)!s:.100} besides"] if surplus else []
-        raise CheckpointError(f"{source} is of another architecture: it {'; '.join(details + wrong[:1])}")
+        details = [f"it lacks {min(missing, key=str)}"] if missing else []
+        details += [f"it has {min(surplus, key=str)!s:.100} besides"] if surplus else []
+        raise CheckpointError(f"{source} is of another architecture: {'; '.join(details + wrong[:1])}")
 
 
 def _kind(value: Any) -> str:

@@ -10,13 +10,13 @@ from torch import nn
 
 from certtrain.bounds.linear.beta import Ascent
 from certtrain.config import Config
-from certtrain.config.schema import SearchSection
+from certtrain.config.schema import SearchSection, VerificationSection
 from certtrain.data import Dataset, Split
 from certtrain.errors import DataError
 from certtrain.runs.build import output_shape
 from certtrain.runs.provenance import versions
 from certtrain.runtime.distributed import ALONE, Ranks
-from certtrain.verification.attacks import PGD
+from certtrain.verification.attacks import APGD, PGD, Attack, Ensemble, TargetedAPGD
 from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.verification.results import ImageResult
@@ -39,7 +39,7 @@ def verify_run(
         _test_images(config, model, dataset, limit),
         config.test_radii,
         section.method,
-        attack=_attack(config),
+        attack=build_attack(config.verification),
         batch_size=section.batch_size,
         seed=config.seed,
         backend=config.backend,
@@ -57,7 +57,7 @@ def radii_of(config: Config, model: nn.Module, dataset: Dataset, max_eps: float,
         model,
         _test_images(config, model, dataset, limit),
         max_eps,
-        attack=_attack(config),
+        attack=build_attack(config.verification),
         arithmetic=config.verification.arithmetic,
         batch_size=config.verification.batch_size,
         seed=config.seed,
@@ -85,9 +85,16 @@ def _search(section: SearchSection) -> Search:
     )
 
 
-def _attack(config: Config) -> PGD:
-    section = config.verification
-    return PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size)
+def build_attack(section: VerificationSection) -> Attack:
+    steps, restarts = section.apgd_steps, section.apgd_restarts
+    attacks: list[Attack] = [
+        PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size),
+        APGD("ce", steps, restarts),
+        APGD("dlr", steps, restarts),
+        TargetedAPGD(steps, restarts, section.apgd_targets),
+    ]
+    known = {attack.name: attack for attack in attacks}
+    return Ensemble(tuple(known[name] for name in section.attack))
 
 
 class Results(NamedTuple):

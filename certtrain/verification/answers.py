@@ -24,7 +24,7 @@ from certtrain.data.seeding import generator
 from certtrain.errors import UnsupportedOperation
 from certtrain.runtime.precision import full_precision
 from certtrain.training.losses import proved
-from certtrain.verification.attacks import PGD, inscribed_linf_box, logits_of
+from certtrain.verification.attacks import Attack, inscribed_linf_box, logits_of
 from certtrain.verification.branch_and_bound import Search, settle
 from certtrain.verification.cascade import BRANCH_AND_BOUND, VERDICTS
 from certtrain.verification.certificates import split_digest
@@ -41,7 +41,7 @@ class Question:
 
     methods: tuple[str, ...]
     arithmetic: str | None
-    attack: PGD | None
+    attack: Attack | None
     seed: int
     backend: str
     search: Search

@@ -15,7 +15,7 @@ from certtrain.data import Split, to_float
 from certtrain.runtime.precision import full_precision
 from certtrain.training.losses import proved
 from certtrain.verification.answers import predictions
-from certtrain.verification.attacks import PGD
+from certtrain.verification.attacks import Attack
 from certtrain.verification.pixels import perturbation_box
 from certtrain.verification.verify import check_fit, checked_radii, device_of, parts_of, verify
 
@@ -67,7 +67,7 @@ def certified_radii(
     data: Split,
     max_eps: float,
     *,
-    attack: PGD | None = None,
+    attack: Attack | None = None,
     arithmetic: str | None = None,
     batch_size: int = 256,
     halvings: int = 14,
@@ -119,7 +119,7 @@ def _bisect(
 
 
 def _pgd_errors(
-    model: nn.Module, data: Split, radii: Sequence[float], attack: PGD | None, batch_size: int, seed: int
+    model: nn.Module, data: Split, radii: Sequence[float], attack: Attack | None, batch_size: int, seed: int
 ) -> tuple[float, ...]:
     results = verify(model, data, radii, attack=attack, batch_size=batch_size, seed=seed) if radii else []
     return tuple(result.pgd_error for result in results)

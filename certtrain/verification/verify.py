@@ -23,7 +23,7 @@ from certtrain.errors import DataError, UsageError
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.answers import Answers, Portion, Question, in_parts
-from certtrain.verification.attacks import PGD
+from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.cascade import GAVE_UP, check_cascade
 from certtrain.verification.results import ImageResult, ResultFile
@@ -67,6 +67,7 @@ class Verification:
         proved: no perturbation of at most eps in any pixel changes the prediction, which is right.
         margin: smallest lower bound of z_y - z_j, j ≠ y.
         seconds: all of it, the attack included.
+        attack: the names of those that were made, None where none was.
         trees: by position, what proves an image by branch and bound (`Trees`), where that was kept.
         undecided: by position, why branch and bound has given up an image.
         domains: how many it has bounded.
@@ -83,6 +84,7 @@ class Verification:
     margin: Tensor
     seconds: float
     trees: Mapping[int, bytes] = field(default_factory=dict)
+    attack: str | None = None
     undecided: Mapping[int, str] = field(default_factory=dict)
     domains: int = 0
 
@@ -136,6 +138,7 @@ class Verification:
         results: Sequence[ImageResult],
         images: Tensor,
         seconds: float,
+        attack: str | None,
     ) -> Verification:
         """Of the results of all images, in whatever order."""
         ordered = sorted(results, key=lambda result: result.image)
@@ -155,6 +158,7 @@ class Verification:
             undecided={i: verdict for i, verdict in enumerate(verdicts) if verdict in GAVE_UP},
             domains=sum(result.domains for result in ordered),
             trees={result.image: result.tree for result in ordered if result.tree is not None},
+            attack=attack,
         )
 
     def summary(self) -> dict[str, Any]:
@@ -163,6 +167,7 @@ class Verification:
             "eps": self.eps,
             "method": ",".join(stage.method for stage in self.stages),
             "arithmetic": self.arithmetic,
+            "attack": self.attack,
             "images": len(self.correct),
             "natural_error": self.natural_error,
             "pgd_error": self.pgd_error,
@@ -180,7 +185,7 @@ def verify(
     eps: float | Sequence[float],
     method: str | Sequence[str] = "ibp",
     *,
-    attack: PGD | None = None,
+    attack: Attack | None = None,
     limit: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
@@ -274,6 +279,7 @@ def verify(
             [result for result in everything.values() if result.eps == radius],
             data.images,
             max(spent[radius] for _, spent in parts),
+            None if attack is None else attack.name,
         )
         for radius in radii
     ]

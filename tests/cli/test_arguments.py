@@ -35,6 +35,7 @@ def test_radii_are_not_read_as_yaml(cli, run, value):
 @pytest.mark.parametrize("value", ["ibp'", "'ibp'", "[ibp]", "ibp,", "ibp ibp", "null", "~"])
 def test_methods_and_arithmetics_are_not_read_as_yaml(cli, run, value):
     assert "unknown bound method" in cli("verify", run, f"--method={value}").error
+    assert "unknown attack" in cli("verify", run, f"--attack={value}").error
     assert "unknown arithmetic" in cli("verify", run, f"--sound={value}").error
 
 
@@ -163,8 +164,8 @@ def test_validation_errors_stand_beside_the_test_errors(train, tmp_path):
 
 def test_without_validation_there_is_no_column_for_it():
     console = Console(file=io.StringIO(), width=120)
-    result = {"images": 9, "method": "ibp", "arithmetic": None, "eps": 0.1, "natural_error": 0.1, "pgd_error": 0.2,
-              "verified_error": 0.3, "seconds": 1.0, "stages": [{}]}  # fmt: skip
+    result = {"images": 9, "method": "ibp", "arithmetic": None, "attack": "pgd", "eps": 0.1, "natural_error": 0.1,
+              "pgd_error": 0.2, "verified_error": 0.3, "seconds": 1.0, "stages": [{}]}  # fmt: skip
     show_results(console, [result])
     assert "validation" not in console.file.getvalue()
     assert "30.00%" in console.file.getvalue()

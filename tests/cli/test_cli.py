@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -130,9 +131,25 @@ def test_config_prints_the_whole_which_reads_back_the_same(cli, tmp_path):
 
 
 def test_config_without_a_file_lists_what_can_be_run(cli):
-    names = cli("config").out.splitlines()
+    names = [line.strip() for line in cli("config").out.splitlines()]
     assert {"digits", "mnist", "cifar10_8_255", "tinyimagenet_1_255_resnext_vanilla_ibp_no_bn"} < set(names)
     assert not {"parts", "crown_ibp", "wide_resnet"} & set(names)
+
+
+def test_configs_are_listed_by_data_set_and_method(cli):
+    problem = method = None
+    for line in cli("config").out.splitlines():
+        depth, text = len(line) - len(line.lstrip()), line.strip()
+        if depth == 0:
+            problem, method = text, None
+        elif depth == 2:
+            method = text
+        else:
+            config = load_config(text)
+            data, _, radius = problem.partition(", epsilon ")
+            assert (data, method) == (config.data.name, config.training.method.name)
+            assert float(Fraction(radius)) == pytest.approx(max(config.test_radii), rel=1e-5)
+    assert method is not None
 
 
 def test_a_reader_who_leaves_early_is_no_error():
@@ -273,6 +290,20 @@ def test_verify_at_several_radii(cli, run, tmp_path):
     for value in (small, large):
         assert f"{value['verified_error']:.2%}" in outcome.out
     assert contents(run) == before
+
+
+def test_verify_by_several_attacks(cli, run):
+    asked = ["verify", run, "--eps", 0.2, "verification.apgd_steps=5", "verification.apgd_targets=2"]
+    errors = {}
+    for attack in ("pgd", "apgd-t", "pgd,apgd-ce,apgd-t"):
+        outcome = cli(*asked, "--attack", attack)
+        assert outcome.code == 0
+        assert f"attacks by {attack}" in " ".join(outcome.out.split())
+        results = json.loads((run / "verify.json").read_text())
+        assert results["attack"] == attack
+        check_results(results, images=results["images"])
+        errors[attack] = results["pgd_error"]
+    assert errors["pgd,apgd-ce,apgd-t"] >= max(errors.values())
 
 
 def test_verify_repeats_what_training_found(cli, run):

@@ -333,11 +333,12 @@ def lines_of_error(source, overrides=()):
 
 WHOLE = ["seed", "data.limit", "data.crop", "epsilon.start_epoch", "epsilon.warmup_epochs", "training.epochs",
          "training.batch_size", "training.accumulation", "verification.limit", "verification.batch_size",
-         "verification.pgd_steps", "verification.pgd_restarts"]  # fmt: skip
+         "verification.pgd_steps", "verification.pgd_restarts", "verification.apgd_steps",
+         "verification.apgd_restarts", "verification.apgd_targets"]  # fmt: skip
 NUMBERS = ["data.validation", "epsilon.max", "epsilon.mid", "epsilon.beta", "regularizers.weight", "regularizers.l1",
            "regularizers.tolerance", "optimizer.lr", "optimizer.factor", "optimizer.clip",
            "training.checkpoint_seconds", "verification.pgd_step_size", "verification.eps"]  # fmt: skip
-LISTS = ["data.mean", "data.std", "verification.eps", "verification.method"]
+LISTS = ["data.mean", "data.std", "verification.eps", "verification.method", "verification.attack"]
 
 
 @pytest.mark.parametrize("key", WHOLE)

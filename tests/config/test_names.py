@@ -15,6 +15,7 @@ import certtrain.models
 import certtrain.verification.cascade
 from certtrain.config import load_config, names, schema
 from certtrain.errors import UsageError
+from certtrain.runs.evaluation import build_attack
 from certtrain.runtime import precision
 
 SMALLEST = {
@@ -60,6 +61,11 @@ def test_every_optimizer_of_torch_that_trains_a_network_by_steps_is_declared():
 
 def test_precisions_are_those_of_the_runtime():
     assert get_args(schema.Precision) == get_args(precision.Precision)
+
+
+@pytest.mark.parametrize("name", names.ATTACKS)
+def test_an_attack_is_the_one_that_was_named(name):
+    assert build_attack(load_config(SMALLEST, {"verification.attack": name}).verification).name == name
 
 
 def test_what_a_program_registers_can_be_named(monkeypatch):
@@ -122,4 +128,4 @@ for arguments, code in asked:
 @pytest.mark.parametrize("module", ["certtrain", "certtrain.cli"])
 def test_the_package_is_a_program(module):
     answer = subprocess.run([sys.executable, "-m", module, "config"], capture_output=True, text=True, check=True)
-    assert "digits" in answer.stdout.splitlines()
+    assert "digits" in answer.stdout.split()

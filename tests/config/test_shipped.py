@@ -121,7 +121,9 @@ def apart_from_schedules() -> list[str]:
     """Of configs that differ in nothing but how long and how fast they train, which is asserted above, one."""
     schedules = {"training": {"epochs", "batch_size"}, "epsilon": True, "optimizer": {"milestones", "factor", "clip"}}
     first: dict[str, str] = {}
-    for name in sorted(runnable_configs(), key=lambda name: (name not in PUBLISHED, len(name), name)):
+    tables = ("ctbench", "expressive")  # whose methods are the same at all radii
+    names = [name for name in runnable_configs() if not name.startswith(tables) or "cifar10_2_255" in name]
+    for name in sorted(names, key=lambda name: (name not in PUBLISHED, len(name), name)):
         first.setdefault(load_config(name).model_dump_json(exclude=schedules), name)
     return sorted(first.values())
 
@@ -133,7 +135,8 @@ def test_it_trains_for_an_epoch(name, images, tmp_path):
     config = load_config(name)
     narrow = [f"model.options.{option}" for option in NARROW[config.model.name]]
     small = ["training.epochs=1", "training.batch_size=4", "epsilon.start_epoch=1", "epsilon.warmup_epochs=1",
-             "optimizer.milestones=[]", "verification.pgd_steps=1", "verification.pgd_restarts=1"]  # fmt: skip
+             "optimizer.milestones=[]", "training.averaging=none",
+             "verification.pgd_steps=1", "verification.pgd_restarts=1"]  # fmt: skip
     overrides = [*narrow, *small, "data.name=npz", f"data.path={images[config.data.name]}"]
     with one_thread():
         run = certtrain.train(name, tmp_path / "run", device="cpu", overrides=overrides)

@@ -31,7 +31,7 @@ from certtrain.training.method import Phase, scheduled
 from certtrain.training.methods import CCIBP, IBP, MTLIBP, SABR, STAPS, TAPS, Adversarial, CrownIBP, ExpIBP, Natural
 from certtrain.training.smoothing import smoothed
 from certtrain.training.step import GradientStep
-from certtrain.verification.attacks import PGD
+from certtrain.verification.attacks import PGD, Ensemble, TargetedAPGD
 from certtrain.verification.verify import verify
 from tests.commands import contents, exit_code, one_thread, start_ranks, train_arguments
 from tests.networks import randomized
@@ -92,6 +92,7 @@ CASES += [(Phase.FULL, method, parts) for method in ("staps", "taps", "mtl-ibp",
 CASES += [(Phase.FULL, method, 1) for method in ("adversarial", "cc-ibp", "center", "pgpe")]
 CASES += [(Phase.NATURAL, "natural", 1), (Phase.WARMUP, "crown-ibp", 1)]
 BATCH = 10  # not divisible by 4: shares of 2 and 3 images
+ATTACK = Ensemble((PGD(1, 3), TargetedAPGD(2)))
 
 
 class WithUnusedLayer(nn.Module):
@@ -146,7 +147,7 @@ def proofs(ranks):
     model = network().float().eval()
     labels = torch.where(torch.arange(BATCH) < 8, model(images / 255).argmax(1), labels)
     return verify(
-        model, Split(images, labels), [0.001, 0.3], ["ibp", "crown"], attack=PGD(1, 3), batch_size=3, ranks=ranks
+        model, Split(images, labels), [0.001, 0.3], ["ibp", "crown"], attack=ATTACK, batch_size=3, ranks=ranks
     )
 
 

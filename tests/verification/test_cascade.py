@@ -159,7 +159,6 @@ def test_time_and_memory_end_a_search_and_are_told(network, digits):
         ({"method": ("branch-and-bound", "ibp")}, "as the last"),
         ({"method": ("branch-and-bound", "branch-and-bound")}, "as the last"),
         ({"backend": "lirpa"}, "backend native"),
-        ({"arithmetic": "float32"}, "real mathematics"),
         ({"search": Search(max_memory=1)}, "max_memory: the first domains"),
     ],
 )

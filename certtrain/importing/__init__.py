@@ -1,0 +1,1 @@
+"""What others have made: weights of their networks, ONNX, and properties in VNN-LIB."""

@@ -1,0 +1,180 @@
+"""Networks in ONNX as torch modules that bounds can follow. onnx2torch knows the operators; shapes are settled here."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from certtrain.errors import DataError, MissingDependency, UnsupportedOperation, optional_module
+
+EXTRA = "onnx"
+NEWEST = 17  # version of the operators
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxNetwork:
+    """module: takes (B, *input_shape), in eval mode; run: outputs of one input by onnxruntime, None without it."""
+
+    module: nn.Module
+    input_shape: tuple[int, ...]
+    run: Callable[[Tensor], Tensor] | None
+
+
+def import_onnx(file: Path) -> OnnxNetwork:
+    """Read a network of one input and one output (.onnx, or .onnx.gz), whose first axes are the batch.
+
+    Raises:
+        MissingDependency: onnx or onnx2torch is not installed.
+        DataError: the file cannot be read, or is no network of that kind.
+        UnsupportedOperation: it has operators that cannot be imported; names them.
+    """
+    onnx, onnx2torch = optional_module("onnx", EXTRA), optional_module("onnx2torch", EXTRA)
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        model = onnx.load_model_from_string(content)
+        onnx.checker.check_model(model)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file} cannot be read: {_one_line(error)}") from error
+    except Exception as error:  # protobuf's and onnx's own, which depend on its version
+        raise DataError(f"{file} is no network in ONNX: {_one_line(error)}") from error
+    shape = _input_shape(model, file)
+    network, model = model, _in_known_version(_with_plain_constants(model))
+    _require_known_operators(model, file)
+    try:
+        module = _settled(onnx2torch.convert(model).eval().float(), shape)
+    except Exception as error:  # of onnx2torch, for a network that it did not foresee: of any type
+        raise UnsupportedOperation(f"{file} cannot be imported: {_one_line(error)}") from error
+    return OnnxNetwork(module, shape, _onnxruntime(network))
+
+
+def _input_shape(model: Any, file: Path) -> tuple[int, ...]:
+    """That of one input, without the batch axis."""
+    constants = {constant.name for constant in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) != 1 or len(model.graph.output) != 1:
+        raise DataError(f"{file} has {len(inputs)} inputs and {len(model.graph.output)} outputs, not one of each")
+    batch, *sizes = [axis.dim_value for axis in inputs[0].type.tensor_type.shape.dim] or [0]
+    if batch > 1 or not sizes or not all(size > 0 for size in sizes):
+        shown = "x".join(str(size or "?") for size in (batch, *sizes))
+        raise DataError(f"{file} takes an input of shape {shown}: expected a batch axis, of 1 or any size, and others")
+    return tuple(sizes)
+
+
+def _with_plain_constants(model: Any) -> Any:
+    """Every constant as an initializer: exporters write weights that are equal as one, and Identity nodes of it."""
+    plain = type(model)()
+    plain.CopyFrom(model)
+    graph = plain.graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    nodes = list(graph.node)
+    del graph.node[:]
+    for node in nodes:
+        value = None
+        if node.op_type == "Identity" and not node.domain:
+            value = constants.get(node.input[0])
+        elif node.op_type == "Constant" and node.attribute[0].name == "value":
+            value = node.attribute[0].t
+        if value is None or node.output[0] in outputs:
+            graph.node.append(node)
+            continue
+        constant = graph.initializer.add()
+        constant.CopyFrom(value)
+        constant.name = node.output[0]
+        constants[constant.name] = constant
+    return plain
+
+
+def _in_known_version(model: Any) -> Any:
+    """In the newest version of ONNX's operators that onnx2torch knows all of, where the file is in a newer one."""
+    version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if version <= NEWEST:
+        return model
+    try:
+        return importlib.import_module("onnx.version_converter").convert_version(model, NEWEST)
+    except Exception:  # of onnx's own, for an operator that has changed too much
+        return model
+
+
+def _require_known_operators(model: Any, file: Path) -> None:
+    from onnx2torch.node_converters import get_converter
+
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    unknown = []
+    for node in model.graph.node:
+        try:
+            get_converter(domain=node.domain, operation_type=node.op_type, version=versions.get(node.domain, 1))
+        except NotImplementedError:
+            unknown.append(node.op_type)
+    if unknown:
+        raise UnsupportedOperation(
+            f"{file} has ONNX operators that cannot be imported: {', '.join(sorted(set(unknown)))}"
+        )
+
+
+class _Settling(fx.Tracer):
+    """Walks through onnx2torch's modules with the file's constants as values, so that shapes are plain numbers."""
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if obj.node.target == "is_floating_point":  # whether a division is one of integers
+            return True
+        return super().to_bool(obj)
+
+
+class _Shapes(fx.Interpreter):
+    """Runs a graph and keeps the shape of every tensor in it."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.of: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.of[n] = tuple(value.shape)
+        return value
+
+
+def _settled(module: fx.GraphModule, input_shape: Sequence[int]) -> nn.Module:
+    """The module in plain calls of torch, for any batch: a reshaping of one input has its batch axis left open."""
+    tracer = _Settling()
+    graph = tracer.trace(module)
+    settled = fx.GraphModule(tracer.root, graph)
+    shapes = _Shapes(settled)
+    with torch.no_grad():
+        shapes.run(torch.zeros(1, *input_shape))
+    for node in settled.graph.nodes:
+        if node.target is torch.reshape:
+            before, after = shapes.of[node.args[0]], shapes.of[node]
+            if before[:1] == after[:1] == (1,):
+                node.args = (node.args[0], (-1, *after[1:]))
+    settled.recompile()
+    return settled.eval()
+
+
+def _onnxruntime(model: Any) -> Callable[[Tensor], Tensor] | None:
+    try:
+        onnxruntime = optional_module("onnxruntime", EXTRA)
+    except MissingDependency:
+        return None
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def run(x: Tensor) -> Tensor:
+        (output,) = session.run(None, {name: np.ascontiguousarray(x.detach().cpu().float().numpy())})
+        return torch.from_numpy(np.array(output))
+
+    return run
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import gzip
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from certtrain.bounds import BoundedModel, linf_box
+from certtrain.errors import DataError, UnsupportedOperation
+from certtrain.export.onnx import export_onnx
+from certtrain.importing.onnx import import_onnx
+from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network
+
+
+@pytest.mark.parametrize("build", [narrow_cnn7, residual_network, pooling_network])
+def test_a_network_that_was_exported_comes_back(build, tmp_path):
+    torch.manual_seed(0)
+    model, file = randomized(build()).eval(), tmp_path / "model.onnx"
+
+    shape = (3, 16, 16)
+    export_onnx(model, shape, file)
+    found = import_onnx(file)
+    assert found.input_shape == shape
+    images = torch.rand(3, *shape)
+    labels = model(images).argmax(1)
+    torch.testing.assert_close(found.module(images), model(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.run(images[:1]), model(images[:1]), rtol=1e-4, atol=1e-5)
+    box = linf_box(images, 1 / 255)
+    for method in ("ibp", "crown"):
+        expected = BoundedModel(model, images).margins(box, labels, method)
+        margins = BoundedModel(found.module, images).margins(box, labels, method)
+        torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
+
+
+def network(nodes, shape, constants, opset, output=(1, 3)):
+    """An ONNX model of `nodes`, whose last result is the output."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, output)],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def node(kind, inputs, output, **attributes):
+    return helper.make_node(kind, inputs, [output], **attributes)
+
+
+RANDOM = np.random.default_rng(0)
+WEIGHT, OTHER = RANDOM.standard_normal((12, 5), np.float32), RANDOM.standard_normal((5, 3), np.float32)
+LINEAR = {"w": WEIGHT, "b": OTHER[:, 0].copy(), "v": OTHER}
+SPELLINGS = {
+    "reshaped to one input": (
+        [node("Reshape", ["x", "shape"], "flat"), node("MatMul", ["flat", "w"], "a"), node("Add", ["a", "b"], "c"),
+         node("Relu", ["c"], "d"), node("MatMul", ["d", "v"], "y")],
+        {**LINEAR, "shape": np.array([1, -1])},
+    ),
+    "normalised, and a general product": (
+        [node("Sub", ["x", "mean"], "s"), node("Div", ["s", "std"], "t"), node("Flatten", ["t"], "flat", axis=1),
+         node("Gemm", ["flat", "w", "b"], "a", alpha=0.5, beta=2.0), node("Sigmoid", ["a"], "d"),
+         node("MatMul", ["d", "v"], "y")],
+        {**LINEAR, "mean": np.full((1, 3, 1, 1), 0.5, np.float32), "std": np.full((1, 3, 1, 1), 2, np.float32)},
+    ),
+    "a bias that is another one's, and weights from nodes": (
+        [node("Identity", ["b"], "c"), node("Identity", ["c"], "d"),
+         node("Constant", [], "w", value=numpy_helper.from_array(WEIGHT)), node("Flatten", ["x"], "flat"),
+         node("Gemm", ["flat", "w", "d"], "a"), node("Relu", ["a"], "h"), node("Add", ["h", "b"], "e"),
+         node("MatMul", ["e", "v"], "y")],
+        {name: value for name, value in LINEAR.items() if name != "w"},
+    ),
+    "transposed, with the shape of a node": (
+        [node("Transpose", ["x"], "t", perm=[0, 2, 3, 1]),
+         node("Constant", [], "shape", value=numpy_helper.from_array(np.array([-1, 12]))),
+         node("Reshape", ["t", "shape"], "flat"), node("MatMul", ["flat", "w"], "a"), node("Tanh", ["a"], "d"),
+         node("MatMul", ["d", "v"], "y")],
+        LINEAR,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 20])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_networks_as_others_write_them(spelling, opset, tmp_path):
+    nodes, constants = SPELLINGS[spelling]
+    model, file = network(nodes, (1, 3, 2, 2), constants, opset), tmp_path / "model.onnx.gz"
+    file.write_bytes(gzip.compress(model.SerializeToString()))
+    found = import_onnx(file)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = torch.rand(4, 3, 2, 2)
+    expected = np.concatenate([session.run(None, {"x": image[None].numpy()})[0] for image in images])
+    np.testing.assert_allclose(found.module(images).numpy(force=True), expected, rtol=1e-4, atol=1e-5)
+    labels = torch.from_numpy(expected).argmax(1)
+    net, box = BoundedModel(found.module, images[:1]), linf_box(images, 0.05)
+    margins = net.margins(box, labels, "crown")
+    for _ in range(20):
+        logits = found.module(box.lower + torch.rand_like(images) * (box.upper - box.lower))
+        assert (logits.gather(1, labels[:, None]) - logits >= margins - 1e-5).all()
+
+
+def test_operators_that_cannot_be_imported_are_named_all_at_once(tmp_path):
+    nodes = [node("Shrink", ["x"], "a"), node("Mish", ["a"], "b"), node("Relu", ["b"], "y")]
+    (tmp_path / "m.onnx").write_bytes(network(nodes, (1, 3), {}, 18).SerializeToString())
+    with pytest.raises(
+        UnsupportedOperation, match=r"m\.onnx has ONNX operators that cannot be imported: Mish, Shrink$"
+    ):
+        import_onnx(tmp_path / "m.onnx")
+
+
+def test_operators_without_a_rule_are_named(tmp_path):
+    nodes = [node("Sign", ["x"], "a"), node("Relu", ["a"], "b"), node("Mod", ["b", "two"], "y", fmod=1)]
+    model = network(nodes, (1, 3), {"two": np.array([2.0], np.float32)}, 13)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedOperation, match=r"(?i)sign.*mod.*has no interval rule"):
+        BoundedModel(import_onnx(tmp_path / "m.onnx").module, torch.rand(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no network in ONNX"),
+        (b"not a protobuf at all" * 10, "no network in ONNX"),
+        (None, "cannot be read"),
+        (network([node("Relu", ["x"], "y")], (3,), {}, 13).SerializeToString(), "shape 3"),
+        (network([node("Relu", ["x"], "y")], (4, 3), {}, 13).SerializeToString(), "shape 4x3"),
+        (network([node("Relu", ["x"], "y")], (1, "n"), {}, 13).SerializeToString(), r"shape \?x\?|shape 1x\?"),
+    ],
+)
+def test_what_is_no_network_of_one_input_is_refused(content, message, tmp_path):
+    file = tmp_path / "m.onnx"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        import_onnx(file)
+    assert len(str(caught.value).removeprefix(str(file))) <= 300
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_of_two_inputs_is_refused(tmp_path):
+    model = network([node("Add", ["x", "z"], "y")], (1, 3), {}, 13)
+    model.graph.input.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, (1, 3)))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(DataError, match="2 inputs and 1 outputs"):
+        import_onnx(tmp_path / "m.onnx")
+
+
+def test_the_module_has_no_training_mode_of_its_own(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    export_onnx(model, (3, 2, 2), tmp_path / "m.onnx")
+    assert not import_onnx(tmp_path / "m.onnx").module.training

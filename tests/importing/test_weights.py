@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from certtrain.errors import CheckpointError
+from certtrain.importing.weights import load_weights
+from certtrain.models import build_model
+from tests.networks import randomized
+
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
+
+
+def published(size: int = 16, width: int = 3, linear: int = 16, classes: int = 5, *, batch_norm: bool = True) -> list:
+    """CNN-7 as the three programs write it down, with biases everywhere; 64 pixels as expressive-losses does."""
+    last = 2 if size >= 64 else 1
+    side = size // 2 // last
+    layers: list[nn.Module] = []
+    for channels, out, stride in [(3, width, 1), (width, width, 1), (width, 2 * width, 2), (2 * width, 2 * width, 1),
+                                  (2 * width, 2 * width, last)]:  # fmt: skip
+        layers.append(nn.Conv2d(channels, out, 3, stride=stride, padding=1))
+        layers += [nn.BatchNorm2d(out)] * batch_norm + [nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(side * side * 2 * width, linear)]
+    layers += [nn.BatchNorm1d(linear)] * batch_norm + [nn.ReLU(), nn.Linear(linear, classes)]
+    return layers
+
+
+class Normalization(nn.Module):
+    """CTBench's first layer: parameters that are not trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(MEAN).view(1, -1, 1, 1), requires_grad=False)
+        self.std = nn.Parameter(torch.tensor(STD).view(1, -1, 1, 1), requires_grad=False)
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class Layers(nn.Module):
+    """The layers under a name, as CTRAIN's CNN7_Shi and CTBench's abstract networks have them."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+PROGRAMS = {
+    "CTBench": lambda layers: Layers(Normalization(), *layers),
+    "CTBench, concrete": lambda layers: nn.Sequential(Normalization(), *layers),
+    "CTRAIN": lambda layers: Layers(*layers),
+    "expressive-losses": lambda layers: nn.Sequential(*layers),
+}
+
+
+def own(size: int = 16, **options) -> nn.Module:
+    """The same network of certtrain."""
+    options = {"width": 3, "linear_width": 16} | options
+    return build_model("cnn7", (3, size, size), 5, mean=MEAN, std=STD, options=options).eval()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(("size", "batch_norm"), [(16, True), (64, True), (16, False)])
+def test_a_network_of_another_program_computes_the_same_here(program, suffix, size, batch_norm, tmp_path):
+    torch.manual_seed(0)
+    other = randomized(PROGRAMS[program](published(size, batch_norm=batch_norm))).eval()
+    images = torch.rand(4, 3, size, size)
+    inside = program.startswith("CTBench")
+    expected = other(
+        images if inside else (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    )
+    file = tmp_path / f"net{suffix}"
+    state = other.state_dict()
+    if suffix == ".pth":
+        torch.save({"epoch": 3, "state_dict": state} if program == "expressive-losses" else state, file)
+    else:
+        safetensors.torch.save_file(state, file)
+    model = own(size, batch_norm=batch_norm)
+    load_weights(model, file)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_state_dict_of_the_same_names_is_taken_as_it_is(prefix, tmp_path):
+    torch.manual_seed(0)
+    saved, model = randomized(own()), own()
+    torch.save(
+        {"model_state_dict": {f"{prefix}{name}": t for name, t in saved.state_dict().items()}}, tmp_path / "n.pt"
+    )
+    load_weights(model, tmp_path / "n.pt")
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in saved.state_dict().items())
+
+
+def test_half_precision_is_converted(tmp_path):
+    torch.manual_seed(0)
+    saved, model = randomized(own()).half().state_dict(), own()
+    torch.save(saved, tmp_path / "n.pt")
+    load_weights(model, tmp_path / "n.pt")
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == own().state_dict()[name].dtype
+        assert torch.equal(tensor, saved[name].to(tensor.dtype))
+
+
+def changed(change):
+    """The state of an expressive-losses network that `change` has been applied to."""
+    torch.manual_seed(0)
+    state = nn.Sequential(*published()).state_dict()
+    change(state)
+    return state
+
+
+def without_last(state):
+    del state["19.weight"], state["19.bias"]
+
+
+def renormalized(state):
+    first = {"a.0.mean": torch.tensor([0.5] * 3), "a.0.std": torch.tensor([0.2] * 3)}
+    layers = {f"a.{int(name.partition('.')[0]) + 1}.{name.partition('.')[2]}": t for name, t in state.items()}
+    state.clear()
+    state.update(first | layers)
+
+
+WRONG = {
+    "narrower": (lambda state: state.update(nn.Sequential(*published(width=2)).state_dict()),
+                 r"0 is weight 2x3x3x3.*the model has weight 3x3x3x3"),
+    "other classes": (lambda state: state.update(nn.Sequential(*published(classes=7)).state_dict()),
+                      r"19 is weight 7x16, bias 7, .*the model has weight 5x16, bias 5"),
+    "a layer less": (without_last, r"has 12 layers with weights, the model has 13"),
+    "otherwise normalised": (renormalized, r"set data\.mean=\[0\.5, 0\.5, 0\.5\] data\.std=\[0\.2, 0\.2, 0\.2\]"),
+    "something else in a layer": (lambda state: state.update({"0.scale": torch.ones(3)}), "scale 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_said_in_one_line(case, tmp_path):
+    change, message = WRONG[case]
+    torch.save(changed(change), tmp_path / "n.pth")
+    model = own()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_weights(model, tmp_path / "n.pth")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).replace(str(tmp_path), "")) <= 300
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in before.items())
+
+
+def test_layers_of_a_residual_network_cannot_be_told_by_their_place(tmp_path):
+    torch.save(changed(lambda state: None), tmp_path / "n.pth")
+    with pytest.raises(CheckpointError, match="no plain sequence of layers"):
+        load_weights(build_model("wide-resnet", (3, 16, 16), 5, options={"base_width": 2}), tmp_path / "n.pth")
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("a file of weights has run code",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [Payload(), {"state_dict": Payload()}, {"model": nn.Linear(1, 1)}, [1, 2], {}, {"a": 1}, b"", b"\x80\x04garbage"],
+    ids=["code", "code in a dict", "a module", "a list", "empty", "no tensor", "empty file", "garbage"],
+)
+def test_what_is_no_state_dict_is_refused_and_nothing_in_it_runs(content, tmp_path, capsys):
+    file = tmp_path / "n.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"n\.pth"):
+        load_weights(own(), file)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(CheckpointError, match="there is no file"):
+        load_weights(own(), tmp_path / "nothing.pth")
+    (tmp_path / "n.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=r"n\.safetensors"):
+        load_weights(own(), tmp_path / "n.safetensors")

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+from torch import nn
+
+from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds.model import METHODS
+from certtrain.errors import UsageError
+from certtrain.verification.attacks import APGD, PGD, Ensemble, TargetedAPGD
+from certtrain.verification.properties import Case, decide
+
+ATTACK = Ensemble((PGD(20, 2), APGD("ce", 20), TargetedAPGD(20)))
+
+
+def mlp(seed: int = 0, inputs: int = 3, hidden: int = 4, outputs: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs)).eval()
+
+
+def least_excess(model: nn.Module, case: Case) -> float:
+    """The least over the box of max_s (rows·y - limits)_s, exactly: a linear program for each activation pattern."""
+    first, second = (np.asarray(model[i].weight.detach().double()) for i in (0, 2))
+    bias, offset = (np.asarray(model[i].bias.detach().double()) for i in (0, 2))
+    rows, limits = case.rows.numpy(), case.limits.numpy()
+    ends = list(zip(case.box.lower.tolist(), case.box.upper.tolist(), strict=True))
+    best = np.inf
+    for pattern in itertools.product([0.0, 1.0], repeat=len(bias)):
+        on = np.array(pattern)
+        weight, constant = second @ (on[:, None] * first), second @ (on * bias) + offset
+        # variables: x and t; minimise t with rows·y - limits <= t, and the pattern's signs
+        above = np.hstack([rows @ weight, -np.ones((len(rows), 1))])
+        signs = np.hstack([np.where(on[:, None] > 0, -first, first), np.zeros((len(bias), 1))])
+        result = linprog(
+            [0.0] * len(ends) + [1.0],
+            np.vstack([above, signs]),
+            np.concatenate([limits - rows @ constant, np.where(on > 0, bias, -bias)]),
+            bounds=[*ends, (None, None)],
+        )
+        if result.status == 0:
+            best = min(best, result.fun)
+    return best
+
+
+def random_cases(seed: int, radius: float, count: int) -> list[Case]:
+    """Conjunctions of one to three constraints, near the middle of what the outputs are."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    center = drawn(3)
+    box = Box(center - radius, center + radius)
+    return [Case(box, drawn(size, 3), drawn(size) / 2) for size in (1 + i % 3 for i in range(count))]
+
+
+@pytest.mark.parametrize("radius", [0.05, 0.5])
+def test_verdicts_are_those_of_linear_programs(radius):
+    """Of every pattern of activations; constraints of more than one conjunction and of several rows among them."""
+    verdicts = []
+    for seed in range(10):
+        model, cases = mlp(seed), random_cases(seed, radius, 1 + seed % 3)
+        least = min(least_excess(model, case) for case in cases)
+        decision = decide(model, cases, [3], METHODS, ATTACK)
+        verdicts.append(decision.verdict)
+        if decision.verdict == "unsat":
+            assert least > -1e-6
+        if decision.verdict == "sat":
+            assert least < 1e-6
+            point = decision.point
+            assert torch.equal(model(point[None])[0], decision.outputs)
+            assert any(case.holds(decision.outputs) for case in cases)
+            assert ((cases[0].box.lower <= point.double()) & (point.double() <= cases[0].box.upper)).all()
+        if abs(least) > 0.2:
+            assert decision.verdict != "unknown"
+    assert {"unsat", "sat"} <= set(verdicts)
+
+
+def robustness(center, radius, label, classes):
+    box = Box(center - radius, center + radius)
+    eye = torch.eye(classes, dtype=torch.float64)
+    return [Case(box, (eye[label] - eye[j])[None], torch.zeros(1, dtype=torch.float64))
+            for j in range(classes) if j != label]  # fmt: skip
+
+
+def test_robustness_is_what_margins_say():
+    model = mlp(3, inputs=5, hidden=8, outputs=4)
+    centers = torch.rand(20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    radius = 0.4
+    labels = model(centers.float()).argmax(1)
+    box = Box((centers - radius).float(), (centers + radius).float())
+    margins = BoundedModel(model, centers.float()).margins(box, labels).scatter(1, labels[:, None], torch.inf).amin(1)
+    clear = margins.abs() > 1e-4
+    verdicts = [decide(model, robustness(*one, 4), [5], ["ibp"]).verdict
+                for one in zip(centers, [radius] * 20, labels.tolist(), strict=True)]  # fmt: skip
+    expected = ["unsat" if margin > 0 else "unknown" for margin in margins.tolist()]
+    assert clear.sum() > 15
+    assert {"unsat", "unknown"} == set(verdicts)
+    assert [v for v, c in zip(verdicts, clear.tolist(), strict=True) if c] == [
+        e for e, c in zip(expected, clear.tolist(), strict=True) if c
+    ]
+
+
+def test_several_boxes_are_asked_about_one_after_the_other():
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).eval()
+    nn.init.ones_(model[0].weight)
+
+    def at_least(limit, low, high):
+        box = Box(torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64))
+        return Case(box, torch.tensor([[-1.0]]).double(), torch.tensor([-limit]).double())
+
+    assert decide(model, [at_least(2.0, 0, 1), at_least(3.0, 1, 2.5)], [1], ["ibp"], ATTACK).verdict == "unsat"
+    decision = decide(model, [at_least(2.0, 0, 1), at_least(3.0, 1, 3.5)], [1], ["ibp"], ATTACK)
+    assert decision.verdict == "sat"
+    assert 3 <= decision.point.item() <= 3.5
+    assert decide(model, [], [1], ["ibp"], ATTACK).verdict == "unsat"
+
+
+def test_what_runs_in_deployment_decides_whether_a_point_counts():
+    model, cases = mlp(0), random_cases(0, 0.5, 3)
+    assert decide(model, cases, [3], ["ibp"], ATTACK).verdict == "sat"
+    elsewhere = torch.full((1, 3), 1e6)
+    cases = [Case(case.box, case.rows.abs(), case.limits) for case in cases]
+    assert decide(model, cases, [3], ["ibp"], ATTACK, replay=lambda x: elsewhere).verdict != "sat"
+
+
+def test_an_input_that_is_fixed_between_two_floats_is_the_nearest_one():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False)).eval()
+    nn.init.ones_(model[0].weight)
+    box = Box(torch.tensor([0.1, 0.0], dtype=torch.float64), torch.tensor([0.1, 1.0], dtype=torch.float64))
+    case = Case(box, torch.tensor([[-1.0]]).double(), torch.tensor([-1.05]).double())
+    decision = decide(model, [case], [2], ["ibp"], ATTACK)
+    assert decision.verdict == "sat"
+    assert decision.point[0] == np.float32(0.1)
+
+
+def test_a_property_of_other_sizes_is_refused():
+    with pytest.raises(UsageError, match="3 inputs and 3 outputs; the network has 4 and 2"):
+        decide(mlp(0, inputs=4, outputs=2), random_cases(0, 0.1, 1), [4], ["ibp"])
