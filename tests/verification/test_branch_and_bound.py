@@ -164,7 +164,8 @@ def test_leaves_cover_the_box_once_and_hold_where_they_are(activation):
             for leaf, own in zip(leaves, inside, strict=True):
                 batch = domains_of(leaf, record, label, logits.shape[1])
                 assert (leaf.multipliers >= 0).all()
-                bound = float(batch.linear_bounds(leaf.slopes[None], leaf.multipliers[None]).least().detach())
+                slopes = torch.zeros_like(neurons[:1]).index_copy(1, outcome.undecided, leaf.slopes[None])
+                bound = float(batch.linear_bounds(slopes, leaf.multipliers[None]).least().detach())
                 assert bound > 0
                 assert bound <= leaf.lower + 1e-9, "a leaf's bound is its own, or its parent's if better"
                 assert (margin[own] >= leaf.lower - 1e-9).all()
