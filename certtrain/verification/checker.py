@@ -169,13 +169,14 @@ class ClassifierInput:
 
     def margin(self, label: int) -> float:
         """Lower bound of the least z_label - z_j, j ≠ label; above 0 nothing but `label` can be predicted."""
-        return float(np.delete(self._margins(label), label).min())
+        return float(np.delete(self.margins(label), label).min())
 
     def can_predict(self, label: int) -> bool:
         """False where another class is certainly above `label`."""
-        return all(self._margins(other)[label] <= 0 for other in range(self.classes))
+        return all(self.margins(other)[label] <= 0 for other in range(self.classes))
 
-    def _margins(self, label: int) -> Array:
+    def margins(self, label: int) -> Array:
+        """(K,) lower bounds of z_label - z_j."""
         with np.errstate(invalid="ignore", over="ignore"):
             return self.propagation.margins(self.x, self.last_layer, label)
 
@@ -290,12 +291,14 @@ def _margin_going_back(network: SavedNetwork, lower: Array, upper: Array, row: M
         raise CertificateError(f"index {row['index']}: of transformers bounds by {row['method']} cannot be checked")
     label, classes = row["label"], network.architecture["num_classes"]
     bounds = linear_checker.recorded(network, lower, upper, row["arithmetic"])
-    best = bounds.margins(label, classes)
+    by_intervals = network.classifier_input(lower, upper, row["arithmetic"]).margins(label)
+    by_intervals[label] = np.inf
+    best, claimed = np.fmax(by_intervals, bounds.margins(label, classes)), row["margin"]
     for _ in bounds.tightening():
-        if (best > 0).all():
+        if (best >= claimed).all():
             break
         best = np.fmax(best, bounds.margins(label, classes))
-    if row["tree"] is not None and not (best > 0).all():
+    if row["tree"] is not None and not (best >= claimed).all():
         trees = Trees.from_bytes(row["tree"], classes, bounds.neurons)
         of_leaves = bounds.leaf_margins(trees, label, classes)
         best = np.where(np.isfinite(of_leaves), np.fmax(best, of_leaves), best)
