@@ -1,4 +1,4 @@
-"""certtrain train | study | tune | scale | plan | compare | verify | check | export | report | config | init | models | ..."""
+"""certtrain train | study | tune | scale | plan | compare | verify | check | export | report | config | init | ..."""
 
 from __future__ import annotations
 
