@@ -105,6 +105,19 @@ INITIALIZATIONS: dict[str, Fill] = {
 }
 
 
+def classifier_tensors(model: nn.Module) -> list[str]:
+    """The names, in the state dict, of what the last affine layer consists of; none where there is no such layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what cannot be traced, `initialize_` has warned
+        weights = _affine_weights(model)
+    if not weights or weights[-1].owner is None:
+        return []
+    last, names = weights[-1], model.state_dict()
+    if not isinstance(last.owner, AFFINE_MODULES):
+        return [name for name in names if name == last.path]
+    return [name for name in names if name.startswith(last.path.removesuffix(last.name))]
+
+
 @dataclass(frozen=True)
 class _AffineWeight:
     """The weight of one affine layer, attribute `name` of `owner`, and how the layer uses it.

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SmoothedEpsilon:
-    """Perturbation radius: 0, then polynomial, then linear growth to `max_eps`. (Gowal et al. 2018; auto_LiRPA.)
+    """Perturbation radius: `initial`, then polynomial, then linear way to `max_eps`. (Gowal et al. 2018; auto_LiRPA.)
 
-    0 until `start_step`; with m = start + ⌊mid·(end - start)⌋, α(s - start)^β up to m, then a straight line that
-    reaches `max_eps` at `end_step`; α makes value and slope agree at m. Steps count from 0.
+    `initial` until `start_step`; with m = start + ⌊mid·(end - start)⌋, initial + α(s - start)^β up to m, then a
+    straight line that reaches `max_eps` at `end_step`; α makes value and slope agree at m. Steps count from 0. An
+    `initial` above 0, which may also be above `max_eps`, is for a network that was trained at that radius before.
     """
 
     max_eps: float
@@ -20,6 +21,7 @@ class SmoothedEpsilon:
     end_step: int
     mid: float = 0.25
     beta: float = 4.0
+    initial: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_step <= self.end_step:
@@ -37,15 +39,16 @@ class SmoothedEpsilon:
         if step >= self.end_step:
             return self.max_eps
         if step <= self.start_step:
-            return 0.0
+            return self.initial
         bend = int((self.end_step - self.start_step) * self.mid)
         line = self.end_step - self.start_step - bend
         elapsed = step - self.start_step
-        # max_eps = α·bend^β + α·β·bend^(β-1)·line; the powers are taken of ratios, so that they cannot overflow
-        at_bend = self.max_eps * bend / (bend + self.beta * line)
+        way = self.max_eps - self.initial
+        # way = α·bend^β + α·β·bend^(β-1)·line; the powers are taken of ratios, so that they cannot overflow
+        at_bend = way * bend / (bend + self.beta * line)
         if elapsed < bend:
-            return at_bend * (elapsed / bend) ** self.beta
-        return at_bend + (self.max_eps - at_bend) * (elapsed - bend) / line
+            return self.initial + at_bend * (elapsed / bend) ** self.beta
+        return self.initial + at_bend + (way - at_bend) * (elapsed - bend) / line
 
 
 Shape = Callable[[int], float]  # steps since the learning rate's warmup -> what the rate is multiplied by
@@ -62,6 +65,7 @@ class LearningRate:
 
     Args:
         warmup_steps: in which the rate grows linearly, to reach its full value with the last of them.
+        warmup_start: the share of the full value that it grows from.
         shape: of what follows.
         milestones: steps, at each of which the rate is multiplied by `factor` from then on.
     """
@@ -71,11 +75,12 @@ class LearningRate:
     factor: float = 0.2
     warmup_steps: int = 0
     shape: Shape = constant
+    warmup_start: float = 0.0
 
     def __call__(self, step: int) -> float:
         rate = self.base * self.factor ** sum(step >= milestone for milestone in self.milestones)
         if step < self.warmup_steps:
-            return rate * (step + 1) / self.warmup_steps
+            return rate * (self.warmup_start + (1 - self.warmup_start) * ((step + 1) / self.warmup_steps))
         return rate * self.shape(step - self.warmup_steps)
 
 
@@ -110,6 +115,24 @@ class InverseRoot:
 
     def __call__(self, step: int) -> float:
         return math.sqrt(self.timescale / max(self.timescale, step))
+
+
+@dataclass(frozen=True)
+class Infinite:
+    """From 1 along half a cosine to `level` in `decay` steps, constant, and linearly down in the last `length`.
+
+    Until the last `length` of `steps` it does not depend on `steps`: a run that is made longer takes up the constant
+    rate where a shorter one had begun to end, and needs no warmup again. (Ibrahim et al. 2024, arXiv 2403.08763.)
+    """
+
+    steps: int
+    decay: int
+    level: float
+    length: int
+    final: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        return Cosine(self.decay, self.level)(step) * Cooldown(self.steps, self.length, self.final)(step)
 
 
 @dataclass(frozen=True)

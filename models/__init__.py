@@ -77,6 +77,12 @@ def build_model(
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), network=network))
 
 
+def all_options(name: str, options: Mapping[str, Any], trust: bool = False) -> dict[str, Any]:
+    """`options` of the network `name`, and the defaults of those that were left out."""
+    parameters = inspect.signature(find_model(name, trust)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(options)
+
+
 def find_model(name: str, trust: bool = False) -> Callable[..., nn.Module]:
     """The architecture `name`, of MODELS, or where the caller trusts it the callable that "module:callable" names.
 
@@ -108,6 +114,7 @@ __all__ = [
     "MODELS",
     "Normalize",
     "Residual",
+    "all_options",
     "build_model",
     "cnn7",
     "cnn_2layer",

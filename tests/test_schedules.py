@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from certtrain.schedules import Cooldown, Cosine, InverseRoot, LearningRate, Linear, Shape, SmoothedEpsilon
+from certtrain.schedules import Cooldown, Cosine, Infinite, InverseRoot, LearningRate, Linear, Shape, SmoothedEpsilon
 
 
 def published(step: int, max_eps: Fraction, start: int, end: int, mid: Fraction, beta: int) -> Fraction:
@@ -47,6 +47,17 @@ def test_epsilon_never_falls_and_ends_exactly_at_its_maximum():
     assert values[110:] == [0.3] * 90
 
 
+@given(
+    initial=st.sampled_from([Fraction(2, 255), Fraction(16, 255)]), length=st.integers(8, 400), step=st.integers(0, 500)
+)
+def test_epsilon_from_where_an_earlier_run_ended(initial, length, step):
+    """The published formula of the way that is left, up or down."""
+    eps = SmoothedEpsilon(8 / 255, 20, 20 + length, initial=float(initial))(step)
+    way = Fraction(8, 255) - initial
+    share = published(step, Fraction(1), 20, 20 + length, Fraction(1, 4), 4)
+    assert eps == pytest.approx(float(initial + way * share), rel=1e-12)
+
+
 def test_epsilon_without_a_ramp_jumps():
     assert [SmoothedEpsilon(0.3, 2, 2)(step) for step in range(4)] == [0.0, 0.0, 0.3, 0.3]
     assert [SmoothedEpsilon(0.3, 2, 2).ramp(step) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
@@ -75,12 +86,26 @@ SHAPES: dict[Shape, list[float]] = {
     InverseRoot(2): [1, 1, 1, math.sqrt(2 / 3), math.sqrt(0.5), math.sqrt(0.4)],
     Cooldown(6, 2): [1, 1, 1, 1, 1, 0.5, 0],
     Cooldown(3, 0): [1, 1, 1],
+    Infinite(8, 2, 0.4, 2, 0.5): [1, 0.7, 0.4, 0.4, 0.4, 0.4, 0.4, 0.3, 0.2],
 }
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=repr)
 def test_shapes_of_the_learning_rate(shape):
     assert [shape(step) for step in range(len(SHAPES[shape]))] == pytest.approx(SHAPES[shape], abs=1e-15)
+
+
+@given(steps=st.integers(20, 100), longer=st.integers(0, 100))
+def test_an_infinite_rate_does_not_know_how_long_the_run_is_until_its_end(steps, longer):
+    short, long = (Infinite(length, 7, 0.3, 10) for length in (steps, steps + longer))
+    assert [short(step) for step in range(steps - 10)] == [long(step) for step in range(steps - 10)]
+    assert short(steps) == long(steps + longer) == 0
+    assert all(long(step) == 0.3 for step in range(7, steps + longer - 10))
+
+
+def test_a_rate_may_be_warmed_up_again_from_a_share_of_itself():
+    rate = LearningRate(2.0, [3], 0.1, warmup_steps=4, warmup_start=0.2)
+    assert [rate(step) for step in range(6)] == pytest.approx([0.8, 1.2, 1.6, 0.2, 0.2, 0.2])
 
 
 @given(

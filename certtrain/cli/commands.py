@@ -19,9 +19,9 @@ from rich.table import Table
 
 from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data
 from certtrain.cli.studies import holds_runs, is_run_folder, report_study
-from certtrain.cli.tables import hints, show_results
+from certtrain.cli.tables import hints, show_forgetting, show_results
 from certtrain.config.names import METHODS
-from certtrain.errors import UsageError, optional_module
+from certtrain.errors import CheckpointError, UsageError, optional_module
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
 from certtrain.verification.certificates import require_checkable
@@ -61,6 +61,8 @@ def train_command(options: argparse.Namespace) -> int:
     if raw := run.summary.get("networks", {}).get(RAW_WEIGHTS):
         _tell(console, f"the weights above are averaged; those after the last step ({RAW_WEIGHTS}):")
         show_results(console, raw["radii"], raw["validation"], run.summary["split"])
+    if "settings" in run.summary.get("start", {}):
+        show_forgetting(console, run.summary["start"])
     for line in hints(load_config(run.summary["config"]), run.summary):
         _tell(console, line)
     _tell(
@@ -81,6 +83,10 @@ def _check_training(options: argparse.Namespace) -> None:
     asked = stored.config if stored else request.config
     assert asked is not None  # a request without either is refused
     require_data(asked)
+    if stored is None and asked.start_from is not None:
+        path = Path(asked.start_from.path).expanduser()
+        if not path.exists():
+            raise CheckpointError(f"start_from: there is no run directory or file {path}")
 
 
 def _asked(options: argparse.Namespace) -> tuple[str | None, list[str]]:
@@ -158,7 +164,8 @@ def verify_command(options: argparse.Namespace) -> int:
     summaries = [result.summary() for result in results]
     show_results(Output(), summaries, split=config.verification.split)
     if options.certificates:
-        hidden = {"data": {"root", "path"}, "model": {"path"}}  # where this machine keeps things
+        folders = {"root", "path"}  # where this machine keeps things
+        hidden: Any = {"data": folders, "model": folders, "start_from": folders, "replay": {"data": folders}}
         settings = config.model_dump(mode="json", exclude=hidden)
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")

@@ -1,4 +1,4 @@
-"""certtrain train | study | tune | compare | verify | check | export | report | config | init | models | completion."""
+"""certtrain train | study | tune | scale | plan | compare | verify | check | export | report | config | init | ..."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import certtrain
-from certtrain.cli import commands, completion, studies, terminal
+from certtrain.cli import commands, completion, scaling, studies, terminal
 from certtrain.errors import CerttrainError, ProcessLost, lines_of, shortened, shown
 from certtrain.runtime.launch import is_first_process
 
@@ -84,6 +84,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     tune = _command(subparsers, "tune", "search for good settings on validation images", studies.tune_command)
     _add_study(tune)
+
+    scale = _command(subparsers, "scale", "fit a scaling law to a grid of widths and budgets", scaling.scale_command)
+    _add_study(scale)
+    without = scale.add_mutually_exclusive_group()
+    without.add_argument("--show", action="store_true", help="show the runs and what they cost, and train none")
+    without.add_argument("--fit", action="store_true", help="fit to the runs that are finished, and train none")
+
+    plan = _command(subparsers, "plan", "width, epochs, lr for a budget, by a law", scaling.plan_command, device=False)
+    plan.add_argument(
+        "--budget", type=_operations, required=True, metavar="FLOP", help="floating-point operations, such as 2e15"
+    )
+    plan.add_argument("--eps", type=_radius, help="the radius (default: that of the law)")
+    plan.add_argument(
+        "--law", type=_path, default=Path("runs/scaling"), help="scaling.json, or its folder (default: runs/scaling)"
+    )
+    plan.add_argument("--protocol", default="corrected", metavar="NAME", help="of the plan (default: corrected)")
 
     compare = _command(
         subparsers, "compare", "runs beside each other, with intervals and tests", studies.compare_command, device=False
@@ -285,6 +301,12 @@ def _radius(text: str) -> float:
         return parse_radius(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _operations(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,30}(\.[0-9]{1,30})?([eE][+]?[0-9]{1,2})?", text) or not 1 <= float(text) <= 1e30:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number of operations between 1 and 1e30, as 2e15")
+    return float(text)
 
 
 def _share(text: str) -> float:

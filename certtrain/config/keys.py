@@ -20,22 +20,26 @@ def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
 
 
 def keys_of(place: Any) -> dict[str, Any]:
-    """The keys of a section, with their types; of anything else none."""
-    if not (isinstance(place, type) and issubclass(place, Section)):
+    """The keys of a section, or of one that may be missing, with their types; of anything else none."""
+    sections = _sections_at(place)
+    if len(sections) != 1:
         return {}
-    return {key: field.annotation for key, field in fields_of(place).items()}
+    return {key: field.annotation for key, field in fields_of(sections[0]).items()}
 
 
 def variants_of(place: Any) -> dict[str, type[Section]]:
     """By name, where the fields depend on the name."""
-    sections = [kind for kind in get_args(place) if isinstance(kind, type) and issubclass(kind, Section)]
-    return {kind.model_fields["name"].default: kind for kind in sections if "name" in kind.model_fields}
+    named = {kind.model_fields["name"].default: kind for kind in _sections_at(place) if "name" in kind.model_fields}
+    return {name: kind for name, kind in named.items() if isinstance(name, str)} if len(named) > 1 else {}
 
 
 def sections_of(field: FieldInfo) -> list[type[Section]]:
     """The sections that can stand at a key: one, several of which the name says which it is, or none."""
-    kind = field.annotation
-    return [kind] if isinstance(kind, type) and issubclass(kind, Section) else [*variants_of(kind).values()]
+    return _sections_at(field.annotation)
+
+
+def _sections_at(place: Any) -> list[type[Section]]:
+    return [kind for kind in (place, *get_args(place)) if isinstance(kind, type) and issubclass(kind, Section)]
 
 
 def choices_of(field: FieldInfo) -> list[str]:
@@ -70,6 +74,6 @@ def dotted_fields(section: type[Section] = Config, prefix: str = "") -> Iterator
         inner = {name: value for one in sections for name, value in dotted_fields(one, f"{prefix}{key}.")}
         if len(sections) > 1:
             inner[f"{prefix}{key}.name"] = field
-        if len(sections) != 1:
+        if len(sections) != 1 or field.default is None:
             yield prefix + key, field
         yield from inner.items()

@@ -196,11 +196,12 @@ def _base(folder: Path, name: Path) -> Path:
 
 
 VARIANTS = ("method", "schedule", "averaging", "smoothing")  # sections whose fields depend on their name
+SHORTHANDS = dict.fromkeys(VARIANTS, "name") | {"start_from": "path"}  # sections that may be written as one text
 
 
 def _merged(low: Any, high: Any, key: str = "") -> Any:
     """`high` over `low`: mappings key by key, anything else whole, and so a variant over another one."""
-    low = _named(low) if key in VARIANTS else low
+    low = _spelt_out(low, key)
     if not (isinstance(low, Mapping) and isinstance(high, Mapping)):
         return high
     if key in VARIANTS and high.get("name", low.get("name")) != low.get("name"):
@@ -208,9 +209,9 @@ def _merged(low: Any, high: Any, key: str = "") -> Any:
     return {**low, **{key: _merged(low.get(key), value, key) for key, value in high.items()}}
 
 
-def _named(value: Any) -> Any:
-    """A bare name as the section that it stands for."""
-    return {"name": value} if isinstance(value, str) else value
+def _spelt_out(value: Any, key: str) -> Any:
+    """A bare text as the section that it stands for."""
+    return {SHORTHANDS[key]: value} if key in SHORTHANDS and isinstance(value, str) else value
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +245,7 @@ def _replaced(values: Any, parts: Sequence[str], value: Any) -> Any:
         return value
     first, *rest = parts
     values = values if isinstance(values, Mapping) else {}
-    inner = _named(values.get(first)) if first in VARIANTS and rest else values.get(first)
+    inner = _spelt_out(values.get(first), first) if rest else values.get(first)
     return {**values, first: _replaced(inner, rest, value)}
 
 

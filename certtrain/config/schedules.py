@@ -52,7 +52,26 @@ class CooldownSection(Section):
     """What is left of the rate at the end."""
 
 
-ScheduleSection = ConstantSection | LinearSection | CosineSection | InverseRootSection | CooldownSection
+class InfiniteSection(Section):
+    """The rate falls along half a cosine to a level, stays there however long the run is, and falls at the end.
+
+    Continued later from a network saved while it stayed, it goes on without being warmed up again.
+    """
+
+    name: Literal["infinite"] = "infinite"
+    decay_epochs: float = Field(1.0, ge=0)
+    """Epochs in which it falls to ..."""
+    level: Share = 0.5
+    """... this share of it."""
+    length: Share = 0.2
+    """Share of the run in which it falls at the end."""
+    final: Share = 0.0
+    """What is left of the level then."""
+
+
+ScheduleSection = (
+    ConstantSection | LinearSection | CosineSection | InverseRootSection | CooldownSection | InfiniteSection
+)
 SCHEDULES = [section.model_fields["name"].default for section in get_args(ScheduleSection)]
 
 ChosenSchedule = Annotated[ScheduleSection, Field(discriminator="name"), by_name("schedule", SCHEDULES)]

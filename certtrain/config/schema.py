@@ -21,7 +21,7 @@ from certtrain.config.methods import ChosenMethod, IBPSection
 from certtrain.config.names import ARITHMETICS, ATTACKS, DATASETS, INITIALIZATIONS, MODELS, OPTIMIZERS, STAGES
 from certtrain.config.reading import MOST_DEPTH, write_yaml
 from certtrain.config.schedules import ChosenSchedule, ConstantSection
-from certtrain.config.section import Section
+from certtrain.config.section import Section, Share
 from certtrain.config.smoothing import ChosenSmoothing, NoSmoothingSection
 from certtrain.errors import shown, unknown
 from certtrain.verification.cascade import check_cascade
@@ -81,6 +81,11 @@ def _plain(value: Any, depth: int = 0) -> Any:
     )
 
 
+def _by_path(value: Any) -> Any:
+    """A bare path means a network of which the weights are kept."""
+    return {"path": value} if isinstance(value, str) else value
+
+
 T = TypeVar("T")
 
 Several = Annotated[tuple[T, ...], Field(strict=False), AfterValidator(_not_empty)]
@@ -134,6 +139,36 @@ class DataSection(Section):
     """Input normalisation, one number a channel; null: the data set's own."""
     std: Several[Annotated[float, Field(gt=0)]] | None = None
     """As `mean`."""
+
+
+class ReplaySection(Section):
+    """Old training images in every batch, against forgetting."""
+
+    share: float = Field(gt=0, lt=1)
+    """Of each batch."""
+    data: DataSection | None = None
+    """Where they are; null: those that the network of `start_from` was trained on."""
+
+
+class StartSection(Section):
+    """A trained network to begin with, in the place of the initialization.
+
+    `keep` says what comes from it: `weights` (and BatchNorm's statistics), also the `optimizer`'s state, or also the
+    `step`, so that all schedules go on from there: with nothing else changed, that is the run itself, continued.
+    """
+
+    path: str
+    """A run directory, or a model.safetensors or last.ckpt."""
+    keep: Literal["weights", "optimizer", "step"] = "weights"
+    """What is taken: weights; also the optimizer's state; also the place in all schedules."""
+    reset_classifier: bool = False
+    """Initialize the last layer anew; done in any case for another number of classes."""
+    peak: float | None = Field(None, gt=0)
+    """Learning rate in multiples of that run's; null: optimizer.lr."""
+    epsilon: Literal["zero", "end", "at-once"] = "zero"
+    """Warmup of the radius from 0, from that run's last radius, or none."""
+    evaluate_every: Count | None = 1
+    """Epochs between two looks at that run's setting and at this one; 0: before and after; null: never."""
 
 
 class ModelSection(Section):
@@ -190,7 +225,9 @@ class OptimizerSection(Section):
     lr: float = Field(5e-4, gt=0)
     """Learning rate."""
     warmup_epochs: float = Field(0.0, ge=0)
-    """Epochs in which the learning rate grows from 0."""
+    """Epochs in which the learning rate grows ..."""
+    warmup_start: Share = 0.0
+    """... from this share of it."""
     schedule: ChosenSchedule = ConstantSection()
     """What the learning rate does next: a name, or a mapping of `name` and the schedule's own fields."""
     milestones: Annotated[tuple[Count, ...], Field(strict=False)] = ()
@@ -219,6 +256,15 @@ class BatchNormSection(Section):
     """Of the clean images, of the attacked ones, or of the box's centre."""
     population: bool = False
     """At the end, re-estimate the running statistics over the whole training set."""
+
+
+class MetricsSection(Section):
+    """What metrics.jsonl has of the optimizer, besides. (Liu et al. 2019, arXiv 1908.03265.)"""
+
+    optimizer: bool = False
+    """Adaptive rates, effective step size, rectification and dead ReLUs after each epoch."""
+    first_steps: Count = 0
+    """The same after each of the first so many steps, in steps.jsonl."""
 
 
 class TrainingSection(Section):
@@ -323,13 +369,18 @@ class Config(Section):
     optimizer: OptimizerSection = OptimizerSection()
     regularizers: RegularizerSection = RegularizerSection()
     verification: VerificationSection = VerificationSection()
+    start_from: Annotated[StartSection | None, BeforeValidator(_by_path)] = None
+    """A trained network to begin with: a path, or a mapping of `path` and what is taken."""
+    replay: ReplaySection | None = None
+    """Old images in every batch."""
+    metrics: MetricsSection = MetricsSection()
     backend: Literal["native", "lirpa"] = "native"
     """Who computes bounds; lirpa is auto_LiRPA, where installed."""
 
     @model_validator(mode="after")
     def _fits_the_run(self) -> Config:
         epochs, epsilon = self.training.epochs, self.epsilon
-        ramp_end = epsilon.start_epoch - 1 + epsilon.warmup_epochs
+        _, ramp_end = self.ramp_epochs
         first = ramp_end if self.optimizer.milestones_from == "ramp" else 0
         late = [first + milestone for milestone in self.optimizer.milestones if first + milestone >= epochs]
         if late:
@@ -372,7 +423,22 @@ class Config(Section):
                 f"epsilon: warmup would end after {ramp_end} epochs "
                 f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"
             )
+        start = self.start_from
+        if start is not None and start.keep == "step" and (start.epsilon != "zero" or start.reset_classifier):
+            raise ValueError("start_from.keep step goes on with all that was: without epsilon and reset_classifier")
+        if start is not None and start.epsilon == "end" and epsilon.warmup_epochs == 0:
+            raise ValueError("start_from.epsilon end is where warmup begins: set epsilon.warmup_epochs, or say at-once")
+        if self.replay is not None and self.replay.data is None and start is None:
+            raise ValueError("replay: there is no old data: name a run in start_from, or the data in replay.data")
         return self
+
+    @property
+    def ramp_epochs(self) -> tuple[int, int]:
+        """Epochs done when epsilon begins to move, and when it has reached its end."""
+        if self.start_from is not None and self.start_from.epsilon == "at-once":
+            return 0, 0
+        start = self.epsilon.start_epoch - 1
+        return start, start + self.epsilon.warmup_epochs
 
     @property
     def test_radii(self) -> tuple[float, ...]:

@@ -37,10 +37,11 @@ def _rows(section: type[Section], values: Mapping[str, Any], indent: str, about:
     """
     for key, field in fields_of(section).items():
         value, variants = values[key], variants_of(field.annotation)
-        for inner in [variants[value["name"]]] if variants else sections_of(field):
+        sections = [] if value is None else [variants[value["name"]]] if variants else sections_of(field)
+        for inner in sections:
             yield f"{indent}{key}:", field.description or _summary(inner)
             yield from _rows(inner, value, indent + "  ", f"{_summary(inner)} {_choices(field)}" if variants else "")
-        if not sections_of(field):
+        if not sections:
             text = _radius(value) if BeforeValidator(parse_radius) in field.metadata else write_value(value)
             yield f"{indent}{key}: {text}", about if about and key == "name" else _comment(field, value)
 

@@ -74,31 +74,41 @@ def epoch_batches(
     Raises:
         UsageError: a batch size below 1, a negative seed or epoch, or a start step outside the epoch.
     """
-    n, device = len(split), split.images.device
+    n = len(split)
     steps = steps_per_epoch(n, batch_size)
     if epoch < 0:
         raise UsageError(f"epoch must not be negative, got {epoch}")
     if not 0 <= start_step <= steps:
         raise UsageError(f"start step {start_step} is outside an epoch of {steps} steps")
+    shuffled = Shuffled(split, generator(seed, epoch), augmentation)
+    return (
+        shuffled[share(range(step * batch_size, min((step + 1) * batch_size, n)))] for step in range(start_step, steps)
+    )
 
-    # The whole epoch is drawn and sent to the device here: no step depends on an earlier one, or waits for the host.
-    stream = generator(seed, epoch)
-    order = torch.randperm(n, generator=stream).to(device)
-    flips = (torch.rand(n, generator=stream) < 0.5).to(device)
-    shifts = torch.randint(-augmentation.crop, augmentation.crop + 1, (n, 2), generator=stream).to(device)
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        positions = share(range(step * batch_size, min((step + 1) * batch_size, n)))
+class Shuffled:
+    """A split in random order and augmented, as `stream` says: `shuffled[positions]` are images and labels.
+
+    All is drawn and sent to the split's device at once: no step depends on an earlier one, or waits for the host.
+    """
+
+    def __init__(self, split: Split, stream: torch.Generator, augmentation: Augmentation = NO_AUGMENTATION) -> None:
+        n, device = len(split), split.images.device
+        self._split, self._augmentation = split, augmentation
+        self._order = torch.randperm(n, generator=stream).to(device)
+        self._flips = (torch.rand(n, generator=stream) < 0.5).to(device)
+        crop = augmentation.crop
+        self._shifts = torch.randint(-crop, crop + 1, (n, 2), generator=stream).to(device)
+
+    def __getitem__(self, positions: range) -> tuple[Tensor, Tensor]:
         here = slice(positions.start, positions.stop)
-        chosen = order[here]
-        if augmentation == NO_AUGMENTATION:
-            images = split.images[chosen]
+        chosen = self._order[here]
+        if self._augmentation == NO_AUGMENTATION:
+            images = self._split.images[chosen]
         else:
-            flip = flips[here] if augmentation.flip else torch.zeros_like(flips[here])
-            images = _moved(split.images, chosen, shifts[here], flip)
-        return to_float(images), split.labels[chosen]
-
-    return (batch(step) for step in range(start_step, steps))
+            flip = self._flips[here] if self._augmentation.flip else torch.zeros_like(self._flips[here])
+            images = _moved(self._split.images, chosen, self._shifts[here], flip)
+        return to_float(images), self._split.labels[chosen]
 
 
 def evaluation_batches(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -60,6 +60,7 @@ class Dataset:
         train, test, validation: the splits; all images of one size, all labels in [0, num_classes).
         classes: a name per class.
         mean, std: per channel, in units of [0, 1] pixels: what the model's first layer normalises its input with.
+        old: training images of another data set, of which every batch has a share.
 
     Raises:
         DataError: the splits do not fit each other or the classes.
@@ -71,9 +72,11 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     validation: Split | None = None
+    old: Split | None = None
 
     def __post_init__(self) -> None:
-        for name, split in (("train", self.train), ("test", self.test), ("validation", self.validation)):
+        splits = {"train": self.train, "test": self.test, "validation": self.validation, "replayed": self.old}
+        for name, split in splits.items():
             if split is None:
                 continue
             if split.images.shape[1:] != self.train.images.shape[1:]:
@@ -98,8 +101,8 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data set with every split on `device`."""
-        validation = None if self.validation is None else self.validation.to(device)
-        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation)
+        validation, old = (None if split is None else split.to(device) for split in (self.validation, self.old))
+        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation, old=old)
 
     def with_validation(self, amount: float | int, seed: int) -> Dataset:
         """Cut a random subset off train and make it the validation split; both keep train's order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from certtrain.bounds import bounded_model
 from certtrain.config import Config
-from certtrain.config.schema import BatchNormSection
+from certtrain.config.schema import BatchNormSection, MetricsSection
 from certtrain.data import (
     Augmentation,
     Dataset,
@@ -21,16 +22,19 @@ from certtrain.data import (
     require_two_classes,
     to_float,
 )
+from certtrain.data.replay import Mixture
 from certtrain.errors import DataError, UsageError, shortened
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.models.own import explained, modules_from
 from certtrain.runs.checkpoint import require_reloadable
+from certtrain.runs.start import Start, require_same_architecture
 from certtrain.runtime.compilation import compiling_pays
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.layout import layout_for
 from certtrain.schedules import LearningRate, SmoothedEpsilon
+from certtrain.training.adaptivity import require_measured
 from certtrain.training.averaging import build_average
 from certtrain.training.cost import clean_macs
 from certtrain.training.methods import build_method
@@ -65,11 +69,14 @@ def load_data(config: Config) -> Dataset:
     return dataset.tested_on_validation() if config.verification.split == "validation" else dataset
 
 
-def build(config: Config, dataset: Dataset, trust: bool = True) -> tuple[nn.Module, dict[str, Any]]:
+def build(
+    config: Config, dataset: Dataset, trust: bool = True, start: Start | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """The initialized network, and the arguments of `build_model` that rebuild it.
 
     Args:
         trust: the configuration may name code outside certtrain, as one's own may.
+        start: the network whose weights it will have, and whose input normalisation it keeps.
     """
     architecture: dict[str, Any] = {
         "name": config.model.name,
@@ -79,6 +86,10 @@ def build(config: Config, dataset: Dataset, trust: bool = True) -> tuple[nn.Modu
         "std": list(config.data.std or dataset.std),
         "options": dict(config.model.options),
     }
+    if start is not None and start.architecture is not None:
+        require_same_architecture(start, architecture, trust)
+        for key in ("mean", "std"):
+            architecture[key] = getattr(config.data, key) or getattr(start.architecture, key) or architecture[key]
     channels = dataset.image_shape[0]
     if {len(architecture["mean"]), len(architecture["std"])} != {channels}:
         raise UsageError(f"data.mean and data.std need one number for each of the images' {channels} channels")
@@ -103,27 +114,44 @@ def output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int])
 
 
 def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
-    augmentation = Augmentation(config.data.flip, config.data.crop)
-    return lambda epoch, first: epoch_batches(
-        dataset.train,
-        config.training.batch_size,
-        seed=config.seed,
-        epoch=epoch,
-        augmentation=augmentation,
-        start_step=first,
-        share=ranks.share,
+    changes = Augmentation(config.data.flip, config.data.crop)
+    draw = partial(epoch_batches, dataset.train, config.training.batch_size)
+    if dataset.old is not None:
+        draw = partial(_mixture(config, dataset).epoch_batches, dataset.train, dataset.old)
+    return lambda epoch, first: draw(
+        seed=config.seed, epoch=epoch, augmentation=changes, start_step=first, share=ranks.share
     )
 
 
-def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = ALONE) -> Trainer:
-    """The trainer for a configuration; model and data are on their device."""
+def _mixture(config: Config, dataset: Dataset) -> Mixture:
+    assert config.replay is not None
+    return Mixture(len(dataset.train), config.training.batch_size, config.replay.share)
+
+
+def epoch_sizes(config: Config, dataset: Dataset) -> list[int]:
+    """Images in each batch of an epoch, replayed ones included."""
+    if dataset.old is not None:
+        return [sum(counts) for counts in _mixture(config, dataset).sizes]
+    return batch_sizes(len(dataset.train), config.training.batch_size)
+
+
+def assemble(
+    config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = ALONE, start: Start | None = None
+) -> Trainer:
+    """The trainer for a configuration; model and data are on their device.
+
+    Args:
+        start: the network that the run begins with, to which learning rate and radius may refer.
+    """
     training, epsilon = config.training, config.epsilon
     split = dataset.train
-    sizes = batch_sizes(len(split), training.batch_size)
+    sizes = epoch_sizes(config, dataset)
     per_epoch = len(sizes)
-    _check_last_batch(model, len(split), training.batch_size)
+    _check_last_batch(model, sizes, training.batch_size)
     if training.batch_norm != BatchNormSection() and not _has_batch_norm(model):
         raise UsageError(f"training.batch_norm: model {config.model.name} has no BatchNorm")
+    if config.metrics != MetricsSection():
+        require_measured(config.optimizer.name)
     _check_shares(config, dataset, sizes, ranks)
     batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
     plain_step = GradientStep(
@@ -138,8 +166,13 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         compile_for=training.batch_size if compiles(config, model, dataset) else None,
         ranks=ranks,
     )
-    start, max_eps = (epsilon.start_epoch - 1) * per_epoch, epsilon.train_factor * epsilon.max
-    radius = SmoothedEpsilon(max_eps, start, _ramp_end(config, per_epoch), epsilon.mid, epsilon.beta)
+    begin, end = (epoch * per_epoch for epoch in config.ramp_epochs)
+    max_eps, initial, rate = epsilon.train_factor * epsilon.max, 0.0, learning_rate(config, per_epoch)
+    if start is not None and config.start_from is not None:
+        initial = start.eps if config.start_from.epsilon == "end" else 0.0
+        if config.start_from.peak is not None:
+            rate = replace(rate, base=config.start_from.peak * start.run_config.optimizer.lr)
+    radius = SmoothedEpsilon(max_eps, begin, end, epsilon.mid, epsilon.beta, initial)
     return Trainer(
         model=model,
         gradient_step=smoothed(training.smoothing, plain_step),
@@ -150,7 +183,7 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
         eps=radius,
         max_eps=max_eps,
         ramp=radius.ramp,
-        lr=learning_rate(config, per_epoch),
+        lr=rate,
         clip=config.optimizer.clip,
         average=build_average(training.averaging, model, per_epoch, training.epochs),
         seed=config.seed,
@@ -159,13 +192,8 @@ def assemble(config: Config, model: nn.Module, dataset: Dataset, ranks: Ranks = 
 
 def learning_rate(config: Config, steps_per_epoch: int) -> LearningRate:
     """As a function of the step."""
-    end = _ramp_end(config, steps_per_epoch)
+    end = config.ramp_epochs[1] * steps_per_epoch
     return build_rate(config.optimizer, steps_per_epoch, config.training.epochs, end)
-
-
-def _ramp_end(config: Config, steps_per_epoch: int) -> int:
-    """The step at which epsilon has stopped growing."""
-    return (config.epsilon.start_epoch - 1 + config.epsilon.warmup_epochs) * steps_per_epoch
 
 
 def layout_of(config: Config, model: nn.Module, dataset: Dataset) -> torch.memory_format:
@@ -182,7 +210,7 @@ def compiles(config: Config, model: nn.Module, dataset: Dataset) -> bool:
         return False
     if training.compile != "auto":
         return training.compile
-    steps = training.epochs * len(batch_sizes(len(dataset.train), training.batch_size))
+    steps = training.epochs * len(epoch_sizes(config, dataset))
     macs = training.epochs * len(dataset.train) * clean_macs(model, dataset.image_shape)
     return compiling_pays(next(model.parameters()).device, steps, macs)
 
@@ -191,10 +219,10 @@ def _has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def _check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
-    if _has_batch_norm(model) and (images - 1) % batch_size == 0:
+def _check_last_batch(model: nn.Module, sizes: Sequence[int], batch_size: int) -> None:
+    if _has_batch_norm(model) and 1 in sizes:
         raise UsageError(
-            f"training.batch_size: {images} images in batches of {batch_size} leave one alone, "
+            f"training.batch_size: {sum(sizes)} images in batches of {batch_size} leave one alone, "
             "which BatchNorm cannot normalise: choose another size"
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runs.checkpoint import save_checkpoint
+from certtrain.runs.meters import Meter
 from certtrain.runs.metrics import MetricsFile
 from certtrain.runs.progress import ProgressDisplay, TensorBoard, epoch_record
 from certtrain.runs.state import run_state
@@ -88,8 +89,10 @@ class Recorder(Follower):
         ranks: Ranks,
         seconds_before: float = 0.0,
         callbacks: Sequence[Observer] = (),
+        meters: Sequence[Meter] = (),
     ) -> None:
         super().__init__(ranks, callbacks)
+        self._meters = meters
         self._folder, self._display = folder, display
         self._checkpoint_seconds = checkpoint_seconds
         self._metrics = MetricsFile(folder / "metrics.jsonl", trainer.epoch)
@@ -104,6 +107,8 @@ class Recorder(Follower):
         return self._seconds_before + time.monotonic() - self._started
 
     def after_step(self, trainer: Trainer) -> bool:
+        for meter in self._meters:
+            meter.after_step(trainer, self._probe)
         self._show(self._display.after_step, trainer)
         return super().after_step(trainer)
 
@@ -118,6 +123,8 @@ class Recorder(Follower):
         self.images_per_second = report.images_per_second
         layers = layer_statistics(trainer.gradient_step.net, self._probe, max(report.eps, SMALLEST_RADIUS))
         record = epoch_record(report, layers, self.seconds)
+        for meter in self._meters:
+            record |= meter.after_epoch(trainer, report, layers)
         self._metrics.add(record)
         self._tensorboard.add(record)
         self._show(self._display.after_epoch, report)

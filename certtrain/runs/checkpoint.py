@@ -181,7 +181,7 @@ def load_model(source: str | Path, device: torch.device | str = "cpu", *, trust:
     find_model(architecture["name"], trust)  # before anything else is read
     try:
         check = _shape_check(architecture, file)
-        weights = _load_weights(file, check)
+        weights = load_weights(file, check)
         model = build_model(**architecture, trust=trust)
     except (UsageError, CheckpointError):
         raise
@@ -266,7 +266,7 @@ def _unsavable(value: Any) -> str | None:
 def require_same_shapes(own: Mapping[str, Any], weights: Mapping[str, Any], source: Path | str) -> None:
     """Raises CheckpointError unless names, shapes and dtypes of the two state dicts agree."""
     missing, surplus = own.keys() - weights.keys(), weights.keys() - own.keys()
-    kinds = [(key, _kind(weights[key]), _kind(own[key])) for key in sorted(own.keys() & weights.keys())]
+    kinds = [(key, _kind(weights[key]), _kind(own[key])) for key in own if key in weights]
     wrong = [f"{key} is {found}, not {expected}" for key, found, expected in kinds if found != expected]
     if missing or surplus or wrong:
         details = [f"it lacks {min(missing, key=str)}"] if missing else []
@@ -296,9 +296,17 @@ def _shape_check(architecture: Mapping[str, Any], file: Path) -> Callable[[Mappi
     return lambda outline: None
 
 
-def _load_weights(file: Path, check: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Tensor]:
+def load_weights(file: Path, check: Callable[[Mapping[str, Any]], None]) -> Mapping[str, Tensor]:
+    """The weights in a model.safetensors or last.ckpt.
+
+    Args:
+        check: is called with the tensors' dtypes and shapes, on the meta device, before any value is read.
+
+    Raises:
+        CheckpointError: corrupt, or no network.
+    """
     if file.suffix == ".ckpt":
-        return _weights_of(load_checkpoint(file, lambda outline: check(_weights_of(outline, file))), file)
+        return weights_of(load_checkpoint(file, lambda outline: check(weights_of(outline, file))), file)
     with open_tensor_file(file) as stored:
         check(stored.outline)
         weights = stored.read()
@@ -307,7 +315,8 @@ def _load_weights(file: Path, check: Callable[[Mapping[str, Any]], None]) -> Map
     return weights
 
 
-def _weights_of(state: Mapping[str, Any], file: Path) -> Mapping[str, Tensor]:
+def weights_of(state: Mapping[str, Any], file: Path) -> Mapping[str, Tensor]:
+    """The network in a resume point; a CheckpointError where there is none."""
     trainer = state.get("trainer") if isinstance(state, dict) else None
     weights = trainer.get("model") if isinstance(trainer, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):

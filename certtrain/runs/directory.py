@@ -17,6 +17,8 @@ from certtrain.runtime.files import parse_json, replaceable, write_atomically, w
 RUN_FILES = (
     "config.yaml",
     "metrics.jsonl",
+    "steps.jsonl",
+    "start.json",
     "last.ckpt",
     "model.safetensors",
     "model-raw.safetensors",

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what every epoch came to; read without torch."""
+"""metrics.jsonl: what every epoch came to, and steps.jsonl: what steps did; read without torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from certtrain.runtime.files import parse_json, write_text
 class MetricsFile:
     """metrics.jsonl: one line per epoch. A resumed run drops the lines of epochs that it will train again.
 
+    Args:
+        keep: the last epoch whose line stays.
+        key: "epoch", or what else the lines are counted by.
+
     Raises:
         CheckpointError: a line is no epoch's record.
     """
 
-    def __init__(self, path: Path, keep_epochs: int) -> None:
+    def __init__(self, path: Path, keep: int, key: str = "epoch") -> None:
         self._path = path
-        old = read_records(path) if path.exists() else []
-        self._lines = [json.dumps(record) for record in old if record["epoch"] <= keep_epochs]
+        old = read_records(path, key) if path.exists() else []
+        self._lines = [json.dumps(record) for record in old if record[key] <= keep]
 
     @property
     def last(self) -> dict[str, Any]:
@@ -32,8 +36,8 @@ class MetricsFile:
         write_text(self._path, "\n".join(self._lines) + "\n")
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, in order; blank lines are none.
+def read_records(path: Path, key: str = "epoch") -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, or of a file counted by another key, in order; blank lines are none.
 
     Raises:
         CheckpointError: it cannot be read, or a line is no epoch's record.
@@ -50,7 +54,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             record = parse_json(line)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+        if not isinstance(record, dict) or type(record.get(key)) is not int:
             raise CheckpointError(f"{path} is missing or corrupt (line {number} is no record of an epoch)")
         records.append(record)
     return records

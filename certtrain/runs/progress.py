@@ -54,10 +54,13 @@ class TensorBoard:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         scalars = {f"train/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "epoch"}
+        for group, values in record.items():
+            if isinstance(values, dict):
+                scalars |= {f"{group}/{name}": value for name, value in values.items() if value is not None}
         for number, layer in enumerate(record["layers"], start=1):
             scalars |= {f"relu{number}/{name}": value for name, value in layer.items()}
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._append(Event(step=record["epoch"], summary=Summary(value=values)))
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+        self._append(Event(step=record["epoch"], summary=summary))
 
     def _append(self, *events: Any) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter

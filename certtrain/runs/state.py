@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +59,58 @@ def continue_from(state: Mapping[str, Any], trainer: Trainer, source: Path) -> N
     Raises:
         CheckpointError: torch does not take it, such as a state of the random numbers that is none.
     """
-    saved, optimizer = state["trainer"], trainer.optimizer
+    saved = state["trainer"]
+    try:
+        trainer.load_state_dict({**saved, "optimizer": _optimizer_state(trainer.optimizer, saved["optimizer"])})
+    except RuntimeError as error:
+        raise CheckpointError(f"{source} does not fit this run: {one_line(error)}") from error
+
+
+def check_optimizer(state: Any, trainer: Trainer, without: Collection[str], source: Path) -> None:
+    """Compare the optimizer's state in `state`, of another run, with what that of `trainer` would be.
+
+    Args:
+        without: names of parameters of which nothing will be taken.
+
+    Raises:
+        CheckpointError: it is that of another optimizer, or of other parameters.
+    """
+    try:
+        record({"trainer": record({"optimizer": record({"state": _anything}, _anything)}, _anything)}, _anything)(
+            state, ""
+        )
+        _optimizer(trainer.optimizer)(_lacking(state["trainer"]["optimizer"], trainer, without), "optimizer")
+    except Misfit as misfit:
+        raise CheckpointError(
+            f"start_from: the optimizer's state in {source} does not fit this run: {misfit}; configure the same "
+            "optimizer, or keep weights alone"
+        ) from None
+
+
+def take_optimizer(state: Mapping[str, Any], trainer: Trainer, without: Collection[str]) -> None:
+    """Load the optimizer's state of a checked `state` but for some parameters; the settings remain the trainer's."""
+    saved = _lacking(state["trainer"]["optimizer"], trainer, without)
+    trainer.optimizer.load_state_dict(_optimizer_state(trainer.optimizer, saved))
+
+
+def _lacking(saved: Mapping[str, Any], trainer: Trainer, without: Collection[str]) -> dict[str, Any]:
+    """The optimizer's state without that of the parameters named `without`."""
+    left_out = {id(parameter) for name, parameter in trainer.model.named_parameters() if name in without}
+    parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    indices = {index for index, parameter in enumerate(parameters) if id(parameter) in left_out}
+    kept = saved["state"]
+    if isinstance(kept, Mapping):
+        kept = {index: values for index, values in kept.items() if index not in indices}
+    return {**saved, "state": kept}
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kept = {
         index: {name: _laid_out_as(parameters[index], value) for name, value in values.items()}
-        for index, values in saved["optimizer"]["state"].items()
+        for index, values in saved["state"].items()
     }
-    groups = optimizer.state_dict()["param_groups"]
-    try:
-        trainer.load_state_dict({**saved, "optimizer": {"state": kept, "param_groups": groups}})
-    except RuntimeError as error:
-        raise CheckpointError(f"{source} does not fit this run: {one_line(error)}") from error
+    return {"state": kept, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _laid_out_as(parameter: Tensor, value: Any) -> Any:

@@ -18,16 +18,20 @@ from torch import nn
 
 from certtrain.config import Config
 from certtrain.config.loading import Overrides
+from certtrain.config.schema import MetricsSection
 from certtrain.data import Dataset, epoch_batches
-from certtrain.runs.build import assemble, build, compiles, layout_of, load_data, resolve_device, training_batches
+from certtrain.runs.build import assemble, build, compiles, layout_of, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
 from certtrain.runs.directory import clear, remove_temporaries
 from certtrain.runs.evaluation import Results, summarize, verify_run
 from certtrain.runs.extension import compiled_as, extend, require_same_past
-from certtrain.runs.metrics import MetricsFile
+from certtrain.runs.forgetting import Forgetting, forgetting_of, load_with_old_data
+from certtrain.runs.meters import Meter, OptimizerMeter
+from certtrain.runs.metrics import MetricsFile, read_records
 from certtrain.runs.progress import Output, ProgressDisplay
 from certtrain.runs.request import Request, Stored
+from certtrain.runs.start import Start, Taken, find_start, original_network, save_start, stored_start, take
 from certtrain.runs.state import check_state, continue_from
 from certtrain.runs.verdicts import verdicts_of, write_verdicts
 from certtrain.runtime.compilation import announced
@@ -117,6 +121,8 @@ class Prepared:
     dataset: Dataset
     trainer: Trainer
     seconds_before: float
+    start: Start | None
+    forgetting: Forgetting | None
 
 
 def _prepare(
@@ -132,17 +138,31 @@ def _prepare(
     folder, config = request.folder, stored.config if stored else request.config
     assert config is not None  # a run that is continued has one stored
     shorter = stored.shorter if stored else None
-    dataset = ranks.one_per_machine_first(partial(load_data, config))
+    start = _find_start(folder, config, stored is not None, ranks)
+    dataset, old = ranks.one_per_machine_first(partial(load_with_old_data, config, start))
+    trusted = trust or request.trusts(config)
     with ranks.together():
         torch.manual_seed(config.seed)
-        model, architecture = build(config, dataset, trust or request.trusts(config))
+        model, architecture = build(config, dataset, trusted, start)
+    taken = None if start is None or start.is_recorded else _take(start, config, model, ranks)
+    with ranks.together():
         model.to(place)
         if shorter is not None:
             config = compiled_as(shorter, config, model, dataset)
         lay_out_(model, layout_of(config, model, dataset), dataset.image_shape)
         dataset = dataset.to(place)
-    trainer = assemble(config, model, dataset, ranks)
+    trainer = assemble(config, model, dataset, ranks, start)
+    forgetting = forgetting_of(config, start, dataset, old)
     resumed = None if stored is None else _resume(folder, trainer, ranks, console, held)
+    if start is not None and taken is not None:
+        with ranks.together():
+            taken.continue_in(trainer)
+            original = original_network(start, taken, model, trusted)
+            before = forgetting.before(model, original) if forgetting and ranks.is_first else {}
+        start = taken.recorded_in(start, before)
+        _tell(console, f"starting {start.told}")
+        if taken.keep == "step":
+            _keep_threads(taken.state["threads"], console, held)
     with ranks.together():
         if resumed is not None and shorter is not None:
             require_same_past(shorter, config, trainer.step, trainer.steps_per_epoch)
@@ -154,8 +174,33 @@ def _prepare(
                 extend(folder, shorter, config, trainer.step, trainer.steps_per_epoch, partial(_tell, console))
             elif resumed is None:
                 write_text(folder / "config.yaml", config.to_yaml())
+            if start is not None and taken is not None:
+                save_start(folder, start)
             save_architecture(folder, architecture)
-    return Prepared(folder, config, model, dataset, trainer, resumed or 0.0)
+    return Prepared(folder, config, model, dataset, trainer, resumed or 0.0, start, forgetting)
+
+
+def _find_start(folder: Path, config: Config, continued: bool, ranks: Ranks) -> Start | None:
+    """What the run begins with, or where it has a resume point began with."""
+    start = None
+    with ranks.together():
+        if ranks.is_first and config.start_from is not None:
+            resumed = continued and (folder / "last.ckpt").is_file()
+            start = stored_start(folder) if resumed else find_start(config.start_from, folder)
+    return ranks.broadcast(start)
+
+
+def _take(start: Start, config: Config, model: nn.Module, ranks: Ranks) -> Taken:
+    """What is taken from the network of `start`, in every process; `model` has its weights."""
+    assert config.start_from is not None
+    taken = None
+    with ranks.together():
+        if ranks.is_first:
+            taken = take(start, config.start_from, model)
+    taken = ranks.broadcast(taken)
+    assert taken is not None
+    taken.adopt(model)
+    return taken
 
 
 def _resume(folder: Path, trainer: Trainer, ranks: Ranks, console: Console, held: ExitStack) -> float | None:
@@ -183,7 +228,13 @@ def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Obse
         if ranks.is_first:
             probe, _ = next(training_batches(run.config, run.dataset)(0, 0))
             every = run.config.training.checkpoint_seconds
-            observer = Recorder(run.folder, every, trainer, probe, display, ranks, run.seconds_before, callbacks)
+            meters: list[Meter] = [] if run.forgetting is None else [run.forgetting]
+            if run.config.metrics != MetricsSection():
+                first_steps = run.config.metrics.first_steps
+                meters.append(OptimizerMeter(run.folder / "steps.jsonl", first_steps, trainer.step))
+            observer = Recorder(
+                run.folder, every, trainer, probe, display, ranks, run.seconds_before, callbacks, meters
+            )
         compiled = compiles(run.config, run.model, run.dataset)
         told = announced(display.compiling, display.compiled) if compiled else nullcontext()
         with observer.until_signalled(), safe_convolutions(run.model, run.dataset.image_shape), told:
@@ -217,6 +268,8 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
             "steps": run.trainer.step,
             "processes": ranks.world_size,
         }
+        if run.start is not None:
+            summary["start"] = _started(run, run.start)
         write_verdicts(run.folder, verdicts_of(run.config.verification.split, run.dataset.test, results.test))
         write_json(run.folder / "summary.json", summary)
     return ranks.broadcast(summary)
@@ -236,6 +289,14 @@ def _hand_out(run: Prepared, file: str, population: bool, ranks: Ranks) -> Resul
         [] if dataset.validation is None else verify_run(config, model, dataset.tested_on_validation(), ranks=ranks)
     )
     return Results(results, held_out)
+
+
+def _started(run: Prepared, start: Start) -> dict[str, Any]:
+    """Of summary.json: what the run began with, and what became of that."""
+    origin = {"file": start.file, "sha256": start.sha256, "keep": start.keep, "reinitialized": start.reinitialized}
+    if run.forgetting is None:
+        return origin
+    return origin | run.forgetting.summary(start, read_records(run.folder / "metrics.jsonl"), run.model)
 
 
 def _keep_threads(saved: int, console: Console, held: ExitStack) -> None:

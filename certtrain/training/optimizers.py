@@ -11,13 +11,14 @@ from certtrain.config.arguments import optimizer_arguments
 from certtrain.config.schedules import (
     CooldownSection,
     CosineSection,
+    InfiniteSection,
     InverseRootSection,
     LinearSection,
     ScheduleSection,
 )
 from certtrain.config.schema import OptimizerSection
 from certtrain.errors import UsageError, shortened
-from certtrain.schedules import Cooldown, Cosine, InverseRoot, LearningRate, Linear, Shape, constant
+from certtrain.schedules import Cooldown, Cosine, Infinite, InverseRoot, LearningRate, Linear, Shape, constant
 from certtrain.training.muon import MuonWithAdamW, groups_for_muon
 
 
@@ -63,6 +64,7 @@ def build_rate(section: OptimizerSection, steps_per_epoch: int, epochs: int, ram
         section.factor,
         warmup,
         build_shape(section.schedule, steps_per_epoch, epochs * steps_per_epoch - warmup),
+        section.warmup_start,
     )
 
 
@@ -77,4 +79,7 @@ def build_shape(section: ScheduleSection, steps_per_epoch: int, steps: int) -> S
             return InverseRoot(max(1, round(section.timescale_epochs * steps_per_epoch)))
         case CooldownSection():
             return Cooldown(steps, round(section.length * steps), section.final)
+        case InfiniteSection():
+            decay, length = round(section.decay_epochs * steps_per_epoch), round(section.length * steps)
+            return Infinite(steps, decay, section.level, length, section.final)
     return constant

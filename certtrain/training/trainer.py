@@ -146,7 +146,7 @@ class Trainer:
         steps = range(self.step, (self.epoch + 1) * self.steps_per_epoch)
         values = torch.tensor([(self.eps(step), self.ramp(step)) for step in steps])
         eps, ramp = values.to(next(self.model.parameters()).device).unbind(1)
-        eps_ratio = eps / self.max_eps if self.max_eps else torch.ones_like(eps)
+        eps_ratio = (eps / self.max_eps).clamp(max=1.0) if self.max_eps else torch.ones_like(eps)
         return map(Scheduled, eps, eps_ratio, ramp, step_keys(self.seed, torch.tensor(steps)).to(eps.device))
 
     def _take_step(self, images: Tensor, labels: Tensor, size: int, at: Scheduled) -> None:

@@ -121,7 +121,7 @@ def test_another_format_is_refused(tmp_path):
         ({"options": {"widths": [9]}}, r"network\.1\.weight is \(8, 16\), not \(9, 16\)"),
         ({"options": {"widths": [8, 8]}}, r"lacks network\.5\.bias; has network\.4\.bias besides"),
         ({"options": {"widths": []}}, r"has network\.2\.bias besides"),
-        ({"num_classes": 4}, r"network\.4\.bias is \(3,\), not \(4,\)"),
+        ({"num_classes": 4}, r"network\.4\.weight is \(3, 8\), not \(4, 8\)"),
     ],
 )
 def test_weights_of_another_architecture_say_what_does_not_fit(tmp_path, other, message):

@@ -175,6 +175,8 @@ READERS = {
     "model.safetensors": ("verify", "report"),
     "last.ckpt": ("verify a checkpoint", "resume"),
     "metrics.jsonl": ("report", "resume"),
+    "steps.jsonl": ("resume",),
+    "start.json": ("resume",),
     "summary.json": ("report",),
     "verify.json": ("report", "verify"),
     "radius.json": ("report",),

@@ -106,6 +106,10 @@ def test_arguments_that_torch_refuses_are_a_usage_error(arguments):
         ({"schedule": {"name": "linear"}, "warmup_epochs": 1}, [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
         ({"schedule": "cooldown"}, [1, 1, 1, 1, 1, 1, 1, 0.5]),
         (
+            {"schedule": {"name": "infinite", "level": 0.4, "length": 0.25}, "warmup_epochs": 1, "warmup_start": 0.5},
+            [0.75, 1, 1, 0.7, 0.4, 0.4, 0.4, 0.2],
+        ),
+        (
             {"schedule": {"name": "inverse-root", "timescale_epochs": 2}},
             [1, 1, 1, 1, 1, *((4 / s) ** 0.5 for s in (5, 6, 7))],
         ),

@@ -1,0 +1,146 @@
+"""The commands about scaling laws."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from certtrain.errors import UsageError
+from certtrain.runtime.device import check_device_name
+
+if TYPE_CHECKING:
+    from certtrain.studies.scaling.design import Grid
+    from certtrain.studies.scaling.recommend import Recommendation
+    from certtrain.studies.scaling.results import Fitted
+    from certtrain.studies.scaling.run import Scaled
+
+
+def scale_command(options: argparse.Namespace) -> int:
+    from certtrain.studies.reading import study_path
+    from certtrain.studies.scaling.design import load_plan
+
+    path = study_path(options.study)
+    plan = load_plan(path, options.overrides)
+    check_device_name(options.device)
+    folder = options.out or Path("runs") / path.stem
+
+    from certtrain.errors import optional_module
+    from certtrain.runtime.files import write_atomically
+    from certtrain.studies.scaling.plots import picture
+    from certtrain.studies.scaling.run import scale
+
+    optional_module("matplotlib", "report")  # known now rather than after a night
+    console = Console()
+    given = {"jobs": options.jobs, "budget": options.budget, "device": options.device}
+    scaled = scale(plan, folder, console=console, train=not (options.show or options.fit), **given)
+    if options.show:
+        _show_grid(console, "tuning", scaled.tuning)
+        _show_grid(console, "grid", scaled.grid)
+        if scaled.rule is None and scaled.tuning.cells:
+            _tell(console, "cells of tuned protocols follow when the tuning is finished")
+        return 0
+    _show_progress(console, scaled, f"certtrain scale {options.study}")
+    for fitted in scaled.fits:
+        _show_fit(console, fitted, plan.file.forecast)
+    if scaled.fits:
+        image = picture(scaled.fits, plan.file.forecast)
+        write_atomically(folder / "scaling.png", lambda file: file.write(image))
+        _tell(console, f"wrote {folder / 'scaling.json'} and scaling.png")
+    return scaled.outcome.exit_code
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    if not options.law.exists():
+        raise UsageError(f"--law: there is no {options.law}: certtrain scale PLAN.yaml fits a law into its folder")
+
+    from certtrain.studies.scaling.recommend import read_record, recommend
+
+    record = read_record(options.law)
+    eps = record.eps if options.eps is None else options.eps
+    _show_recommendation(Console(), recommend(record, options.protocol, options.budget, eps), eps)
+    return 0
+
+
+def _tell(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_grid(console: Console, title: str, grid: Grid) -> None:
+    if not grid.cells:
+        return
+    total = sum(cell.compute for cell in grid.cells)
+    table = Table(title=f"{title}: {len(grid.cells)} cells for each seed, {total:.3g} FLOP")
+    table.add_column("cell")
+    for column in ("width", "epochs", "warmup", "FLOP"):
+        table.add_column(column, justify="right")
+    for cell in grid.cells:
+        epochs, warmup = cell.config.training.epochs, cell.config.epsilon.warmup_epochs
+        table.add_row(cell.name, str(cell.width), str(epochs), str(warmup), f"{cell.compute:.3g}")
+    console.print(table)
+    for line in grid.left_out:
+        _tell(console, f"left out: {line}")
+
+
+def _show_progress(console: Console, scaled: Scaled, command: str) -> None:
+    outcome = scaled.outcome
+    for name, reason in outcome.failed.items():
+        _tell(console, f"failed: {name}: {reason}")
+    _tell(console, f"tuning: {len(scaled.tried)} of {len(scaled.tuning.cells)} cells finished")
+    _tell(console, f"grid: {len(scaled.results)} of {len(scaled.grid.cells)} cells finished")
+    if outcome.left or outcome.elsewhere:
+        _tell(console, f"{len(outcome.left)} runs are not finished: {command}, with the same options, goes on")
+
+
+def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
+    for line in fitted.dropped:
+        _tell(console, f"{fitted.protocol}: dropped: {line}")
+    laws, resampled = fitted.laws, fitted.resampled
+    if laws is None or resampled is None:
+        _tell(console, f"{fitted.protocol}: no laws yet: {fitted.why_not}")
+        return
+    table = Table(title=f"{fitted.protocol}: 95 % intervals of {len(resampled.laws)} of {resampled.drawn} resamples")
+    for column in ("", "exponent", f"at {forecast:.3g} FLOP"):
+        table.add_column(column)
+    values = {"width": laws.width.exponent, "epochs": laws.epochs.exponent, "error": laws.error.above.exponent}
+    at = resampled.at(forecast)
+    for name, exponent in values.items():
+        value = getattr(laws, name)(forecast)
+        table.add_row(
+            "verified error" if name == "error" else f"optimal {name}",
+            f"{exponent:.3f} {_interval(resampled.exponents[name], '.3f')}",
+            f"{value:.4g} {_interval(at[name], '.4g')}",
+        )
+    console.print(table)
+    _tell(console, f"noise {fitted.noise}")
+
+
+def _interval(interval: Sequence[float] | None, form: str) -> str:
+    return "" if interval is None else f"({interval[0]:{form}} to {interval[1]:{form}})"
+
+
+def _show_recommendation(console: Console, found: Recommendation, eps: float) -> None:
+    table = Table(title=f"{found.compute:.4g} FLOP at epsilon {eps:.5f}")
+    for column in ("", "recommended", "95 % interval"):
+        table.add_column(column)
+    config, settings = found.config, found.settings
+    rows = [
+        ("width", str(found.width), _interval(found.width_interval, ".0f")),
+        ("epochs", str(found.epochs), _interval(found.epochs_interval, "d")),
+        ("warmup of epsilon, epochs", str(config.epsilon.warmup_epochs), ""),
+        ("learning rate", f"{settings.lr:g}", ""),
+        ("batch size", str(settings.batch_size), ""),
+        ("beta2", f"{settings.beta2:g}", ""),
+        ("verified error", f"{found.error:.2%}", _interval(found.error_interval, ".2%")),
+    ]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if found.doublings_beyond > 0:
+        low, high = found.range
+        beyond = f"{found.doublings_beyond:.1f} doublings beyond what was measured"
+        _tell(console, f"extrapolated: {beyond}, {low:.3g} to {high:.3g} FLOP")

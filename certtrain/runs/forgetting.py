@@ -1,0 +1,145 @@
+"""What a network that is trained further forgets: its errors on the setting it comes from, and on the present one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from certtrain.config import Config
+from certtrain.data import Dataset, Split
+from certtrain.errors import DataError, UsageError
+from certtrain.report.layer_statistics import LayerStatistics
+from certtrain.runs.build import load_data
+from certtrain.runs.meters import Meter
+from certtrain.runs.start import Errors, Start
+from certtrain.training.trainer import EpochReport, Trainer
+from certtrain.verification.verify import verify
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Test images of the data set `data`, and the radius that is to be proved for them."""
+
+    data: str
+    images: Split
+    eps: float
+
+    def errors(self, model: nn.Module, batch_size: int) -> Errors:
+        """Natural error, and verified error by IBP."""
+        (found,) = verify(model, self.images, self.eps, batch_size=batch_size)
+        return Errors(natural_error=found.natural_error, verified_error=found.verified_error)
+
+
+@dataclass(frozen=True)
+class Forgetting(Meter):
+    """Measures a run that began with the network of another.
+
+    settings: "old", that of the other run, where it is known; "new", this run's.
+    classes: of the network that is trained; on images of others it has no errors.
+    every: so many epochs; 0 for before and after training alone.
+    """
+
+    settings: Mapping[str, Setting]
+    classes: int
+    every: int
+    batch_size: int
+
+    def errors(self, model: nn.Module) -> dict[str, Errors]:
+        """By setting, of the network that is trained."""
+        return {
+            name: setting.errors(model, self.batch_size)
+            if int(setting.images.labels.max()) < self.classes
+            else Errors()
+            for name, setting in self.settings.items()
+        }
+
+    def before(self, model: nn.Module, original: nn.Module | None) -> dict[str, Errors]:
+        """Before training; on the old setting those of the `original` network, which is None if it is not known."""
+        found = self.errors(model)
+        if "old" in found and original is not model:
+            found["old"] = Errors() if original is None else self.settings["old"].errors(original, self.batch_size)
+        return found
+
+    def after_epoch(self, trainer: Trainer, report: EpochReport, layers: Sequence[LayerStatistics]) -> dict[str, Any]:
+        """What is added to the record of an epoch whose turn has come."""
+        if not self.every or report.epoch % self.every:
+            return {}
+        return {name: errors.model_dump() for name, errors in self.errors(trainer.model).items()}
+
+    def summary(self, start: Start, epochs: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, Any]:
+        """Of summary.json: errors before, along the way (records of metrics.jsonl), and after; and how they moved.
+
+        forgetting: error after minus error before on the old setting; learned: before minus after on the new one.
+        """
+        before, after = start.before, self.errors(model)
+        measured = (epoch for epoch in epochs if all(name in epoch for name in after))
+        return {
+            "settings": {
+                name: {"data": setting.data, "images": len(setting.images), "eps": setting.eps}
+                for name, setting in self.settings.items()
+            },
+            "before": {name: errors.model_dump() for name, errors in before.items()},
+            "along": [{"epoch": epoch["epoch"], **{name: epoch[name] for name in after}} for epoch in measured],
+            "after": {name: errors.model_dump() for name, errors in after.items()},
+            "forgetting": _difference(after.get("old"), before.get("old")),
+            "learned": _difference(before.get("new"), after.get("new")),
+        }
+
+
+def _difference(minuend: Errors | None, subtrahend: Errors | None) -> dict[str, float | None]:
+    one, other = ({} if errors is None else errors.model_dump() for errors in (minuend, subtrahend))
+    return {
+        name: None if one.get(name) is None or other.get(name) is None else one[name] - other[name]
+        for name in Errors.model_fields
+    }
+
+
+# --- which settings these are -----------------------------------------------------------------------------------------
+
+
+def load_with_old_data(config: Config, start: Start | None) -> tuple[Dataset, Dataset | None]:
+    """The data, with the old images that are replayed; and what the network of `start` comes from, if that is needed.
+
+    Raises:
+        UsageError: old images are needed, and nobody says where they are.
+        DataError: they are not there.
+    """
+    dataset, replay, section = load_data(config), config.replay, config.start_from
+    measured = section is not None and section.evaluate_every is not None
+    replayed = replay is not None and replay.data is None
+    old = None
+    if start is not None and (replayed or (measured and start.config is not None)):
+        run = _asked_as(start.run_config, config) if measured else start.run_config
+        try:
+            old = dataset if run.data == config.data else load_data(run)
+        except DataError as error:
+            raise DataError(f"start_from: old data: {error}; without it: start_from.evaluate_every=null") from error
+    if replay is None:
+        return dataset, old
+    again = old if replay.data is None else load_data(config.model_copy(update={"data": replay.data}))
+    assert again is not None
+    return replace(dataset, old=again.train), old
+
+
+def _asked_as(run: Config, config: Config) -> Config:
+    """The configuration of an earlier run, verified on the split that `config` is verified on."""
+    split = config.verification.split
+    if split == "validation" and not run.data.validation:
+        raise UsageError("start_from: that run held out no validation images: start_from.evaluate_every=null")
+    return run.model_copy(update={"verification": run.verification.model_copy(update={"split": split})})
+
+
+def forgetting_of(config: Config, start: Start | None, dataset: Dataset, old: Dataset | None) -> Forgetting | None:
+    """What is measured of a run, if anything."""
+    section = config.start_from
+    if start is None or section is None or section.evaluate_every is None:
+        return None
+    limit, settings = slice(config.verification.limit), {}
+    if old is not None:
+        run = start.run_config
+        settings["old"] = Setting(run.data.name, old.test.take(limit), run.epsilon.max)
+    settings["new"] = Setting(config.data.name, dataset.test.take(limit), config.epsilon.max)
+    return Forgetting(settings, dataset.num_classes, section.evaluate_every, config.verification.batch_size)

@@ -1,0 +1,270 @@
+"""A run that begins with a trained network: which one that was, and what is taken from it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from certtrain.config import Config, load_config
+from certtrain.config.schema import StartSection
+from certtrain.errors import CheckpointError, UsageError, shortened, shown
+from certtrain.initialization import classifier_tensors
+from certtrain.models import all_options, build_model
+from certtrain.runs.checkpoint import (
+    Architecture,
+    load_architecture,
+    load_checkpoint,
+    load_weights,
+    require_same_shapes,
+    restore,
+    weights_of,
+)
+from certtrain.runs.metrics import read_records
+from certtrain.runs.state import check_optimizer, check_state, continue_from, take_optimizer
+from certtrain.runs.tensor_file import digest
+from certtrain.runtime.files import parse_json, write_json
+from certtrain.training.trainer import Trainer
+
+START = "start.json"
+
+
+class Errors(BaseModel):
+    """On test images; None where the network has too few classes for them, or its last layer is not known."""
+
+    natural_error: float | None = Field(None, ge=0, le=1)
+    verified_error: float | None = Field(None, ge=0, le=1)
+
+
+class Start(BaseModel):
+    """What start.json says: enough to continue the run, and to tell what it forgot, without the other run.
+
+    file: the weights that were taken; sha256: of names, types, shapes and values; keep: what else was.
+    architecture, config: those of its run, None where only a file was left.
+    eps: the radius that it was last trained at.
+    reinitialized: tensors that were not taken.
+    before: errors before training, on the setting of that run ("old") and of this one ("new").
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    file: str
+    keep: str
+    sha256: str = ""
+    architecture: Architecture | None = None
+    config: Config | None = None
+    eps: float = Field(0.0, ge=0, le=1)
+    reinitialized: list[str] = []
+    before: dict[str, Errors] = {}
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether it comes from start.json: its network has been taken, and need not be there any more."""
+        return bool(self.sha256)
+
+    @property
+    def told(self) -> str:
+        """In a line, how a run begins."""
+        kept = {"weights": "", "optimizer": " and the optimizer's state", "step": ", in the middle of its schedules"}
+        anew = f"; initialized anew: {', '.join(self.reinitialized)}" if self.reinitialized else ""
+        return f"from {self.file}{kept[self.keep]}{anew}"
+
+    @property
+    def run_config(self) -> Config:
+        """`config`, where something is asked of it.
+
+        Raises:
+            UsageError: it is not known.
+        """
+        if self.config is None:
+            raise UsageError(
+                f"start_from: {shortened(self.file)} has no config.yaml beside it, which would tell the data, the "
+                "learning rate and the radius it was trained with: name them yourself, or a run directory"
+            )
+        return self.config
+
+
+def find_start(section: StartSection, folder: Path) -> Start:
+    """What can be told of the network that `section` names without reading its weights.
+
+    Raises:
+        UsageError, CheckpointError: there is none, it lacks what is to be kept, or lies in `folder`, the run's own.
+    """
+    file = _file_of(Path(section.path).expanduser(), section.keep)
+    beside = file.parent
+    if beside.resolve() == folder.resolve():
+        raise UsageError(f"start_from: {file} lies in the folder of this very run: name another --out")
+    architecture = Architecture(**load_architecture(beside)) if (beside / "model.json").is_file() else None
+    config = _config_in(beside)
+    eps = _last_radius(beside, config)
+    start = Start(file=str(file), keep=section.keep, architecture=architecture, config=config, eps=eps)
+    if section.peak is not None or section.epsilon == "end":
+        _ = start.run_config
+    return start
+
+
+def _config_in(folder: Path) -> Config | None:
+    """Of the run in `folder`, where that is one."""
+    file = folder / "config.yaml"
+    try:
+        return load_config(file) if file.is_file() else None
+    except ValueError as error:
+        raise CheckpointError(f"start_from: {file} cannot be read: {shortened(error, 160)}") from error
+
+
+def _file_of(source: Path, keep: str) -> Path:
+    """The weights in a run directory, finished or not, or the file that was named."""
+    names = ("model.safetensors", "last.ckpt") if keep == "weights" else ("last.ckpt",)
+    files = [source / name for name in names] if source.is_dir() else [source]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None and source.is_dir():
+        raise CheckpointError(f"start_from: {source} holds no {' or '.join(names)}")
+    if file is None:
+        raise CheckpointError(f"start_from: there is no run directory or file {source}")
+    if keep != "weights" and file.suffix != ".ckpt":
+        raise UsageError(f"start_from.keep {keep}: {file} holds weights alone, name a run directory or its last.ckpt")
+    return file
+
+
+def _last_radius(folder: Path, config: Config | None) -> float:
+    if config is None or config.training.method.name == "natural":
+        return 0.0
+    file = folder / "metrics.jsonl"
+    records = read_records(file) if file.is_file() else []
+    last = records[-1].get("eps") if records else config.epsilon.train_factor * config.epsilon.max
+    if not isinstance(last, int | float) or not 0 <= last <= 1:
+        raise CheckpointError(f"{file} is missing or corrupt (the last line has no radius)")
+    return float(last)
+
+
+def stored_start(folder: Path) -> Start:
+    """What start.json of the run in `folder` says.
+
+    Raises:
+        CheckpointError: it is missing or corrupt.
+    """
+    file = folder / START
+    try:
+        return Start.model_validate(parse_json(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise CheckpointError(f"{file} is missing or corrupt ({shortened(problem, 160)})") from error
+
+
+def save_start(folder: Path, start: Start) -> None:
+    write_json(folder / START, start.model_dump(mode="json"))
+
+
+# --- what is taken ----------------------------------------------------------------------------------------------------
+
+
+def require_same_architecture(start: Start, architecture: Mapping[str, Any], trust: bool) -> None:
+    """The network of `start` must be that of this run but for the number of classes, as far as model.json tells.
+
+    Args:
+        architecture: of this run, which can be built.
+
+    Raises:
+        CheckpointError: names the first thing that differs.
+    """
+    if start.architecture is None:
+        return
+    there, here = start.architecture.model_dump(), dict(architecture)
+    sizes = ["×".join(map(str, each["image_shape"])) for each in (there, here)]
+    if sizes[0] != sizes[1]:
+        raise CheckpointError(f"start_from: {start.file} takes {sizes[0]} images, the data has {sizes[1]}")
+    values = [{"name": there["name"]}, {"name": here["name"]}]
+    if there["name"] == here["name"]:
+        values = [_plain(all_options(each["name"], each["options"], trust)) for each in (there, here)]
+    for key in dict.fromkeys((*values[0], *values[1])):
+        found, expected = (shown(each.get(key)) for each in values)
+        if found != expected:
+            raise CheckpointError(
+                f"start_from: {start.file} is of another architecture: model.{key} is {found} there, {expected} here"
+            )
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON would have them."""
+    return {f"options.{key}": list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What is taken from the network in `file`: its weights, and where more is kept the state of that last.ckpt.
+
+    reinitialized: names of those that are not: the classifier's, where the number of classes is another one or where
+    that was asked for, or else none.
+    """
+
+    file: Path
+    keep: str
+    weights: Mapping[str, Tensor]
+    reinitialized: list[str]
+    state: dict[str, Any] = field(default_factory=dict)
+
+    def adopt(self, model: nn.Module) -> None:
+        """Load the weights into `model`."""
+        restore(model, {**model.state_dict(), **_without(self.weights, self.reinitialized)}, self.file)
+
+    def continue_in(self, trainer: Trainer) -> None:
+        """Load what is kept besides.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        if self.keep == "step":
+            check_state(self.state, trainer, self.file)
+            continue_from(self.state, trainer, self.file)
+        elif self.keep == "optimizer":
+            check_optimizer(self.state, trainer, self.reinitialized, self.file)
+            take_optimizer(self.state, trainer, self.reinitialized)
+
+    def recorded_in(self, start: Start, before: Mapping[str, Errors]) -> Start:
+        """`start` with what was taken, and the errors it had."""
+        found = {"sha256": digest(self.weights), "reinitialized": self.reinitialized, "before": dict(before)}
+        return start.model_copy(update=found)
+
+
+def take(start: Start, section: StartSection, model: nn.Module) -> Taken:
+    """Read the network of `start`; what of it does not fit `model` is told before any weight is read.
+
+    Raises:
+        CheckpointError: corrupt, or of another architecture; names the first tensor that differs.
+    """
+    file, own, classifier = Path(start.file), model.state_dict(), classifier_tensors(model)
+    reinitialized: list[str] = []
+
+    def check(outline: Mapping[str, Tensor]) -> None:
+        resized = any(name in outline and outline[name].shape[:1] != own[name].shape[:1] for name in classifier)
+        if section.reset_classifier or (resized and section.keep != "step"):
+            reinitialized.extend(name for name in classifier if _same_inputs(outline.get(name), own[name]))
+        require_same_shapes(_without(own, reinitialized), _without(outline, reinitialized), file)
+
+    if section.keep == "weights":
+        return Taken(file, section.keep, load_weights(file, check), reinitialized)
+    state = load_checkpoint(file, lambda outline: check(weights_of(outline, file)))
+    return Taken(file, section.keep, weights_of(state, file), reinitialized, state)
+
+
+def _same_inputs(there: Tensor | None, here: Tensor) -> bool:
+    return there is None or (there.dtype == here.dtype and there.shape[1:] == here.shape[1:])
+
+
+def _without(tensors: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
+
+
+def original_network(start: Start, taken: Taken, model: nn.Module, trust: bool) -> nn.Module | None:
+    """The network as it was in its own run: `model`, or with the classifier of then; None where nothing tells it."""
+    if not taken.reinitialized:
+        return model
+    if start.architecture is None:
+        return None
+    network = build_model(**start.architecture.model_dump(), trust=trust)
+    restore(network, taken.weights, start.file)
+    return network.eval().to(next(model.parameters()).device)

@@ -1,0 +1,1 @@
+"""Scaling laws: which width, for how long, for a given amount of compute."""

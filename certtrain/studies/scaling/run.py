@@ -1,0 +1,88 @@
+"""Train what a plan says, as far as time allows, and fit laws to what there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from certtrain.runs.build import load_data
+from certtrain.runs.provenance import versions
+from certtrain.runtime.files import make_folder, write_json
+from certtrain.studies.runner import Outcome, train_all
+from certtrain.studies.scaling.cost import Counter
+from certtrain.studies.scaling.design import TUNING, Grid, Plan, Planned
+from certtrain.studies.scaling.results import RECORD, Fitted, Measured, TunedRule, fit, measured, record, tuned_rule
+
+
+@dataclass
+class Scaled:
+    """Where a plan stands: what became of the last runs, the cells, those that are finished, and the laws."""
+
+    outcome: Outcome
+    tuning: Grid
+    grid: Grid
+    tried: Sequence[Measured]
+    results: Sequence[Measured]
+    rule: TunedRule | None
+    fits: Sequence[Fitted]
+    record: dict[str, Any]
+
+
+def counter_of(plan: Plan) -> Counter:
+    """Counts runs on the plan's data, without the images that are held out."""
+    dataset = load_data(plan.config(plan.file.widths[0], plan.base.training.epochs))
+    return Counter(len(dataset.train), dataset.image_shape, dataset.num_classes)
+
+
+def scale(
+    plan: Plan,
+    folder: Path,
+    *,
+    jobs: int = 1,
+    budget: float | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+    train: bool = True,
+) -> Scaled:
+    """Train the runs of a plan that are not finished, by `jobs` at a time, and write scaling.json to `folder`.
+
+    Each cell is a folder of run directories, as a study's; a call that was ended goes on where it was. What is to be
+    tuned comes first, since the grid follows from it.
+
+    Args:
+        budget: seconds, as of `certtrain.studies.runner.train_all`.
+        train: False to fit to what is there.
+
+    Raises:
+        UsageError: the plan cannot be carried out, or `folder` holds other runs.
+    """
+    deadline = None if budget is None else time.monotonic() + budget
+    count, seeds, outcome = counter_of(plan), plan.file.seeds, Outcome()
+    plan.grid(count, None)  # what is wrong with it is said first
+
+    def finished(cells: Sequence[Planned], place: Path) -> list[Measured]:
+        """The cells that are, after they were trained as far as the time goes."""
+        nonlocal outcome
+        if train and cells and outcome.exit_code == 0:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            runs = [run for seed in seeds for cell in cells for run in cell.runs([seed])]
+            outcome = train_all(runs, place, jobs=jobs, budget=left, device=device, console=console)
+        return measured(cells, seeds, place)
+
+    tuning = plan.tuning_cells(count)
+    tried = finished(tuning.cells, folder / TUNING)
+    rule = tuned_rule(tried) if tried and len(tried) == len(tuning.cells) else None
+    grid = plan.grid(count, rule)
+    results = finished(grid.cells, folder)
+    protocols = dict.fromkeys(result.cell.protocol for result in results)
+    fits = [fit(plan, results, protocol) for protocol in protocols]
+    content = record(plan, count, rule, tried, results, fits, grid.left_out, versions())
+    if results or tried:
+        make_folder(folder)
+        write_json(folder / RECORD, content)
+    return Scaled(outcome, tuning, grid, tried, results, rule, fits, content)

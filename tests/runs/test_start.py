@@ -1,0 +1,289 @@
+"""Runs that begin with a trained network: what comes from it, what is refused, and what is measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import certtrain
+from certtrain.cli import main
+from certtrain.config import load_config
+from certtrain.data import load_dataset
+from certtrain.data.digits import load_digits
+from certtrain.runs.build import build, load_data
+from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.schedules import SmoothedEpsilon
+from tests.commands import STEPS_PER_EPOCH, contents, exit_code, one_thread, start_ranks, train_arguments
+from tests.runs.test_train import Told, metrics, without_speed
+
+NO_TABLE = "start_from.evaluate_every=null"
+
+
+def weights(folder):
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def five_classes(tmp_path_factory):
+    """The digits 0 to 4, as a data set of one's own."""
+    folder, digits = tmp_path_factory.mktemp("five"), load_digits(None, False)
+    for name, split in (("train", digits.train), ("test", digits.test)):
+        few = split.labels < 5
+        images = split.images[few].permute(0, 2, 3, 1).numpy()
+        np.savez(folder / f"{name}.npz", images=images, labels=split.labels[few].numpy())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def five(five_classes, tmp_path_factory):
+    """The tiny network, trained on them."""
+    folder = tmp_path_factory.mktemp("five") / "run"
+    with one_thread():
+        assert main(train_arguments(folder, "data.name=npz", f"data.path={five_classes}")) == 0
+    return folder
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [4, 2 * STEPS_PER_EPOCH])
+def test_begun_in_the_middle_of_a_run_it_is_that_run_resumed(tmp_path, reference, step):
+    config = load_config(reference / "config.yaml")
+    with one_thread():
+        half = certtrain.train(config, tmp_path / "half", device="cpu", callbacks=[Told(("step", step))])
+        start = {"start_from": {"path": str(half.folder), "keep": "step", "evaluate_every": 2}}
+        run = certtrain.train(config, tmp_path / "run", device="cpu", overrides=start)
+    assert (run.folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
+    records = [
+        {key: value for key, value in record.items() if key not in ("old", "new")}
+        for record in without_speed(metrics(run.folder))
+    ]
+    assert records == without_speed(metrics(reference))[step // STEPS_PER_EPOCH :]
+    ends = [
+        load_checkpoint(folder / "last.ckpt")["trainer"]["optimizer"]["state"] for folder in (run.folder, reference)
+    ]
+    for index, values in ends[0].items():
+        assert all(torch.equal(value, ends[1][index][name]) for name, value in values.items())
+
+
+def test_weights_and_statistics_alone_and_with_the_optimizers_state(train, tmp_path, reference):
+    """A first step so small that nothing moves: what is there after it, was there before."""
+    run, still = tmp_path / "run", ["optimizer.lr=1e-30", "training.epochs=1", "optimizer.milestones=[]", NO_TABLE]
+    still += ["epsilon.warmup_epochs=0"]
+    steps = {}
+    for keep in ("weights", "optimizer"):
+        assert train(f"start_from={reference}", f"start_from.keep={keep}", *still, "--overwrite").code == 0
+        found, expected = weights(run), weights(reference)
+        for name in expected:
+            if "running" not in name and "num_batches" not in name:
+                assert torch.equal(found[name], expected[name]), name
+            elif "num_batches" in name:
+                assert found[name] == expected[name] + STEPS_PER_EPOCH
+        state = load_checkpoint(run / "last.ckpt")["trainer"]
+        steps[keep] = {int(values["step"]) for values in state["optimizer"]["state"].values()}
+        assert state["step"] == STEPS_PER_EPOCH
+    assert steps == {"weights": {STEPS_PER_EPOCH}, "optimizer": {4 * STEPS_PER_EPOCH}}
+
+
+@pytest.mark.parametrize("keep", ["weights", "optimizer"])
+def test_another_number_of_classes_has_a_new_classifier(train, tmp_path, five, keep):
+    run = tmp_path / "run"
+    outcome = train(f"start_from={five}", f"start_from.keep={keep}", "optimizer.lr=1e-30")
+    assert outcome.code == 0, outcome.err
+    found, there = weights(run), weights(five)
+    resized = [name for name in there if found[name].shape != there[name].shape]
+    assert sorted(resized) == ["network.10.bias", "network.10.weight"]
+    assert "; initialized anew: network.10.weight, network.10.bias" in outcome.out
+    config = load_config(run / "config.yaml")
+    torch.manual_seed(config.seed)
+    fresh = build(config, load_data(config))[0].state_dict()
+    for name in there:
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(found[name], fresh[name] if name in resized else there[name]), name
+    started = summary(run)["start"]
+    assert sorted(started["reinitialized"]) == sorted(resized)
+    original = summary(five)
+    errors = {name: original[name] for name in ("natural_error", "verified_error")}
+    assert started["before"]["old"] == errors, "with the classifier of then"
+    assert [row["epoch"] for row in started["along"]] == [1, 2, 3]
+
+
+def test_a_classifier_is_reset_where_that_is_asked_for(train, tmp_path, reference):
+    assert (
+        train(f"start_from={reference}", "start_from.reset_classifier=true", "optimizer.lr=1e-30", NO_TABLE).code == 0
+    )
+    found, there = weights(tmp_path / "run"), weights(reference)
+    changed = [n for n in there if "running" not in n and "num_b" not in n and not torch.equal(found[n], there[n])]
+    assert sorted(changed) == sorted(summary(tmp_path / "run")["start"]["reinitialized"]) != []
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "expected"),
+    [
+        ("zero", SmoothedEpsilon(0.2, 3, 6)),
+        ("end", SmoothedEpsilon(0.2, 3, 6, initial=0.1)),
+        ("at-once", lambda step: 0.2),
+    ],
+)
+def test_epsilon_begins_where_it_is_told_to(train, tmp_path, reference, epsilon, expected):
+    more = ["start_from.peak=0.5", "optimizer.warmup_epochs=1", "optimizer.warmup_start=0.4", NO_TABLE]
+    assert train(f"start_from={reference}", f"start_from.epsilon={epsilon}", "epsilon.max=0.2", *more).code == 0
+    records = metrics(tmp_path / "run")
+    assert [record["eps"] for record in records] == pytest.approx([expected(step) for step in (2, 5, 8)])
+    assert [record["lr"] for record in records] == pytest.approx([1e-3, 1e-3, 2e-4]), "half of the old run's"
+
+
+def test_a_natural_network_was_trained_at_no_radius(train, cli, tmp_path):
+    natural = ["training.method=natural", "training.epochs=1", "optimizer.milestones=[]"]
+    assert cli(*train_arguments(tmp_path / "natural", *natural)).code == 0
+    assert train(f"start_from={tmp_path / 'natural'}", "start_from.epsilon=end", NO_TABLE).code == 0
+    assert metrics(tmp_path / "run")[0]["eps"] == 0
+
+
+# --- replay, and what is forgotten -----------------------------------------------------------------------------------
+
+
+REPLAY = ["replay.share=0.25", "start_from.epsilon=end", "epsilon.max=0.15"]
+
+
+def test_replayed_from_its_runs_data_it_resumes_exactly(tmp_path, five, reference):
+    """Interrupted inside an epoch, and resumed when the other run is gone but for its data."""
+    source = shutil.copytree(five, tmp_path / "five")
+    overrides = [f"start_from={source}", *REPLAY]
+    config = load_config(reference / "config.yaml")
+    with one_thread():
+        whole = certtrain.train(config, tmp_path / "whole", device="cpu", overrides=overrides)
+        certtrain.train(config, tmp_path / "run", device="cpu", overrides=overrides, callbacks=[Told(("step", 5))])
+        shutil.rmtree(source)
+        run = certtrain.train(out=tmp_path / "run", device="cpu", resume=True)
+    assert (run.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert without_speed(metrics(run.folder)) == without_speed(metrics(whole.folder))
+    assert (run.summary or {})["start"] == (whole.summary or {})["start"]
+    assert metrics(run.folder)[-1]["step"] == 3 * 4, "96 new images, 24 of them in a batch of 32"
+
+
+def test_measuring_changes_nothing_and_says_what_verify_says(train, tmp_path, five, reference):
+    run, bytes_of = tmp_path / "run", {}
+    for every in ("1", "0", "null"):
+        arguments = [f"start_from={five}", f"start_from.evaluate_every={every}", *REPLAY, "--overwrite"]
+        assert train(*arguments).code == 0
+        bytes_of[every] = (run / "model.safetensors").read_bytes()
+        started = summary(run)["start"]
+        assert len(started.get("along", [])) == (3 if every == "1" else 0)
+        assert ("after" in started) == (every != "null")
+        if every == "1":
+            measured = started
+    assert len(set(bytes_of.values())) == 1
+    model, old = certtrain.load_model(run), load_data(load_config(five / "config.yaml")).test
+    new = load_dataset("digits").test
+    for name, images, eps in (("old", old, 0.1), ("new", new, 0.15)):
+        (found,) = certtrain.verify(model, images, eps, limit=50)
+        errors = {"natural_error": found.natural_error, "verified_error": found.verified_error}
+        assert measured["after"][name] == errors == measured["along"][-1][name]
+    for error in ("natural_error", "verified_error"):
+        before, after = measured["before"], measured["after"]
+        assert measured["forgetting"][error] == after["old"][error] - before["old"][error]
+        assert measured["learned"][error] == before["new"][error] - after["new"][error]
+
+
+def test_fewer_classes_cannot_be_asked_about_the_old_ones(train, tmp_path, reference, five_classes):
+    assert train("data.name=npz", f"data.path={five_classes}", f"start_from={reference}").code == 0
+    started = summary(tmp_path / "run")["start"]
+    nothing = {"natural_error": None, "verified_error": None}
+    assert started["before"]["old"] != nothing
+    assert started["after"]["old"] == nothing == started["forgetting"]
+
+
+@pytest.mark.slow
+def test_two_processes_replay_as_one(tmp_path, five, reference):
+    arguments = train_arguments(tmp_path / "two", f"start_from={five}", "start_from.keep=optimizer", *REPLAY)
+    children = start_ranks(2, partial(main, arguments), tmp_path / "log")
+    assert [exit_code(child) for child in children] == [0, 0], (tmp_path / "log").read_text()
+    with one_thread():
+        assert main([*arguments[:3], str(tmp_path / "one"), *arguments[4:]]) == 0
+    found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def bare(five):
+    """The weights alone."""
+    return five / "model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["start_from={run}", "model.options.width=3"], 1, r"model\.options\.width is 2 there, 3 here"),
+        (["start_from={run}", "model.name=cnn7"], 1, r"model\.name is 'cnn-small' there, 'cnn7' here"),
+        (
+            ["start_from={bare}", "model.options.width=3"],
+            1,
+            r"of another architecture: it network\.0\.weight is \(2, 1",
+        ),
+        (["start_from={run}", "data.name=npz", "data.path={large}"], 1, "takes 1×8×8 images, the data has 1×9×9"),
+        (["replay.share=0.1"], 2, "replay: there is no old data: name a run in start_from, or the data in replay.data"),
+        (["start_from={bare}", "replay.share=0.1"], 2, "has no config.yaml beside it, which would tell the data"),
+        (["start_from={bare}", "start_from.peak=0.5"], 2, "has no config.yaml beside it"),
+        (["start_from={bare}", "start_from.keep=optimizer"], 2, "holds weights alone"),
+        (["start_from={run}", "start_from.keep=optimizer", "optimizer.name=SGD"], 1, "configure the same optimizer"),
+        (["start_from={run}", "start_from.keep=step", "data.limit=40"], 1, "saved with 3 steps per epoch"),
+        (["start_from={run}", "start_from.keep=step", "start_from.epsilon=end"], 2, "keep step goes on with all"),
+        (["start_from={run}", "replay.share=0.001"], 2, r"replay\.share: 0\.001 of a batch of 32 is 0 images"),
+        (["start_from={run}/nowhere"], 1, "there is no run directory or file"),
+        (["start_from={large}"], 1, "holds no model.safetensors or last.ckpt"),
+        (["start_from={run}", "start_from.kept=step"], 2, r"unknown key start_from\.kept: did you mean keep"),
+        (["start_from={run}", "--overwrite", "--out={run}"], 2, "lies in the folder of this very run"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused_before_a_file_is_written(
+    train, tmp_path, reference, arguments, code, message
+):
+    source = shutil.copytree(reference, tmp_path / "source")
+    shutil.copytree(source, tmp_path / "bare", ignore=lambda *_: ["config.yaml", "model.json"])
+    (tmp_path / "large").mkdir()
+    for name in ("train", "test"):
+        images, labels = np.zeros((4, 9, 9, 1), np.uint8), np.array([0, 1, 0, 1])
+        np.savez(tmp_path / "large" / f"{name}.npz", images=images, labels=labels)
+    places = {"run": source, "bare": tmp_path / "bare" / "model.safetensors", "large": tmp_path / "large"}
+    before = contents(tmp_path)
+    outcome = train(*(argument.format(**places) for argument in arguments))
+    assert outcome.code == code, outcome.err
+    assert re.search(message, outcome.error), outcome.error
+    assert len(outcome.error) <= 300
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"[]", b'{"file": "a"}', b"\xff\xfe", b"[" * 100_000, None])
+def test_a_harmed_record_of_the_start_is_refused(train, tmp_path, reference, content):
+    """None: values of another type."""
+    run = tmp_path / "run"
+    assert train(f"start_from={reference}", NO_TABLE, "metrics.first_steps=2").code == 0
+    values = json.loads((run / "start.json").read_text())
+    (run / "start.json").write_bytes(json.dumps(values | {"eps": "all"}).encode() if content is None else content)
+    before = contents(run)
+    outcome = train("--resume")
+    assert (outcome.code, "start.json is missing or corrupt" in outcome.error) == (1, True)
+    assert len(outcome.error) <= 300
+    assert contents(run) == before
+    (run / "start.json").write_text(json.dumps(values))
+    (run / "steps.jsonl").write_bytes(b"{}" if content is None else content or b"[")
+    outcome = train("--resume")
+    assert (outcome.code, "steps.jsonl is missing or corrupt" in outcome.error) == (1, True)

@@ -1,0 +1,214 @@
+"""From finished runs to laws, a record and a recommendation; the runs are made up, of a law that is known."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from certtrain.studies.scaling import recommend as recommendations
+from certtrain.studies.scaling import run as running
+from certtrain.studies.scaling.design import load_plan
+from certtrain.studies.scaling.run import scale
+from tests.studies.scaling.test_design import written
+
+IMAGES, HELD_OUT = 1000, 500
+PLAN = """
+base: digits
+overrides: {optimizer.milestones: []}
+widths: [2, 4, 8, 16, 32, 64]
+first_budget: 4e9
+budgets: 4
+validation: 0.25
+seeds: [0, 1]
+protocols:
+  kaplan: {warmup_epochs: 3, last_layer: false, tuned: false}
+  corrected: {}
+tuning: {widths: [4, 16], budget: 1e8, lr: [1e-3, 2e-3, 4e-3], batch_size: [32, 64], beta2: [0.99, 0.999]}
+resamples: 20
+forecast: 1e12
+"""
+
+
+class Counted:
+    """18 for each weight of a square layer, epoch and image."""
+
+    images, image_shape, classes = IMAGES, (1, 8, 8), 10
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, config, last_layer=True):
+        return 18 * IMAGES * config.training.epochs * config.model.options["width"] ** 2
+
+
+def error_of(width, epochs):
+    return min(0.9, 0.3 + 0.5 * width**-0.6 + 0.6 * epochs**-0.4)
+
+
+def optimal(compute):
+    """Where the derivative by the width is 0, with epochs = compute / (18 IMAGES width²)."""
+    return (0.5 * 0.6 / (2 * 0.4 * 0.6) * (compute / (18 * IMAGES)) ** 0.4) ** (1 / (0.6 + 2 * 0.4))
+
+
+def best_settings(width):
+    """lr falls as width^-1/2; the batch grows with the width."""
+    return {4: (4e-3, 32, 0.999), 16: (2e-3, 64, 0.99)}[width]
+
+
+def pretend(folder, run, error):
+    place = folder / run.name
+    place.mkdir(parents=True)
+    place.joinpath("config.yaml").write_text(run.config.to_yaml())
+    summary = {"verified_error": error, "images": HELD_OUT, "split": "validation"}
+    place.joinpath("summary.json").write_text(json.dumps(summary))
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch):
+    monkeypatch.setattr(running, "counter_of", Counted)
+    monkeypatch.setattr(recommendations, "Counter", Counted)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return load_plan(written(tmp_path, PLAN))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All runs of the plan, and what is fitted to them; only to be read."""
+    place = tmp_path_factory.mktemp("scaling")
+    plan, out, random = load_plan(written(place, PLAN)), place / "out", np.random.default_rng(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "counter_of", Counted)
+        for cell in plan.tuning_cells(Counted()).cells:
+            settings = (cell.tried.lr, cell.tried.batch_size, cell.tried.beta2)
+            for run in cell.runs([0, 1]):
+                pretend(out / "tuning", run, 0.5 if settings == best_settings(cell.width) else 0.6)
+        for cell in plan.grid(Counted(), scale(plan, out, train=False).rule).cells:
+            for run in cell.runs([0, 1]):
+                pretend(out, run, error_of(cell.width, cell.config.training.epochs) + random.normal(0, 5e-4))
+        return out, scale(plan, out, train=False)
+
+
+@pytest.fixture
+def scaled(finished):
+    return finished[1]
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy, to be harmed."""
+    return shutil.copytree(finished[0], tmp_path / "out")
+
+
+def test_the_tuned_rule_is_a_power_law_through_the_best(scaled):
+    rule = scaled.rule
+    assert {width: (s.lr, s.batch_size, s.beta2) for width, s in rule.best.items()} == {
+        width: best_settings(width) for width in (4, 16)
+    }
+    assert rule.lr.exponent == pytest.approx(-0.5)
+    assert rule(8).lr == pytest.approx(4e-3 / 2**0.5, rel=2e-3)
+    assert (rule(4).batch_size, rule(16).batch_size, rule(64).batch_size, rule(2).batch_size) == (32, 64, 64, 32)
+    assert (rule(4).beta2, rule(16).beta2, rule(64).beta2) == (0.999, 0.99, 0.99)
+
+
+def test_before_the_tuning_is_finished_no_tuned_run_is_planned(plan, tmp_path):
+    (first, *_) = plan.tuning_cells(Counted()).cells
+    for run in first.runs([0, 1]):
+        pretend(tmp_path / "out" / "tuning", run, 0.5)
+    scaled = scale(plan, tmp_path / "out", train=False)
+    assert scaled.rule is None
+    assert {cell.protocol for cell in scaled.grid.cells} == {"kaplan"}
+
+
+def test_laws_record_and_forecast(scaled, folder):
+    content = json.loads((folder / "scaling.json").read_text())
+    assert [fitted.protocol for fitted in scaled.fits] == ["kaplan", "corrected"] == list(content["fits"])
+    fits = content["fits"]["corrected"]
+    low, high = fits["width"]["exponent_interval"]
+    assert low < fits["width"]["exponent"] < high
+    assert fits["width"]["exponent"] == pytest.approx(0.4 / 1.4, abs=0.06)
+    foretold = fits["forecast"]
+    assert foretold["compute"] == 1e12
+    assert foretold["width"]["value"] == pytest.approx(optimal(1e12), rel=0.3)
+    best = error_of(optimal(1e12), 1e12 / (18 * IMAGES * optimal(1e12) ** 2))
+    assert foretold["error"]["value"] == pytest.approx(best, abs=0.03)
+    least, most = foretold["error"]["interval"]
+    assert least <= foretold["error"]["value"] <= most
+    assert fits["noise"].startswith("of seeds, pooled over cells: 0.000")
+    assert len(fits["resampled"]) == fits["resamples"]["fitted"] > 15
+    runs = [row for row in content["runs"] if row["protocol"] == "corrected"]
+    assert {len(row["verified_error"]) for row in runs} == {2}
+    assert {(row["lr"], row["batch_size"]) for row in runs if row["width"] == 4} == {(4e-3, 32)}
+    assert "root" not in content["base"]["data"]
+
+
+def test_a_cell_counts_when_all_its_seeds_are_finished(plan, scaled, folder):
+    gone = scaled.results[0].cell
+    (folder / gone.name / "seed-1" / "summary.json").unlink()
+    after = scale(plan, folder, train=False)
+    assert [result.cell.name for result in after.results] == [result.cell.name for result in scaled.results[1:]]
+
+
+def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
+    outcome = cli("scale", tmp_path / "plan.yaml", "--out", folder, "--fit")
+    assert outcome.code == 0, outcome.err
+    assert "tuning: 24 of 24 cells finished" in outcome.out
+    assert "corrected: 95 % intervals" in outcome.out
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    outcome = cli("plan", "--budget", "2e11", "--eps", "0.1", "--law", folder)
+    assert outcome.code == 0, outcome.err
+    rows = dict(re.findall(r"│ ([a-z0-9 ,]+?) +│ ([^ │]+)", outcome.out))
+    width = int(rows["width"])
+    assert width == pytest.approx(optimal(2e11), rel=0.3)
+    assert int(rows["epochs"]) == pytest.approx(2e11 / (18 * IMAGES * width**2), abs=0.6)
+    assert float(rows["learning rate"]) == pytest.approx(4e-3 * (width / 4) ** -0.5, rel=0.01)
+    assert int(rows["warmup of epsilon, epochs"]) == pytest.approx(30 / 60 * int(rows["epochs"]), abs=0.51)
+    assert "extrapolated: 2.6 doublings beyond what was measured" in outcome.out
+    inside = cli("plan", "--budget", "8e9", "--law", folder / "scaling.json", "--protocol", "kaplan")
+    assert inside.code == 0
+    assert "extrapolated" not in inside.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--budget", "2e11", "--eps", "2/255"], 2, "the law was fitted at 0.1, not at 0.00784314"),
+        (["--budget", "2e11", "--protocol", "korrected"], 2, "unknown protocol 'korrected': did you mean corrected"),
+        (["--budget", "1e4"], 2, "FLOP are not enough for width"),
+        (["--budget", "-1"], 2, "is not a number of operations"),
+        (["--budget", "2e11", "--law", "nowhere"], 2, "there is no nowhere: certtrain scale PLAN.yaml fits a law"),
+    ],
+)
+def test_what_cannot_be_recommended(cli, folder, arguments, code, message):
+    outcome = cli("plan", "--law", folder, *arguments)
+    assert outcome.code == code
+    assert message in outcome.err
+
+
+@pytest.mark.parametrize("harm", ["{", "[]", '{"eps": 0.1}', None])
+def test_a_corrupt_law_is_refused(cli, folder, harm):
+    file = folder / "scaling.json"
+    content = json.loads(file.read_text())
+    content["fits"]["corrected"]["width"]["exponent"] = "steep"
+    file.write_text(json.dumps(content) if harm is None else harm)
+    outcome = cli("plan", "--budget", "2e11", "--law", folder)
+    assert outcome.code == 1
+    assert "scaling.json is missing or corrupt" in outcome.error
+
+
+def test_one_seed_has_the_noise_of_its_images(tmp_path):
+    """Binomial: √(p (1 - p) / n)."""
+    text = PLAN.replace("  corrected: {}\n", "").replace("seeds: [0, 1]", "seeds: [0]")
+    plan = load_plan(written(tmp_path, text))
+    for cell in plan.grid(Counted(), None).cells:
+        pretend(tmp_path / "out", *cell.runs([0]), error_of(cell.width, cell.config.training.epochs))
+    (fitted,) = scale(plan, tmp_path / "out", train=False).fits
+    for point in fitted.points:
+        assert point.noise == pytest.approx((point.error * (1 - point.error) / HELD_OUT) ** 0.5)
+    assert "there is one seed" in fitted.noise
