@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import certtrain
 from certtrain.bounds import BoundedModel
+from certtrain.cli.main import main
 from certtrain.data import load_dataset, to_float
 from certtrain.errors import CertificateError, CheckpointError
 from certtrain.initialization import ibp_init_
@@ -25,6 +27,7 @@ from certtrain.verification.checker import SavedNetwork
 from certtrain.verification.pixels import pixel_box
 from certtrain.verification.propagation import Interval, Propagation, growth
 from certtrain.verification.verify import verify
+from tests.commands import one_thread
 from tests.networks import randomized
 from tests.verification.forging import rewrite
 
@@ -354,3 +357,37 @@ def test_verification_is_float32_and_restores_the_switch_when_tf32_is_on(run):
     finally:
         torch.backends.cuda.matmul.fp32_precision = "none"
     assert torch.equal(again, expected)
+
+
+@pytest.fixture(scope="module")
+def searched(reference, tmp_path_factory):
+    """A run, and certificates of images that intervals, CROWN, and branch and bound have proved."""
+    run = shutil.copytree(reference, tmp_path_factory.mktemp("searched") / "run")
+    file = run.parent / "certificates.parquet"
+    arguments = ["--certificates", file, "--eps", "0.03", "--limit", 60, "--device", "cpu", "--timeout", 5]
+    with one_thread():
+        code = main(["verify", str(run), "--method", "ibp,crown,branch-and-bound", *map(str, arguments)])
+    assert code == 0
+    return run, file
+
+
+def test_trees_of_branch_and_bound_are_proved_again(cli, searched):
+    run, file = searched
+    outcome = cli("check", file, "--model", run, "--allow-partial")
+    assert outcome.code == 0, outcome.err
+    trees = [row for row in read_certificates(file).rows() if row["tree"] is not None]
+    assert trees
+    assert {row["verdict"] for row in trees} == {"proved"}
+
+
+def test_a_tree_of_another_image_is_refused(cli, searched, tmp_path):
+    run, file = searched
+    rows = list(read_certificates(file).rows())
+    places = [i for i, row in enumerate(rows) if row["tree"] is not None]
+    for forged in (None, b"", rows[places[-1]]["tree"][:-9], rows[places[0]]["tree"] + b"more"):
+        copy = tmp_path / "forged.parquet"
+        copy.write_bytes(file.read_bytes())
+        rewrite(copy, [{**row, "tree": forged} if i == places[0] else row for i, row in enumerate(rows)])
+        outcome = cli("check", copy, "--model", run, "--allow-partial")
+        expected = 0 if forged == rows[places[0]]["tree"] else 1
+        assert outcome.code == expected, forged
