@@ -236,7 +236,7 @@ def bare(five):
         (
             ["start_from={bare}", "model.options.width=3"],
             1,
-            r"of another architecture: it network\.0\.weight is \(2, 1",
+            r"of another architecture: network\.0\.weight is \(2, 1",
         ),
         (["start_from={run}", "data.name=npz", "data.path={large}"], 1, "takes 1×8×8 images, the data has 1×9×9"),
         (["replay.share=0.1"], 2, "replay: there is no old data: name a run in start_from, or the data in replay.data"),
