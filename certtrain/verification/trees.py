@@ -54,6 +54,8 @@ class Trees:
             unpacked = unpacker.decompress(content, MOST_BYTES)
             if unpacker.unconsumed_tail:
                 raise CertificateError("a tree is larger than any search makes it")
+            if not unpacker.eof or unpacker.unused_data:
+                raise CertificateError("a tree cannot be read")
             arrays = load(unpacked)
         except (zlib.error, SafetensorError, ValueError, TypeError) as error:
             raise CertificateError("a tree cannot be read") from error
