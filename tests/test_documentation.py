@@ -14,6 +14,8 @@ from certtrain.config import load_config
 from certtrain.config.keys import dotted_fields
 from certtrain.config.loading import override_keys
 from certtrain.config.reading import parse_yaml
+from certtrain.studies.design import load_study
+from certtrain.studies.search import load_tuning
 from tests.commands import one_thread
 from tests.test_scripts import script
 
@@ -63,8 +65,15 @@ def test_configurations_are_ones_that_can_be_trained(page, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for block in blocks(page):
         if block.language == "yaml":
-            config = load_config(parse_yaml(block.text))
-            assert config.training.epochs > 0
+            content = parse_yaml(block.text)
+            file = tmp_path / "page.yaml"
+            file.write_text(block.text if "base" in content else f"base: digits\n{block.text}")
+            if "search" in content:
+                assert load_tuning(file).file.trials > 0
+            elif content.keys() & {"configs", "grid", "slurm"}:
+                assert load_study(file).runs
+            else:
+                assert load_config(content).training.epochs > 0
 
 
 def commands(page):

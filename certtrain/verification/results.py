@@ -54,6 +54,7 @@ class ImageResult:
         return self.eps, self.image
 
     def to_json(self) -> str:
+        """A line of a `ResultFile`; a margin that is not finite is null."""
         point = None if self.point is None else base64.b64encode(self.point.cpu().numpy().tobytes()).decode()
         margin = self.margin if math.isfinite(self.margin) else None
         tree = None if self.tree is None else base64.b64encode(self.tree).decode()

@@ -19,7 +19,7 @@ def build(name, overrides):
     source = {"data": {"name": "digits"}, "model": {"name": "mlp"}, "epsilon": {"max": 0.1}, "training": {"epochs": 1}}
     config = load_config(source, [f"optimizer.name={name}", *overrides])
     torch.manual_seed(0)
-    model = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     return model, build_optimizer(config.optimizer, model)
 
 
