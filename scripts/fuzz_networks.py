@@ -108,6 +108,11 @@ def reversed_channels(x: Tensor) -> Tensor:
     return torch.cat([part.unsqueeze(1) for part in (four, three, two, one)], 1)
 
 
+def attended(self: nn.Module, x: Tensor) -> Tensor:
+    tokens = x.flatten(2)
+    return self.f(tokens, tokens, tokens, need_weights=False)[0].unflatten(2, (4, 4))
+
+
 ORDINARY: dict[str, Callable[[Draw], nn.Module]] = {
     "conv": module(conv),
     "conv without bias": module(lambda: nn.Conv2d(4, 4, 3, padding="same", dilation=2, bias=False)),
@@ -191,6 +196,22 @@ ORDINARY: dict[str, Callable[[Draw], nn.Module]] = {
     "unbind": do(reversed_channels),
     "permute": do(lambda x: x.permute(0, 3, 1, 2)),
     "transpose": do(lambda x: x.transpose(1, -1).contiguous()),
+    "LayerNorm": module(lambda: nn.LayerNorm((4, 4))),
+    "GroupNorm": module(lambda: nn.GroupNorm(2, 4)),
+    "InstanceNorm": module(lambda: nn.InstanceNorm2d(4, affine=True)),
+    "RMSNorm": module(lambda: nn.RMSNorm(4)),
+    "softmax": do(lambda x: F.softmax(x, 1)),
+    "log_softmax": do(lambda x: F.log_softmax(x, -1)),
+    "product of two values": residual(lambda y, x: y * x),
+    "matrix product of two values": residual(lambda y, x: y @ x.transpose(-1, -2)),
+    "quotient of two values": residual(lambda y, x: y / (x.abs() + 0.5)),
+    "attention": lambda draw: Layer(attended, f=nn.MultiheadAttention(16, 2, batch_first=True)),
+    "causal attention": do(lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True)),
+    "transformer layer": chain(
+        lambda: nn.Flatten(2),
+        lambda: nn.TransformerEncoderLayer(16, 2, 8, dropout=0.0, batch_first=True, norm_first=True),
+        lambda: nn.Unflatten(2, (4, 4)),
+    ),
     "detach": do(lambda x: x - x.detach() * 0.5),
     "squeeze": do(lambda x: torch.cat([x[:, i : i + 1].squeeze(1).unsqueeze(1) for i in (2, 0, 3, 1)], 1)),
     "casts": do(lambda x: x.double().to(x.dtype)),

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, reduce
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +167,19 @@ class OutwardBox(Box):
     """A float64 box whose other form encloses the one it was made in, in exact arithmetic."""
 
     __slots__ = ()
+
+    @classmethod
+    def around(cls, center: Tensor, radius: Tensor) -> Self:
+        """`Box.around`; an element whose centre is infinite, or either no number, is unbounded."""
+        known = center.isfinite() & ~radius.isnan()
+        return super().around(torch.where(known, center, 0.0), torch.where(known, radius, torch.inf))
+
+    @property
+    def center(self) -> Tensor:
+        if self._center is None:
+            middle = (self.lower + self.upper) / 2
+            self._center = torch.where(middle.isfinite(), middle, 0.0)  # of [0, inf), too
+        return self._center
 
     @property
     def lower(self) -> Tensor:

@@ -24,7 +24,7 @@ from certtrain.bounds.attention import attend
 from certtrain.bounds.graph import Call, leaves
 from certtrain.bounds.normalization import deviation, inverse_root, normalized
 from certtrain.bounds.operations import WEIGHTED, add, cast, cat, einsum, sub
-from certtrain.bounds.rounding import ARITHMETICS, EXACT, RULES, Arithmetic, enclosing_linf_box
+from certtrain.bounds.rounding import ARITHMETICS, EXACT, RULES, Arithmetic, OutwardBox, enclosing_linf_box
 from certtrain.errors import UnsupportedOperation
 
 MODES = ("up", "down", "away from zero", "towards zero", "alternating", "random")
@@ -834,3 +834,30 @@ def test_the_walks_constants_are_those_of_the_network():
         computed = torch.tensor([float(value) for value in found.reshape(-1)], dtype=torch.float64)
         torch.testing.assert_close(computed, expected.double().flatten(), rtol=1e-6, atol=1e-6)
         assert not leaves(walk, Tensor)
+
+
+@pytest.mark.parametrize(
+    "ends", [(0.0, math.inf), (-math.inf, 0.0), (-math.inf, math.inf), (-1e308, 1e308), (1e308, 1.5e308)]
+)
+@pytest.mark.parametrize("name", ["linear", "conv", "batch_norm", "relu", "add", "mul", "leaky_relu"])
+def test_a_box_that_is_unbounded_on_one_side_stays_one(name, ends):
+    """Its centre is no number that anything can be computed with."""
+    box = OutwardBox(*(torch.full((1, 2, 3, 3), end, dtype=torch.float64) for end in ends))
+    assert (box.center - box.radius <= box.lower).all()
+    assert (box.center + box.radius >= box.upper).all()
+    model = {
+        "linear": nn.Linear(3, 2),
+        "conv": nn.Conv2d(2, 2, 2),
+        "batch_norm": nn.BatchNorm2d(2).eval(),
+        "relu": nn.ReLU(),
+        "leaky_relu": nn.LeakyReLU(0.5),
+        "add": One(lambda self, x: x + x),
+        "mul": One(lambda self, x: x * self.c, torch.tensor(0.0)),
+    }[name]
+    network = nn.Sequential(model, nn.ReLU(), nn.Flatten(), nn.LazyLinear(2)).eval()
+    network(torch.rand(1, 2, 3, 3))
+    found = BoundedModel(network, torch.rand(1, 2, 3, 3))
+    bounds = found.ibp(box, arithmetic="float32")
+    for part in (*bounds.relu_inputs, bounds.output):
+        assert not part.lower.isnan().any()
+        assert not part.upper.isnan().any()

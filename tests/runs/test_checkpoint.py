@@ -119,7 +119,7 @@ def test_another_format_is_refused(tmp_path):
     ("other", "message"),
     [
         ({"options": {"widths": [9]}}, r"network\.1\.weight is \(8, 16\), not \(9, 16\)"),
-        ({"options": {"widths": [8, 8]}}, r"lacks network\.5\.bias; has network\.4\.bias besides"),
+        ({"options": {"widths": [8, 8]}}, r"lacks network\.5\.bias; it has network\.4\.bias besides"),
         ({"options": {"widths": []}}, r"has network\.2\.bias besides"),
         ({"num_classes": 4}, r"network\.4\.weight is \(3, 8\), not \(4, 8\)"),
     ],
