@@ -415,8 +415,12 @@ class _Run:
     def _outcome(self, image: _Image) -> Outcome:
         assert image.verdict is not None
         lower = image.lower.clone()
-        for target, worst in image.worst.items():
-            lower[target] = max(float(lower[target]), worst)
+        if image.verdict not in (
+            Verdict.ATTACKED,
+            Verdict.ALL_SPLIT,
+        ):  # which end with domains neither proved nor waiting
+            for target, worst in image.worst.items():
+                lower[target] = max(float(lower[target]), worst)
         leaves = tuple(image.leaves) if image.verdict == Verdict.PROVED else ()
         return Outcome(image.verdict, lower, image.point, image.domains, image.seconds, leaves, image.undecided)
 

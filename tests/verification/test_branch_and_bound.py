@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import Tensor, nn
@@ -71,6 +71,8 @@ def question(network: nn.Module, box: Box, label: int) -> tuple:
 
 
 @given(seed=st.integers(0, 10**6), widths=st.sampled_from([(2, 4, 3), (3, 6, 2), (2, 3, 3, 3), (2, 4, 2, 2)]))
+@example(seed=164, widths=(2, 3, 3, 3))  # attacked, with domains neither proved nor waiting
+@example(seed=364, widths=(3, 6, 2))
 @settings(max_examples=25, deadline=None)
 def test_verdicts_equal_enumeration(seed, widths):
     network = small_network(seed, widths)
@@ -78,15 +80,16 @@ def test_verdicts_equal_enumeration(seed, widths):
     center = torch.rand(1, widths[0], generator=random, dtype=torch.float64)
     box = Box(center - 0.4, center + 0.4)
     label = int(network(center).argmax())
-    least = np.delete(least_margins(network, box, label), label).min()
-    search = Search(timeout=60, ascent=Ascent(steps=5), domains=8)
-    (outcome,) = branch_and_bound(*question(network, box, label), search)
+    exact = np.delete(least_margins(network, box, label), label)
+    least = exact.min()
+    asked = question(network, box, label)
+    for seconds in (0, 60):
+        (outcome,) = branch_and_bound(*asked, Search(timeout=seconds, ascent=Ascent(steps=3), domains=2))
+        assert (np.delete(outcome.lower.numpy(), label) <= exact + 1e-9).all()  # whatever the verdict
     if abs(least) < 1e-7:
         return
     assert outcome.verdict == (Verdict.PROVED if least > 0 else Verdict.ATTACKED), least
-    if outcome.verdict == Verdict.PROVED:
-        assert np.delete(outcome.lower.numpy(), label).min() <= least + 1e-9
-    else:
+    if outcome.verdict == Verdict.ATTACKED:
         assert (outcome.point >= box.lower[0]).all()
         assert (outcome.point <= box.upper[0]).all()
         assert int(network(outcome.point[None]).argmax()) != label
