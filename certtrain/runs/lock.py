@@ -34,11 +34,9 @@ def claimed(folder: Path) -> Iterator[None]:
         CheckpointError: it cannot be made or locked.
         UsageError: it is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder} is a file, not a folder")
-    new = not folder.exists()
-    make_folder(folder)
-    descriptor = _locked(folder)
+    new = _make_if_missing(folder)
+    while (descriptor := _locked(folder)) is None:
+        new = _make_if_missing(folder)
     try:
         yield
     finally:
@@ -50,12 +48,25 @@ def claimed(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _locked(folder: Path) -> int:
-    """The open, locked lock file of `folder`; closing it gives the lock back."""
+def _make_if_missing(folder: Path) -> bool:
+    """Looked at once: another process may make it, or remove it, at any moment."""
+    try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise UsageError(f"{folder} is a file, not a folder")
+    except OSError:
+        make_folder(folder)
+        return True
+    return False
+
+
+def _locked(folder: Path) -> int | None:
+    """The open, locked lock file of `folder`; closing it gives the lock back. None where the folder is gone again."""
     file = folder / LOCK
     while True:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except FileNotFoundError:
+            return None
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be written to: {error.strerror}") from error
         try:
