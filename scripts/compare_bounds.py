@@ -27,11 +27,11 @@ from torch import Tensor, nn
 import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.bounds.margins import proved
 from certtrain.data import Split, load_dataset, to_float
 from certtrain.models import build_model
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
-from certtrain.training.losses import proved
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.methods import IBP, CrownIBP
 from certtrain.training.step import GradientStep

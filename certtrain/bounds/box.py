@@ -84,6 +84,10 @@ class Box:
             return self.around(function(self._center), function(self._radius))
         return type(self)(function(self.lower), function(self.upper))
 
+    def take(self, images: slice | Tensor) -> Self:
+        """The box of these images alone."""
+        return self.map(lambda part: part[images])
+
     @property
     def like(self) -> Tensor:
         """A tensor of the box's shape, dtype and device; its values mean nothing."""

@@ -253,6 +253,12 @@ class Record:
     output: int
     slack: Mapping[int, Tensor] | None = None
 
+    def take(self, images: Tensor) -> Record:
+        """Of these images alone, any of them several times; what the calls hold is not looked at."""
+        boxes = {index: box.take(images) for index, box in self.boxes.items()}
+        slack = None if self.slack is None else {index: part[images] for index, part in self.slack.items()}
+        return replace(self, boxes=boxes, slack=slack)
+
     def detach(self) -> Record:
         """The same boxes and weights, without gradient."""
         calls = [replace(call, args=map_leaves(call.args, Tensor, Tensor.detach)) for call in self.calls]

@@ -34,6 +34,11 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
     return Box.around(centers, _deviations(tail, box.radius, labels, logits))
 
 
+def proved(margins: Tensor) -> Tensor:
+    """(B,) bool: every margin (B, K) but the label's own is positive."""
+    return (margins > 0).sum(1) == margins.shape[1] - 1
+
+
 def no_nan(margins: Tensor, labels: Tensor) -> Tensor:
     """-inf for NaN, 0 in column y: where values overflow, infinity less infinity, nothing is known of a margin."""
     return torch.where(margins.isnan(), -torch.inf, margins).scatter(1, labels[:, None], 0.0)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from itertools import chain
 from typing import Any
 
@@ -25,7 +25,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
-from certtrain.bounds.margins import merged_margins, no_nan
+from certtrain.bounds.margins import merged_margins, no_nan, proved
 from certtrain.bounds.recording import check_recording
 from certtrain.bounds.segments import propagate_in_segments
 from certtrain.bounds.tracing import structure_of, trace
@@ -243,9 +243,8 @@ class BoundedModel:
 
         Raises:
             UsageError: unknown method, a box that is empty or not of float32 or float64, labels outside the classes, a
-                memory bound that does not suffice for one image, an arithmetic for another method than ibp, or
-                `early_stop` where it cannot be.
-            UnsupportedOperation: an operation has no linear relaxation.
+                memory bound that does not suffice for one image, or `early_stop` where it cannot be.
+            UnsupportedOperation: an operation has no linear relaxation, or none that covers rounding.
         """
         if method not in METHODS:
             raise unknown("bound method", method, METHODS)
@@ -261,7 +260,7 @@ class BoundedModel:
         found = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and method != "alpha-crown"):
             for part in portions:
-                portion = box.map(partial(_part, part))
+                portion = box.take(part)
                 if early_stop:
                     found.append(self._early_margins(portion, labels[part], method, rows, alpha, arithmetic))
                     continue
@@ -280,10 +279,10 @@ class BoundedModel:
             box: (B, ...) inputs; arithmetic, max_memory: as of `margins`.
         """
         images, rows = self._portions(box, "crown", max_memory)
-        portions = [box.map(partial(_part, slice(i, i + images))) for i in range(0, len(box.like), images)]
+        portions = [box.take(slice(i, i + images)) for i in range(0, len(box.like), images)]
         with torch.no_grad():
             parts = [tightened(self.recorded(part, None, arithmetic).recorded, rows) for part in portions]
-            single = self.recorded(box.map(partial(_part, slice(1))), None, arithmetic).recorded
+            single = self.recorded(box.take(slice(1)), None, arithmetic).recorded
         boxes = {
             index: Box(*(torch.cat([getattr(part.boxes[index], end) for part in parts]) for end in ("lower", "upper")))
             for index in single.boxes
@@ -348,12 +347,12 @@ class BoundedModel:
         for _ in chain([None], tightening.steps()):  # on IBP's boxes, and then after every layer's
             found = crown_margins(replace(bounds, record=tightening.record), labels[left])
             margins = margins.index_put((left,), torch.fmax(margins[left], found))
-            unproved = ((margins[left] > 0).sum(1) < margins.shape[1] - 1).nonzero()[:, 0]
+            unproved = (~proved(margins[left])).nonzero()[:, 0]
             if len(unproved) < len(left):
                 left = left[unproved]
                 if len(left) == 0:
                     return margins
-                bounds = self.recorded(box.map(partial(_part, left)), None, arithmetic)
+                bounds = self.recorded(box.take(left), None, arithmetic)
                 tightening.take(unproved, bounds.recorded)
             if method == "crown-ibp":
                 return margins
@@ -378,10 +377,6 @@ class BoundedModel:
             images = max(1, min(images, CACHE // (row * self._sizes.classes)))
             rows = max(1, min(rows, max(self._sizes.classes, CACHE // (row * images))))
         return images, rows
-
-
-def _part(part: slice | Tensor, values: Tensor) -> Tensor:
-    return values[part]
 
 
 @dataclass(frozen=True)

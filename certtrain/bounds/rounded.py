@@ -18,7 +18,7 @@ from torch import Tensor
 
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
-from certtrain.bounds.graph import Call, Graph, map_leaves
+from certtrain.bounds.graph import Call, Graph, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear.backward import PARAMETRIZED
 from certtrain.bounds.operations import OPERATIONS, WEIGHTED, add, cast, einsum, sub
@@ -72,21 +72,18 @@ class _RecordingPass(SoundPass):
         self.boxes: dict[int, OutwardBox] = {}
         self.errors: dict[int, Tensor] = {}
 
-    def apply(self, call: Call, args: tuple[Any, ...]) -> OutwardBox:
-        box = super().apply(call, args)
+    def keep(self, call: Call, args: tuple[Any, ...], result: OutwardBox) -> None:
         of_two_values = not call.affine and call.function in PARAMETRIZED
         if call.function not in LINEAR or of_two_values:
             raise UnsupportedOperation(
                 f"{call.where} has no linear relaxation that covers rounding; methods that support it: ibp"
             )
-        double = map_leaves(call.args, Tensor, lambda part: part.double() if part.is_floating_point() else part)
-        args = map_leaves(args, Tensor, lambda part: part.double() if part.is_floating_point() else part)
         found = self.result(call, map_leaves(args, OutwardBox, _Middle.of))
         self.errors[call.index] = (found[0] if call.function is F.batch_norm else found).radius
-        self.boxes[call.index] = box
-        known = replace(call, args=double)
-        self.calls.append(_as_scaling(known, box) if call.function is F.batch_norm else known)
-        return box
+        self.boxes[call.index] = result
+        refs = iter(leaves(call.args, Ref))
+        known = replace(call, args=map_leaves(args, OutwardBox, lambda _: next(refs)))
+        self.calls.append(_as_scaling(known, result) if call.function is F.batch_norm else known)
 
 
 def _as_scaling(call: Call, box: OutwardBox) -> Call:

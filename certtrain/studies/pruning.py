@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from certtrain.bounds import linf_box
+from certtrain.bounds.margins import proved
 from certtrain.bounds.model import evaluating
 from certtrain.config import Config
 from certtrain.data import to_float
 from certtrain.runs.build import load_data
-from certtrain.training.losses import proved
 from certtrain.training.trainer import EpochReport, Observer, Trainer
 from certtrain.verification.verify import parts_of
 

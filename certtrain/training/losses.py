@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from certtrain.bounds.margins import proved
+
 TINY = 1e-12
 Metrics = dict[str, Tensor]  # scalars, means over a batch
 
@@ -32,11 +34,6 @@ def interpolated(first: Tensor, second: Tensor, weight: Tensor | float) -> Tenso
 def geometrically_interpolated(first: Tensor, second: Tensor, weight: float) -> Tensor:
     """first^weight · second^(1 - weight), for losses >= 0; finite gradients where one of them is 0."""
     return first.clamp(min=TINY) ** weight * second.clamp(min=TINY) ** (1 - weight)
-
-
-def proved(margins: Tensor) -> Tensor:
-    """(B,) bool: every margin (B, K) but the label's own is positive."""
-    return (margins > 0).sum(1) == margins.shape[1] - 1
 
 
 def margin_error(margins: Tensor) -> Tensor:

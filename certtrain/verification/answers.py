@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,12 @@ from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model
 from certtrain.bounds.linear import lower_bounds
 from certtrain.bounds.linear.beta import Neurons
 from certtrain.bounds.linear.crown import margin_rows
-from certtrain.bounds.margins import no_nan
+from certtrain.bounds.margins import no_nan, proved
 from certtrain.bounds.model import evaluating
 from certtrain.data import Split, to_float
 from certtrain.data.seeding import generator
 from certtrain.errors import UnsupportedOperation
 from certtrain.runtime.precision import full_precision
-from certtrain.training.losses import proved
 from certtrain.verification.attacks import Attack, inscribed_linf_box, logits_of
 from certtrain.verification.branch_and_bound import Search, settle
 from certtrain.verification.cascade import BRANCH_AND_BOUND, VERDICTS
@@ -125,7 +124,7 @@ class Answers:
                 index = torch.tensor(some, device=labels.device)
                 yield from self._searched(
                     [found[i] for i in some],
-                    box.map(partial(_rows, index)),
+                    box.take(index),
                     images[index],
                     labels[index],
                     margins[index],
@@ -185,7 +184,7 @@ class Answers:
             if len(left) == 0:
                 break
             started = time.perf_counter()
-            own = box.map(partial(_rows, left))
+            own = box.take(left)
             arithmetic, stops = self.question.arithmetic, self.question.backend == "native"
             bounds = self.net.margins(own, labels[left], method, arithmetic=arithmetic, early_stop=stops)
             margins[left] = torch.maximum(margins[left], bounds)
@@ -228,7 +227,3 @@ def _fewest_operations(model: nn.Module, example: Tensor) -> nn.Module:
 
 def in_parts(images: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (images[start : start + size] for start in range(0, len(images), size))
-
-
-def _rows(index: Tensor, values: Tensor) -> Tensor:
-    return values[index]

@@ -25,6 +25,7 @@ from certtrain.errors import CertificateError
 from certtrain.runtime.files import parse_json
 from certtrain.verification.certificates import CHECKED_METHODS, VERDICTS, Certificates, Claim, digest, split_digest
 from certtrain.verification.coverage import check_coverage
+from certtrain.verification.linear_checker import LinearChecker, Recording
 from certtrain.verification.propagation import UNIT, Array, Interval, Propagation
 from certtrain.verification.transformer import encode
 from certtrain.verification.trees import Trees
@@ -142,10 +143,20 @@ class SavedNetwork:
         if rows != classes or classes < 2:
             raise CertificateError(f"the network has {rows} logits, model.json says {classes} classes")
 
-    def classifier_input(self, lower: Array, upper: Array, arithmetic: str | Propagation) -> ClassifierInput:
+    def classifier_input(self, lower: Array, upper: Array, arithmetic: str) -> ClassifierInput:
         """What can enter the last layer for any (C, H, W) image between the two."""
+        return self._walk(Propagation(self.weights, arithmetic), lower, upper)
+
+    def linear_bounds(self, lower: Array, upper: Array, arithmetic: str) -> LinearChecker:
+        """Ready for bounds of what the network makes of any (C, H, W) image between the two."""
+        recording = Recording(self.weights, arithmetic)
+        entering = self._walk(recording, lower, upper)
         with np.errstate(invalid="ignore", over="ignore"):
-            p = Propagation(self.weights, arithmetic) if isinstance(arithmetic, str) else arithmetic
+            recording.linear(entering.x, entering.last_layer)
+            return LinearChecker(recording)
+
+    def _walk(self, p: Propagation, lower: Array, upper: Array) -> ClassifierInput:
+        with np.errstate(invalid="ignore", over="ignore"):
             x = p.image(lower, upper)
             if "normalize.mean" in self.weights:
                 x = p.normalize(x, "normalize.mean", "normalize.std")
@@ -269,11 +280,13 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
 def _check_margin(row: Mapping[str, Any], network: SavedNetwork, lower: Array, upper: Array) -> None:
     """One by intervals is the certificate's; one by going back, or by a search that stopped, is no less."""
     index, claimed, proved = row["index"], row["margin"], row["verdict"] == "proved"
-    margin = network.classifier_input(lower, upper, row["arithmetic"]).margin(row["label"])
+    entering = network.classifier_input(lower, upper, row["arithmetic"])
+    margin = entering.margin(row["label"])
     if row["method"] == "ibp":
         agrees = margin == claimed or abs(margin - claimed) <= AGREEMENT * max(1.0, abs(margin))
     elif proved:
-        margin = margin if margin > 0 and claimed <= margin else _margin_going_back(network, lower, upper, row)
+        if not (margin > 0 and claimed <= margin):
+            margin = _margin_going_back(network, lower, upper, row, entering.margins(row["label"]))
         agrees = claimed <= margin + SEARCH_AGREEMENT * max(1.0, abs(margin))
     else:  # which only says that no proof was found
         margin, agrees = claimed, True
@@ -283,16 +296,14 @@ def _check_margin(row: Mapping[str, Any], network: SavedNetwork, lower: Array, u
         raise CertificateError(f"index {index}: verdict {row['verdict']}, but the margin is {margin:.9g}")
 
 
-def _margin_going_back(network: SavedNetwork, lower: Array, upper: Array, row: Mapping[str, Any]) -> float:
+def _margin_going_back(
+    network: SavedNetwork, lower: Array, upper: Array, row: Mapping[str, Any], by_intervals: Array
+) -> float:
     """The least margin by going back through intervals, then through tighter ones, and by the leaves of the tree."""
-    from certtrain.verification import linear_checker
-
     if network.architecture["name"] == "vit":
         raise CertificateError(f"index {row['index']}: of transformers bounds by {row['method']} cannot be checked")
     label, classes = row["label"], network.architecture["num_classes"]
-    bounds = linear_checker.recorded(network, lower, upper, row["arithmetic"])
-    by_intervals = network.classifier_input(lower, upper, row["arithmetic"]).margins(label)
-    by_intervals[label] = np.inf
+    bounds = network.linear_bounds(lower, upper, row["arithmetic"])
     best, claimed = np.fmax(by_intervals, bounds.margins(label, classes)), row["margin"]
     for _ in bounds.tightening():
         if (best >= claimed).all():

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from certtrain.errors import CertificateError
-from certtrain.verification.checker import SavedNetwork
 from certtrain.verification.propagation import UNIT, Interval, Propagation
 from certtrain.verification.trees import Trees, covers
 
@@ -140,15 +139,6 @@ def _dots(a: Array, values: Array) -> Array:
     return np.einsum("rn,rn->r", a.reshape(len(a), -1), np.broadcast_to(values, a.shape).reshape(len(a), -1))
 
 
-def recorded(network: SavedNetwork, lower: Array, upper: Array, arithmetic: str) -> LinearChecker:
-    """Ready for bounds of what a network makes of any (C, H, W) image between the two."""
-    recording = Recording(network.weights, arithmetic)
-    x = network.classifier_input(lower, upper, recording)
-    with np.errstate(invalid="ignore", over="ignore"):
-        recording.linear(x.x, x.last_layer)
-        return LinearChecker(recording)
-
-
 class LinearChecker:
     """Bounds of one image's margins.
 
@@ -188,13 +178,8 @@ class LinearChecker:
         lower[label] = np.inf
         return lower
 
-    def tighten(self) -> None:
-        """Make the boxes before all ReLUs those that going back gives (CROWN)."""
-        for _ in self.tightening():
-            pass
-
     def tightening(self) -> Iterator[None]:
-        """Layer by layer, first to last, where neurons are undecided."""
+        """Make boxes before ReLUs those that going back gives, where neurons are undecided, layer by layer (CROWN)."""
         for k in self.relus:
             box, value = self.boxes[k], self.layers[k].inputs[0]
             lower, upper = box.lower[0].copy(), box.upper[0].copy()

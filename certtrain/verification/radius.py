@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel
+from certtrain.bounds.margins import proved
 from certtrain.bounds.model import evaluating
 from certtrain.data import Split, to_float
 from certtrain.runtime.precision import full_precision
-from certtrain.training.losses import proved
 from certtrain.verification.answers import predictions
 from certtrain.verification.attacks import Attack
 from certtrain.verification.pixels import perturbation_box

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, bounded_model, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.bounds.margins import proved
 from certtrain.bounds.model import BACKENDS
 from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss
-from certtrain.training.losses import Metrics, proved
+from certtrain.training.losses import Metrics
 from certtrain.training.method import Method, Phase, scheduled
 from certtrain.training.methods import IBP, Adversarial, CrownIBP, Natural
 from certtrain.training.regularization import Regularization

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.margins import proved
 from certtrain.data import load_dataset, to_float
 from certtrain.errors import UnsupportedOperation, UsageError
-from certtrain.training.losses import proved
 from certtrain.verification.attacks import PGD
 from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.results import VERDICTS

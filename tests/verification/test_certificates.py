@@ -186,10 +186,8 @@ def saved_transformer(folder, kind):
     return folder / "model.safetensors"
 
 
-@pytest.mark.parametrize("kind", TRANSFORMERS)
-@pytest.mark.parametrize("arithmetic", ["float32", "bf16", "float64"])
-def test_verifier_and_checker_derive_the_same_margins_of_transformers(kind, arithmetic, tmp_path):
-    file = saved_transformer(tmp_path, kind)
+def assert_same_margins(file, arithmetic, tolerance):
+    """The verifier's and the checker's, of three images."""
     model, network = load_model(file), SavedNetwork.read(file)
     images, labels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 3, 1])
     box = pixel_box(images, 1 / 255)
@@ -197,8 +195,14 @@ def test_verifier_and_checker_derive_the_same_margins_of_transformers(kind, arit
     for row, lower, upper, label in zip(bounds, box.lower.numpy(), box.upper.numpy(), labels.tolist(), strict=True):
         least = row.scatter(0, torch.tensor([label]), torch.inf).min().item()
         assert network.classifier_input(lower, upper, arithmetic).margin(label) == pytest.approx(
-            least, rel=1e-7, abs=1e-7
+            least, rel=tolerance, abs=tolerance
         )
+
+
+@pytest.mark.parametrize("kind", TRANSFORMERS)
+@pytest.mark.parametrize("arithmetic", ["float32", "bf16", "float64"])
+def test_verifier_and_checker_derive_the_same_margins_of_transformers(kind, arithmetic, tmp_path):
+    assert_same_margins(saved_transformer(tmp_path, kind), arithmetic, tolerance=1e-7)
 
 
 @pytest.mark.parametrize("kind", TRANSFORMERS)
@@ -236,16 +240,7 @@ def saved(folder, name, batch_norm=True):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("arithmetic", ["float32", "tf32", "bf16", "float64"])
 def test_verifier_and_checker_derive_the_same_margins(name, batch_norm, arithmetic, tmp_path):
-    file = saved(tmp_path, name, batch_norm)
-    model, network = load_model(file), SavedNetwork.read(file)
-    images, labels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 3, 1])
-    box = pixel_box(images, 1 / 255)
-    bounds = BoundedModel(model, to_float(images)).margins(box, labels, arithmetic=arithmetic)
-    for row, lower, upper, label in zip(bounds, box.lower.numpy(), box.upper.numpy(), labels.tolist(), strict=True):
-        least = row.scatter(0, torch.tensor([label]), torch.inf).min().item()
-        assert network.classifier_input(lower, upper, arithmetic).margin(label) == pytest.approx(
-            least, rel=1e-8, abs=1e-8
-        )
+    assert_same_margins(saved(tmp_path, name, batch_norm), arithmetic, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("batch_norm", [True, False], ids=["BN", "no BN"])

@@ -18,7 +18,6 @@ from certtrain.bounds.linear.beta import Ascent, Neurons
 from certtrain.errors import CertificateError
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model, save_model
-from certtrain.verification import linear_checker
 from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound
 from certtrain.verification.checker import SavedNetwork
 from certtrain.verification.pixels import pixel_box
@@ -65,8 +64,9 @@ def network(request, tmp_path):
 
 
 def checker_of(checked, box):
-    found = linear_checker.recorded(checked, box.lower[0].numpy(), box.upper[0].numpy(), "float32")
-    found.tighten()
+    found = checked.linear_bounds(box.lower[0].numpy(), box.upper[0].numpy(), "float32")
+    for _ in found.tightening():
+        pass
     return found
 
 

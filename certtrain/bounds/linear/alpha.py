@@ -9,10 +9,11 @@ from torch import Tensor
 
 from certtrain.bounds.graph import Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
-from certtrain.bounds.linear.backward import PARAMETRIZED
+from certtrain.bounds.linear.backward import PARAMETRIZED, Lines
 from certtrain.bounds.linear.crown import crown_margins
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.relaxations import RELAXATIONS
+from certtrain.bounds.margins import proved
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,20 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
     """
     with torch.no_grad():
         best = crown_margins(bounds, labels)
-    if not options.steps or not _unproved(best).any():
+    if not options.steps or proved(best).all():
         return best
     record = bounds.recorded.detach()
     slopes, ends = _initial_slopes(record, best.shape[1])
     if not slopes:
         return best
     optimizer = torch.optim.Adam(slopes.values(), lr=options.lr)
+    lines: Lines = {}
     for step in range(options.steps):
         with torch.enable_grad():
-            margins = crown_margins(replace(bounds, record=record), labels, slopes)
+            margins = crown_margins(replace(bounds, record=record), labels, slopes, lines)
             if not margins.requires_grad:
                 break
-            loss = -margins[_unproved(best)].sum()
+            loss = -margins[~proved(best)].sum()
             gradients = torch.autograd.grad(loss, list(slopes.values()), allow_unused=True)
         for slope, gradient in zip(slopes.values(), gradients, strict=True):
             slope.grad = gradient
@@ -54,8 +56,8 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
         with torch.no_grad():
             for index, slope in slopes.items():
                 slope.clamp_(*ends[index])
-        best = torch.where(_unproved(best)[:, None], torch.maximum(best, margins.detach()), best)
-        if not _unproved(best).any():
+        best = torch.where(proved(best)[:, None], best, torch.maximum(best, margins.detach()))
+        if proved(best).all():
             break
     return best
 
@@ -83,8 +85,3 @@ def _initial_slopes(record: Record, rows: int) -> tuple[dict[int, Tensor], dict[
         slopes[call.index] = start[:, None].repeat(1, rows, *[1] * (start.dim() - 1)).requires_grad_()
         ends[call.index] = free.low[:, None], free.high[:, None]
     return slopes, ends
-
-
-def _unproved(margins: Tensor) -> Tensor:
-    """(B,) bool: not every margin but the label's own is positive."""
-    return (margins > 0).sum(1) < margins.shape[1] - 1

@@ -31,7 +31,17 @@ from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import bilinear, normalization, patches
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
-from certtrain.bounds.linear.patches import Coefficients, Contributions, Patches, added, constant_map, dense, scaling_of
+from certtrain.bounds.linear.patches import (
+    Coefficients,
+    Contributions,
+    Patches,
+    added,
+    constant_map,
+    dense,
+    dot,
+    magnitude,
+    scaling_of,
+)
 from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, above_in_exact_arithmetic, relu
 from certtrain.bounds.linear.softmax import softmax
 from certtrain.bounds.normalization import normalized
@@ -40,11 +50,6 @@ from certtrain.errors import UnsupportedOperation
 
 Slopes = Mapping[int, Tensor]  # by call: slope of the line below, or parameter of the planes, (B, 1 or R, ...)
 Lines = dict[int, LinearRelaxation]  # by call
-
-
-def _dot(coefficients: Tensor, values: Tensor) -> Tensor:
-    """(B, R, ...) · (B, ...) -> (B, R)."""
-    return torch.einsum("brn,bn->br", coefficients.flatten(2), values.flatten(1))
 
 
 def _affine(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
@@ -57,7 +62,7 @@ def _affine(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributi
 
     constant, pull_back = torch.func.vjp(function, *zeros)  # type: ignore[misc] # two, without has_aux
     parts = torch.func.vmap(pull_back, in_dims=1, out_dims=1)(a)
-    return [(ref, part) for ref, part in zip(refs, parts, strict=True)], _dot(a, constant)
+    return [(ref, part) for ref, part in zip(refs, parts, strict=True)], dot(a, constant)
 
 
 def _reshaped(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
@@ -68,7 +73,7 @@ def _reshaped(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contribu
 
 def _scaled(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
     ref, scale, shift = call.args
-    return [(ref, a * scale[:, None])], _dot(a, shift.expand(boxes[call.index].shape))
+    return [(ref, a * scale[:, None])], dot(a, shift.expand(boxes[call.index].shape))
 
 
 def _sum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
@@ -84,7 +89,7 @@ def _sum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
             if isinstance(argument, Ref):
                 contributions.append((argument, factor * a))
             else:
-                constant = constant + _dot(a, constant_map(factor * argument, boxes[call.index]))
+                constant = constant + dot(a, constant_map(factor * argument, boxes[call.index]))
         return contributions, constant
 
     return rule
@@ -136,7 +141,7 @@ def _max_pool(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contribu
     indices = chosen.flatten(2)[:, None].expand(-1, a.shape[1], -1, -1)
     pulled = target.scatter_add(3, indices, torch.where(follows, a, 0.0).flatten(3))
     ceiling = F.max_pool2d(upper, kernel, stride, padding, dilation, ceil_mode)
-    constant = _dot(torch.where(follows, 0.0, a), ceiling)
+    constant = dot(torch.where(follows, 0.0, a), ceiling)
     return [(ref, pulled.view(*a.shape[:2], *boxes[ref.index].shape[1:]))], constant
 
 
@@ -149,13 +154,13 @@ def _maximum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
         lines = relu(Box(above.lower - below.upper, above.upper - below.lower))
         positive, negative = (sign * a).clamp(min=0), (sign * a).clamp(max=0)
         pulled = sign * (positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None])
-        constant = _dot(positive, lines.lower_offset) + _dot(negative, lines.upper_offset)
+        constant = dot(positive, lines.lower_offset) + dot(negative, lines.upper_offset)
         contributions: Contributions = []
         for value, part in zip(call.args, (pulled, a - pulled), strict=True):
             if isinstance(value, Ref):
                 contributions.append((value, part.sum_to_size(*a.shape[:2], *boxes[value.index].shape[1:])))
             else:
-                constant = constant + _dot(part, value.expand(a.shape[0:1] + a.shape[2:]))
+                constant = constant + dot(part, value.expand(a.shape[0:1] + a.shape[2:]))
         return contributions, constant
 
     return rule
@@ -172,7 +177,7 @@ def _pooled(pool: Callable[..., Any]) -> Callable[..., tuple[Contributions, Tens
         target = a.new_zeros(*a.shape[:3], box.shape[2:].numel())
         indices = chosen.flatten(2)[:, None].expand(-1, a.shape[1], -1, -1)
         pulled = target.scatter_add(3, indices, a.clamp(min=0).flatten(3))
-        return [(ref, pulled.view(*a.shape[:2], *box.shape[1:]))], _dot(a.clamp(max=0), ceiling)
+        return [(ref, pulled.view(*a.shape[:2], *box.shape[1:]))], dot(a.clamp(max=0), ceiling)
 
     return rule
 
@@ -193,7 +198,7 @@ def _extreme(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
             a = a.unsqueeze(axis + 1)
         follows, rest = (a.clamp(min=0), a.clamp(max=0)) if sign > 0 else (a.clamp(max=0), a.clamp(min=0))
         limit = box.upper.amax(axes, True) if sign > 0 else box.lower.amin(axes, True)
-        return [(ref, follows * chosen[:, None])], _dot(rest, limit)
+        return [(ref, follows * chosen[:, None])], dot(rest, limit)
 
     return rule
 
@@ -277,9 +282,7 @@ class LinearBounds:
         center, radius = self.box.center, self.box.radius
         if self.rounded:  # of two sums of n terms: no more than n + 1 roundings in each, and four before and after
             radius = radius + 2.0**-52 * (center[0].numel() + 8) * (center.abs() + radius)
-        if isinstance(self.coefficients, Patches):
-            return self.constant + patches.least(self.coefficients, center, radius)
-        return self.constant + _dot(self.coefficients, center) - _dot(self.coefficients.abs(), radius)
+        return self.constant + dot(self.coefficients, center) - dot(magnitude(self.coefficients), radius)
 
     def minimizers(self) -> Tensor:
         """(B, R, ...): corners of the box where the bounds are least."""
@@ -330,7 +333,7 @@ def linear_bounds(
         contributions, constant = _pulled(call, coefficients, record.boxes, line, slope)
         total = total + constant
         if record.slack is not None:
-            total = total - _magnitude(coefficients, record.slack[call.index])
+            total = total - dot(magnitude(coefficients), record.slack[call.index])
         for ref, part in contributions:
             pending[ref.index] = added(pending[ref.index], part) if ref.index in pending else part
     coefficients = pending.get(0)
@@ -344,13 +347,6 @@ def _relaxation(call: Call, record: Record) -> LinearRelaxation:
     box, settings = record.boxes[ref.index], call.args[1:]
     lines = RELAXATIONS[call.function](box, *settings)
     return lines if record.slack is None else above_in_exact_arithmetic(lines, box, call.function, *settings)
-
-
-def _magnitude(a: Coefficients, sizes: Tensor) -> Tensor:
-    """(B, R): Σ |a|·sizes, which are (B, ...)."""
-    if isinstance(a, Patches):
-        return patches.dot(a.with_values(a.values.abs()), sizes)
-    return _dot(a.abs(), sizes)
 
 
 def _pulled(
@@ -381,10 +377,10 @@ def _elementwise(
         return [(ref, pulled)], constant
     a = dense(a)
     positive, negative = a.clamp(min=0), a.clamp(max=0)
-    constant = _dot(negative, line.upper_offset)
+    constant = dot(negative, line.upper_offset)
     if slope is None:
         slope = line.lower_slope[:, None]
-        constant = constant + _dot(positive, line.lower_offset)
+        constant = constant + dot(positive, line.lower_offset)
     else:
         free = FREE_SLOPES[call.function](boxes[ref.index], *call.args[1:])
         slope = slope.clamp(free.low[:, None], free.high[:, None])

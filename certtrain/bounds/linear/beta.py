@@ -18,7 +18,7 @@ from torch import Tensor
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves
 from certtrain.bounds.interval import Record
-from certtrain.bounds.linear.backward import LinearBounds, linear_bounds
+from certtrain.bounds.linear.backward import LinearBounds, Lines, linear_bounds
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations import OPERATIONS, PiecewiseLinear, at_settings
@@ -136,9 +136,6 @@ class Splits:
             lower.scatter_reduce(1, self.neuron, low, "amax"), upper.scatter_reduce(1, self.neuron, high, "amin")
         )
 
-    def take(self, index: Tensor) -> Splits:
-        return Splits(self.neuron[index], self.sign[index], self.threshold[index])
-
 
 @dataclass(frozen=True)
 class Ascent:
@@ -172,12 +169,12 @@ class DomainBatch:
 
     def __init__(self, record: Record, neurons: Neurons, image: Tensor, functions: Tensor, splits: Splits) -> None:
         self.neurons, self.functions, self.splits = neurons, functions, splits
-        boxes = {index: box.map(partial(_take, image)) for index, box in record.boxes.items()}
-        slack = None if record.slack is None else {index: part[image] for index, part in record.slack.items()}
-        self.record = replace(record, boxes=boxes, slack=slack)
-        self.box = splits.restricted(neurons.boxes(self.record))
+        whole = record.take(image)
+        self.box = splits.restricted(neurons.boxes(whole))
         lower, upper = neurons.parts(self.box.lower), neurons.parts(self.box.upper)
-        boxes.update({index: Box(lower[index], upper[index]) for index in neurons.values})
+        restricted = {index: Box(lower[index], upper[index]) for index in neurons.values}
+        self.record = replace(whole, boxes={**whole.boxes, **restricted})
+        self._lines: Lines = {}  # of the domains' boxes, whatever slopes and multipliers
 
     def __len__(self) -> int:
         return len(self.functions)
@@ -197,7 +194,7 @@ class DomainBatch:
         functions[output] = (
             self.functions[:, None] + dense(functions[output]) if output in functions else self.functions[:, None]
         )
-        found = linear_bounds(self.record, functions, by_call, observe=observe)
+        found = linear_bounds(self.record, functions, by_call, self._lines, observe)
         return replace(found, constant=found.constant - (weights * self.splits.threshold).sum(1, keepdim=True))
 
     def initial_slopes(self) -> Tensor:
@@ -227,7 +224,7 @@ class DomainBatch:
         that coefficient: for a ReLU and a negative one BaBSR's intercept score, -a·u·l / (u - l). (Bunel et al. 2020.)
 
         Args:
-            behind: by call, coefficients (D, ...) of what a function returns, as `linear_bounds` shows them.
+            behind: by call, coefficients (D, ...) of what a function returns, as `linear_bounds` has shown them.
         """
         found = {index: torch.zeros_like(self.record.boxes[index].like) for index in self.neurons.values}
         for call in self.neurons.calls:
@@ -235,7 +232,7 @@ class DomainBatch:
                 continue
             entering, a = _entering(call), behind[call.index]
             box, settings = self.record.boxes[entering], call.args[1:]
-            lines = RELAXATIONS[call.function](box, *settings)
+            lines = self._lines[call.index]
             middle = torch.zeros_like(box.lower).clamp(box.lower, box.upper)
             points = [box.lower, middle, box.upper]
             values = [call.function(point, *settings) for point in points]
@@ -279,7 +276,3 @@ def _better(x: DomainBounds, y: DomainBounds) -> DomainBounds:
         torch.where(better[:, None], y.slopes, x.slopes),
         torch.where(better[:, None], y.multipliers, x.multipliers),
     )
-
-
-def _take(index: Tensor, values: Tensor) -> Tensor:
-    return values[index]

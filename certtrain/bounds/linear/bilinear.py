@@ -21,7 +21,7 @@ from certtrain.bounds.attention import attend, center_of
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref
 from certtrain.bounds.interval import RULES as INTERVAL_RULES
-from certtrain.bounds.linear.patches import Contributions
+from certtrain.bounds.linear.patches import Contributions, dot
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations import einsum
 from certtrain.errors import UnsupportedOperation
@@ -43,10 +43,10 @@ def planes(product: Product, a: Tensor, x: Box, y: Box, t: Tensor | None) -> tup
     size = a.abs()
     of_x = _pulled(lambda v: product(v, y.center), x.like, a)
     of_y = _pulled(lambda v: product(x.center, v), y.like, a)
-    constant = -_dot(a, product(x.center, y.center)) - _dot(size, product(x.radius, y.radius))
+    constant = -dot(a, product(x.center, y.center)) - dot(size, product(x.radius, y.radius))
     if t is not None:
         across = _pulled(lambda v: product(v, y.radius), x.like, size)
-        constant = constant - _dot(t * of_x, x.radius) - _dot(t * across, x.center)
+        constant = constant - dot(t * of_x, x.radius) - dot(t * across, x.center)
         of_x = of_x + t * across
         of_y = of_y + torch.func.vmap(
             lambda row, slope: _vjp(lambda v: product(slope * x.radius, v), y.like)(row), in_dims=1, out_dims=1
@@ -61,10 +61,6 @@ def _vjp(function: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[Tensor],
 
 def _pulled(function: Callable[[Tensor], Tensor], at: Tensor, a: Tensor) -> Tensor:
     return torch.func.vmap(_vjp(function, at), in_dims=1, out_dims=1)(a)
-
-
-def _dot(coefficients: Tensor, values: Tensor) -> Tensor:
-    return torch.einsum("brn,bn->br", coefficients.flatten(2), values.flatten(1))
 
 
 def _product(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None) -> tuple[Contributions, Tensor]:
@@ -83,7 +79,7 @@ def _average(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None) 
     m = center_of(boxes[v.index])
     apart = Box.around(boxes[v.index].center - m, boxes[v.index].radius)
     of_p, of_v, constant = planes(torch.matmul, a, boxes[p.index], apart, t)
-    constant = constant - _dot(of_v, m.expand(apart.shape)) + _dot(a, m.expand(a.shape[:1] + a.shape[2:]))
+    constant = constant - dot(of_v, m.expand(apart.shape)) + dot(a, m.expand(a.shape[:1] + a.shape[2:]))
     return [(p, of_p), (v, of_v)], constant
 
 
@@ -108,7 +104,7 @@ def _through(
     lines = RELAXATIONS[function](boxes[ref.index])
     positive, negative = a.clamp(min=0), a.clamp(max=0)
     pulled = positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None]
-    return [(ref, pulled)], _dot(positive, lines.lower_offset) + _dot(negative, lines.upper_offset)
+    return [(ref, pulled)], dot(positive, lines.lower_offset) + dot(negative, lines.upper_offset)
 
 
 PRODUCTS: dict[Callable, Rule] = {

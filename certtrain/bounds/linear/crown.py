@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,11 @@ def margin_rows(labels: Tensor, classes: int, like: Tensor) -> Tensor:
     return eye[labels][:, None, :] - eye
 
 
-def crown_margins(bounds: Bounds, labels: Tensor, slopes: Slopes | None = None) -> Tensor:
+def crown_margins(bounds: Bounds, labels: Tensor, slopes: Slopes | None = None, lines: Lines | None = None) -> Tensor:
     """Margins (B, K) by one backward pass, on the boxes that `bounds` recorded. (CROWN-IBP if those are IBP's.)"""
     record = bounds.recorded
     output = record.boxes[record.output]
-    return lower_bounds(record, record.output, margin_rows(labels, output.shape[1], output.like), slopes)
+    return lower_bounds(record, record.output, margin_rows(labels, output.shape[1], output.like), slopes, lines)
 
 
 def tightened(record: Record, rows_at_once: int, intersect: bool = True) -> Record:
@@ -70,8 +70,7 @@ class Tightening:
 
     def take(self, images: Tensor, record: Record) -> None:
         """Go on with these images (L,) alone, of which `record` is as cheap as that which this began with."""
-        boxes = {index: box.map(partial(_take, images)) for index, box in self.record.boxes.items()}
-        self.record, self._lines = replace(record, boxes=boxes), {}
+        self.record, self._lines = replace(record, boxes=self.record.take(images).boxes), {}
 
     def _follow(self, index: int, box: Box) -> None:
         boxes = {**self.record.boxes, index: box}
@@ -123,7 +122,3 @@ def _undecided(box: Box, call: Call) -> Tensor:
     settings = call.args[1:]
     inside = [(kink > box.lower) & (kink < box.upper) for kink in at_settings(curve.kinks, *settings)]
     return reduce(torch.logical_or, inside, torch.zeros_like(box.lower, dtype=torch.bool))
-
-
-def _take(index: Tensor, values: Tensor) -> Tensor:
-    return values[index]

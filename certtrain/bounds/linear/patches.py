@@ -157,15 +157,15 @@ def elementwise(lines: LinearRelaxation, a: Patches) -> tuple[Patches, Tensor]:
     return a.with_values(pulled), constant
 
 
-def least(a: Patches, center: Tensor, radius: Tensor) -> Tensor:
-    """(B, R): the least values over a box of maps."""
-    at_center, reach = a.at(_channels_last(center, radius)).chunk(2, -1)
-    return (a.values * at_center).flatten(2).sum(2) - (a.values.abs() * reach).flatten(2).sum(2)
+def dot(a: Coefficients, values: Tensor) -> Tensor:
+    """(B, R): a·values, which are (B, ...)."""
+    if isinstance(a, Patches):
+        return (a.values * a.at(_channels_last(values))).flatten(2).sum(2)
+    return torch.einsum("brn,bn->br", a.flatten(2), values.flatten(1))
 
 
-def dot(a: Patches, maps: Tensor) -> Tensor:
-    """(B, R): a·maps, which are (B, C, H, W)."""
-    return (a.values * a.at(_channels_last(maps))).flatten(2).sum(2)
+def magnitude(a: Coefficients) -> Coefficients:
+    return a.with_values(a.values.abs()) if isinstance(a, Patches) else a.abs()
 
 
 def _channels_last(*maps: Tensor) -> Tensor:
