@@ -20,7 +20,7 @@ from rich.table import Table
 from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data
 from certtrain.cli.studies import holds_runs, is_run_folder, report_study
 from certtrain.cli.tables import hints, show_forgetting, show_results
-from certtrain.config.names import METHODS
+from certtrain.config.names import STAGES
 from certtrain.errors import CheckpointError, UsageError, optional_module
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
@@ -181,19 +181,19 @@ def verify_command(options: argparse.Namespace) -> int:
 
 
 def _decide_property(options: argparse.Namespace) -> int:
-    _refuse(options, "--vnnlib", "eps", "limit", "sound", "certificates", "radius", "json", "model_weights")
+    _refuse(options, "--vnnlib", "eps", "limit", "sound", "certificates", "radius", "json", "model_weights", "results")
     check_device_name(options.device)
 
     from certtrain.config.loading import load_verification
 
-    thorough = {"verification": {"method": list(METHODS), "attack": ["pgd", "apgd-ce", "apgd-t"]}}
+    thorough = {"verification": {"method": list(STAGES), "attack": ["pgd", "apgd-ce", "apgd-t"]}}
     section = load_verification([thorough, *options.overrides, _verification_changes(options)])
 
     from certtrain.importing.onnx import import_onnx
     from certtrain.importing.vnnlib import counterexample, read_property
     from certtrain.runs.build import resolve_device
     from certtrain.runs.checkpoint import load_architecture, load_model
-    from certtrain.runs.evaluation import build_attack
+    from certtrain.runs.evaluation import build_attack, build_search
     from certtrain.runtime.distributed import ALONE
     from certtrain.verification.properties import decide
 
@@ -205,7 +205,8 @@ def _decide_property(options: argparse.Namespace) -> int:
     else:
         model = load_model(options.run, device, trust=options.trust_model)
         shape, replay = load_architecture(folder_of(options.run))["image_shape"], None
-    decision = decide(model, cases, shape, section.method, build_attack(section), replay=replay)
+    asked = (section.method, build_attack(section))
+    decision = decide(model, cases, shape, *asked, search=build_search(section.search), replay=replay)
     print(decision.verdict)
     if decision.point is not None and decision.outputs is not None:
         print(counterexample(decision.point, decision.outputs))

@@ -129,7 +129,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="bounds, each for what those before left unknown: ibp,crown-ibp,crown,alpha-crown,branch-and-bound",
     )
     verify.add_argument(
-        "--timeout", type=_seconds, metavar="SECONDS", help="of branch and bound, for each image (default: 100)"
+        "--timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="of branch and bound, for each image, or for the property (default: 100)",
     )
     verify.add_argument(
         "--workers", type=_positive, default=1, metavar="N", help="processes that share images and CPUs (default: 1)"

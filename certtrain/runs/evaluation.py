@@ -44,7 +44,7 @@ def verify_run(
         seed=config.seed,
         backend=config.backend,
         arithmetic=section.arithmetic,
-        search=_search(section.search),
+        search=build_search(section.search),
         ranks=ranks,
         workers=workers,
         results=results,
@@ -74,7 +74,7 @@ def _test_images(config: Config, model: nn.Module, dataset: Dataset, limit: int 
     return dataset.test.take(slice(config.verification.limit if limit is None else limit))
 
 
-def _search(section: SearchSection) -> Search:
+def build_search(section: SearchSection) -> Search:
     return Search(
         timeout=section.timeout,
         images=section.images,

@@ -14,24 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model
-from certtrain.bounds.linear import lower_bounds
 from certtrain.bounds.linear.beta import Neurons
-from certtrain.bounds.linear.crown import margin_rows
-from certtrain.bounds.margins import no_nan, proved
+from certtrain.bounds.margins import proved
 from certtrain.bounds.model import evaluating
 from certtrain.data import Split, to_float
 from certtrain.data.seeding import generator
 from certtrain.errors import UnsupportedOperation
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack, inscribed_linf_box, logits_of
-from certtrain.verification.branch_and_bound import Search, settle
-from certtrain.verification.cascade import BRANCH_AND_BOUND, VERDICTS
+from certtrain.verification.branch_and_bound import Search, root_margins, settle
+from certtrain.verification.cascade import BRANCH_AND_BOUND, VERDICTS, around_attack
 from certtrain.verification.certificates import split_digest
 from certtrain.verification.folding import fold_batch_norm
 from certtrain.verification.pixels import perturbation_box
 from certtrain.verification.results import ImageResult
 
 Portion = tuple[float, Sequence[int]]  # a radius, and positions of images
+Seconds = list[tuple[float, ...]]  # of each image, by the methods that were asked about it
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,6 @@ class Question:
     seed: int
     backend: str
     search: Search
-
-    @property
-    def bounds(self) -> tuple[str, ...]:
-        """The methods without branch and bound."""
-        return tuple(name for name in self.methods if name != BRANCH_AND_BOUND)
 
     @property
     def searches(self) -> bool:
@@ -103,11 +97,19 @@ class Answers:
             images, labels = to_float(part.images), part.labels
             prediction = predictions(self.net.model, images)
             correct = prediction == labels
-            with torch.no_grad():
-                box = perturbation_box(part.images, eps, self.question.arithmetic)
-                margins, seconds = self._cascade(box, labels, correct)
-            holds = proved(margins) & correct
-            attacked, points = self._attacks(self.net.model, images, labels, eps, correct & ~holds, positions)
+            box = perturbation_box(part.images, eps, self.question.arithmetic)
+            cheap, dear = around_attack(self.question.methods)
+            margins = no_margins(labels, self.net.classes, box.like.dtype)
+            seconds: Seconds = [()] * len(labels)
+            for i, method in enumerate(cheap):
+                left = correct & ~proved(margins) if i > 0 else torch.ones_like(correct)
+                margins, seconds = self._bounded(method, box, labels, left, margins, seconds)
+            left = correct & ~proved(margins)
+            attacked, points = self._attacks(self.net.model, images, labels, eps, left, positions)
+            for method in dear:
+                left = correct & ~attacked & ~proved(margins)
+                margins, seconds = self._bounded(method, box, labels, left, margins, seconds)
+            holds = proved(margins) & correct & ~attacked
             verdicts = np.select(
                 [array.cpu().numpy() for array in (~correct, holds, attacked)], VERDICTS[:3], "unknown"
             ).tolist()
@@ -136,10 +138,8 @@ class Answers:
         """By branch and bound; its points are looked for in the network as it is deployed."""
         assert isinstance(self.net, BoundedModel)
         started, search = time.perf_counter(), self.question.search
-        with torch.no_grad():
-            record = self.net.tightened(box, self.question.arithmetic)
-            rows = margin_rows(labels, self.net.classes, margins)
-            margins = no_nan(torch.fmax(margins, lower_bounds(record, record.output, rows)), labels)
+        record = self.net.tightened(box, self.question.arithmetic)
+        margins = root_margins(record, labels, margins)
         spent = (time.perf_counter() - started) / len(left)
         points = inscribed_linf_box(images, left[0].eps)
         rest = replace(search, timeout=max(0.0, search.timeout - spent))
@@ -173,25 +173,28 @@ class Answers:
             attacked[chosen], points = broken, points[broken]
         return attacked, points
 
-    def _cascade(self, box: Box, labels: Tensor, correct: Tensor) -> tuple[Tensor, list[tuple[float, ...]]]:
-        """Margins (B, K) by the first bound, then by one after another for those right and unknown; and the seconds
-        that each took of each image."""
-        margins = torch.full((len(labels), self.net.classes), -torch.inf, dtype=box.like.dtype, device=labels.device)
-        margins.scatter_(1, labels[:, None], 0.0)
-        seconds: list[tuple[float, ...]] = [()] * len(labels)
-        for position, method in enumerate(self.question.bounds):
-            left = (torch.ones_like(correct) if position == 0 else correct & ~proved(margins)).nonzero()[:, 0]
-            if len(left) == 0:
-                break
-            started = time.perf_counter()
-            own = box.take(left)
-            arithmetic, stops = self.question.arithmetic, self.question.backend == "native"
-            bounds = self.net.margins(own, labels[left], method, arithmetic=arithmetic, early_stop=stops)
-            margins[left] = torch.maximum(margins[left], bounds)
-            each = (time.perf_counter() - started) / len(left)
-            for i in left.tolist():
-                seconds[i] += (each,)
-        return margins, seconds
+    @torch.no_grad()
+    def _bounded(
+        self, method: str, box: Box, labels: Tensor, left: Tensor, margins: Tensor, seconds: Seconds
+    ) -> tuple[Tensor, Seconds]:
+        """Margins (B, K) as they are with those by `method` of the images `left` (B,), and the seconds that each method
+        took of each image."""
+        chosen = left.nonzero()[:, 0]
+        if len(chosen) == 0:
+            return margins, seconds
+        started = time.perf_counter()
+        arithmetic, stops = self.question.arithmetic, self.question.backend == "native"
+        bounds = self.net.margins(box.take(chosen), labels[chosen], method, arithmetic=arithmetic, early_stop=stops)
+        each = (time.perf_counter() - started) / len(chosen)
+        spent = [(*known, each) if asked else known for known, asked in zip(seconds, left.tolist(), strict=True)]
+        return margins.index_copy(0, chosen, torch.maximum(margins[chosen], bounds)), spent
+
+
+def no_margins(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(B, K): what is known of margins before any bound."""
+    return torch.full((len(labels), classes), -torch.inf, dtype=dtype, device=labels.device).scatter(
+        1, labels[:, None], 0.0
+    )
 
 
 def _least(margins: Tensor, labels: Tensor) -> Tensor:

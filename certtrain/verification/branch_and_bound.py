@@ -23,7 +23,9 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call
 from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
+from certtrain.bounds.linear.crown import lower_bounds, margin_rows
 from certtrain.bounds.linear.patches import Coefficients, dense
+from certtrain.bounds.margins import no_nan
 from certtrain.errors import UsageError
 from certtrain.verification.attacks import logits_of
 from certtrain.verification.leaf import exact_leaf
@@ -181,6 +183,13 @@ def settle(
     """`branch_and_bound`, of which each image's outcome comes, with its position, as soon as it is known."""
     points = record.boxes[0] if points is None else points
     return _Run(model, record.detach(), labels, margins.detach(), search, points).outcomes()
+
+
+@torch.no_grad()
+def root_margins(record: Record, labels: Tensor, known: Tensor) -> Tensor:
+    """Margins (B, K) as `known`, or by a backward pass on the record's boxes where that is better; none is NaN."""
+    rows = margin_rows(labels, known.shape[1], known)
+    return no_nan(torch.fmax(known, lower_bounds(record, record.output, rows)), labels)
 
 
 Node = tuple[_Image, _Domain]

@@ -10,9 +10,21 @@ BRANCH_AND_BOUND = "branch-and-bound"
 STAGES = ("ibp", "crown-ibp", "crown", "alpha-crown", BRANCH_AND_BOUND)
 """The methods of `BoundedModel.margins`, and the search that decides what they leave unknown."""
 
+CHEAPER_THAN_ATTACK = ("ibp", "crown-ibp")
+
 GAVE_UP = ("timeout", "memory", "all split")
 VERDICTS = ("misclassified", "proved", "attacked", "unknown", *GAVE_UP)
 """Of one image. GAVE_UP says why branch and bound has not decided it; "unknown", that it was not asked."""
+
+
+def around_attack(methods: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The bounds asked before images are attacked, and those asked of images that withstand.
+
+    Before it: each that costs less than an attack, and the first, whatever it is, since it is asked of all images.
+    """
+    bounds = [name for name in methods if name != BRANCH_AND_BOUND]
+    dear = next((i for i, name in enumerate(bounds) if i > 0 and name not in CHEAPER_THAN_ATTACK), len(bounds))
+    return tuple(bounds[:dear]), tuple(bounds[dear:])
 
 
 def check_cascade(methods: Sequence[str], backend: str = "native") -> None:

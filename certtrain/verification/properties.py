@@ -1,14 +1,15 @@
 """Properties: can an input of a box have outputs that satisfy linear constraints? It is what VNN-LIB files ask.
 
 Such a question is one about margins and misclassified points, of another network: behind the given one a linear layer
-computes what is left until each constraint is met, and class 0, whose logit is 0, means that one is not.
+computes what is left until each constraint is met, and class 0, whose logit is 0, means that one is not. For branch and
+bound the least of each case's constraints follows, by ReLUs, which can be split.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
@@ -22,6 +23,8 @@ from certtrain.data.seeding import generator
 from certtrain.errors import UsageError
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack
+from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound, root_margins
+from certtrain.verification.cascade import BRANCH_AND_BOUND, check_cascade
 
 Replay = Callable[[Tensor], Tensor]
 
@@ -44,11 +47,17 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """unsat: there is no counterexample; sat: `point`, of the network's input shape, is one, with `outputs` (K,)."""
+    """unsat: there is no counterexample; sat: `point`, of the network's input shape, is one, with `outputs` (K,).
 
-    verdict: Literal["unsat", "sat", "unknown"]
+    timeout: branch and bound had no more time; unknown: nothing that was asked has decided it.
+    """
+
+    verdict: Literal["unsat", "sat", "timeout", "unknown"]
     point: Tensor | None = None
     outputs: Tensor | None = None
+
+
+DEFAULT_SEARCH = Search()
 
 
 def decide(
@@ -58,6 +67,7 @@ def decide(
     methods: Sequence[str],
     attack: Attack | None = None,
     *,
+    search: Search = DEFAULT_SEARCH,
     replay: Replay | None = None,
     seed: int = 0,
 ) -> Decision:
@@ -65,27 +75,44 @@ def decide(
 
     Args:
         model: with float32 parameters; takes inputs (B, *input_shape), returns outputs (B, ...) of K elements.
-        methods: of `BoundedModel.margins`, by price: each is asked only while cases are left.
+        methods: of `BoundedModel.margins`, by price: each is asked only while cases are left. The last may be
+            "branch-and-bound".
         attack: by which counterexamples are looked for first; None for none.
+        search: how branch and bound searches; its timeout is that of all cases together.
         replay: outputs (1, ...) of an input (1, *input_shape) as they are computed in deployment, which alone decide
             whether a point is a counterexample; None: the model's.
 
     Raises:
-        UsageError: the cases are about inputs or outputs of other sizes.
-        UnsupportedOperation: the network has an operation without a rule.
+        UsageError: the cases are about inputs or outputs of other sizes; branch and bound before another method.
+        UnsupportedOperation: the network has an operation without a rule, or one that branch and bound cannot split
+            and has to.
     """
+    check_cascade(methods)
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    settled = True
+    undecided: list[Literal["timeout", "unknown"]] = []
     with evaluating(model), full_precision():
         _check_sizes(model, cases, torch.zeros(1, *input_shape, device=device))
         for box, together in _by_box(cases):
-            constraints = _Constraints(model, together).to(device)
-            if attack is not None:
-                found = _counterexample(constraints, box, together, input_shape, attack, replay or model, seed)
-                if found is not None:
-                    return Decision("sat", *found)
-            settled = settled and _refuted(constraints, box, together, input_shape, methods, device)
-    return Decision("unsat" if settled else "unknown")
+            question = _Question(model, box, together, input_shape, device, replay or model)
+            point = None if attack is None else question.attacked(attack, seed)
+            refuted = torch.zeros(len(together), dtype=torch.bool)
+            for method in methods:
+                if point is not None or refuted.all():
+                    break
+                if method != BRANCH_AND_BOUND:
+                    refuted |= question.refuted(method)
+                    continue
+                started = time.perf_counter()
+                verdict, point = question.searched(search, refuted)
+                search = replace(search, timeout=max(0.0, search.timeout - (time.perf_counter() - started)))
+                refuted |= verdict == Verdict.PROVED
+                if verdict == Verdict.TIMEOUT:
+                    undecided.append("timeout")
+            if point is not None:
+                return Decision("sat", *point)
+            if not refuted.all():
+                undecided.append("unknown")
+    return Decision(undecided[0] if undecided else "unsat")
 
 
 def _by_box(cases: Sequence[Case]) -> Iterator[tuple[Box, list[Case]]]:
@@ -127,72 +154,117 @@ class _Constraints(nn.Module):
         return self.left(self.flatten(self.network(x)))
 
 
-def _refuted(
-    constraints: _Constraints,
-    box: Box,
-    cases: Sequence[Case],
-    input_shape: Sequence[int],
-    methods: Sequence[str],
-    device: torch.device,
-) -> bool:
-    """Whether each case has a constraint that no input of the box meets."""
-    enclosing = Box(nearest_below(box.lower, torch.float32), nearest_above(box.upper, torch.float32))
-    enclosing = enclosing.map(lambda part: part.to(device).view(1, *input_shape))
-    net = BoundedModel(constraints, enclosing.lower)
-    label = torch.zeros(1, dtype=torch.int64, device=device)
-    sizes = [len(case.limits) for case in cases]
-    refuted = torch.zeros(len(cases), dtype=torch.bool)
-    for method in methods:
-        with torch.no_grad():
-            beyond = net.margins(enclosing, label, method)[0, 1:]  # lower bounds of rows·y - limits
-        refuted |= torch.stack([(part > 0).any() for part in beyond.split(sizes)]).cpu()
-        if refuted.all():
-            return True
-    return False
+class _Least(nn.Module):
+    """(B, S) -> (B, P): the least of each of P groups of neighbours, of the given sizes.
 
-
-class _Satisfaction(nn.Module):
-    """Inputs (B, 1, 1, N) as shares of the box, to 0 and what is left for each case's worst constraint: (B, 1 + cases).
-
-    Class 1 + i is predicted where case i holds.
+    min(a, b) = a - relu(a - b), by pairs, so that branch and bound has a neuron to split.
     """
 
-    def __init__(self, constraints: _Constraints, box: Box, cases: Sequence[Case], input_shape: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.constraints, self.input_shape = constraints, tuple(input_shape)
-        self.sizes = [len(case.limits) for case in cases]
-        inner = Box(nearest_above(box.lower, torch.float32), nearest_below(box.upper, torch.float32))
-        between = inner.lower > inner.upper  # no float32 is in the interval: the nearest one stands for it
-        nearest = box.center.float()
-        device = constraints.left.weight.device
-        self.lower = torch.where(between, nearest, inner.lower).to(device)
-        self.upper = torch.where(between, nearest, inner.upper).to(device)
+        self.firsts, self.differences = nn.ModuleList(), nn.ModuleList()
+        while max(sizes) > 1:
+            starts = [sum(sizes[:i]) for i in range(len(sizes))]
+            pairs = [
+                (start + i, start + min(i + 1, size - 1))
+                for start, size in zip(starts, sizes, strict=True)
+                for i in range(0, size, 2)
+            ]
+            one, other = (torch.eye(sum(sizes))[list(which)] for which in zip(*pairs, strict=True))
+            self.firsts.append(_fixed_linear(one))
+            self.differences.append(_fixed_linear(one - other))
+            sizes = [(size + 1) // 2 for size in sizes]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, difference in zip(self.firsts, self.differences, strict=True):
+            x = first(x) - torch.relu(difference(x))
+        return x
+
+
+def _fixed_linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], len(weight), bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+class _Shares(nn.Module):
+    """Inputs (B, 1, 1, N) as shares of the box (lower, upper), for attacks."""
+
+    def __init__(self, network: nn.Module, box: Box) -> None:
+        super().__init__()
+        self.network, self.box = network, box
 
     def point(self, share: Tensor) -> Tensor:
-        x = self.lower + share.flatten(1) * (self.upper - self.lower)
-        return x.clamp(self.lower, self.upper).view(-1, *self.input_shape)
+        lower, upper = self.box.lower, self.box.upper
+        return (lower + share.view(-1, *lower.shape[1:]) * (upper - lower)).clamp(lower, upper)
 
     def forward(self, share: Tensor) -> Tensor:
-        left = self.constraints(self.point(share))
-        return torch.stack([left[:, 0], *(part.amin(1) for part in left[:, 1:].split(self.sizes, 1))], 1)
+        return self.network(self.point(share))
 
 
-def _counterexample(
-    constraints: _Constraints,
-    box: Box,
-    cases: Sequence[Case],
-    input_shape: Sequence[int],
-    attack: Attack,
-    replay: Replay,
-    seed: int,
-) -> tuple[Tensor, Tensor] | None:
-    """A point of the input's shape and its outputs, which satisfy a case when they are computed by `replay`."""
-    satisfaction = _Satisfaction(constraints, box, cases, input_shape)
-    middle = torch.full((1, 1, 1, math.prod(input_shape)), 0.5, device=constraints.left.weight.device)
-    label = torch.zeros(1, dtype=torch.int64, device=middle.device)
-    reach = 0.5 + 2**-20  # so that the ends, which the box of shares is cut to, are in it
-    shares, _ = attack(satisfaction, middle, label, reach, [generator(seed)])
-    with torch.no_grad():
-        point = satisfaction.point(shares)
-        outputs = replay(point).flatten().cpu()
-    return (point[0].cpu(), outputs) if any(case.holds(outputs) for case in cases) else None
+class _Question:
+    """Cases about one box: the network that tells them apart, what is proved of it, and its points."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        box: Box,
+        cases: Sequence[Case],
+        input_shape: Sequence[int],
+        device: torch.device,
+        replay: Replay,
+    ) -> None:
+        self.cases, self.replay = cases, replay
+        self.sizes = [len(case.limits) for case in cases]
+        self.constraints = _Constraints(model, cases).to(device)
+        self.label = torch.zeros(1, dtype=torch.int64, device=device)
+
+        def shaped(part: Tensor) -> Tensor:
+            return part.to(device).view(1, *input_shape)
+
+        self.enclosing = Box(nearest_below(box.lower, torch.float32), nearest_above(box.upper, torch.float32)).map(
+            shaped
+        )
+        self.points = _float32_points(box).map(shaped)
+
+    def least(self) -> nn.Module:
+        """Class 1 + i is predicted where case i holds."""
+        return nn.Sequential(self.constraints, _Least([1, *self.sizes]).to(self.label.device)).eval()
+
+    def refuted(self, method: str) -> Tensor:
+        """(cases,) bool: whether the case has a constraint that no input of the box meets."""
+        net = BoundedModel(self.constraints, self.enclosing.lower)
+        with torch.no_grad():
+            beyond = net.margins(self.enclosing, self.label, method)[0, 1:]  # lower bounds of rows·y - limits
+        return torch.stack([(part > 0).any() for part in beyond.split(self.sizes)]).cpu()
+
+    def searched(self, search: Search, refuted: Tensor) -> tuple[Verdict, tuple[Tensor, Tensor] | None]:
+        """What branch and bound finds of the cases that are not refuted, and a counterexample."""
+        network = self.least()
+        net = BoundedModel(network, self.enclosing.lower)
+        record = net.tightened(self.enclosing)
+        known = torch.where(torch.cat([torch.zeros_like(refuted[:1]), refuted]), torch.inf, -torch.inf)
+        margins = root_margins(record, self.label, known[None].to(self.enclosing.lower))
+        (outcome,) = branch_and_bound(network, record, self.label, margins, search, self.points)
+        return outcome.verdict, None if outcome.point is None else self.counterexample(outcome.point)
+
+    def attacked(self, attack: Attack, seed: int) -> tuple[Tensor, Tensor] | None:
+        shares = _Shares(self.least(), self.points)
+        middle = torch.full((1, 1, 1, self.points.lower.numel()), 0.5, device=self.label.device)
+        reach = 0.5 + 2**-20  # so that the ends, which the box of shares is cut to, are in it
+        found, _ = attack(shares, middle, self.label, reach, [generator(seed)])
+        return self.counterexample(shares.point(found)[0])
+
+    def counterexample(self, point: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The point, of the input's shape, and its outputs, if these satisfy a case as `replay` computes them."""
+        with torch.no_grad():
+            outputs = self.replay(point[None]).flatten().cpu()
+        return (point.cpu(), outputs) if any(case.holds(outputs) for case in self.cases) else None
+
+
+def _float32_points(box: Box) -> Box:
+    """The float32 numbers in a float64 box; where an interval has none, the nearest one stands for it."""
+    lower, upper = nearest_above(box.lower, torch.float32), nearest_below(box.upper, torch.float32)
+    none = lower > upper
+    nearest = box.center.float()
+    return Box(torch.where(none, nearest, lower), torch.where(none, nearest, upper))

@@ -12,7 +12,9 @@ from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.model import METHODS
 from certtrain.errors import UsageError
 from certtrain.verification.attacks import APGD, PGD, Ensemble, TargetedAPGD
-from certtrain.verification.properties import Case, decide
+from certtrain.verification.branch_and_bound import Search
+from certtrain.verification.cascade import BRANCH_AND_BOUND, STAGES
+from certtrain.verification.properties import Case, _Least, decide
 
 ATTACK = Ensemble((PGD(20, 2), APGD("ce", 20), TargetedAPGD(20)))
 
@@ -77,7 +79,31 @@ def test_verdicts_are_those_of_linear_programs(radius):
             assert ((cases[0].box.lower <= point.double()) & (point.double() <= cases[0].box.upper)).all()
         if abs(least) > 0.2:
             assert decision.verdict != "unknown"
+        if abs(least) > 1e-4:
+            assert decide(model, cases, [3], STAGES, ATTACK).verdict == ("unsat" if least > 0 else "sat")
+            assert decide(model, cases, [3], [BRANCH_AND_BOUND]).verdict == ("unsat" if least > 0 else "sat")
     assert {"unsat", "sat"} <= set(verdicts)
+
+
+@pytest.mark.parametrize("sizes", [[1], [2], [3, 1], [1, 5, 2, 8, 4]])
+def test_the_least_of_neighbours(sizes):
+    values = torch.randn(20, sum(sizes), generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([part.amin(1) for part in values.split(sizes, 1)], 1)
+    torch.testing.assert_close(_Least(sizes)(values), expected)
+
+
+def test_a_property_that_takes_longer_than_there_is_time():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
+    verdicts = []
+    for seed in (1, 3, 4, 5):
+        cases = [Case(case.box, 3 * case.rows, case.limits - 1.5) for case in random_cases(seed, 1.0, 2)]
+        decided = decide(model, cases, [3], [BRANCH_AND_BOUND]).verdict
+        late = decide(model, cases, [3], [BRANCH_AND_BOUND], search=Search(timeout=0)).verdict
+        assert decided in ("sat", "unsat")
+        assert late in (decided, "timeout")
+        verdicts.append(late)
+    assert "timeout" in verdicts
 
 
 def robustness(center, radius, label, classes):
