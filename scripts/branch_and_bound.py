@@ -5,9 +5,9 @@
 
 CIFAR is a folder with train.npz and test.npz, DIR a checkout of alpha-beta-CROWN whose Python is DIR/venv/bin/python
 (or --abcrown-python). Images are the first that are classified right and that IBP does not prove. Both verifiers get
-them one by one, a few of one and then the same of the other, on the CPU, with as many threads; the seconds of alpha-beta-CROWN are its own, without its start. The
-networks are trained on the way (runs/compare) and kept. Every row is written as soon as it is known, and not
-measured again.
+them one by one, on the CPU, with as many threads, and take turns after every few; the seconds of alpha-beta-CROWN are
+its own, without its start. The networks are trained on the way (runs/compare) and kept. Every row is written as soon as
+it is known, and not measured again.
 """
 
 from __future__ import annotations
