@@ -41,7 +41,8 @@ METHODS = ("ibp", "crown-ibp", "alpha-crown", "branch-and-bound")
 IN_TURN = 8  # images after which the verifiers change over, so that a machine that changes speed does so for both
 VERDICTS = {"safe": "proved", "unsafe": "attacked"}  # how alpha-beta-CROWN's begin; all others are undecided
 CONFIG = """
-general: {{device: cpu, root_path: {folder}, csv_name: instances.csv, results_file: {folder}/out.txt}}
+general: {{device: cpu, root_path: {folder}, csv_name: instances.csv, results_file: {folder}/out.txt,
+          conv_mode: {convolutions}}}
 model: {{input_shape: {shape}}}
 solver: {{batch_size: {domains}}}
 bab: {{override_timeout: {timeout}}}
@@ -73,29 +74,47 @@ def ours(model: nn.Module, image: Split, eps: float, timeout: float) -> dict[str
 def theirs(
     model: nn.Module, images: Mapping[int, tuple[Tensor, int]], eps: float, classes: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """alpha-beta-CROWN's verdicts and seconds, of images by position in the order given."""
+    """alpha-beta-CROWN's verdicts and seconds, of images by position in the order given.
+
+    An image at which it crashes is asked again with convolutions as matrices, which it says is the way out.
+    """
     shape = next(iter(images.values()))[0].shape
+    found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         export_onnx(model, tuple(shape), folder / "model.onnx")
-        rows = []
         for index, (image, label) in images.items():
             write_text(folder / f"{index}.vnnlib", vnnlib_property(*outer_box(image, eps), label, classes))
-            rows.append(f"model.onnx,{index}.vnnlib,{options.timeout:g}\n")
-        write_text(folder / "instances.csv", "".join(rows))
-        settings = {"folder": folder, "shape": [-1, *shape], "domains": 64, "timeout": options.timeout}
-        write_text(folder / "config.yaml", CONFIG.format(**settings))
-        python = options.abcrown_python or options.abcrown / "venv" / "bin" / "python"
-        command = [str(python), "-c", START, "--config", str(folder / "config.yaml")]
-        ended = subprocess.run(command, cwd=options.abcrown / "complete_verifier", capture_output=True, text=True)
-    found = re.findall(r"^Result: (\S+) in ([0-9.]+) seconds", ended.stdout, flags=re.MULTILINE)
-    if len(found) != len(images):
-        said = f"{ended.stdout[-2000:]}\n{ended.stderr[-500:]}"
-        raise SystemExit(f"alpha-beta-CROWN answered {len(found)} of {len(images)} images:\n{said}")
-    return [
-        {"verdict": VERDICTS.get(word.split("-")[0], "undecided"), "said": word, "seconds": float(seconds)}
-        for word, seconds in found
+        while missing := list(images)[len(found) :]:
+            answers = asked_of_them(folder, missing, shape, "patches", options)
+            found += [answer for answer in answers if "crash" not in answer]
+            if "crash" in answers[-1]:
+                (again,) = asked_of_them(folder, missing[len(answers) - 1 :][:1], shape, "matrix", options)
+                found.append(answers[-1] | again)
+    return found
+
+
+def asked_of_them(
+    folder: Path, images: Sequence[int], shape: Sequence[int], convolutions: str, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """What it answers about these images, up to one at which it crashes, whose answer says how."""
+    instances = [f"model.onnx,{index}.vnnlib,{options.timeout:g}\n" for index in images]
+    write_text(folder / "instances.csv", "".join(instances))
+    settings = {"folder": folder, "shape": [-1, *shape], "domains": 64, "timeout": options.timeout}
+    write_text(folder / "config.yaml", CONFIG.format(**settings, convolutions=convolutions))
+    python = options.abcrown_python or options.abcrown / "venv" / "bin" / "python"
+    command = [str(python), "-c", START, "--config", str(folder / "config.yaml")]
+    ended = subprocess.run(command, cwd=options.abcrown / "complete_verifier", capture_output=True, text=True)
+    answers: list[dict[str, Any]] = [
+        {"verdict": VERDICTS.get(said.split("-")[0], "undecided"), "said": said, "seconds": float(seconds)}
+        for said, seconds in re.findall(r"^Result: (.+) in ([0-9.]+) seconds", ended.stdout, flags=re.MULTILINE)
     ]
+    if len(answers) < len(images):
+        error = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+        if "Error" not in error:
+            raise SystemExit(f"alpha-beta-CROWN answered {len(answers)} of {len(images)} images:\n{ended.stderr}")
+        answers.append({"verdict": "undecided", "crash": f"{convolutions}: {error}", "seconds": options.timeout})
+    return answers
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -32,7 +32,8 @@ from certtrain.verification.leaf import exact_leaf
 from certtrain.verification.trees import Trees
 
 CHECKABLE = 1e-7  # least bound of a leaf that is kept: another program, rounding otherwise, is to find it above 0 too
-OVERHEAD = 1600  # bytes that a domain takes beside its slopes: two tensors, its splits, and what Python adds; measured
+OVERHEAD = 1600  # bytes that a domain takes beside its slopes: multipliers, splits, and what Python adds; measured
+BLOCK = 32  # vectors of slopes
 
 
 class Verdict(StrEnum):
@@ -124,16 +125,39 @@ class Outcome:
         )
 
 
+class _Slopes:
+    """Vectors of slopes by number, held in blocks: so many small tensors, one by one, would leave holes in the heap."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Tensor] = []
+        self.free: list[int] = []
+
+    def put(self, slopes: Tensor) -> int:
+        if not self.free:
+            start = BLOCK * len(self.blocks)
+            self.blocks.append(slopes.new_empty(BLOCK, len(slopes)))
+            self.free += reversed(range(start, start + BLOCK))
+        number = self.free.pop()
+        self[number].copy_(slopes)
+        return number
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.blocks[number // BLOCK][number % BLOCK]
+
+    def drop(self, number: int) -> None:
+        self.free.append(number)
+
+
 @dataclass(order=True)
 class _Domain:
-    """Waiting to be split, ordered by its bound."""
+    """Waiting to be split, ordered by its bound; or a leaf."""
 
     lower: float
     number: int
     target: int = field(compare=False)
     splits: tuple[Split, ...] = field(compare=False)
-    slopes: Tensor = field(compare=False)  # of the image's undecided neurons
-    multipliers: Tensor = field(compare=False)
+    slopes: int = field(compare=False)  # their number among the image's
+    multipliers: np.ndarray = field(compare=False)
 
 
 @dataclass
@@ -145,12 +169,22 @@ class _Image:
     lower: Tensor  # (K,), of the classes without a tree
     undecided: Tensor  # neurons, positions
     waiting: list[_Domain] = field(default_factory=list)
-    leaves: list[Leaf] = field(default_factory=list)
+    leaves: list[_Domain] = field(default_factory=list)
+    slopes: _Slopes = field(default_factory=_Slopes)  # of the undecided neurons, of these domains
     worst: dict[int, float] = field(default_factory=dict)  # by class, of its leaves
     domains: int = 0
     seconds: float = 0.0
     point: Tensor | None = None
     verdict: Verdict | None = None
+
+    def give_up(self) -> None:
+        """What waits is not searched: its bounds are what is left of it."""
+        for domain in self.waiting:
+            self.worst[domain.target] = min(domain.lower, self.worst.get(domain.target, torch.inf))
+        self.forget()
+
+    def forget(self) -> None:
+        self.waiting, self.leaves, self.slopes = [], [], _Slopes()
 
 
 def branch_and_bound(
@@ -211,13 +245,13 @@ class _Run:
         unproved = (margins <= 0).scatter(1, labels[:, None], False).nonzero().tolist()
         if not unproved:
             return
-        empty = margins.new_zeros(0)
+        empty = np.zeros(0, margins.cpu().numpy().dtype)
         for i, j in unproved:
-            root = _Domain(float(margins[i, j]), next(self.counter), j, (), empty, empty)
+            root = _Domain(float(margins[i, j]), next(self.counter), j, (), 0, empty)
             self.roots.append((self.images[i], root))
         slopes = self._batch(self.roots).initial_slopes()
         for (image, root), start in zip(self.roots, slopes, strict=True):
-            root.slopes = start[image.undecided]
+            root.slopes = image.slopes.put(start[image.undecided])
             image.waiting.append(root)
         if self._bytes() > search.max_memory:
             raise UsageError(
@@ -229,7 +263,7 @@ class _Run:
     def outcomes(self) -> Iterator[tuple[int, Outcome]]:
         size = self.search.domains
         for start in range(0, len(self.roots), size):
-            self._timed(self._bound, self.roots[start : start + size])
+            self._timed(self._bound_roots, self.roots[start : start + size])
         searched = list(self.images)
         while searched:
             for image in searched:
@@ -237,7 +271,7 @@ class _Run:
                     image.verdict = Verdict.PROVED
                 if image.verdict is not None:
                     yield image.position, self._outcome(image)
-                    image.leaves.clear()
+                    image.forget()
             searched = [image for image in searched if image.verdict is None]
             chosen = self._chosen()
             if chosen:
@@ -275,8 +309,8 @@ class _Run:
                 self._settle_exactly(image, domain)
         splittable = [(node, candidates) for node, candidates in splittable if node[0].verdict is None]
         if splittable:
-            halves = self._halves(splittable)
-            self._bound(halves)
+            self._bound(self._halves(splittable))
+        self._release(chosen)
 
     def _looked_at(self, nodes: Sequence[Node]) -> Iterator[tuple[Tensor, list[Split]]]:
         """Of each domain the point where its bound is least, and the best candidates for a split."""
@@ -316,7 +350,7 @@ class _Run:
 
     def _sides(self, node: Node, split: Split) -> list[Node]:
         image, parent = node
-        multipliers = torch.cat([parent.multipliers, parent.multipliers.new_zeros(1)])
+        multipliers = np.append(parent.multipliers, parent.multipliers.dtype.type(0))
         return [
             (
                 image,
@@ -327,20 +361,31 @@ class _Run:
             for side in (split, replace(split, above=False))
         ]
 
+    def _bound_roots(self, roots: Sequence[Node]) -> None:
+        self._bound(roots)
+        self._release(roots)
+
+    def _release(self, nodes: Sequence[Node]) -> None:
+        """Of domains that others have taken the place of."""
+        for image, domain in nodes:
+            image.slopes.drop(domain.slopes)
+
     def _bound(self, nodes: Sequence[Node]) -> None:
         """Bound domains, then keep those that are proved as leaves and the others for later."""
         batch = self._batch(nodes)
         found = batch.optimized(*self._parameters(nodes), self.search.ascent)
+        proves = CHECKABLE if self.search.keep_leaves else 0
+        bounds, multipliers = found.lower.tolist(), found.multipliers.cpu().numpy()
         for row, (image, domain) in enumerate(nodes):
             image.domains += 1
+            child = replace(
+                domain, lower=max(domain.lower, bounds[row]), multipliers=multipliers[row, : len(domain.splits)].copy()
+            )
             slopes = found.slopes[row, image.undecided]
-            multipliers = found.multipliers[row, : len(domain.splits)].clone()
-            lower = max(domain.lower, float(found.lower[row]))
-            child = replace(domain, lower=lower, slopes=slopes, multipliers=multipliers)
-            if float(found.lower[row]) > (CHECKABLE if self.search.keep_leaves else 0):
-                self._keep(image, child)
+            if bounds[row] > proves:
+                self._keep(image, child, slopes)
             else:
-                heapq.heappush(image.waiting, child)
+                heapq.heappush(image.waiting, replace(child, slopes=image.slopes.put(slopes)))
 
     def _settle_exactly(self, image: _Image, domain: _Domain) -> None:
         """Where nothing is left to split the network is affine, and the domain a linear program."""
@@ -351,7 +396,8 @@ class _Run:
         if found.multipliers is not None:
             lower = float(batch.linear_bounds(slopes, found.multipliers[None]).least())
             if lower > 0:
-                self._keep(image, replace(domain, lower=lower, multipliers=found.multipliers))
+                leaf = replace(domain, lower=lower, multipliers=found.multipliers.cpu().numpy())
+                self._keep(image, leaf, image.slopes[domain.slopes])
                 return
         if found.point is not None:
             self._try_point(image, found.point)
@@ -365,11 +411,10 @@ class _Run:
         if int(logits_of(self.model, point[None]).argmax(1)) != image.label:
             image.verdict, image.point = Verdict.ATTACKED, point
 
-    def _keep(self, image: _Image, domain: _Domain) -> None:
+    def _keep(self, image: _Image, domain: _Domain, slopes: Tensor) -> None:
         image.worst[domain.target] = min(domain.lower, image.worst.get(domain.target, torch.inf))
         if self.search.keep_leaves:
-            leaf = Leaf(domain.target, domain.splits, domain.slopes, domain.multipliers, domain.lower)
-            image.leaves.append(leaf)
+            image.leaves.append(replace(domain, slopes=image.slopes.put(slopes)))
 
     def _batch(self, nodes: Sequence[Node]) -> DomainBatch:
         like = self.images[0].lower
@@ -394,8 +439,11 @@ class _Run:
 
     def _parameters(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
         """Slopes (D, N) and multipliers (D, S)."""
-        slopes = torch.stack([self._spread(image, domain.slopes) for image, domain in nodes])
-        return slopes, nn.utils.rnn.pad_sequence([domain.multipliers for _, domain in nodes], batch_first=True)
+        slopes = torch.stack([self._spread(image, image.slopes[domain.slopes]) for image, domain in nodes])
+        multipliers = np.zeros((len(nodes), max(len(domain.splits) for _, domain in nodes)))
+        for row, (_, domain) in enumerate(nodes):
+            multipliers[row, : len(domain.splits)] = domain.multipliers
+        return slopes, torch.from_numpy(multipliers).to(slopes)
 
     def _spread(self, image: _Image, slopes: Tensor) -> Tensor:
         """Of the undecided neurons -> of all; those of the others have no effect."""
@@ -407,13 +455,11 @@ class _Run:
             if image.verdict is None and image.waiting and image.seconds > self.search.timeout:
                 image.verdict = Verdict.TIMEOUT
             if image.verdict is not None:
-                image.worst.update(_worst_waiting(image))
-                image.waiting.clear()
+                image.give_up()
         while self._bytes() > self.search.max_memory:
             largest = max(self.images, key=lambda image: len(image.waiting))
             largest.verdict = Verdict.MEMORY
-            largest.worst.update(_worst_waiting(largest))
-            largest.waiting.clear()
+            largest.give_up()
 
     def _bytes(self) -> int:
         """What waiting domains take, and leaves that are kept."""
@@ -430,13 +476,14 @@ class _Run:
         ):  # which end with domains neither proved nor waiting
             for target, worst in image.worst.items():
                 lower[target] = max(float(lower[target]), worst)
-        leaves = tuple(image.leaves) if image.verdict == Verdict.PROVED else ()
+        leaves = tuple(
+            Leaf(
+                leaf.target,
+                leaf.splits,
+                image.slopes[leaf.slopes].clone(),
+                torch.from_numpy(leaf.multipliers),
+                leaf.lower,
+            )
+            for leaf in (image.leaves if image.verdict == Verdict.PROVED else ())
+        )
         return Outcome(image.verdict, lower, image.point, image.domains, image.seconds, leaves, image.undecided)
-
-
-def _worst_waiting(image: _Image) -> dict[int, float]:
-    """By class, the bound that its waiting domains leave."""
-    worst = dict(image.worst)
-    for domain in image.waiting:
-        worst[domain.target] = min(domain.lower, worst.get(domain.target, torch.inf))
-    return worst
