@@ -9,6 +9,7 @@ from torch import Tensor
 
 from certtrain.bounds.graph import Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
+from certtrain.bounds.linear.ascent import ProjectedAdam
 from certtrain.bounds.linear.backward import PARAMETRIZED, Lines
 from certtrain.bounds.linear.crown import crown_margins
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
@@ -39,23 +40,16 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
     slopes, ends = _initial_slopes(record, best.shape[1])
     if not slopes:
         return best
-    optimizer = torch.optim.Adam(slopes.values(), lr=options.lr)
+    free = list(slopes.values())
+    ascent = ProjectedAdam(free, [options.lr] * len(free), [ends[index] for index in slopes], options.decay)
     lines: Lines = {}
-    for step in range(options.steps):
+    for _ in range(options.steps):
         with torch.enable_grad():
             margins = crown_margins(replace(bounds, record=record), labels, slopes, lines)
             if not margins.requires_grad:
                 break
-            loss = -margins[~proved(best)].sum()
-            gradients = torch.autograd.grad(loss, list(slopes.values()), allow_unused=True)
-        for slope, gradient in zip(slopes.values(), gradients, strict=True):
-            slope.grad = gradient
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * options.decay**step
-        optimizer.step()
-        with torch.no_grad():
-            for index, slope in slopes.items():
-                slope.clamp_(*ends[index])
+            gradients = torch.autograd.grad(margins[~proved(best)].sum(), free, allow_unused=True)
+        ascent.step(gradients)
         best = torch.where(proved(best)[:, None], best, torch.maximum(best, margins.detach()))
         if proved(best).all():
             break

@@ -18,6 +18,7 @@ from torch import Tensor
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves
 from certtrain.bounds.interval import Record
+from certtrain.bounds.linear.ascent import ProjectedAdam
 from certtrain.bounds.linear.backward import LinearBounds, Lines, linear_bounds
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.linear.relaxations import RELAXATIONS
@@ -245,10 +246,9 @@ class DomainBatch:
     def optimized(self, slopes: Tensor, multipliers: Tensor, ascent: Ascent) -> DomainBounds:
         """The best bounds met by gradient ascent from these slopes and multipliers; it ends when all are positive."""
         slopes, multipliers = (part.detach().clone().requires_grad_() for part in (slopes, multipliers))
-        groups = [{"params": [slopes], "lr": ascent.slope_lr}, {"params": [multipliers], "lr": ascent.multiplier_lr}]
-        optimizer = torch.optim.Adam(groups)
-        rates = torch.optim.lr_scheduler.ExponentialLR(optimizer, ascent.decay)
-        ends = self.slope_ends()
+        free, rates = (slopes, multipliers), (ascent.slope_lr, ascent.multiplier_lr)
+        not_negative = multipliers.new_zeros(()), multipliers.new_full((), torch.inf)
+        optimizer = ProjectedAdam(free, rates, [self.slope_ends(), not_negative], ascent.decay)
         best = DomainBounds(
             slopes.new_full((len(self),), -torch.inf), slopes.detach().clone(), multipliers.detach().clone()
         )
@@ -259,13 +259,7 @@ class DomainBatch:
             unproved = best.lower <= 0
             if step == ascent.steps or not bool(unproved.any()) or not lower.requires_grad:
                 break
-            optimizer.zero_grad()
-            (-lower[unproved].sum()).backward(inputs=[part for part in (slopes, multipliers) if part.numel()])
-            optimizer.step()
-            rates.step()
-            with torch.no_grad():
-                slopes.clamp_(*ends)
-                multipliers.clamp_(min=0)
+            optimizer.step(torch.autograd.grad(lower[unproved].sum(), free, allow_unused=True))
         return best
 
 
