@@ -34,7 +34,7 @@ from certtrain.errors import UnsupportedOperation, UsageError, unknown
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
 BACKENDS = ("native", "lirpa")
 DEFAULT_ALPHA = AlphaOptions()
-COPIES = 16  # of a row's coefficients that a step of a backward pass holds at once; measured, tests/bounds/test_linear.py
+COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; measured, tests/bounds/test_linear.py
 CACHE = 2**22  # bytes: arrays of coefficients that are no larger stay in a CPU's cache from one operation to the next
 
 
@@ -230,7 +230,8 @@ class BoundedModel:
             clean: see `ibp`.
             intersect: take the better of this bound and the cheaper ones, so that a dearer method is never looser.
             max_memory: bytes that coefficients of backward passes may take; the work is cut accordingly. Default:
-                half of what the device has free.
+                half of what the device has free. It does not count what autograd keeps for a gradient: ask under
+                `torch.no_grad()` where none is wanted.
             alpha: how slopes are optimised.
             arithmetic: see `ibp`; the margins are then those of the computed logits, in float64.
             early_stop: an image whose margins are all positive is spared what is left to do for it; between the layers

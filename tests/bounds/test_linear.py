@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box, lirpa
+from certtrain.bounds import model as model_file
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES, Record
 from certtrain.bounds.linear import AlphaOptions, fused_cross_entropy, lower_bounds
@@ -29,8 +30,10 @@ from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.model import free_memory
 from certtrain.bounds.operations import OPERATIONS, Affine
 from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.models import build_model
 from tests.bounds.test_interval import assert_close
 from tests.bounds.test_properties import attack, networks, points_of, random_box
+from tests.live_bytes import LiveBytes
 from tests.networks import (
     narrow_cnn7,
     narrow_resnext,
@@ -435,6 +438,27 @@ def bytes_needed(question: Callable[..., Tensor]) -> int:
     with pytest.raises(UsageError, match=r"needs ([\d,]+) bytes for one image") as error:
         question(max_memory=1)
     return int(re.search(r"needs ([\d,]+)", str(error.value))[1].replace(",", ""))
+
+
+@pytest.mark.parametrize("portion", [2, 10])
+@pytest.mark.parametrize("method", BACKWARD_METHODS)
+def test_max_memory_is_kept_within_a_fifth(method, portion, monkeypatch):
+    """Of a convolutional network, whatever a cache holds."""
+    torch.manual_seed(0)
+    options = {"width": 8, "linear_width": 32}
+    model = build_model("cnn-2layer", (3, 8, 8), 10, mean=(0.5,) * 3, std=(0.25,) * 3, options=options).eval()
+    images, labels = torch.rand(6, 3, 8, 8), torch.arange(6)
+    net, box = BoundedModel(model, images), linf_box(images, 0.05)
+    monkeypatch.setattr(model_file, "CACHE", 2**60)
+
+    def question(max_memory: int) -> Tensor:
+        with torch.no_grad():
+            return net.margins(box, labels, method, max_memory=max_memory, intersect=False, alpha=AlphaOptions(steps=2))
+
+    allowed = portion * bytes_needed(question)
+    with LiveBytes() as live:
+        question(allowed)
+    assert allowed / 10 < live.peak < 1.2 * allowed
 
 
 @pytest.mark.parametrize("method", BACKWARD_METHODS)
