@@ -34,7 +34,7 @@ from certtrain.errors import UnsupportedOperation, UsageError, unknown
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
 BACKENDS = ("native", "lirpa")
 DEFAULT_ALPHA = AlphaOptions()
-COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; measured, tests/bounds/test_linear.py
+COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; a test counts them
 CACHE = 2**22  # bytes: arrays of coefficients that are no larger stay in a CPU's cache from one operation to the next
 
 

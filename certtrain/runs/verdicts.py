@@ -23,7 +23,7 @@ MOST_IMAGES = 10**7
 class Verdicts(BaseModel):
     """The answer to one question: a letter per image (`LETTERS`), in the order of the split.
 
-    sha256: of the whole split (`certificates.split_digest`), of which these are the first images or all.
+    sha256: of the whole split (`digests.split_digest`), of which these are the first images or all.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -43,7 +43,7 @@ class Verdicts(BaseModel):
 
 def verdicts_of(split: str, data: Split, results: Sequence[Verification]) -> list[Verdicts]:
     """Those of `results`, which are about the first images of `data`."""
-    from certtrain.verification.certificates import split_digest
+    from certtrain.verification.digests import split_digest
 
     sha256 = split_digest(data.images.cpu().numpy(), data.labels.cpu().numpy())
     return [

@@ -24,7 +24,7 @@ from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack, inscribed_linf_box, logits_of
 from certtrain.verification.branch_and_bound import Search, root_margins, settle
 from certtrain.verification.cascade import BRANCH_AND_BOUND, VERDICTS, around_attack
-from certtrain.verification.certificates import split_digest
+from certtrain.verification.digests import split_digest
 from certtrain.verification.folding import fold_batch_norm
 from certtrain.verification.pixels import perturbation_box
 from certtrain.verification.results import ImageResult

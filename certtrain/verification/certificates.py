@@ -44,9 +44,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from certtrain.errors import CertificateError, UsageError
 from certtrain.runtime.files import parse_json
+from certtrain.verification.digests import digest, split_digest
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -182,18 +182,6 @@ def _canonical(value: Any) -> bytes:
     if value is None:
         return struct.pack("<q", -1)
     return struct.pack("<q", len(value)) + struct.pack(f"<{len(value)}f", *value)
-
-
-def split_digest(images: np.ndarray, labels: np.ndarray) -> str:
-    """SHA-256 of a test set: a line "N C H W", the uint8 pixels, and the labels as int64, little endian."""
-    content = hashlib.sha256(f"{' '.join(map(str, images.shape))}\n".encode())
-    content.update(images.tobytes())
-    content.update(labels.astype("<i8").tobytes())
-    return content.hexdigest()
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def schema() -> pa.Schema:

@@ -23,8 +23,9 @@ from rich.progress import track
 
 from certtrain.errors import CertificateError
 from certtrain.runtime.files import parse_json
-from certtrain.verification.certificates import CHECKED_METHODS, VERDICTS, Certificates, Claim, digest, split_digest
+from certtrain.verification.certificates import CHECKED_METHODS, VERDICTS, Certificates, Claim
 from certtrain.verification.coverage import check_coverage
+from certtrain.verification.digests import digest, split_digest
 from certtrain.verification.linear_checker import LinearChecker, Recording
 from certtrain.verification.propagation import UNIT, Array, Interval, Propagation
 from certtrain.verification.transformer import encode

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from certtrain.errors import DataError, unknown
-from certtrain.verification.certificates import split_digest
+from certtrain.verification.digests import split_digest
 
 Array = np.ndarray
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 KNOWN_TEST_SETS = {"digits": "c060583c03ff4279857c5ac86ec2283c19810353ff92f5b3e202caa8f4cf53be"}
-"""Name -> `certificates.split_digest` of the published test set, of those that this program knows by heart."""
+"""Name -> `digests.split_digest` of the published test set, of those that this program knows by heart."""
 
 
 def read_test_set(name: str, folder: Path) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from certtrain.data import load_dataset
 from certtrain.errors import CheckpointError
 from certtrain.runs.checkpoint import load_model
 from certtrain.runs.verdicts import read_verdicts
-from certtrain.verification.certificates import split_digest
+from certtrain.verification.digests import split_digest
 from certtrain.verification.verify import verify
 from tests.commands import contents
 

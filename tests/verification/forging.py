@@ -8,7 +8,8 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from certtrain.verification.certificates import METADATA, VERDICTS, ColumnDigests, digest, schema
+from certtrain.verification.certificates import METADATA, VERDICTS, ColumnDigests, schema
+from certtrain.verification.digests import digest
 
 
 def header_of(file):

@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from certtrain.data import DATASETS, load_dataset
 from certtrain.errors import DataError, UsageError
-from certtrain.verification.certificates import split_digest
+from certtrain.verification.digests import split_digest
 from certtrain.verification.raw_images import READERS, read_test_set
 from tests.data import test_folder, test_npz, test_tinyimagenet, test_vision
 
