@@ -25,6 +25,8 @@ def main() -> None:
     fill(RESULTS / "methods.md", methods=methods_table(read("methods")["rows"]))
     if (RESULTS / "fusion.json").exists():
         fill(RESULTS / "methods.md", fusion=fusion_table(read("fusion")["rows"]))
+    verification = {"settled": settled_table(read("branch_and_bound")["rows"]), "memory": memory_table()}
+    fill(ROOT / "docs" / "verification.md", **verification)
     if (RESULTS / "soundness.json").exists():
         fill(ROOT / "docs" / "soundness.md", soundness=soundness_table(read("soundness")["networks"]))
     residual, costs = read("growth_residual")["rows"], read("costs")
@@ -101,6 +103,33 @@ def methods_table(rows: list[dict[str, Any]]) -> str:
         seconds = ("–" if "failed" in r else f"{r['seconds_per_image']:.3g}" for r in (row, other))
         lines.append(f"| {row['network']} | {row['method']} | {row['images']} | {' | '.join([*errors, *seconds])} |")
     return "\n".join(lines)
+
+
+def settled_table(rows: list[dict[str, Any]]) -> str:
+    """Of each network, by what certtrain found: images, those that alpha-beta-CROWN settles too, and both times."""
+    lines = [
+        "| network | found | images | by alpha-beta-CROWN too | median s: certtrain | alpha-beta-CROWN "
+        "| sum: certtrain | alpha-beta-CROWN |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for network, verdict in sorted({(row["network"], row["certtrain"]["verdict"]) for row in rows}):
+        pairs = [
+            (row["certtrain"], row["alpha-beta-CROWN"])
+            for row in rows
+            if (row["network"], row["certtrain"]["verdict"]) == (network, verdict)
+        ]
+        also = sum(other["verdict"] == verdict for _, other in pairs)
+        seconds = [[side["seconds"] for side in sides] for sides in zip(*pairs, strict=True)]
+        numbers = [f"{statistics.median(part):.2f}" for part in seconds] + [f"{sum(part):.0f}" for part in seconds]
+        lines.append(f"| {network} | {verdict} | {len(pairs)} | {also} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def memory_table() -> str:
+    lines = ["| `max_memory`, MiB | domains bounded | peak of the process, MiB |", "|---:|---:|---:|"]
+    measured = read("search_memory")
+    lines += [f"| {row['max_memory']} | {row['domains']:,} | {row['peak']:.0f} |" for row in measured["rows"]]
+    return "\n".join([*lines, "", f"The peak grows by {measured['growth']:.2f} MiB with each MiB of `max_memory`."])
 
 
 def method_costs_table(measured: dict[str, Any]) -> str:
