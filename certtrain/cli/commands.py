@@ -122,6 +122,8 @@ def verify_command(options: argparse.Namespace) -> int:
             require_checkable(asked.verification.method)
         if options.certificates and asked.verification.split != "test":
             raise UsageError("certificates are about a test set: not with verification.split=validation")
+        if options.certificates and asked.data.classes is not None:
+            raise UsageError("certificates are about a whole test set: not with data.classes")
 
     from certtrain.models.own import modules_from
     from certtrain.runs.build import load_data

@@ -67,6 +67,12 @@ def _not_empty(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _distinct_classes(classes: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(classes)) < len(classes):
+        raise ValueError("a class is named twice")
+    return classes
+
+
 def _plain(value: Any, depth: int = 0) -> Any:
     """What a YAML file can hold, so that a run's config.yaml says the same again; tuples become lists."""
     if depth < MOST_DEPTH - 4:  # a section and its key are around it
@@ -127,10 +133,12 @@ class DataSection(Section):
     """Folder of one's own data: npz, folder."""
     download: bool = False
     """Fetch a named data set that is not in `root` yet."""
+    classes: Annotated[Several[Count], AfterValidator(_distinct_classes)] | None = None
+    """Only the images of these classes, which are numbered anew in this order; null: all."""
     limit: Annotated[int, Field(ge=2, le=MOST)] | None = None
     """Only the first so many training images."""
     validation: Amount = 0
-    """Held out of the training set: a share, or a number of images."""
+    """Held out of the training set, of all classes: a share, or a number of images."""
     flip: bool = False
     """Mirror half of the training images, at random."""
     crop: int = Field(0, ge=0, le=1024)
@@ -158,7 +166,7 @@ class StartSection(Section):
     """
 
     path: str
-    """A run directory, or a model.safetensors or last.ckpt."""
+    """A run directory, or a model.safetensors or last.ckpt; in a study, {seed} stands for the run's own seed."""
     keep: Literal["weights", "optimizer", "step"] = "weights"
     """What is taken: weights; also the optimizer's state; also the place in all schedules."""
     reset_classifier: bool = False

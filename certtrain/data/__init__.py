@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from certtrain.data.batches import (
@@ -60,6 +60,7 @@ def load_dataset(
     *,
     download: bool = False,
     path: str | Path | None = None,
+    classes: Sequence[int] | None = None,
     validation: float | int = 0,
     seed: int = 0,
 ) -> Dataset:
@@ -70,11 +71,12 @@ def load_dataset(
         root: the folder in which the named data sets are kept, and into which they are downloaded.
         download: fetch the data if it is missing; without effect on data sets that have no download.
         path: the folder to read, for `npz` and `folder` only, which need it.
+        classes: only the images of these, in all splits, numbered anew in this order (`Dataset.of_classes`).
         validation: images to cut off the training set, a count or a share of it (`Dataset.with_validation`).
         seed: which images those are.
 
     Raises:
-        UsageError: unknown name; `path` missing or out of place; a validation split that is not smaller than train.
+        UsageError: unknown name or class; `path` missing or out of place; a validation split that is not smaller than train.
         DataError: the data is missing, corrupt, breaks the data set's layout, or is of one class only.
     """
     if name not in DATASETS:
@@ -84,6 +86,8 @@ def load_dataset(
     if name not in _OWN_PATH and path is not None:
         raise UsageError(f"data set {name!r} is read from data.root and takes no data.path")
     folder = Path(os.path.expanduser(root if path is None else path))  # which leaves ~nobody as it is
-    dataset = DATASETS[name](folder, download)
+    dataset = DATASETS[name](folder, download).with_validation(validation, seed)
+    if classes is not None:  # afterwards, so that the images held out are the same ones for any classes
+        dataset = dataset.of_classes(classes)
     require_two_classes(dataset.train)
-    return dataset.with_validation(validation, seed)
+    return dataset

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
 
@@ -101,8 +102,33 @@ class Dataset:
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same data set with every split on `device`."""
-        validation, old = (None if split is None else split.to(device) for split in (self.validation, self.old))
-        return replace(self, train=self.train.to(device), test=self.test.to(device), validation=validation, old=old)
+        return self._each(lambda split: split.to(device))
+
+    def _each(self, change: Callable[[Split], Split]) -> Dataset:
+        validation, old = (None if split is None else change(split) for split in (self.validation, self.old))
+        return replace(self, train=change(self.train), test=change(self.test), validation=validation, old=old)
+
+    def of_classes(self, indices: Sequence[int]) -> Dataset:
+        """Only the images of these classes, the first of which becomes class 0, the second class 1, and so on.
+
+        Args:
+            indices: of `classes`, each at most once.
+
+        Raises:
+            UsageError: there is no such class.
+            DataError: a split has no image of any of them.
+        """
+        absent = [index for index in indices if not 0 <= index < self.num_classes]
+        if absent:
+            raise UsageError(f"data.classes: there is no class {absent[0]} in 0 to {self.num_classes - 1}")
+        number = torch.full((self.num_classes,), -1)
+        number[torch.tensor(indices)] = torch.arange(len(indices))
+
+        def kept(split: Split) -> Split:
+            labels = number.to(split.labels.device)[split.labels]
+            return Split(split.images[labels >= 0], labels[labels >= 0])
+
+        return replace(self._each(kept), classes=tuple(self.classes[index] for index in indices))
 
     def with_validation(self, amount: float | int, seed: int) -> Dataset:
         """Cut a random subset off train and make it the validation split; both keep train's order.

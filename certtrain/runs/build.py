@@ -62,7 +62,13 @@ def load_data(config: Config) -> Dataset:
     """The images of a run; where the validation split is verified, it stands in the place of the test set."""
     data = config.data
     dataset = load_dataset(
-        data.name, data.root, download=data.download, path=data.path, validation=data.validation, seed=config.seed
+        data.name,
+        data.root,
+        download=data.download,
+        path=data.path,
+        classes=data.classes,
+        validation=data.validation,
+        seed=config.seed,
     )
     dataset = replace(dataset, train=dataset.train.take(slice(data.limit)))
     require_two_classes(dataset.train)

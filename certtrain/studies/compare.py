@@ -349,6 +349,8 @@ def _difference(first: FinishedRun, second: FinishedRun) -> str | None:
     one, other = (run.config for run in (first, second))
     if one.data.name != other.data.name:
         return f"data set {one.data.name}, and {other.data.name}"
+    if one.data.classes != other.data.classes:
+        return "other classes of the data set"
     if first.split != second.split:
         return f"verified on the {first.split} split, and on the {second.split} split"
     if first.result["images"] != second.result["images"]:

@@ -90,7 +90,11 @@ class Study:
 
 
 def planned(cell: Cell, seed: int) -> PlannedRun:
-    return PlannedRun(f"{cell.name}/seed-{seed}", cell.config.model_copy(update={"seed": seed}))
+    """The run of `cell` with that seed, which stands for {seed} in the path of the network that it begins with."""
+    start = cell.config.start_from
+    if start is not None:
+        start = start.model_copy(update={"path": start.path.replace("{seed}", str(seed))})
+    return PlannedRun(f"{cell.name}/seed-{seed}", cell.config.model_copy(update={"seed": seed, "start_from": start}))
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
