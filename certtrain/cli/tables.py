@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from certtrain.report.forgetting import forgetting_table
 from certtrain.verification.cascade import GAVE_UP
 
 if TYPE_CHECKING:
@@ -55,21 +56,14 @@ def _show_stages(console: Console, results: Sequence[dict]) -> None:
 
 
 def show_forgetting(console: Console, start: Mapping[str, Any]) -> None:
-    """A row for each time that the network was measured, on the setting it comes from and on the present one."""
-    settings = start["settings"]
+    """What the network was on the setting it comes from and on the present one, before, along the way and after."""
+    head, rows = forgetting_table(start)
     table = Table(title=f"on the way from {start['file']}")
-    table.add_column("after epoch", justify="right")
-    for name, setting in settings.items():
-        for error in ("natural", "verified"):
-            table.add_column(f"{error} error, {name}: {setting['data']}, {setting['eps']:.5f}", justify="right")
-    rows = [("before", start["before"]), *((str(row["epoch"]), row) for row in start["along"])]
-    for epoch, row in [*rows, ("at the end", start["after"])]:
-        table.add_row(epoch, *(_percentage(value) for name in settings for value in row[name].values()))
+    for column in head:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
-
-
-def _percentage(share: float | None) -> str:
-    return "–" if share is None else f"{share:.2%}"
 
 
 def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:

@@ -302,7 +302,7 @@ class TrainingSection(Section):
     channels_last: Switch = "auto"
     """Layout of images; auto: where that is faster."""
     checkpoint_seconds: float = Field(60.0, ge=0)
-    """At least this long between two saves."""
+    """Longest time between two saves, which is what a killed run loses; 0: one after each epoch."""
 
 
 class SearchSection(Section):

@@ -76,7 +76,8 @@ def load_dataset(
         seed: which images those are.
 
     Raises:
-        UsageError: unknown name or class; `path` missing or out of place; a validation split that is not smaller than train.
+        UsageError: unknown name or class; `path` missing or out of place; a validation split that is not smaller than
+            train.
         DataError: the data is missing, corrupt, breaks the data set's layout, or is of one class only.
     """
     if name not in DATASETS:

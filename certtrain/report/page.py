@@ -17,6 +17,7 @@ from certtrain.data import Dataset
 from certtrain.errors import CheckpointError, optional_module
 from certtrain.report import plots
 from certtrain.report.examples import Example, judge
+from certtrain.report.forgetting import forgetting_table
 from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
 from certtrain.runs.metrics import read_records
 from certtrain.runtime.files import parse_json, write_text
@@ -138,8 +139,17 @@ def _show(config: Config, summary: Mapping[str, Any]) -> dict[str, Any]:
         "results": [_result_row(result) for result in radii],
         "stages": _stage_rows(radii),
         "eps": _radius(summary["eps"]),
+        "start": _start(summary["start"]),
         "versions": summary["versions"],
     }
+
+
+def _start(start: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The network that the run began with, and the table of what became of that, where it was measured."""
+    if start is None:
+        return None
+    head, rows = forgetting_table(start) if start["settings"] else ([], [])
+    return {"file": start["file"], "head": head, "rows": rows}
 
 
 def _subtitle(config: Config, summary: Mapping[str, Any]) -> str:

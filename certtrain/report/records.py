@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
@@ -40,8 +40,53 @@ class Result(Errors):
     stages: list[Stage] = []
 
 
+class Setting(Record):
+    """Test images and a radius that a run which began with another network was measured on."""
+
+    data: str
+    images: Count
+    eps: Radius
+
+
+class Measured(Record):
+    """Errors then; None where the network had no answer."""
+
+    natural_error: Share | None
+    verified_error: Share | None
+
+
+class BySetting(Record):
+    """`old` is missing where nothing told what the other network was trained for."""
+
+    old: Measured | None = None
+    new: Measured
+
+
+class AtEpoch(BySetting):
+    epoch: Count
+
+
+class Start(Record):
+    """What a run began with, and where that was asked for, what became of it."""
+
+    file: str
+    settings: dict[Literal["old", "new"], Setting] = {}
+    before: BySetting | None = None
+    along: list[AtEpoch] = []
+    after: BySetting | None = None
+
+    @model_validator(mode="after")
+    def _errors_in_every_setting(self) -> Start:
+        for errors in (self.before, self.after, *self.along):
+            if self.settings and (errors is None or any(getattr(errors, name) is None for name in self.settings)):
+                raise ValueError("a setting has no errors")
+        return self
+
+
 class Summary(Result):
     """Of summary.json."""
+
+    start: Start | None = None
 
     method: str
     radii: list[Result] = Field(min_length=1)
@@ -89,6 +134,9 @@ class Epoch(Record):
 
     epoch: Annotated[int, Field(ge=1, le=10**7)]
     layers: list[Layer] = Field(max_length=MOST_LAYERS)
+    old: Measured | None = None
+    new: Measured | None = None
+    optimizer: dict[str, float | None] = {}
 
 
 R = TypeVar("R", bound=Record)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from torch import Tensor
 
+from certtrain.errors import DivergedError
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runs.checkpoint import save_checkpoint
 from certtrain.runs.meters import Meter
@@ -106,10 +107,18 @@ class Recorder(Follower):
     def seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
 
+    @property
+    def _unsaved_seconds(self) -> float:
+        return time.monotonic() - self._saved_at
+
     def after_step(self, trainer: Trainer) -> bool:
         for meter in self._meters:
             meter.after_step(trainer, self._probe)
         self._show(self._display.after_step, trainer)
+        if trainer.step % trainer.steps_per_epoch and 0 < self._checkpoint_seconds <= self._unsaved_seconds:
+            with suppress(DivergedError):  # the epoch's end says so, in all processes
+                trainer.check_finite()
+                self.save(trainer)
         return super().after_step(trainer)
 
     def _show(self, show: Callable[[Any], None], what: Any) -> None:
@@ -128,7 +137,7 @@ class Recorder(Follower):
         self._metrics.add(record)
         self._tensorboard.add(record)
         self._show(self._display.after_epoch, report)
-        if time.monotonic() - self._saved_at >= self._checkpoint_seconds:
+        if self._unsaved_seconds >= self._checkpoint_seconds:
             self.save(trainer)
         return super().after_epoch(trainer, report)
 

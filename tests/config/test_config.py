@@ -152,6 +152,7 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
             "model.name: unknown model 'transformer': choose from cnn-2layer, .*wide-resnet",
         ),
         ("data.name", "cifar", "data.name: unknown data set 'cifar': did you mean cifar10.*\\?"),
+        ("data.classes", "[0, 3, 0]", "data.classes: .*a class is named twice"),
         ("optimizer.name", "adam", "optimizer.name: unknown optimizer 'adam': did you mean .*Adam.*\\?"),
         ("training.initialization", "kaming", "training.initialization: unknown initialization .*kaiming"),
         ("training.method", "ipb", "training.method: unknown training method 'ipb': did you mean ibp\\?"),
@@ -338,7 +339,7 @@ WHOLE = ["seed", "data.limit", "data.crop", "epsilon.start_epoch", "epsilon.warm
 NUMBERS = ["data.validation", "epsilon.max", "epsilon.mid", "epsilon.beta", "regularizers.weight", "regularizers.l1",
            "regularizers.tolerance", "optimizer.lr", "optimizer.factor", "optimizer.clip",
            "training.checkpoint_seconds", "verification.pgd_step_size", "verification.eps"]  # fmt: skip
-LISTS = ["data.mean", "data.std", "verification.eps", "verification.method", "verification.attack"]
+LISTS = ["data.classes", "data.mean", "data.std", "verification.eps", "verification.method", "verification.attack"]
 
 
 @pytest.mark.parametrize("key", WHOLE)

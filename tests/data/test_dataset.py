@@ -141,3 +141,46 @@ def test_importing_the_package_imports_no_image_library():
     program = "import sys, certtrain.data; print({'torchvision', 'sklearn', 'PIL', 'rich'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_some_classes_are_kept_and_numbered_anew_in_the_order_they_are_named():
+    data = dataset(train=split(9), test=split(4), validation=split(5), old=split(6)).of_classes([2, 0])
+    assert data.classes == ("c", "a")
+    assert numbers(data.train) == [0, 2, 3, 5, 6, 8]
+    assert data.train.labels.tolist() == [1, 0, 1, 0, 1, 0]
+    assert (numbers(data.test), data.test.labels.tolist()) == ([0, 2, 3], [1, 0, 1])
+    assert (numbers(data.validation), data.validation.labels.tolist()) == ([0, 2, 3], [1, 0, 1])
+    assert (numbers(data.old), data.old.labels.tolist()) == ([0, 2, 3, 5], [1, 0, 1, 0])
+
+
+def test_all_classes_in_their_order_are_the_data_set():
+    data, same = dataset(), dataset().of_classes([0, 1, 2])
+    assert torch.equal(same.train.images, data.train.images)
+    assert torch.equal(same.train.labels, data.train.labels)
+    assert same.classes == data.classes
+
+
+def test_the_images_held_out_are_the_same_ones_for_any_classes():
+    whole = load_dataset("digits", validation=300, seed=5).validation
+    some = load_dataset("digits", validation=300, seed=5, classes=[3, 1]).validation
+    kept = (whole.labels == 3) | (whole.labels == 1)
+    assert torch.equal(some.images, whole.images[kept])
+    assert torch.equal(some.labels == 0, whole.labels[kept] == 3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "error", "message"),
+    [
+        ([0, 10], UsageError, r"data\.classes: there is no class 10 in 0 to 9"),
+        ([-1, 0], UsageError, "there is no class -1"),
+        ([4], DataError, "training images have the label 0: there is nothing to tell apart"),
+    ],
+)
+def test_classes_that_are_not_there_or_are_alone_are_refused(classes, error, message):
+    with pytest.raises(error, match=message):
+        load_dataset("digits", classes=classes)
+
+
+def test_a_split_without_any_of_the_classes_is_refused():
+    with pytest.raises(DataError, match="no images"):
+        dataset(test=Split(split(2).images, torch.tensor([0, 0]))).of_classes([1, 2])

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from functools import reduce
@@ -33,11 +34,12 @@ VOID = {"meta", "br", "img"}
 
 
 class Page(HTMLParser):
-    """What is in a page; asserts that every tag is closed where it belongs."""
+    """What is in a page, and the cells of its tables; asserts that every tag is closed where it belongs."""
 
     def __init__(self, text):
         super().__init__()
         self.open, self.tags, self.links, self.text = [], [], [], ""
+        self.tables = []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -47,6 +49,12 @@ class Page(HTMLParser):
         self.links += [value for name, value in attributes if name.split(":")[-1] in ("href", "src")]
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("th", "td"):
+            self.tables[-1][-1].append("")
 
     def handle_startendtag(self, tag, attributes):
         self.handle_starttag(tag, attributes)
@@ -57,6 +65,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        if self.open and self.open[-1] in ("th", "td"):
+            self.tables[-1][-1][-1] += data
 
 
 def pixels(uri):
@@ -79,6 +89,74 @@ def test_the_page_is_whole_needs_nothing_else_and_shows_the_run(cli, run):
         assert f"{summary[key]:.2%}" in page.text
     for shown in (*summary["versions"].values(), (run / "config.yaml").read_text(), "The first 60 test images"):
         assert shown in page.text
+
+
+def test_what_a_run_that_began_with_another_forgot_is_a_table(train, cli, tmp_path, reference):
+    run, file = tmp_path / "run", str(reference / "model.safetensors")
+    assert train(f"start_from={reference}", "epsilon.max=0.2", "metrics.optimizer=true").code == 0
+    assert cli("report", run, "--limit", 20).code == 0
+    page = Page((run / "report.html").read_text())
+    assert f"It began with {file}." in page.text
+    start = json.loads((run / "summary.json").read_text())["start"]
+    table = next(rows for rows in page.tables if rows[0][0] == "after epoch")
+    settings, errors = ("old", "new"), ("natural_error", "verified_error")
+    for name, eps in zip(settings, ("0.10000", "0.20000"), strict=True):
+        assert sum(f", {name}: digits, {eps}" in cell for cell in table[0]) == 2
+    assert [row[0] for row in table[1:]] == ["before", "1", "2", "3", "at the end", "change"]
+    measured = [start["before"], *start["along"], start["after"]]
+    for row, at in zip(table[1:-1], measured, strict=True):
+        assert row[1:] == [f"{at[name][error]:.2%}" for name in settings for error in errors]
+    moved = [start["forgetting"][error] for error in errors] + [-start["learned"][error] for error in errors]
+    assert [float(cell.rstrip("%")) / 100 for cell in table[-1][1:]] == pytest.approx(moved, abs=1e-4)
+
+
+def test_a_run_that_began_with_another_and_did_not_look_back_says_so_alone(run, tmp_path):
+    start = {"file": "<old>", "sha256": "0", "keep": "weights", "reinitialized": []}
+    page = page_with(run, tmp_path, start)
+    assert "It began with <old>." in page.text
+    assert "after epoch" not in page.text
+
+
+NEVER = {"natural_error": None, "verified_error": None}
+SET = {"data": "digits", "images": 9, "eps": 0.1}
+
+
+def test_errors_that_cannot_be_measured_are_no_numbers(run, tmp_path):
+    both = {"old": NEVER, "new": {"natural_error": 0.5, "verified_error": 1.0}}
+    settings = {"old": SET, "new": SET}
+    page = page_with(run, tmp_path, {"file": "f", "settings": settings, "before": both, "along": [], "after": both})
+    table = next(rows for rows in page.tables if rows[0][0] == "after epoch")
+    assert table[1:] == [
+        ["before", "–", "–", "50.00%", "100.00%"],
+        ["at the end", "–", "–", "50.00%", "100.00%"],
+        ["change", "–", "–", "+0.00%", "+0.00%"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        3,
+        {},
+        {"file": "f", "settings": {"old": SET}},
+        {"file": "f", "settings": {"other": SET}},
+        {"file": "f", "settings": {"old": SET}, "before": {"new": NEVER}, "after": {"old": NEVER, "new": NEVER}},
+        {"file": "f", "settings": {"new": SET}, "before": {"new": {"natural_error": 2.0}}, "after": {"new": NEVER}},
+    ],
+)
+def test_a_harmed_record_of_the_beginning_is_named(run, tmp_path, start):
+    with pytest.raises(CheckpointError, match=r"summary\.json was written by another version, or edited: start"):
+        page_with(run, tmp_path, start)
+
+
+def page_with(run, tmp_path, start):
+    """The page of a run whose summary says that of its beginning."""
+    copied = shutil.copytree(run, tmp_path / "copy")
+    summary = json.loads((copied / "summary.json").read_text())
+    (copied / "summary.json").write_text(json.dumps(summary | {"start": start}))
+    config, dataset = load_config(run / "config.yaml"), load_dataset("digits")
+    write_report(copied, config, load_model(run), dataset, copied / "report.html", limit=20)
+    return Page((copied / "report.html").read_text())
 
 
 def test_images_are_those_of_the_data_set(cli, run):

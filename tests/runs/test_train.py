@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import certtrain
 from certtrain.config import load_config
 from certtrain.errors import CheckpointError
+from certtrain.runs.callbacks import Recorder
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.directory import RUN_FILES
 from certtrain.runs.progress import ProgressDisplay
@@ -402,6 +403,28 @@ def die_at(function, call):
     setattr(module, name, replacement)
 
 
+def test_an_epoch_that_takes_longer_than_saves_are_apart_is_saved_on_its_way(tmp_path, reference):
+    """Here every step does; killed as the fifth ends, within the second epoch of three steps."""
+    run, saves_at_once = tmp_path / "run", "training.checkpoint_seconds=1e-9"
+    killed = start(train_arguments(run, saves_at_once), tmp_path / "log", partial(die_in_step, 5))
+    assert exit_code(killed) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert load_checkpoint(run / "last.ckpt")["trainer"]["step"] == 4
+    assert exit_code(start(train_arguments(run, saves_at_once, "--resume"), tmp_path / "log")) == 0
+    check_same_run(run, reference)
+
+
+def die_in_step(step):
+    """kill -9 before that step is noticed."""
+    after_step = Recorder.after_step
+
+    def replacement(self, trainer):
+        if trainer.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return after_step(self, trainer)
+
+    Recorder.after_step = replacement
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("function", "calls"), [("save", (4, 4)), ("fsync", (1, 11)), ("replace", (1, 6))])
 def test_killed_inside_saves_and_resumed_the_run_is_the_same(tmp_path, reference, function, calls):
@@ -497,14 +520,16 @@ def test_a_loss_that_is_not_finite_names_epoch_step_and_epsilon(train, tmp_path)
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_after_a_loss_that_is_not_finite_the_last_good_checkpoint_stays(train, tmp_path):
+@pytest.mark.parametrize("seconds", [0, 1e-9])
+def test_after_a_loss_that_is_not_finite_the_last_good_checkpoint_stays(train, tmp_path, seconds):
     """The learning rate explodes at the end of epoch 2, when epsilon has reached its maximum."""
     run = tmp_path / "run"
-    outcome = train("optimizer.milestones=[2]", "optimizer.factor=1e30")
+    saves = f"training.checkpoint_seconds={seconds}"
+    outcome = train("optimizer.milestones=[2]", "optimizer.factor=1e30", saves)
     assert outcome.code == 1
     assert re.search(r"not finite in epoch 3, step [23] of 3, at epsilon 0\.1 ", outcome.error)
     state = load_checkpoint(run / "last.ckpt")
-    assert state["trainer"]["step"] == 2 * STEPS_PER_EPOCH
+    assert 0 <= state["trainer"]["step"] - 2 * STEPS_PER_EPOCH <= bool(seconds)
     assert all(value.isfinite().all() for value in state["trainer"]["model"].values())
     assert [record["epoch"] for record in metrics(run)] == [1, 2]
     assert not (run / "model.safetensors").exists()

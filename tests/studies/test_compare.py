@@ -119,6 +119,7 @@ def test_a_metric_that_no_run_reports(study):
     [
         ({"images": "pp"}, "verified on 10 images, and on 2"),
         ({"test_set": "others"}, "the images, or their labels, are others"),
+        ({"data.classes": [0, 1]}, "other classes of the data set"),
         ({"data.name": "mnist"}, "data set digits, and mnist"),
         ({"eps": 0.2}, "was not verified at epsilon 0.1, but at 0.2"),
         (

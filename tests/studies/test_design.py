@@ -61,6 +61,18 @@ def test_every_combination_has_every_seed(written):
     assert by_name["no-bn_lr=0.002_method=sabr,lambda=0.4/seed-5"] == load_config("digits", changes | method)
 
 
+def test_a_run_begins_with_the_network_of_its_own_seed(written):
+    text = "base: digits\nseeds: [3, 5]\noverrides: {start_from: 'old/seed-{seed}'}\n"
+    text += "configs: {a: {}, b: {start_from: null}}"
+    starts = {run.name: run.config.start_from for run in load_study(written(text)).runs}
+    assert {name: start and start.path for name, start in starts.items()} == {
+        "a/seed-3": "old/seed-3",
+        "a/seed-5": "old/seed-5",
+        "b/seed-3": None,
+        "b/seed-5": None,
+    }
+
+
 def test_what_is_said_last_counts(written):
     text = "base: digits\noverrides: {optimizer.lr: 0.1}\ngrid: {optimizer.lr: [0.2]}\n"
     assert load_study(written(text)).cells[0].config.optimizer.lr == 0.2
