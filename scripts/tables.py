@@ -10,10 +10,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import warmup_tables
 from ablation import RESULTS, VARIANTS
 
 from certtrain.runtime.files import write_text
 
+STUDIES = ("warmup_optimizers", "rewarm", "speedrun_choice", "speedrun")  # of docs/results/warmup.md
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -51,9 +53,28 @@ def main() -> None:
             if growth_rows:
                 tables[f"{device}-growth"] = benchmark_growth_table(growth_rows)
             fill(RESULTS / "benchmark.md", **tables)
+    fill_warmup()
     transformers = {"digits-vit": seeds_table(of_setting("digits_vit")), "cost": step_table(read("transformers-cost"))}
     fill(RESULTS / "transformers.md", **transformers)
     fill(ROOT / "README.md", digits=seeds_table(of_setting("digits")))
+
+
+def fill_warmup() -> None:
+    """Of its four studies those that were gathered."""
+    tables: dict[str, str] = {}
+    gathered = {name: read(name) for name in STUDIES if (RESULTS / f"{name}.json").exists()}
+    if optimizers := gathered.get("warmup_optimizers"):
+        rows = optimizers["rows"]
+        tables["optimizers"] = warmup_tables.optimizers_table(rows)
+        tables["details"] = warmup_tables.details_table(rows, optimizers.get("first_steps", {}))
+        warmup_tables.plot_optimizers(rows, RESULTS / "warmup_optimizers.png")
+    if "rewarm" in gathered:
+        tables["rewarm"] = warmup_tables.rewarm_table(gathered["rewarm"]["rows"])
+    if "speedrun_choice" in gathered:
+        tables["choice"] = warmup_tables.recipes_table(gathered["speedrun_choice"]["rows"])
+    if "speedrun" in gathered:
+        tables["speedrun"] = warmup_tables.networks_table(gathered["speedrun"]["rows"])
+    fill(RESULTS / "warmup.md", **tables)
 
 
 def read(name: str) -> Any:

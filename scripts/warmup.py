@@ -1,10 +1,10 @@
-"""What the runs of the study warmup_optimizers came to: docs/results/warmup.json, and a plot of it.
+"""What the runs of a study came to, for docs/results/warmup.md: docs/results/NAME.json, and of first steps a plot.
 
     certtrain study warmup_optimizers --jobs 2          # trains; the same command goes on where it was
-    python scripts/warmup.py runs/warmup_optimizers     # gathers what is finished
+    python scripts/warmup.py runs/warmup_optimizers     # gathers what is finished, of one study or of several
 
-With each run: verified error, whether and where it diverged, and of the first steps the variance of the adaptive rates,
-the effective step size, the rectification term and dead ReLUs.
+With each run: its errors, whether and where it diverged, dead ReLUs, and what it forgot where it began with another
+network. Of runs that wrote steps.jsonl, for each cell the mean over seeds of what the optimizer did in the first steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import argparse
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +33,35 @@ OF_STEPS = (
     "rectification",
     "dead_relus",
 )
-ERRORS = ("natural_error", "pgd_error", "verified_error")
+OF_RUNS = ("natural_error", "pgd_error", "verified_error", "split", "images", "steps", "train_seconds")
+OF_STARTS = ("before", "along", "after", "forgetting", "learned")
 DIVERGED = re.compile(r"the loss is not finite in epoch \d+, step .*? at epsilon ([0-9.e-]+)")
+
+
+def runs_of(study: Path) -> Iterator[tuple[str, int, Path]]:
+    """Cell, seed and folder of each run that was begun."""
+    for file in sorted(study.glob("*/seed-*/config.yaml")):
+        run = file.parent
+        yield run.parent.name, int(run.name.removeprefix("seed-")), run
 
 
 def rows_of(study: Path) -> list[dict[str, Any]]:
     """A row for each run that is finished or has diverged."""
-    found = (row_of(study, file.parent) for file in sorted(study.glob("*/seed-*/config.yaml")))
-    return [row for row in found if row is not None]
+    return [row for cell, seed, run in runs_of(study) if (row := row_of(study, cell, seed, run)) is not None]
 
 
-def row_of(study: Path, run: Path) -> dict[str, Any] | None:
-    cell, seed = run.parent.name, int(run.name.removeprefix("seed-"))
-    optimizer, _, epsilon = cell.rpartition("_")
-    row: dict[str, Any] = {"optimizer": optimizer, "epsilon": epsilon, "seed": seed, "diverged_at": None}
+def row_of(study: Path, cell: str, seed: int, run: Path) -> dict[str, Any] | None:
+    row: dict[str, Any] = {"cell": cell, "seed": seed, "diverged_at": None}
     if (run / "summary.json").is_file():
         summary = json.loads((run / "summary.json").read_text())
-        row |= {name: summary[name] for name in ERRORS}
-    elif (eps := diverged_at(study / "logs" / f"{cell}--{run.name}.log")) is not None:
-        row["diverged_at"] = eps
-    else:
-        return None
-    epochs = read_records(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
-    steps = read_records(run / "steps.jsonl", "step") if (run / "steps.jsonl").is_file() else []
-    row["dead_relus"] = epochs[-1]["optimizer"]["dead_relus"] if epochs else None
-    row["steps"] = {name: [step[name] for step in steps] for name in OF_STEPS}
-    return row
+        start = summary.get("start")
+        row |= {name: summary[name] for name in OF_RUNS}
+        row |= {} if start is None else {"start": {name: start[name] for name in OF_STARTS if name in start}}
+        layers = read_records(run / "metrics.jsonl")[-1]["layers"]
+        row["dead_relus"] = statistics.fmean(layer["dead"] for layer in layers)
+        return row
+    row["diverged_at"] = diverged_at(study / "logs" / f"{cell}--{run.name}.log")
+    return None if row["diverged_at"] is None else row
 
 
 def diverged_at(log: Path) -> float | None:
@@ -66,64 +70,73 @@ def diverged_at(log: Path) -> float | None:
     return float(match[1]) if match else None
 
 
-def summarized(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each optimizer and warmup: means and ranges over seeds."""
-    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["optimizer"], row["epsilon"]), []).append(row)
-    return [
-        {
-            "optimizer": optimizer,
-            "epsilon": epsilon,
-            "seeds": len(runs),
-            "diverged": sum(run["diverged_at"] is not None for run in runs),
-            **{name: _spread([run[name] for run in runs if name in run]) for name in ERRORS},
-            "dead_relus": _spread([run["dead_relus"] for run in runs if run["dead_relus"] is not None]),
+# --- the first steps --------------------------------------------------------------------------------------------------
+
+
+def first_steps_of(study: Path) -> dict[str, dict[str, list[float | None]]]:
+    """By cell and quantity, a mean over seeds for each step; None where no seed has a number, as of SGD's rates."""
+    records: dict[str, list[list[dict[str, Any]]]] = {}
+    for cell, _, run in runs_of(study):
+        if (run / "steps.jsonl").is_file():
+            records.setdefault(cell, []).append(read_records(run / "steps.jsonl", "step"))
+    return {
+        cell: {
+            name: [_mean([step[name] for step in steps]) for steps in zip(*seeds, strict=False)] for name in OF_STEPS
         }
-        for (optimizer, epsilon), runs in cells.items()
-    ]
+        for cell, seeds in records.items()
+    }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"mean": sum(values) / len(values), "least": min(values), "most": max(values)}
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(f"{statistics.fmean(known):.4g}") if known else None
 
 
-def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """PNG: over the first steps, for each optimizer, the mean over its runs."""
-    figure = Figure(figsize=(15, 3.6), layout="constrained")
+def plot(cells: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
+    """PNG: by quantity and warmup of epsilon (the cell's name after its last underscore), a line for each optimizer."""
     shown = {
         "adaptive_rate_log_variance": "variance of the adaptive rate's logarithm",
         "effective_step_size": "effective step size",
         "dead_relus": "dead ReLUs",
     }
-    for axes, (name, label) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
-        for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
-            lines = [row["steps"][name] for row in rows if row["optimizer"] == optimizer and row["steps"][name]]
-            points = [[value for value in step if value is not None] for step in zip(*lines, strict=False)]
-            means = [sum(step) / len(step) for step in points if step]
-            if means:
-                axes.plot(range(1, len(means) + 1), means, label=optimizer)
-        axes.set(xlabel="step", ylabel=label, yscale="log" if name == "effective_step_size" else "linear")
-    axes.legend(fontsize=7)
+    warmups = list(dict.fromkeys(cell.rpartition("_")[2] for cell in cells))
+    optimizers = list(dict.fromkeys(cell.rpartition("_")[0] for cell in cells))
+    figure = Figure(figsize=(5 * len(shown), 3 * len(warmups) + 0.5), layout="constrained")
+    panels = figure.subplots(len(warmups), len(shown), sharex=True, sharey="col", squeeze=False)
+    for row, warmup in zip(panels, warmups, strict=True):
+        for axes, (name, label) in zip(row, shown.items(), strict=True):
+            for color, optimizer in enumerate(optimizers):
+                values = cells.get(f"{optimizer}_{warmup}", {}).get(name, [])
+                if any(value is not None for value in values):
+                    line = [float("nan") if value is None else value for value in values]
+                    axes.plot(range(1, len(line) + 1), line, label=optimizer, color=f"C{color}")
+            axes.set(title=f"ε warmup: {warmup}", ylabel=label)
+            axes.set_yscale("log" if name == "effective_step_size" else "linear")
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    figure.legend(*panels[0][1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
+    figure.savefig(file, format="png", dpi=110)
     return file.getvalue()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", type=Path, help="folder of the study's runs")
-    parser.add_argument("--out", type=Path, default=RESULTS / "warmup.json", help="default: docs/results/warmup.json")
+    parser.add_argument("studies", type=Path, nargs="+", metavar="STUDY", help="folder of a study's runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: docs/results)")
     options = parser.parse_args(arguments)
-    rows = rows_of(options.study)
-    if not rows:
-        parser.error(f"{options.study} holds no finished run")
-    write_json(options.out, {"versions": versions(), "summary": summarized(rows), "rows": rows})
-    picture = plot(rows)
-    write_atomically(options.out.with_suffix(".png"), lambda file: file.write(picture))
-    print(f"{len(rows)} runs: wrote {options.out} and {options.out.with_suffix('.png').name}")
+    for study in options.studies:
+        rows, steps = rows_of(study), first_steps_of(study)
+        if not rows:
+            parser.error(f"{study} holds no finished run")
+        file = options.out / f"{study.resolve().name}.json"
+        write_json(file, {"versions": versions(), "rows": rows, **({"first_steps": steps} if steps else {})})
+        print(f"{len(rows)} runs: wrote {file}")
+        if steps:
+            picture = file.with_name(f"{file.stem}_steps.png")
+            content = plot(steps)
+            write_atomically(picture, lambda stream, content=content: stream.write(content))
+            print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

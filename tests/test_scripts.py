@@ -14,6 +14,7 @@ from certtrain.runs import evaluation
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.progress import ProgressDisplay
 from tests.commands import TINY, contents, one_thread
+from tests.studies.folders import write_run
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -90,3 +91,64 @@ def test_reproduce_verifies_later_what_it_had_no_time_for(reproduce, tmp_path, m
     assert "run the same command again to continue" in capsys.readouterr().out
     assert reproduce() == 0
     assert len(lines(tmp_path)) == 1
+
+
+# --- warmup -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def warmup_study(tmp_path):
+    """Two optimizers of three seeds, of which one has diverged and one is not finished, with two first steps each."""
+    study = tmp_path / "warmup_optimizers"
+    images = {"adam_short": ("ppmm", "pppm", "ppuu"), "sgd_short": ("pmmm", "ppmm", None)}
+    for cell, seeds in images.items():
+        for seed, verdicts in enumerate(seeds):
+            run = study / cell / f"seed-{seed}"
+            write_run(run, verdicts or "m", seed=seed, extra={"steps": 8})
+            layers = [{"dead": 0.25}, {"dead": 0.75}]
+            (run / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "layers": layers}))
+            step = dict.fromkeys(script("warmup").OF_STEPS) | {"effective_step_size": 1.0 + seed}
+            lines = [json.dumps({"step": number, **step}) for number in (1, 2)]
+            (run / "steps.jsonl").write_text("\n".join(lines))
+            if verdicts is None:
+                (run / "summary.json").unlink()
+    log = study / "logs" / "sgd_short--seed-2.log"
+    log.parent.mkdir()
+    log.write_text("error: the loss is not finite in epoch 1, step 2 of 3, at epsilon 0.031 (step 1 of the run)")
+    write_run(study / "sgd_none" / "seed-0", "p")
+    (study / "sgd_none" / "seed-0" / "summary.json").unlink()
+    return study
+
+
+def test_warmup_gathers_what_is_finished_or_diverged(warmup_study, tmp_path):
+    script("warmup").main([str(warmup_study), "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "warmup_optimizers.json").read_text())
+    rows = {(row["cell"], row["seed"]): row for row in found["rows"]}
+    assert len(rows) == 6
+    assert rows["sgd_short", 2] == {"cell": "sgd_short", "seed": 2, "diverged_at": 0.031}
+    first = rows["adam_short", 0]
+    assert (first["verified_error"], first["natural_error"], first["dead_relus"], first["steps"]) == (0.5, 0.5, 0.5, 8)
+    assert found["first_steps"]["adam_short"]["effective_step_size"] == [2.0, 2.0]
+    assert found["first_steps"]["adam_short"]["rectification"] == [None, None]
+    assert (tmp_path / "warmup_optimizers_steps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_warmup_tables_have_student_intervals_and_differences_of_common_seeds(warmup_study):
+    """Of 50, 25 and 50 %: the mean, and 4.3027 (Student's t of two degrees of freedom) standard errors."""
+    rows, tables = script("warmup").rows_of(warmup_study), script("warmup_tables")
+    assert tables.mean_of(rows, "adam_short", "verified_error") == "41.7 ± 35.9"
+    half = 12.7062 * 12.5 / 2  # of one degree: times a standard error, which of two values is half their distance
+    assert tables.difference(rows, "sgd_short", "adam_short") == "+25.0 ± 0.0"
+    assert tables.with_interval([0.5, 0.625]) == f"56.2 ± {half:.1f}"
+    assert tables.with_interval([0.5]) == "50.0"
+    line = tables.optimizers_table(rows).splitlines()[-1]
+    assert line == "| sgd | 62.5 ± 158.8 | – | – | – | – | +25.0 ± 0.0 |"
+    details = tables.details_table(rows, {}).splitlines()
+    assert len(details) == 2 + 2
+    assert details[-1].startswith("| sgd | short | 3 | 1 | ")
+
+
+def test_warmup_names_a_folder_without_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script("warmup").main([str(tmp_path)])
+    assert "holds no finished run" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+"""The tables and the plot of docs/results/warmup.md, from the rows that scripts/warmup.py gathered."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from certtrain.studies.statistics import mean_interval
+
+Row = Mapping[str, Any]
+WARMUPS = ("short", "half", "none")  # of epsilon, in the names of the cells of warmup_optimizers
+REWARMED = {  # cell of rewarm -> what it began with, and how it went on
+    "scratch": ("initialization", "all epochs"),
+    "natural_no-rewarm": ("natural training", "last rate, no warmup"),
+    "natural_peak-half": ("natural training", "half the rate, warmup ½ epoch"),
+    "natural": ("natural training", "whole rate, warmup ½ epoch"),
+    "natural_long": ("natural training", "whole rate, warmup 2 epochs"),
+    "eps-2_end_no-rewarm": ("2/255", "ε from its end; last rate, no warmup"),
+    "eps-2_end_peak-half": ("2/255", "ε from its end; half the rate, warmup ½ epoch"),
+    "eps-2_end": ("2/255", "ε from its end; whole rate, warmup ½ epoch"),
+    "eps-2_end_long": ("2/255", "ε from its end; whole rate, warmup 2 epochs"),
+    "eps-2_end_optimizer": ("2/255", "ε from its end; whole rate at once, optimizer's state kept"),
+    "eps-2_zero": ("2/255", "ε from 0; whole rate, warmup ½ epoch"),
+    "eps-2_at-once": ("2/255", "ε at once; whole rate, warmup ½ epoch"),
+    "five-classes": ("five classes", "no old images"),
+    "five-classes_replay-0.1": ("five classes", "a tenth old images"),
+    "five-classes_replay-0.5": ("five classes", "half old images"),
+}
+
+
+def optimizers_table(rows: Sequence[Row]) -> str:
+    """An optimizer a row: verified error after each warmup of epsilon, what less of it costs, and Adam's difference."""
+    lines = ["| optimizer | " + " | ".join(f"verified, {warmup}" for warmup in WARMUPS)
+             + " | half − short | none − short | short − Adam's short |",
+             "|---|" + "---:|" * (len(WARMUPS) + 3)]  # fmt: skip
+    for optimizer in dict.fromkeys(row["cell"].rpartition("_")[0] for row in rows):
+        errors = [mean_of(rows, f"{optimizer}_{warmup}", "verified_error") for warmup in WARMUPS]
+        short = f"{optimizer}_short"
+        costs = [difference(rows, f"{optimizer}_{warmup}", short) for warmup in WARMUPS[1:]]
+        lines.append(f"| {optimizer} | " + " | ".join([*errors, *costs, difference(rows, short, "adam_short")]) + " |")
+    return "\n".join(lines)
+
+
+def details_table(rows: Sequence[Row], steps: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
+    """A cell a row: what else the runs came to, and the optimizer's first steps."""
+    lines = ["| optimizer | ε warmup | seeds | diverged | natural | PGD | dead ReLUs | variance of log rate, step 1 "
+             "| 10 | 100 |", "|---|---|" + "---:|" * 8]  # fmt: skip
+    for cell in cells_of(rows):
+        runs = [row for row in rows if row["cell"] == cell]
+        optimizer, _, warmup = cell.rpartition("_")
+        diverged = sum(run["diverged_at"] is not None for run in runs)
+        errors = [mean_of(rows, cell, name) for name in ("natural_error", "pgd_error", "dead_relus")]
+        variances = steps.get(cell, {}).get("adaptive_rate_log_variance", [])
+        shown = [variances[at] if at < len(variances) else None for at in (0, 9, 99)]
+        numbers = ["–" if value is None else f"{value:.2g}" for value in shown]
+        lines.append(f"| {optimizer} | {warmup} | {len(runs)} | {diverged} | " + " | ".join([*errors, *numbers]) + " |")
+    return "\n".join(lines)
+
+
+def rewarm_table(rows: Sequence[Row]) -> str:
+    """A way of going on a row, against training from scratch, and what it forgot of its old setting."""
+    lines = ["| began with | how | seeds | natural | verified | verified − scratch | forgotten: natural | verified |",
+             "|---|---|" + "---:|" * 6]  # fmt: skip
+    present = {row["cell"] for row in rows}
+    for cell in (cell for cell in REWARMED if cell in present):
+        numbers = [mean_of(rows, cell, "natural_error"), mean_of(rows, cell, "verified_error")]
+        numbers += [difference(rows, cell, "scratch")]
+        numbers += [forgetting_of(rows, cell, name) for name in ("natural_error", "verified_error")]
+        seeds = len(by_seed(rows, cell, "verified_error"))
+        lines.append(f"| {' | '.join(REWARMED[cell])} | {seeds} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+RECIPES = ("| recipe | seeds | steps | natural | verified | verified − published |", "|---|" + "---:|" * 5)
+
+
+def recipes_table(rows: Sequence[Row]) -> str:
+    """A recipe a row, against the published one."""
+    return "\n".join([*RECIPES, *recipe_lines(rows)])
+
+
+def networks_table(rows: Sequence[Row]) -> str:
+    """The same for several networks: a cell is called NETWORK_RECIPE."""
+    lines = [f"| network {RECIPES[0]}", f"|---{RECIPES[1]}"]
+    for network in dict.fromkeys(row["cell"].partition("_")[0] for row in rows):
+        own = [{**row, "cell": row["cell"].removeprefix(f"{network}_")} for row in rows
+               if row["cell"].startswith(f"{network}_")]  # fmt: skip
+        lines += [f"| {network} {line}" for line in recipe_lines(own)]
+    return "\n".join(lines)
+
+
+def recipe_lines(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for cell in cells_of(rows, first="published"):
+        runs = [row for row in rows if row["cell"] == cell]
+        steps = ", ".join(map(str, sorted({run["steps"] for run in runs if "steps" in run})))
+        errors = [mean_of(rows, cell, name) for name in ("natural_error", "verified_error")]
+        numbers = " | ".join([*errors, difference(rows, cell, "published")])
+        lines.append(f"| {cell.replace('_', ', ')} | {len(runs)} | {steps} | {numbers} |")
+    return lines
+
+
+def cells_of(rows: Sequence[Row], first: str | None = None) -> list[str]:
+    names = dict.fromkeys(row["cell"] for row in rows)
+    return sorted(names, key=lambda name: name != first)
+
+
+def by_seed(rows: Sequence[Row], cell: str, name: str) -> dict[int, float]:
+    return {row["seed"]: row[name] for row in rows if row["cell"] == cell and row.get(name) is not None}
+
+
+def mean_of(rows: Sequence[Row], cell: str, name: str) -> str:
+    return with_interval(list(by_seed(rows, cell, name).values()))
+
+
+def difference(rows: Sequence[Row], cell: str, baseline: str) -> str:
+    """Of verified errors, over the seeds that both have: the same images of the same split."""
+    one, other = (by_seed(rows, name, "verified_error") for name in (cell, baseline))
+    return with_interval([one[seed] - other[seed] for seed in one if seed in other], "+") if cell != baseline else "–"
+
+
+def forgetting_of(rows: Sequence[Row], cell: str, name: str) -> str:
+    found = [row["start"].get("forgetting", {}).get(name) for row in rows if row["cell"] == cell and "start" in row]
+    return with_interval([value for value in found if value is not None], "+")
+
+
+def with_interval(values: Sequence[float], sign: str = "") -> str:
+    """In percent, the mean and half the width of its 95 % interval over seeds."""
+    if not values:
+        return "–"
+    interval, mean = mean_interval(values), 100 * statistics.fmean(values)
+    return f"{mean:{sign}.1f}" + ("" if interval is None else f" ± {50 * (interval.high - interval.low):.1f}")
+
+
+def plot_optimizers(rows: Sequence[Row], file: Path) -> None:
+    """Verified error by optimizer and warmup of epsilon: a dot for each seed, a bar at the mean."""
+    import matplotlib.pyplot as plt
+
+    optimizers = list(dict.fromkeys(row["cell"].rpartition("_")[0] for row in rows))
+    figure, panel = plt.subplots(figsize=(9, 4), layout="constrained")
+    for number, warmup in enumerate(WARMUPS):
+        for position, optimizer in enumerate(optimizers):
+            values = [100 * value for value in by_seed(rows, f"{optimizer}_{warmup}", "verified_error").values()]
+            place, label = position + 0.25 * (number - 1), f"ε warmup: {warmup}" if position == 0 else None
+            panel.scatter([place] * len(values), values, color=f"C{number}", alpha=0.7, label=label)
+            if values:
+                panel.plot([place - 0.1, place + 0.1], [statistics.fmean(values)] * 2, color=f"C{number}")
+    panel.set(xticks=range(len(optimizers)), xticklabels=optimizers, ylabel="verified error on validation images, %")
+    panel.tick_params(axis="x", rotation=15)
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
