@@ -51,11 +51,17 @@ def test_the_validation_split_in_the_test_set_s_place(train, tmp_path):
     assert not any(torch.equal(image, held_out.images[0]) for image in load_dataset("digits").test.images)
 
 
-def test_certificates_are_not_about_validation_images(cli, run, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["data.validation=40", "verification.split=validation"], "certificates are about a test set: not with verif"),
+        (["data.classes=[0,1]"], "certificates are about a whole test set: not with data.classes"),
+    ],
+)
+def test_certificates_are_about_the_whole_test_set_alone(cli, run, tmp_path, options, message):
     before = contents(run)
-    options = ["data.validation=40", "verification.split=validation"]
     outcome = cli("verify", run, *options, "--certificates", tmp_path / "c.parquet")
-    assert (outcome.code, "certificates are about a test set" in outcome.error) == (2, True)
+    assert (outcome.code, message in outcome.error) == (2, True)
     assert contents(run) == before
 
 
