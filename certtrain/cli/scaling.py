@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from certtrain.studies.scaling.recommend import Recommendation
     from certtrain.studies.scaling.results import Fitted
     from certtrain.studies.scaling.run import Scaled
+
+TRUSTED_ORDERS = 2  # of magnitude of compute, that a law should be fitted to
 
 
 def scale_command(options: argparse.Namespace) -> int:
@@ -117,6 +120,15 @@ def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
         )
     console.print(table)
     _tell(console, f"noise {fitted.noise}")
+    computes = [optimum.compute for optimum in laws.optima]
+    _tell_a_short_range(console, min(computes), max(computes))
+
+
+def _tell_a_short_range(console: Console, low: float, high: float) -> None:
+    orders = math.log10(high / low)
+    if orders < TRUSTED_ORDERS:
+        measured = f"{low:.3g} to {high:.3g} FLOP, {orders:.1f} orders of magnitude"
+        _tell(console, f"fitted to {measured}: from less than two, what lies beyond is a guess")
 
 
 def _interval(interval: Sequence[float] | None, form: str) -> str:
@@ -144,3 +156,4 @@ def _show_recommendation(console: Console, found: Recommendation, eps: float) ->
         low, high = found.range
         beyond = f"{found.doublings_beyond:.1f} doublings beyond what was measured"
         _tell(console, f"extrapolated: {beyond}, {low:.3g} to {high:.3g} FLOP")
+        _tell_a_short_range(console, low, high)

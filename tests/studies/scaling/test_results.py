@@ -170,9 +170,11 @@ def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
     assert float(rows["learning rate"]) == pytest.approx(4e-3 * (width / 4) ** -0.5, rel=0.01)
     assert int(rows["warmup of epsilon, epochs"]) == pytest.approx(30 / 60 * int(rows["epochs"]), abs=0.51)
     assert "extrapolated: 2.6 doublings beyond what was measured" in outcome.out
+    assert "0.9 orders of magnitude: from less than two, what lies beyond is a guess" in outcome.out
     inside = cli("plan", "--budget", "8e9", "--law", folder / "scaling.json", "--protocol", "kaplan")
     assert inside.code == 0
     assert "extrapolated" not in inside.out
+    assert "guess" not in inside.out
 
 
 @pytest.mark.parametrize(
