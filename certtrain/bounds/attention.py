@@ -48,8 +48,12 @@ def masked_box(scores: Box, mask: Tensor | None, causal: bool) -> Box:
     return Box(masked(scores.lower, mask, causal), masked(scores.upper, mask, causal))
 
 
+def _constant(depends: bool) -> None:
+    require_that(not depends, "an attention mask that depends on the input has no rule")
+
+
 def _require_constant_mask(scores: Any, mask: Any, causal: Any) -> None:
-    require_that(not isinstance(mask, Shape), "an attention mask that depends on the input has no rule")
+    _constant(isinstance(mask, Shape))
     require_that(mask is None or mask.dim() < scores.dims or mask.shape[0] == 1, "a mask of each image has no rule")
 
 
@@ -234,7 +238,10 @@ def _encoder(
     return x if m.norm is None else modules.run(m.norm, x)
 
 
-DECOMPOSITIONS[F.scaled_dot_product_attention] = scaled_dot_product_attention
+DECOMPOSITIONS |= {
+    F.scaled_dot_product_attention: scaled_dot_product_attention,
+    _allowed: lambda call, mask: _constant(depends=True),  # a constant one is no value, and never comes here
+}
 MODULE_DECOMPOSITIONS |= {
     nn.MultiheadAttention: _multihead_attention,
     nn.TransformerEncoderLayer: _encoder_layer,

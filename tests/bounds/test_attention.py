@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -314,6 +315,10 @@ class Do(nn.Module):
         return self.function(x)
 
 
+def attend_across(x: Tensor, **settings) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, **settings)
+
+
 def unpacked(result: tuple[Tensor, Tensor]) -> Tensor:
     output, weights = result
     return output.sum(-1) + weights.amax((1, 2))
@@ -354,12 +359,32 @@ def test_alpha_crown_moves_the_planes_of_products():
     ("make", "named"),
     [
         (lambda: nn.TransformerEncoderLayer(6, 2, 8), "batch_first=True"),
+        (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8), 1, None, False), "batch_first=True"),
+        (
+            lambda: With(lambda self, x: self.layers["a"](x, x, x)[0], a=nn.MultiheadAttention(6, 2)),
+            "first axis would be the tokens'.*batch_first=True",
+        ),
+        (lambda: Do(lambda x: attend_across(x.transpose(0, 1)).transpose(0, 1)), "transpose.*batch axis"),
+        (lambda: Do(lambda x: attend_across(x.permute(1, 0, 2)).permute(1, 0, 2)), "permute.*batch axis"),
         (lambda: attention(lambda self, x: self.layers["attention"](x, x, x, x[:, :, 0])[0]), "key_padding_mask"),
+        (
+            lambda: attention(lambda self, x: self.layers["attention"](x, x, x, attn_mask=x[:, :4] @ x.mT)[0]),
+            "mask that depends",
+        ),
+        (lambda: With(lambda self, x: self.layers["e"](x, x @ x.mT), e=encoder_layer()), "mask that depends"),
+        (lambda: Do(lambda x: attend_across(x, attn_mask=x @ x.mT > 0)), "gt in module"),
+        (lambda: Do(lambda x: (x @ x.mT).masked_fill(x[:, None, :, 0] > 0, -1e9).softmax(-1) @ x), "gt in module"),
+        (lambda: Do(lambda x: attend_across(x, attn_mask=torch.ones(3, 4, 4).bool())), "mask of each image"),
         (lambda: attention(lambda self, x: self.layers["attention"](x, x, x)[0], add_zero_attn=True), "add_zero_attn"),
         (lambda: attention(lambda self, x: self.layers["attention"](x, x, x)[0], add_bias_kv=True), "add_bias_kv"),
-        (lambda: Do(lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x @ x.mT)), "mask that depends"),
-        (lambda: Do(lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)), r"drops out.*dropout=0"),
+        (lambda: Do(lambda x: attend_across(x, attn_mask=x @ x.mT)), "mask that depends"),
+        (lambda: Do(lambda x: attend_across(x, dropout_p=0.5)), r"drops out.*dropout=0"),
+        (lambda: Do(lambda x: F.dropout((x @ x.mT).softmax(-1), 0.1) @ x), "random numbers"),
         (lambda: Do(lambda x: x.softmax(0) + x), "batch axis"),
+        (lambda: Do(lambda x: x.softmax(-3)), "batch axis"),
+        (lambda: nn.Softmax(0), "batch axis"),
+        (lambda: nn.LogSoftmax(0), "batch axis"),
+        (lambda: nn.Softmax(), "name it"),
         (lambda: Do(lambda x: F.softmax(x)), "name it"),
         (lambda: Do(lambda x: F.layer_norm(x, (3, 4, 6))), "batch axis"),
     ],
@@ -392,33 +417,61 @@ def test_a_module_with_another_forward_is_traced_and_not_taken_for_its_base():
     torch.testing.assert_close(BoundedModel(model, x).ibp(linf_box(x, 0.0)).output.center, model(x))
 
 
+def exponentials_over_their_sum(x: Tensor) -> Tensor:
+    """Softmax, of operations that auto_LiRPA has planes for."""
+    terms = x.exp()
+    return terms / terms.sum(-1, keepdim=True)
+
+
+# auto_LiRPA's interval of LayerNorm forgets the epsilon, and would be of another function with a larger one.
+LAYER_NORM = nn.LayerNorm(6, eps=1e-12)
+
+
+def halves_multiplied(x: Tensor) -> Tensor:
+    return x[:, :2] @ x[:, 2:].transpose(1, 2)
+
+
 @needs_auto_lirpa
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
-        (lambda x: x[:, :2] @ x[:, 2:].transpose(1, 2), (4, 3)),
+        (halves_multiplied, (4, 3)),
         (lambda x: x[:, :2] * x[:, 2:], (4, 3)),
         (lambda x: x.softmax(-1) * 2, (4,)),
+        (LAYER_NORM, (6,)),
+        (LAYER_NORM, TOKENS),
     ],
-    ids=["matmul", "mul", "softmax"],
+    ids=["matmul", "mul", "softmax", "layer norm", "layer norm of tokens"],
 )
-def test_intervals_are_never_looser_than_auto_lirpas(function, shape):
-    model, x = network(function, shape)
-    box = linf_box(x, 0.2)
+@pytest.mark.parametrize("radius", [0.01, 0.2])
+def test_intervals_are_never_looser_than_auto_lirpas(function, shape, radius):
+    model, x = network(copy.deepcopy(function), shape)
+    box = linf_box(x, radius)
     ours, other = BoundedModel(model, x).ibp(box).output, LirpaModel(model, x).ibp(box).output
     assert (ours.lower >= other.lower - 1e-9).all()
     assert (ours.upper <= other.upper + 1e-9).all()
 
 
 @needs_auto_lirpa
-def test_planes_of_products_are_on_average_no_looser_than_auto_lirpas():
-    gains = []
-    for seed in range(8):
-        model, x = network(lambda x: x[:, :2] @ x[:, 2:].transpose(1, 2), (4, 3), seed)
-        box, labels = linf_box(x, 0.2), torch.tensor([0, 1, 2])
+@pytest.mark.parametrize(
+    ("function", "same", "shape", "method"),
+    [
+        (halves_multiplied, halves_multiplied, (4, 3), "crown-ibp"),
+        (lambda x: x.softmax(-1), exponentials_over_their_sum, (4,), "crown"),
+        (LAYER_NORM, LAYER_NORM, (6,), "crown"),
+        (LAYER_NORM, LAYER_NORM, TOKENS, "crown"),
+    ],
+    ids=["matmul", "softmax", "layer norm", "layer norm of tokens"],
+)
+@pytest.mark.parametrize("radius", [0.01, 0.2])
+def test_planes_are_on_average_no_looser_than_auto_lirpas(function, same, shape, method, radius):
+    gains, labels = [], torch.tensor([0, 1, 2])
+    for seed in range(4):
+        (model, x), (twin, _) = (network(copy.deepcopy(either), shape, seed) for either in (function, same))
+        twin.load_state_dict(model.state_dict())
         found = [
-            net.margins(box, labels, "crown-ibp", intersect=False).mean()
-            for net in (BoundedModel(model, x), LirpaModel(model, x))
+            net.margins(linf_box(x, radius), labels, method, intersect=False).mean()
+            for net in (BoundedModel(model, x), LirpaModel(twin, x))
         ]
         gains.append(found[0] - found[1])
     assert torch.stack(gains).mean() >= 0
