@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import transformers_page
 import warmup_tables
 from ablation import RESULTS, VARIANTS
 
@@ -54,7 +55,8 @@ def main() -> None:
                 tables[f"{device}-growth"] = benchmark_growth_table(growth_rows)
             fill(RESULTS / "benchmark.md", **tables)
     fill_warmup()
-    transformers = {"digits-vit": seeds_table(of_setting("digits_vit")), "cost": step_table(read("transformers-cost"))}
+    transformers_page.plot()
+    transformers = {"digits-vit": seeds_table(of_setting("digits_vit")), **transformers_page.tables()}
     fill(RESULTS / "transformers.md", **transformers)
     fill(ROOT / "README.md", digits=seeds_table(of_setting("digits")))
 
@@ -79,14 +81,6 @@ def fill_warmup() -> None:
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def step_table(measured: dict[str, Any]) -> str:
-    lines = ["| norms | step | M MACs per image | ms per image |", "|---|---|---:|---:|"]
-    for row in measured["rows"]:
-        per_image = row["macs"] / measured["images"] / 1e6, 1e3 * row["seconds"] / measured["images"]
-        lines.append(f"| {row['norm_kind']} | {row['step']} | {per_image[0]:.1f} | {per_image[1]:.2f} |")
-    return "\n".join(lines)
 
 
 def of_setting(name: str) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """Do Pre-LN transformers need less warmup than Post-LN ones in certified training, too?
 
-    python scripts/transformers.py initial              # gradients and radii before training; a minute
-    python scripts/transformers.py train --seeds 0 1 2  # the grid; runs that are there already are kept
-    python scripts/transformers.py cost                 # of a certified step and a natural one
-    python scripts/transformers.py plot                 # of what there is
+    python scripts/transformers.py initial                # gradients and radii before training; a minute
+    python scripts/transformers.py train --seeds 0 1 2    # the grid; runs that are there already are kept
+    python scripts/transformers.py cost                   # of a certified step and a natural one
 
-Networks are small, on digits, so that a CPU trains the grid in an hour or two. JSON and plots go to docs/results.
+The first two are of digits, or with --data CIFAR, a folder with train.npz and test.npz, of 1,500 images of CIFAR-10.
+Networks are small, so that a CPU trains either grid in half an hour. JSON goes to docs/results;
+scripts/tables.py makes tables and plots of it.
 """
 
 from __future__ import annotations
@@ -13,15 +14,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ablation import RESULTS
-from torch import Tensor
+from ablation import CIFAR10_MEAN, CIFAR10_STD, RESULTS
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import certtrain
@@ -30,41 +38,77 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import DivergedError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
+from certtrain.runs.metrics import read_records
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
+from certtrain.training.method import Method, Phase, scheduled
+from certtrain.training.methods import IBP, CrownIBP, Natural
+from certtrain.training.regularization import Regularization
+from certtrain.training.step import GradientStep
 
-EPSILON = 0.05
 NORMS = ("pre", "post", "none")
 LEARNING_RATE_WARMUPS = (0, 1, 5)  # epochs
 EPSILON_WARMUPS = (7, 3)
 DEEP = 6  # layers, where nothing is trained
+STEPS: dict[str, Method] = {"natural": Natural(), "certified": IBP()}
+REMEMBERED: dict[str, Method] = {**STEPS, "crown-ibp": CrownIBP()}
 
 
-def options(norm: str, **more: Any) -> dict[str, Any]:
-    return {"norm": norm, "norm_kind": "layer", "pool": "flatten", "width": 32, **more}
+@dataclass(frozen=True)
+class Setting:
+    """A data set, and what of the network and of the run depends on it."""
+
+    name: str
+    data: dict[str, Any]
+    shape: tuple[int, int, int]
+    eps: float
+    batch_size: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def model_options(self, norm: str, **more: Any) -> dict[str, Any]:
+        return {"norm": norm, "norm_kind": "layer", "pool": "flatten", "width": 32, **self.options, **more}
+
+    def config(self, norm: str, lr_warmup: int, eps_warmup: int, seed: int) -> dict[str, Any]:
+        return {
+            "seed": seed,
+            "data": self.data,
+            "model": {"name": "vit", "options": self.model_options(norm)},
+            "epsilon": {"max": self.eps, "start_epoch": 3, "warmup_epochs": eps_warmup},
+            "training": {"epochs": 15, "batch_size": self.batch_size, "checkpoint_seconds": 1e9},
+            "optimizer": {"lr": 0.002, "warmup_epochs": lr_warmup, "milestones": [11, 13]},
+            "verification": {"limit": 1_000, "pgd_steps": 10, "pgd_restarts": 1},
+        }
 
 
-def config_of(norm: str, lr_warmup: int, eps_warmup: int, seed: int) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "data": {"name": "digits"},
-        "model": {"name": "vit", "options": options(norm)},
-        "epsilon": {"max": EPSILON, "start_epoch": 3, "warmup_epochs": eps_warmup},
-        "training": {"epochs": 15, "batch_size": 32, "checkpoint_seconds": 1e9},
-        "optimizer": {"lr": 0.002, "warmup_epochs": lr_warmup, "milestones": [11, 13]},
-        "verification": {"pgd_steps": 10, "pgd_restarts": 1},
+DIGITS = Setting("digits", {"name": "digits"}, (1, 8, 8), 0.05, 32)
+
+
+def cifar10(folder: Path) -> Setting:
+    """1,500 images, 16 patches of 8x8 pixels each."""
+    data = {
+        "name": "npz",
+        "path": str(folder),
+        "limit": 1_500,
+        "flip": True,
+        "crop": 2,
+        "mean": CIFAR10_MEAN,
+        "std": CIFAR10_STD,
     }
+    return Setting("cifar10", data, (3, 32, 32), 2 / 255, 40, {"patch": 8})
 
 
-def measure_initial(images: int = 64, seeds: int = 3, eps: float = 1e-3) -> None:
+def measure_initial(setting: Setting, images: int = 64, seeds: int = 3) -> None:
     """By block: gradient norm of the MLP's second layer, of both losses, and mean radius before the MLP's ReLU."""
-    train = load_dataset("digits").train
+    eps = setting.eps / 50
+    train = load_dataset(setting.data["name"], path=setting.data.get("path")).train
     x, labels = to_float(train.images[:images]), train.labels[:images]
+    normalization = {name: setting.data.get(name) for name in ("mean", "std")}
     rows = []
     for norm, scheme in itertools.product(NORMS, ("ibp", "xavier")):
         for seed in range(seeds):
             torch.manual_seed(seed)
-            model = initialize_(build_model("vit", (1, 8, 8), 10, options=options(norm, depth=DEEP)), scheme)
+            options = setting.model_options(norm, depth=DEEP)
+            model = initialize_(build_model("vit", setting.shape, 10, **normalization, options=options), scheme)
             net = BoundedModel(model, x)
             layers = [block.mlp[2].weight for block in model.get_submodule("network") if hasattr(block, "mlp")]
             bounds = net.ibp(linf_box(x, eps), x)
@@ -80,132 +124,142 @@ def measure_initial(images: int = 64, seeds: int = 3, eps: float = 1e-3) -> None
             row["radii"] = [(box.radius.mean() / start).item() for box in bounds.relu_inputs]
             rows.append(row)
     write_json(
-        RESULTS / "transformers-initial.json",
+        RESULTS / f"transformers-initial-{setting.name}.json",
         {"images": images, "eps": eps, "depth": DEEP, "versions": versions(), "rows": rows},
     )
 
 
-def train_grid(seeds: list[int], runs: Path) -> None:
+def train_grid(setting: Setting, seeds: list[int], runs: Path) -> None:
     for seed, eps_warmup, lr_warmup, norm in itertools.product(seeds, EPSILON_WARMUPS, LEARNING_RATE_WARMUPS, NORMS):
-        file = runs / f"{norm}-{lr_warmup}-{eps_warmup}-{seed}.json"
-        if not file.exists():
-            row = {"norm": norm, "lr_warmup": lr_warmup, "eps_warmup": eps_warmup, "seed": seed}
-            row |= train_once(config_of(norm, lr_warmup, eps_warmup, seed), runs / file.stem)
-            print(json.dumps({key: value for key, value in row.items() if key != "radii"}), flush=True)
-            runs.mkdir(parents=True, exist_ok=True)
-            write_json(file, row)
-        rows = [json.loads(done.read_text()) for done in sorted(runs.glob("*.json"))]
-        example = config_of("pre", 0, EPSILON_WARMUPS[0], 0)
-        write_json(RESULTS / "transformers.json", {"config": example, "versions": versions(), "rows": rows})
+        folder = runs / f"{norm}-{lr_warmup}-{eps_warmup}-{seed}"
+        if (folder / "row.json").exists():
+            continue
+        row = {"norm": norm, "lr_warmup": lr_warmup, "eps_warmup": eps_warmup, "seed": seed}
+        row |= train_once(setting.config(norm, lr_warmup, eps_warmup, seed), folder)
+        print(json.dumps({key: value for key, value in row.items() if key != "epochs"}), flush=True)
+        write_json(folder / "row.json", row)
+    gather(setting, runs)
+
+
+def gather(setting: Setting, runs: Path) -> None:
+    """One JSON of the rows of all runs."""
+    rows = [json.loads(done.read_text()) for done in sorted(runs.glob("*/row.json"))]
+    config = setting.config("pre", 0, EPSILON_WARMUPS[0], 0)
+    config["data"] = {key: value for key, value in config["data"].items() if key != "path"}
+    write_json(RESULTS / f"transformers-{setting.name}.json", {"config": config, "versions": versions(), "rows": rows})
 
 
 def train_once(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Errors, and by epoch the mean radius before each ReLU; `diverged_at`: the epsilon at which the loss was lost."""
+    """Errors, and the course of training; `diverged_at`: the epsilon at which the loss was no longer finite."""
     try:
         summary = certtrain.train(config, folder, overwrite=True).summary
     except DivergedError as error:
-        return {"diverged_at": error.eps}
-    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {
-        **{name: summary[name] for name in ("natural_error", "pgd_error", "verified_error")},
-        "radii": [[layer["radius"] for layer in epoch["layers"]] for epoch in epochs],
-    }
+        errors = {"diverged_at": error.eps}
+    else:
+        if summary is None:
+            raise KeyboardInterrupt
+        errors = {name: summary[name] for name in ("natural_error", "pgd_error", "verified_error")}
+    return {**errors, "epochs": [course(epoch) for epoch in read_records(folder / "metrics.jsonl")]}
+
+
+def course(epoch: dict[str, Any]) -> dict[str, Any]:
+    """Of one epoch: errors on training images, and the input's mean radius relative to that before each ReLU."""
+    errors = {name: epoch.get(name) for name in ("eps", "natural_error", "verified_error")}
+    return {**errors, "tightness": [layer["tightness"] for layer in epoch["layers"]]}
 
 
 def measure_cost(images: int = 64, repetitions: int = 5) -> None:
-    """MACs, and processor seconds, the median of a few, of one loss and its gradient."""
-    x, labels = torch.rand(images, 1, 8, 8), torch.arange(images) % 10
+    """Processor seconds of a step, the median of a few, on one thread, and MACs; memory by the number of tokens."""
+    torch.set_num_threads(1)
     rows = []
-    for kind in ("layer", "layer-no-variance", "batch"):
-        model = build_model("vit", (1, 8, 8), 10, options={"norm_kind": kind, "pool": "flatten"})
-        net = BoundedModel(model, x)
-
-        def natural(model: torch.nn.Module = model) -> Tensor:
-            return F.cross_entropy(model(x), labels)
-
-        def certified(net: BoundedModel = net) -> Tensor:
-            return F.cross_entropy(-net.margins_of(net.ibp(linf_box(x, EPSILON), x), labels), labels)
-
-        for name, loss in (("natural", natural), ("certified", certified)):
-            with FlopCounterMode(display=False) as counter:
-                loss().backward()
+    for kind, (name, method) in itertools.product(("layer", "layer-no-variance", "batch"), STEPS.items()):
+        gradients = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            model = build_model("vit", (1, 8, 8), 10, options={"norm_kind": kind, "pool": "flatten"})
+            step = step_of(model, (1, 8, 8), images, method, images if compiled else None)
+            with FlopCounterMode(display=False) if not compiled else nullcontext() as counter:
+                step()  # compiles, too
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
             seconds = []
             for _ in range(repetitions):
                 start = time.process_time()
-                loss().backward()
+                step()
                 seconds.append(time.process_time() - start)
-            macs = counter.get_total_flops() // 2
-            rows.append({"norm_kind": kind, "step": name, "macs": macs, "seconds": statistics.median(seconds)})
-    write_json(RESULTS / "transformers-cost.json", {"images": images, "versions": versions(), "rows": rows})
+            macs = rows[-1]["macs"] if counter is None else counter.get_total_flops() // 2
+            row = {"norm_kind": kind, "step": name, "compiled": compiled, "macs": macs}
+            rows.append(row | {"seconds": statistics.median(seconds)})
+        eager, found = gradients
+        rows[-1]["gradient_differs_by"] = float((found - eager).norm() / eager.norm())
+    memory = [
+        {"tokens": tokens, **{name: peak_per_image(tokens, method) for name, method in REMEMBERED.items()}}
+        for tokens in (16, 64, 256, 576)
+    ]
+    result = {"images": images, "versions": versions(), "rows": rows, "peak_bytes_per_image": memory}
+    write_json(RESULTS / "transformers-cost.json", result)
 
 
-def plot_initial() -> None:
-    from matplotlib import pyplot
-
-    initial = json.loads((RESULTS / "transformers-initial.json").read_text())["rows"]
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 3.6))
-    for panel, (name, title) in zip(
-        panels,
-        [
-            ("natural_gradients", "gradient norm, natural loss"),
-            ("certified_gradients", "gradient norm, certified loss"),
-            ("radii", "radius, relative to the input's"),
-        ],
-        strict=True,
-    ):
-        for norm, scheme in itertools.product(NORMS, ("ibp", "xavier")):
-            values = [row[name] for row in initial if (row["norm"], row["initialization"]) == (norm, scheme)]
-            mean = Tensor(values).mean(0)
-            panel.semilogy(range(1, len(mean) + 1), mean, "-o" if scheme == "ibp" else "--x", label=f"{norm}, {scheme}")
-        panel.set_xlabel("block")
-        panel.set_title(title)
-    panels[-1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "transformers-initial.png", dpi=110)
+def step_of(
+    model: nn.Module, shape: tuple[int, int, int], images: int, method: Method, compile_for: int | None = None
+) -> Callable[[], object]:
+    """Computes the gradient of `method`'s loss on random images, at half of the radius."""
+    x, labels = torch.rand(images, *shape), torch.arange(images) % 10
+    step = GradientStep(BoundedModel(model, x), method, Regularization(0.0), compile_for=compile_for)
+    at, phase = scheduled(DIGITS.eps / 2, 0.5), Phase.WARMUP if method.is_robust else Phase.NATURAL
+    return lambda: step.backward(x, labels, at, phase)
 
 
-def plot_grid() -> None:
-    from matplotlib import pyplot
+def peak_per_image(tokens: int, method: Method, images: int = 1) -> float:
+    """Most bytes that all tensors which a step makes take at a time, gradients of parameters among them."""
+    side = 2 * math.isqrt(tokens)
+    model = build_model("vit", (1, side, side), 10, options={"patch": 2})
+    step = step_of(model, (1, side, side), images, method)
+    with MemoryCounter() as counter:
+        step()
+    return counter.peak / images
 
-    rows = json.loads((RESULTS / "transformers.json").read_text())["rows"]
-    figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.6), sharey=True)
-    for panel, eps_warmup in zip(panels, EPSILON_WARMUPS, strict=True):
-        for norm in NORMS:
-            points = [
-                (row["lr_warmup"], 100 * row.get("verified_error", 1.0))
-                for row in rows
-                if (row["norm"], row["eps_warmup"]) == (norm, eps_warmup)
-            ]
-            means = {at: [value for lr, value in points if lr == at] for at in LEARNING_RATE_WARMUPS}
-            line = {at: sum(values) / len(values) for at, values in means.items() if values}
-            panel.plot(line.keys(), line.values(), "-o", label=norm)
-        panel.set_xlabel("epochs of warmup of the learning rate")
-        panel.set_title(f"epsilon grows for {eps_warmup} epochs")
-    panels[0].set_ylabel("verified error, %")
-    panels[0].legend()
-    figure.tight_layout()
-    figure.savefig(RESULTS / "transformers.png", dpi=110)
+
+class MemoryCounter(TorchDispatchMode):
+    """Bytes of the storages that operations inside have made and that are still there: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.finalize] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(tensor.untyped_storage()) for tensor in tensors_of((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in (tensor.untyped_storage() for tensor in tensors_of(result)):
+            alive = id(storage) in self._known and self._known[id(storage)].alive
+            if not alive and id(storage) not in before:
+                self._known[id(storage)] = weakref.finalize(storage, self._free, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["initial", "train", "cost", "plot"])
+    parser.add_argument("what", choices=["initial", "train", "cost"])
+    parser.add_argument("--data", type=Path, metavar="CIFAR", help="folder with train.npz and test.npz")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/transformers"))
     arguments = parser.parse_args()
+    setting = cifar10(arguments.data) if arguments.data else DIGITS
     if arguments.what == "initial":
-        measure_initial()
+        measure_initial(setting)
     elif arguments.what == "cost":
         measure_cost()
-    elif arguments.what == "train":
-        train_grid(arguments.seeds, arguments.runs)
     else:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        plot_initial()
-        if (RESULTS / "transformers.json").exists():
-            plot_grid()
+        train_grid(setting, arguments.seeds, arguments.runs / setting.name)
 
 
 if __name__ == "__main__":

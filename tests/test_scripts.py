@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from certtrain.runs import evaluation
 from certtrain.runs.checkpoint import load_checkpoint
@@ -152,3 +153,33 @@ def test_warmup_names_a_folder_without_runs(tmp_path, capsys):
     with pytest.raises(SystemExit):
         script("warmup").main([str(tmp_path)])
     assert "holds no finished run" in capsys.readouterr().err
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)  # one script reads another's constants
+    monkeypatch.setitem(sys.modules, "transformers", None)  # and afterwards the name is free again
+    return script("transformers")
+
+
+def test_memory_is_counted_while_it_is_there(transformers):
+    with transformers.MemoryCounter() as counter:
+        first = torch.zeros(1000)
+        second = first + 1
+        assert counter.now == 8000
+        part = second[1:]
+        del first, second
+        assert counter.now == 4000
+        part.add_(1)
+        del part
+    assert (counter.now, counter.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize("name", ["natural", "certified", "crown-ibp"])
+def test_memory_of_a_transformers_bounds_grows_by_the_square_of_the_tokens_at_most(name, transformers):
+    """As the network's own does, by its scores; every product of the scores on its own would be one more factor."""
+    few, many = (transformers.peak_per_image(tokens, transformers.REMEMBERED[name]) for tokens in (64, 256))
+    assert many <= 16 * few
