@@ -64,7 +64,7 @@ def certtrain_config(method: str, seed: int, options: argparse.Namespace) -> dic
 
 
 class Alternating(certtrain.Observer):
-    """Has `other` do an epoch of its own after each of certtrain's, and clocks both: on the wall, and the CPU's time."""
+    """Has `other` do an epoch of its own after each of certtrain's, and clocks both: wall and CPU seconds."""
 
     def __init__(self, other: Callable[[int], None]) -> None:
         self._other = other
