@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from certtrain.bounds import bounded_model
-from certtrain.config.smoothing import NoSmoothingSection, PGPESection, RGSSection, SmoothingSection
+from certtrain.config.smoothing import PGPESection, RGSSection, SmoothingSection
 from certtrain.errors import MissingDependency
 from certtrain.models import build_model
 from certtrain.runs.build import resolve_device
@@ -47,7 +48,7 @@ from certtrain.runtime.precision import training_precision
 from certtrain.training.method import Method, Phase, scheduled
 from certtrain.training.methods import IBP, METHODS, CrownIBP
 from certtrain.training.smoothing import smoothed
-from certtrain.training.step import GradientStep
+from certtrain.training.step import GradientStep, Statistics
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 GROWING = ["natural, eager", "certtrain, eager", "auto_LiRPA"]
@@ -116,10 +117,14 @@ def steps_of_methods(setting: Setting) -> dict[str, Step]:
     labels = torch.randint(0, setting.classes, (setting.batch,), device=setting.device)
     at = scheduled(8 / 255, 1.0, like=images)
 
-    def of(method: Method, smoothing: SmoothingSection, compiled: bool) -> Step:
+    def of(
+        compiled: bool, method: Method, smoothing: SmoothingSection | None = None, statistics: Statistics = "clean"
+    ) -> Step:
         model, optimizer = network(setting, layout_for("float32", setting.device, compiled))
-        plain = GradientStep(bounded_model(model, images[:1]), method, compile_for=setting.batch if compiled else None)
-        trained, phase = smoothed(smoothing, plain), setting.phase if method.is_robust else Phase.NATURAL
+        compile_for = setting.batch if compiled else None
+        plain = GradientStep(bounded_model(model, images[:1]), method, statistics=statistics, compile_for=compile_for)
+        trained = plain if smoothing is None else smoothed(smoothing, plain)
+        phase = setting.phase if method.is_robust else Phase.NATURAL
 
         def step() -> None:
             trained.backward(images, labels, at, phase)
@@ -127,15 +132,16 @@ def steps_of_methods(setting: Setting) -> dict[str, Step]:
 
         return step
 
-    variants = {name: (kind(), NoSmoothingSection()) for name, kind in METHODS.items()}
+    variants: dict[str, Callable[[bool], Step]] = {name: partial(of, method=kind()) for name, kind in METHODS.items()}
     variants |= {
-        "crown-ibp, β = 0.5": (CrownIBP(beta=(1.0, 0.5)), NoSmoothingSection()),
-        "crown-ibp, β = 0.5, fused": (CrownIBP(beta=(1.0, 0.5), loss_fusion=True), NoSmoothingSection()),
-        "ibp, rgs": (IBP(), RGSSection()),
-        "ibp, pgpe": (IBP(), PGPESection()),
+        "ibp, center": partial(of, method=IBP(), statistics="center"),
+        "crown-ibp, β = 0.5": partial(of, method=CrownIBP(beta=(1.0, 0.5))),
+        "crown-ibp, β = 0.5, fused": partial(of, method=CrownIBP(beta=(1.0, 0.5), loss_fusion=True)),
+        "ibp, rgs": partial(of, method=IBP(), smoothing=RGSSection()),
+        "ibp, pgpe": partial(of, method=IBP(), smoothing=PGPESection()),
     }
     return {
-        f"{name}, {how}": of(*variant, compiled)
+        f"{name}, {how}": variant(compiled)
         for compiled, how in ((False, "eager"), (True, "compiled"))
         for name, variant in variants.items()
     }
