@@ -121,7 +121,7 @@ def apart_from_schedules() -> list[str]:
     """Of configs that differ in nothing but how long and how fast they train, which is asserted above, one."""
     schedules = {"training": {"epochs", "batch_size"}, "epsilon": True, "optimizer": {"milestones", "factor", "clip"}}
     first: dict[str, str] = {}
-    tables = ("ctbench", "expressive")  # whose methods are the same at all radii
+    tables = ("ctbench", "ctrain", "expressive")  # whose methods are the same at all radii
     names = [name for name in runnable_configs() if not name.startswith(tables) or "cifar10_2_255" in name]
     for name in sorted(names, key=lambda name: (name not in PUBLISHED, len(name), name)):
         first.setdefault(load_config(name).model_dump_json(exclude=schedules), name)

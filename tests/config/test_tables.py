@@ -1,4 +1,4 @@
-"""The shipped configurations of CTBench and of the expressive losses against their tables, copied cell by cell.
+"""The shipped configurations of CTBench, CTRAIN and the expressive losses against their tables, copied cell by cell.
 
 Of a cell: λ, α; s, steps of attacks; f, eps_factor; w; IBP/tail, modules of CTBench's network in either part, and
 behind it the scale of the gradient; ε ×, train_factor; shrink; SWA, its first epoch; the L1 weight.
@@ -42,6 +42,24 @@ CTBENCH_SCHEDULES = {
     "tinyimagenet_1_255": (160, (120, 140), 1, 80, 0.2, 128),
 }
 EXPRESSIVE_SCHEDULES = CTBENCH_SCHEDULES | {"cifar10_8_255": (260, (180, 220), 1, 80, 0.5, 128)}
+# What CTRAIN's tuning found, by its own names: warm_up and ramp_up epochs, lr_decay_epoch 1 and 2, lr_decay_factor,
+# optimizer, learning_rate, l1_reg_weight, shi_reg_weight, train_eps_factor; behind the bar kappa's start,
+# what that is multiplied by, and end_beta; or λ or α, then the attack's eps factor, steps and step size.
+CTRAIN = {
+    ("cifar10_2_255", "ibp"): "1 75 43 35 .03781 AdamW .001389 8.706e-7 .2438 1 | .2617 .6772",
+    ("cifar10_2_255", "crown-ibp"): "3 74 52 0 .01254 AdamW .0006881 6.586e-8 .128 1 | .8501 .7461 1",
+    ("cifar10_2_255", "sabr"): "3 108 31 12 .1136 RAdam .001545 4.41e-6 .394 1.527 | .0294 2.934 4 1.201",
+    ("cifar10_2_255", "mtl-ibp"): "5 83 12 29 .1147 RAdam .005836 1.435e-6 .4139 1.168 | .002227 2.274 7 1.635",
+    ("cifar10_8_255", "ibp"): "4 163 48 18 .06508 AdamW .001071 9.513e-8 .429 1.467 | .711 .6407",
+    ("cifar10_8_255", "crown-ibp"): "0 123 47 44 .06416 RAdam .002468 3.368e-7 .2146 1.675 | .9356 .6007 0",
+    ("cifar10_8_255", "sabr"): "5 147 94 39 .2086 RAdam .0004976 7.865e-8 .769 1 | .5 1.345 5 2",
+    ("cifar10_8_255", "mtl-ibp"): "4 111 99 59 .0115 AdamW .001154 3.594e-7 .37 1.102 | .4879 1 10 1.137",
+    ("tinyimagenet_1_255", "ibp"): "1 80 31 40 .002262 RAdam 7.503e-5 1.321e-6 .6215 1.027 | .9967 .8711",
+    ("tinyimagenet_1_255", "crown-ibp"): "3 59 46 5 .0003323 Adam .0002945 5.754e-6 .08813 1.031 | .964 .7885 .6899",
+    ("tinyimagenet_1_255", "sabr"): "2 44 62 29 .2886 RAdam .0025 9.273e-6 .8239 1.777 | .001548 2.721 8 1.006",
+    ("tinyimagenet_1_255", "mtl-ibp"): "5 87 19 36 .05478 RAdam .002527 7.295e-6 .3205 1.295 | .001 2.282 7 1.25",
+}
+CTRAIN_EPOCHS = {"cifar10_2_255": 160, "cifar10_8_255": 260, "tinyimagenet_1_255": 160}
 CNN7 = ["normalize"] + ["conv", "bn", "relu"] * 5 + ["flatten", "linear", "bn", "relu", "linear"]  # CTBench's modules
 NUMBER = r"[0-9.]+(?:e-[0-9]+)?"
 
@@ -138,8 +156,44 @@ def test_a_network_of_the_expressive_losses_is_trained_as_its_table_says(name, s
     assert (attack.restarts, attack.start, attack.statistics, attack.decay_at) == (1, "uniform", "running", ())
 
 
+def number(text: str) -> float | str:
+    return float(text) if re.fullmatch(NUMBER, text) else text
+
+
+@pytest.mark.parametrize(("setting", "name"), CTRAIN)
+def test_a_network_of_ctrain_is_trained_as_its_tuning_found(setting, name):
+    shared, own = ([*map(number, part.split())] for part in CTRAIN[setting, name].split("|"))
+    natural, ramp, first, second, factor, optimizer_name, lr, l1, regularizers, train_factor = shared
+    config = load_config(f"ctrain_{setting}_{name.replace('-', '_')}")
+    training, optimizer, epsilon, epochs = config.training, config.optimizer, config.epsilon, CTRAIN_EPOCHS[setting]
+    assert epsilon.max == pytest.approx(dict(zip(SETTINGS, RADII, strict=True))[setting])
+    assert (epsilon.start_epoch - 1, epsilon.warmup_epochs, epsilon.train_factor) == (natural, ramp, train_factor)
+    milestones = (natural + ramp + first, natural + ramp + first + second)
+    assert optimizer.milestones == tuple(milestone for milestone in milestones if milestone < epochs)
+    assert (optimizer.name, optimizer.lr, optimizer.factor, optimizer.clip) == (optimizer_name, lr, factor, 10)
+    assert (config.regularizers.weight, config.regularizers.l1) == (regularizers, l1)
+    assert (training.epochs, training.batch_size, training.initialization) == (epochs, 512, "ibp")
+    method, statistics = training.method, training.batch_norm.statistics
+    assert method.name == name
+    if name in ("ibp", "crown-ibp"):
+        kappa, share, *end_beta = own
+        assert method.kappa == pytest.approx((kappa, kappa * share), rel=2e-4)
+        assert statistics == "clean"
+        if name == "crown-ibp":
+            assert (method.beta, method.loss_fusion) == ((1, *end_beta), setting == "tinyimagenet_1_255")
+    else:
+        coefficient, eps_factor, steps, step_size = own
+        assert (method.alpha if name == "mtl-ibp" else method.lambda_) == coefficient
+        assert getattr(method, "radius", "epsilon") == "epsilon"
+        attack = method.attack
+        assert (attack.steps, attack.step_size, attack.eps_factor, attack.restarts) == (steps, step_size, eps_factor, 1)
+        assert attack.clamp_to_box == (eps_factor == 1)
+        assert (attack.statistics, statistics) == ("running", "adversarial")
+
+
 def test_there_is_no_other_one():
-    shipped = {name for name, file in shipped_configs().items() if file.parent.name in ("ctbench", "expressive")}
+    programs = ("ctbench", "ctrain", "expressive")
+    shipped = {name for name, file in shipped_configs().items() if file.parent.name in programs}
     tables = {"ctbench": CTBENCH, "expressive": EXPRESSIVE}
     assert shipped == {
         f"{program}_{setting}_{name.replace('-', '_')}"
@@ -147,4 +201,4 @@ def test_there_is_no_other_one():
         for name, row in table.items()
         for setting, cell in zip(SETTINGS, row, strict=True)
         if cell is not None
-    }
+    } | {f"ctrain_{setting}_{name.replace('-', '_')}" for setting, name in CTRAIN}
