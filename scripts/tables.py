@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import training_methods
 import transformers_page
 import warmup_tables
 from ablation import RESULTS, VARIANTS
@@ -55,6 +56,7 @@ def main() -> None:
                 tables[f"{device}-growth"] = benchmark_growth_table(growth_rows)
             fill(RESULTS / "benchmark.md", **tables)
     fill_warmup()
+    fill_training_methods()
     transformers_page.plot()
     transformers = {"digits-vit": seeds_table(of_setting("digits_vit")), **transformers_page.tables()}
     fill(RESULTS / "transformers.md", **transformers)
@@ -77,6 +79,16 @@ def fill_warmup() -> None:
     if "speedrun" in gathered:
         tables["speedrun"] = warmup_tables.networks_table(gathered["speedrun"]["rows"])
     fill(RESULTS / "warmup.md", **tables)
+
+
+def fill_training_methods() -> None:
+    """From the studies' runs that were gathered, and CTRAIN's epochs where they were measured."""
+    studies = read("training_methods")["studies"]
+    tables = {f"eps-{n}-255": training_methods.methods_table(studies[f"methods_cifar10_{n}_255"]) for n in (2, 8)}
+    tables["batch-norm"] = training_methods.batch_norm_table(studies["batchnorm_cifar10"])
+    if (RESULTS / "ctrain.json").exists():
+        tables["ctrain"] = training_methods.ctrain_table(read("ctrain"))
+    fill(RESULTS / "training_methods.md", **tables)
 
 
 def read(name: str) -> Any:

@@ -26,7 +26,8 @@ from certtrain.studies.statistics import mean_interval
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 ERRORS = ("natural_error", "pgd_error", "verified_error")
-NAMES = {"adversarial": "adversarial (PGD)"}
+METHODS = ("natural", "adversarial", "ibp", "crown-ibp", "sabr", "cc-ibp", "mtl-ibp", "exp-ibp", "taps", "staps")
+STATISTICS = ("clean", "adversarial", "center")
 Row = dict[str, Any]
 
 
@@ -34,9 +35,8 @@ Row = dict[str, Any]
 
 
 def rows_of(study: Path) -> list[Row]:
-    """A row for each finished run, in the order of the study's seeds."""
-    files = sorted(study.glob("*/seed-*/summary.json"), key=lambda file: (file.parent.name, file.parent.parent.name))
-    return [row_of(file.parent) for file in files]
+    """A row for each finished run."""
+    return [row_of(file.parent) for file in sorted(study.glob("*/seed-*/summary.json"))]
 
 
 def row_of(run: Path) -> Row:
@@ -61,12 +61,11 @@ def searched(result: Row) -> Row:
 
 def methods_table(rows: Sequence[Row]) -> str:
     """One radius: errors by IBP on all test images; on the first ones, after CROWN and after branch and bound."""
-    methods = list(dict.fromkeys(row["name"] for row in rows))
     lines = [
         "| method | seeds | natural | PGD | IBP | natural | PGD | IBP | CROWN | branch and bound | undecided | − ibp |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for method in methods:
+    for method in METHODS:
         runs = [row for row in rows if row["name"] == method]
         cells = [estimate([run[key] for run in runs]) for key in ERRORS]
         asked = [run["searched"] for run in runs if "searched" in run]
@@ -75,7 +74,7 @@ def methods_table(rows: Sequence[Row]) -> str:
         cells += [estimate([result["verified_error"] for result in asked])]
         cells += [estimate([undecided(result) for result in asked])]
         cells += ["" if method == "ibp" else paired(rows, method, "ibp", lambda row: row["searched"]["verified_error"])]
-        lines.append(f"| {NAMES.get(method, method)} | {len(runs)} | {' | '.join(cells)} |")
+        lines.append(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -101,9 +100,6 @@ def batch_norm_table(rows: Sequence[Row]) -> str:
     pooled = [estimate(by_seed(rows, name), signed=True) for name in STATISTICS[1:]]
     lines.append(f"| mean of all six | | {len(complete_seeds(rows))} | | | | {' | '.join(pooled)} |")
     return "\n".join(lines)
-
-
-STATISTICS = ("clean", "adversarial", "center")
 
 
 def by_seed(rows: Sequence[Row], name: str) -> list[float]:

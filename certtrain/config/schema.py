@@ -263,7 +263,10 @@ class BatchNormSection(Section):
     statistics: Literal["clean", "adversarial", "center"] = "clean"
     """Of the clean images, of the attacked ones, or of the box's centre."""
     population: bool = False
-    """At the end, re-estimate the running statistics over the whole training set."""
+    """Re-estimate the running statistics over the whole training set: once, at the end.
+
+    In between, that would change nothing that is trained, but for attacks with running statistics.
+    """
 
 
 class MetricsSection(Section):
