@@ -263,10 +263,8 @@ class BatchNormSection(Section):
     statistics: Literal["clean", "adversarial", "center"] = "clean"
     """Of the clean images, of the attacked ones, or of the box's centre."""
     population: bool = False
-    """Re-estimate the running statistics over the whole training set: once, at the end.
-
-    In between, that would change nothing that is trained, but for attacks with running statistics.
-    """
+    """Re-estimate the running statistics over the whole training set, once, at the end: before, no loss is of them,
+    and of the attacks only those that say running."""
 
 
 class MetricsSection(Section):
