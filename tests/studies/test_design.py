@@ -168,6 +168,7 @@ def test_what_is_shipped_can_be_read(name):
     elif name.startswith("scaling"):
         load_plan(path)
     else:
-        own = {"warmup_optimizers": 7 * 3 * 3, "rewarm_sources": 3 * 3, "rewarm": 15 * 3, "speedrun_choice": 11 * 2}
-        own["vit_digits"] = 3 * 3
+        own = {"warmup_optimizers": 7 * 3 * 3, "rewarm_sources": 3 * 3, "rewarm": 15 * 3, "speedrun_choice": 11 * 2,
+               "vit_digits": 3 * 3, "methods_cifar10_2_255": 10 * 3, "methods_cifar10_8_255": 10 * 3,
+               "batchnorm_cifar10": 3 * 3 * 2 * 3}  # fmt: skip
         assert len(load_study(path).runs) == own.get(name, 4 * 11 * 3 if name.startswith("board") else 12)
