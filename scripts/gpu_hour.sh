@@ -11,11 +11,13 @@ set -euo pipefail
 
 hour=${HOUR:-3600} device=cuda results=docs/results runs=runs rehearsal=
 benchmark=(--batch 128 --rounds 30) growth=(--batch 128 --rounds 3) setting=()
+beside=(--epochs 4 --warmup-epochs 2 --milestones 3)
 if [[ ${1:-} == --rehearse ]]; then
     shift
     device=cpu rehearsal=1
     results=${RESULTS:-$(mktemp -d)} runs=$results/runs
     benchmark=(--width 4 --batch 8 --rounds 2 --no-memory) growth=(--width 4 --batch 8 --rounds 1 --no-memory)
+    beside+=(--width 2 --linear-width 16 --images 512)
     setting=(model.options.width=2 model.options.linear_width=16 data.limit=256 training.epochs=4 epsilon.warmup_epochs=2
         'optimizer.milestones=[3]' training.batch_size=32 verification.limit=64 verification.pgd_steps=2)
 fi
@@ -53,8 +55,8 @@ uv run python scripts/reproduce.py cifar10_8_255 "${setting[@]}" --device "$devi
 part "growth-$device.json" 10 uv run python scripts/benchmark.py --device "$device" "${growth[@]}" --grow --out "$results/growth-$device.json"
 # 5. The authors' own code, here.
 if [[ -n $authors ]]; then
-    part "authors-epochs-$device.json" 10 uv run python scripts/authors_epochs.py --repo "$authors" --data "$cifar" --device "$device" \
-        --out "$results/authors-epochs-$device.json"
+    part "beside-authors-$device.json" 10 uv run python scripts/beside_authors.py --repo "$authors" --data "$cifar" \
+        --device "$device" "${beside[@]}" --out "$results/beside-authors-$device.json"
 fi
 # 6. The pages, from what was measured.
 [[ -n $rehearsal ]] || uv run python scripts/tables.py

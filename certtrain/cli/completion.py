@@ -26,11 +26,22 @@ def answer(parser: argparse.ArgumentParser) -> None:
 
 def configs(prefix: str, **context: Any) -> list[str]:
     """Names of shipped configs, and YAML files."""
-    from argcomplete.completers import FilesCompleter
-
     from certtrain.config.loading import runnable_configs
 
-    return [*runnable_configs(), *FilesCompleter(("yaml", "yml"))(prefix)]
+    return [*runnable_configs(), *_yaml_files(prefix)]
+
+
+def studies(prefix: str, **context: Any) -> list[str]:
+    """Names of shipped studies, and YAML files."""
+    from certtrain.config.loading import shipped_studies
+
+    return [*shipped_studies(), *_yaml_files(prefix)]
+
+
+def _yaml_files(prefix: str) -> list[str]:
+    from argcomplete.completers import FilesCompleter
+
+    return list(FilesCompleter(("yaml", "yml"))(prefix))
 
 
 def overrides(prefix: str, **context: Any) -> list[str]:

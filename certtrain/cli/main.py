@@ -79,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
     study = _command(subparsers, "study", "train a grid of configs with several seeds", studies.study_command)
     _add_study(study)
     study.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="configurations of that name; may be repeated"
+    )
+    study.add_argument(
         "--slurm", type=_positive, metavar="N", help="leave it to N jobs of the batch system Slurm, by submitit"
     )
 
@@ -232,7 +235,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_study(command: argparse.ArgumentParser) -> None:
-    command.add_argument("study", help="a YAML file, or the name of a shipped one")
+    study = command.add_argument("study", help="a YAML file, or the name of a shipped one")
+    study.completer = completion.studies  # type: ignore[attr-defined] # argcomplete's
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change values of every config")
     command.add_argument("--out", type=_path, help="folder of the runs (default: runs/NAME)")
     command.add_argument("--jobs", type=_positive, default=1, help="runs at a time, which share the cores (default: 1)")

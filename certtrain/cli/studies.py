@@ -22,6 +22,8 @@ def study_command(options: argparse.Namespace) -> int:
 
     path = study_path(options.study)
     study = load_study(path, options.overrides)
+    if options.only:
+        study = study.only(options.only)
     check_device_name(options.device)
     folder = options.out or Path("runs") / path.stem
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from certtrain.config import Config, load_config
 from certtrain.config.loading import Overrides, shipped_configs
-from certtrain.errors import UsageError
+from certtrain.errors import UsageError, shown
 from certtrain.runs.directory import default_folder, extended, is_named, is_run, require_agreement, run_to_continue
 from certtrain.runs.lock import claimed
 
@@ -59,6 +59,8 @@ class Request:
             raise UsageError(f"{run} is a folder: to continue the run in it say --resume, to train anew name a config")
         if run is not None and out is not None and run.resolve() != Path(out).resolve():
             raise UsageError(f"the run in {run} is continued where it is, not in {out}")
+        if resume and file is not None and not file.exists() and str(config) not in shipped_configs():
+            raise UsageError(f"there is no run directory {shown(str(file), 200)} to resume, nor a config of that name")
         if config is None and not (resume and out):
             raise UsageError("name a config, or with --resume the run directory to continue")
         if run is not None or config is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
+T = TypeVar("T")
 Precision = Literal["float32", "tf32", "bf16"]
 
 
@@ -37,20 +39,45 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def _products(rounding: str, *backends: Any) -> Iterator[None]:
-    """Set how the backends round float32 products, "ieee" or "tf32", and restore what was set."""
-    switches = [switch for backend in backends for switch in _switches(backend)]
-    before = [getattr(owner, name) for owner, name in switches]
+    """Set how the backends round float32 products, "ieee" or "tf32", and restore what was set.
+
+    From torch 2.9 on each operation of a backend has a name for it; before, matrix products had one, and cuDNN a bool.
+    Both are set: torch's compiler still asks for the old ones, and that they do not agree with the new is an
+    error (https://github.com/pytorch/pytorch/issues/166387).
+    """
+    cudnn: Any = torch.backends.cudnn
+    asked = [owner for backend in backends for owner in _operations(backend)]
+    names = [owner for backend in (torch.backends.cuda.matmul, cudnn, torch.backends.mkldnn)
+             for owner in _operations(backend)]  # fmt: skip
+    before = [owner.fp32_precision for owner in names]
+    matmul, convolution = _or_none(torch.get_float32_matmul_precision), _or_none(lambda: cudnn.allow_tf32)
     try:
-        for owner, name in switches:
-            setattr(owner, name, rounding if name == "fp32_precision" else rounding == "tf32")
+        _set_old("high" if rounding == "tf32" else "highest", rounding == "tf32")
+        for owner, value in zip(names, before, strict=True):  # which the old ones have set, too
+            owner.fp32_precision = rounding if any(owner is one for one in asked) else value
         yield
     finally:
-        for (owner, name), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
+        _set_old(matmul, convolution)
+        for owner, value in zip(names, before, strict=True):
+            owner.fp32_precision = value
 
 
-def _switches(backend: Any) -> list[tuple[Any, str]]:
-    """The attributes that say how a backend rounds: from torch 2.9 on a name for each operation, before that a bool."""
-    owners = [backend, *(getattr(backend, part, None) for part in ("matmul", "conv"))]
-    named = [(owner, "fp32_precision") for owner in owners if hasattr(owner, "fp32_precision")]
-    return named or ([(backend, "allow_tf32")] if hasattr(backend, "allow_tf32") else [])
+def _operations(backend: Any) -> list[Any]:
+    """A backend and its operations, as far as they have a `fp32_precision`."""
+    owners = [backend, *(getattr(backend, part, None) for part in ("matmul", "conv", "rnn"))]
+    return [owner for owner in owners if hasattr(owner, "fp32_precision")]
+
+
+def _or_none(setting: Callable[[], T]) -> T | None:
+    try:
+        return setting()
+    except RuntimeError:  # it does not agree with the names
+        return None
+
+
+def _set_old(matmul: str | None, convolution: bool | None) -> None:
+    with warnings.catch_warnings(action="ignore"):  # of torch 2.9, that they are deprecated
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        if convolution is not None:
+            torch.backends.cudnn.allow_tf32 = convolution

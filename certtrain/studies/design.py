@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -14,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from certtrain.config import Config, load_config
 from certtrain.config.schema import MOST_SEED, Plain, Several
 from certtrain.config.section import Section
-from certtrain.errors import UsageError, lines_of, shortened, shown
+from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
 from certtrain.studies.reading import list_or_mapping, read_section
 
 MOST_RUNS = 10_000
@@ -88,6 +89,19 @@ class Study:
         """The seeds of a cell are apart, so that early on there is one of everything."""
         return [planned(cell, seed) for seed in self.seeds for cell in self.cells]
 
+    def only(self, patterns: Sequence[str]) -> Study:
+        """The configurations whose names match a pattern such as "ibp_*".
+
+        Raises:
+            UsageError: a pattern that none matches.
+        """
+        names = [cell.name for cell in self.cells]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise unknown("configuration of the study", pattern, names)
+        chosen = [cell for cell in self.cells if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in patterns)]
+        return replace(self, cells=tuple(chosen))
+
 
 def planned(cell: Cell, seed: int) -> PlannedRun:
     """The run of `cell` with that seed, which stands for {seed} in the path of the network that it begins with."""
@@ -104,7 +118,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         overrides: "section.key=value", of every run, over all that the file says.
 
     Raises:
-        UsageError: one line per thing that is wrong, each naming the cell.
+        UsageError: one line per thing that is wrong, each naming the cell, where it is not wrong in all of them.
     """
     file = read_section(StudyFile, path)
     axes = _axes(file)
@@ -113,18 +127,29 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         count *= len(choices)
     if count > MOST_RUNS:
         raise UsageError(f"{path}: {count} runs, more than {MOST_RUNS}")
-    cells, wrong = [], []
+    cells, names = [], []
+    wrong: dict[str, list[str]] = {}  # line -> the cells of which it is true
     for combination in itertools.product(*axes):
         name = "_".join(part for part, _ in combination) or "base"
+        names.append(name)
         chosen = [choice for _, choice in combination]
         try:
             cells.append(Cell(name, _config(file, path.parent, chosen, overrides)))
         except UsageError as error:
-            wrong += [f"{path}: {name}: {line}" for line in str(error).splitlines()]
+            for line in dict.fromkeys(str(error).splitlines()):
+                wrong.setdefault(line, []).append(name)
     if wrong:
-        raise UsageError(lines_of("\n".join(dict.fromkeys(wrong))))
-    _check_names([cell.name for cell in cells], path)
+        everywhere = names if len(names) > 1 else None
+        lines = (
+            f"{path}: {'' if where == everywhere else _listed(where) + ': '}{line}" for line, where in wrong.items()
+        )
+        raise UsageError(lines_of("\n".join(lines)))
+    _check_names(names, path)
     return Study(tuple(cells), file.seeds, file.slurm)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _config(file: StudyFile, folder: Path, choices: Sequence[Choice], overrides: Sequence[str]) -> Config:
@@ -136,14 +161,19 @@ def _config(file: StudyFile, folder: Path, choices: Sequence[Choice], overrides:
 def _axes(file: StudyFile) -> list[list[tuple[str, Choice]]]:
     """Of each axis its choices, by name."""
     axes = [list(file.configs.items())] if file.configs else []
-    endings = [key.rpartition(".")[2] for key in file.grid]
-    for key, ending in zip(file.grid, endings, strict=True):
-        choices, label = file.grid[key], ending if endings.count(ending) == 1 else key
+    for key, label in zip(file.grid, labels(list(file.grid)), strict=True):
+        choices = file.grid[key]
         if isinstance(choices, dict):
             axes.append(list(choices.items()))
         else:
             axes.append([(f"{label}={value_name(value)}", {key: value}) for value in choices])
     return axes
+
+
+def labels(keys: Sequence[str]) -> list[str]:
+    """Of each key its last part, where no other ends alike."""
+    endings = [key.rpartition(".")[2] for key in keys]
+    return [ending if endings.count(ending) == 1 else key for key, ending in zip(keys, endings, strict=True)]
 
 
 def value_name(value: Any) -> str:

@@ -109,7 +109,7 @@ def train_all(
         interruptible(),
     ):
         for stranger in require_fit(runs, folder):
-            display.tell(f"{folder / stranger} is no longer part of the study: it stays, and is not counted")
+            display.tell(f"{folder / stranger} is not among the runs of this call: it stays, and is not counted")
         if not can_lock(folder):
             display.tell(
                 f"{folder} is on a file system without locks: nothing keeps two processes out of one run; "

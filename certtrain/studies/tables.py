@@ -145,7 +145,7 @@ def show(console: Console, tables: Sequence[Sheet]) -> None:
     for sheet in tables:
         table = Table(title=sheet.title, caption=sheet.note or None, caption_justify="left")
         for number, column in enumerate(sheet.columns):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(column, justify="right" if number else "left", overflow="fold")
         for cells in sheet.rows:
             table.add_row(*cells)
         console.print(table, markup=False)

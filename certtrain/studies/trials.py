@@ -12,6 +12,7 @@ from typing import Any
 from certtrain.errors import CheckpointError
 from certtrain.runtime.files import parse_json
 from certtrain.studies.compare import compare
+from certtrain.studies.design import labels
 from certtrain.studies.page import html
 from certtrain.studies.progress import is_finished
 from certtrain.studies.runner import Outcome
@@ -151,7 +152,7 @@ def _search_sheets(record: Mapping[str, Any]) -> list[Sheet]:
     )
     note = f"By {held_out} of the training set, held out, of {len(states)} trials ({counts}). {tested}"
     title = ("Best trial" if len(objectives) == 1 else "Pareto front") + " and base, on validation images"
-    return [Sheet(title, ["trial", *objectives, *keys], rows, note)]
+    return [Sheet(title, ["trial", *objectives, *labels(keys)], rows, note)]
 
 
 def _trial_label(trial: Mapping[str, Any]) -> str:

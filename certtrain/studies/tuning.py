@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from certtrain.config import Config
@@ -84,10 +85,6 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
     optuna = optional_module("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = tuning.file
-    samplers = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=file.seed, constant_liar=True),
-        "random": lambda: optuna.samplers.RandomSampler(seed=file.seed),
-    }
     pruner = optuna.pruners.NopPruner()
     if file.pruning is not None:
         epsilon = tuning.trial_config({}).epsilon
@@ -103,7 +100,6 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
             storage=url,
             load_if_exists=True,
             directions=["minimize"] * len(file.objectives),
-            sampler=samplers[file.sampler](),
             pruner=pruner,
         )
     except Exception as error:  # of optuna, SQLAlchemy and the database's driver
@@ -184,6 +180,7 @@ def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) 
 def _propose(tuning: Tuning, study: Any, trial: Any) -> Config | None:
     """The configuration of a trial, which keeps what it was given before; None, and it has failed, if there is none."""
     optuna = optional_module("optuna", "tune")
+    study.sampler = _sampler(tuning, trial.number)
     settings = {key: _suggest(trial, key, tuning) for key in tuning.file.search}
     trial.set_user_attr(SETTINGS, settings)
     try:
@@ -192,6 +189,15 @@ def _propose(tuning: Tuning, study: Any, trial: Any) -> Config | None:
         trial.set_user_attr("error", str(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return None
+
+
+def _sampler(tuning: Tuning, number: int) -> Any:
+    """Of one trial: a generator for all of them would begin anew, and propose the same again, in every process."""
+    optuna = optional_module("optuna", "tune")
+    seed = int(np.random.SeedSequence((tuning.file.seed, number)).generate_state(1)[0])
+    if tuning.file.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
 
 
 def _suggest(trial: Any, key: str, tuning: Tuning) -> Any:

@@ -55,6 +55,7 @@ FOLLOWS = {
     "certtrain config cifar10_8_255 training.method.name=st": {"training.method.name=staps"},
     "certtrain verify runs/x epsilon.ma": {"epsilon.max="},
     "certtrain init cifar10_2": {"cifar10_2_255"},
+    "certtrain study board": {"board_cifar10_2_255", "board_cifar10_8_255"},
 }
 ASK = """
 import functools, io, json, os, sys

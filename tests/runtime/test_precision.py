@@ -62,6 +62,17 @@ def test_training_precision_gives_back_what_was_set(precision):
     assert (a @ a).dtype is torch.float32
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_what_the_compiler_asks_for_agrees_with_what_is_set(precision):
+    """Torch before 2.15 asks in every compilation on a GPU, and an answer that does not agree is an error."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    with training_precision(precision, torch.device("cpu")):
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == ((precision == "tf32",) * 2)
+        if hasattr(cudnn, "conv"):
+            names = [matmul.fp32_precision, cudnn.conv.fp32_precision]
+            assert names == ["tf32" if precision == "tf32" else "ieee"] * 2
+
+
 @pytest.mark.parametrize("network", [narrow_cnn7, residual_network, pooling_network])
 def test_channels_last_weights_bring_everything_into_their_layout_and_change_no_value(network):
     found, images, labels = [], torch.rand(8, 3, 16, 16).double(), torch.arange(8) % 5

@@ -160,6 +160,23 @@ def test_verification_of_a_split_that_is_not_there_is_refused():
         load_config("digits", {"verification.split": "validation"})
 
 
+def test_what_is_wrong_everywhere_is_told_once(written):
+    text = "base: digits\nconfigs: {a: {}, b: {seed: -1}, c: {seed: -1}}\noverrides: {optimizer.rl: 1}"
+    with pytest.raises(UsageError) as error:
+        load_study(written(text))
+    everywhere, in_two = str(error.value).splitlines()
+    assert "study.yaml: unknown key optimizer.rl" in everywhere
+    assert "study.yaml: b and 1 more: seed" in in_two
+
+
+def test_some_configurations_of_a_study_can_be_chosen(written):
+    study = load_study(written("base: digits\nseeds: [0, 1]\nconfigs: {ibp: {}, ibp-wide: {}, crown: {}}"))
+    chosen = study.only(["ibp*", "crown"]).only(["ibp*"])
+    assert [run.name for run in chosen.runs] == ["ibp/seed-0", "ibp-wide/seed-0", "ibp/seed-1", "ibp-wide/seed-1"]
+    with pytest.raises(UsageError, match="unknown configuration of the study 'crwon': did you mean crown"):
+        study.only(["ibp", "crwon"])
+
+
 @pytest.mark.parametrize("name", shipped_studies())
 def test_what_is_shipped_can_be_read(name):
     path = shipped_studies()[name]

@@ -15,7 +15,7 @@ from certtrain.studies.processes import BROKEN, Ended
 from certtrain.studies.pruning import Pruner
 from certtrain.studies.search import load_tuning
 from certtrain.studies.trials import Trial, Tuned, choose, drawn, page_of
-from certtrain.studies.tuning import _note, open_study
+from certtrain.studies.tuning import SETTINGS, _note, _propose, open_study
 from tests.commands import TINY, one_thread
 from tests.studies.folders import write_run
 
@@ -35,6 +35,11 @@ trials: 2
 validation: 0.1
 final: {seeds: [4]}
 """
+
+
+def written(file, text):
+    file.write_text(text)
+    return file
 
 
 def trials(*values, front=()):
@@ -95,6 +100,25 @@ def test_a_search_that_was_changed_or_goes_on_after_the_test_is_refused(cli, tmp
     write_run(out / "final" / "base" / "seed-4", "ppum")
     outcome = cli("tune", file, "--out", out)
     assert (outcome.code, "the test set was looked at after 2 trials" in outcome.error) == (2, True)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_processes_that_follow_each_other_propose_what_one_alone_would(tmp_path, sampler):
+    tuning = load_tuning(written(tmp_path / "search.yaml", SEARCH + f"sampler: {sampler}"))
+
+    def proposed(folder, processes):
+        folder.mkdir()
+        for number in range(14):  # of which the first ten are random by both samplers
+            if number % (14 // processes) == 0:
+                study = open_study(tuning, folder)
+            trial = study.ask()
+            _propose(tuning, study, trial)
+            study.tell(trial, (trial.user_attrs[SETTINGS]["optimizer.lr"] - 0.01) ** 2)
+        return [trial.user_attrs[SETTINGS]["optimizer.lr"] for trial in study.trials]
+
+    alone = proposed(tmp_path / "alone", 1)
+    assert proposed(tmp_path / "after each other", 7) == alone
+    assert len(set(alone)) == len(alone)
 
 
 @pytest.mark.parametrize("storage", ["sqlite:////no/such/folder/x.db", "nonsense", "mysql://nobody@127.0.0.1:1/x"])

@@ -1,0 +1,310 @@
+"""certtrain beside the authors' code of the short warmup: same network, images, epochs and schedule, in turns.
+
+    git clone https://github.com/shizhouxing/Fast-Certified-Robust-Training AUTHORS
+    python scripts/beside_authors.py --repo AUTHORS --data CIFAR --width 8 --linear-width 128 --images 2500 \\
+        --epochs 20 --warmup-epochs 10 --milestones 15 18 --batch-size 64 --lr 0.002 --seeds 0 1 2
+
+CIFAR is a folder that holds torchvision's cifar-10-batches-py, or train.npz and test.npz of the same images. Each
+program trains in a process of its own; an epoch's seconds are those that it reports, processor seconds and memory those
+of the process. The authors' code runs as it is: nothing is written to the checkout, its logging service is
+replaced by one that keeps nothing, and torchvision's CIFAR-10 by the same images from a file. It needs auto_LiRPA and
+the like: --python names the interpreter of an environment that has them, PYTHONPATH is passed on.
+
+docs/results/beside-authors-DEVICE.json is the result; the same command goes on with it, and repeats no seed that is
+there. Another program joins by an entry in `programs`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ablation import CIFAR10_MEAN, CIFAR10_STD, RESULTS
+from torch import Tensor
+
+from certtrain.data import Split, load_dataset
+from certtrain.runs.provenance import versions
+from certtrain.runtime.files import write_json
+
+EPSILON = 8 / 255
+IMAGES = {"train": "train.npz", "test": "test.npz"}
+NO_ATTACK = ("verification.pgd_steps=0", "verification.pgd_restarts=0")
+SILENT_LOGGING = "def ignore(*args, **kwargs): pass\ninit = log = finish = ignore\n"
+LAUNCHER = """
+import runpy, sys
+from pathlib import Path
+import numpy, torchvision
+from PIL import Image
+from torch.utils.data import Dataset
+
+class CIFAR10(Dataset):
+    def __init__(self, root, train=True, transform=None, target_transform=None, download=False):
+        with numpy.load(Path(root) / ("train.npz" if train else "test.npz")) as arrays:
+            self.images, self.labels = arrays["images"], arrays["labels"]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+
+torchvision.datasets.CIFAR10 = CIFAR10
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both programs are asked for."""
+
+    width: int
+    linear_width: int
+    epochs: int
+    warmup_epochs: int
+    batch_size: int
+    lr: float
+    milestones: Sequence[int]
+    device: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of one program; errors of the network of the last epoch, the verified ones by IBP, on all test images.
+
+    verified_error: as the program says itself; by_certtrain: of the weights it left, as `certtrain verify` says.
+    """
+
+    natural_error: float
+    verified_error: float
+    by_certtrain: float
+    seconds: Sequence[float]  # of each epoch
+    processor_seconds: float  # of the whole command
+    peak_bytes: int  # of memory of the process
+
+
+@dataclass(frozen=True)
+class Program:
+    """train(setting, seed, images, folder) trains on the images of a folder, and leaves what it writes in another.
+
+    install, written: what a user types before the first run, and for this one, a line each.
+    """
+
+    train: Callable[[Setting, int, Path, Path], Measured]
+    install: Sequence[str]
+    written: Callable[[Setting], Sequence[str]]
+
+
+# --- certtrain --------------------------------------------------------------------------------------------------------
+
+
+def certtrain_overrides(setting: Setting) -> list[str]:
+    return [
+        f"model.options.width={setting.width}",
+        f"model.options.linear_width={setting.linear_width}",
+        f"epsilon.warmup_epochs={setting.warmup_epochs}",
+        f"training.epochs={setting.epochs}",
+        f"training.batch_size={setting.batch_size}",
+        f"optimizer.lr={setting.lr}",
+        f"optimizer.milestones={json.dumps(list(setting.milestones))}",
+    ]
+
+
+def own_images(images: Path) -> list[str]:
+    return ["data.name=npz", f"data.path={images}", f"data.mean={list(CIFAR10_MEAN)}", f"data.std={list(CIFAR10_STD)}"]
+
+
+def train_certtrain(setting: Setting, seed: int, images: Path, folder: Path) -> Measured:
+    command = [sys.executable, "-m", "certtrain", "train", "cifar10_8_255", *certtrain_overrides(setting)]
+    command += [*own_images(images), f"seed={seed}", *NO_ATTACK]
+    _, processor_seconds, peak_bytes = measured([*command, f"--device={setting.device}", "--out", str(folder)], folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    ends = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Measured(
+        summary["natural_error"],
+        summary["verified_error"],
+        by_certtrain(setting, images, folder / "model.safetensors"),
+        [round(after - before, 4) for before, after in itertools.pairwise([0.0, *ends])],
+        processor_seconds,
+        peak_bytes,
+    )
+
+
+def by_certtrain(setting: Setting, images: Path, weights: Path) -> float:
+    with tempfile.TemporaryDirectory() as name:
+        answer = Path(name) / "verify.json"
+        command = [sys.executable, "-m", "certtrain", "verify", "cifar10_8_255", f"--model-weights={weights}"]
+        command += [
+            *certtrain_overrides(setting),
+            *own_images(images),
+            f"--device={setting.device}",
+            f"--json={answer}",
+        ]
+        measured([*command, "verification.pgd_steps=0", "verification.pgd_restarts=0"], Path(name))
+        return float(json.loads(answer.read_text())["radii"][0]["verified_error"])
+
+
+# --- the authors' code ------------------------------------------------------------------------------------------------
+
+
+def authors_options(setting: Setting) -> list[str]:
+    return [
+        "--method=fast",
+        "--config=config/cifar.json",
+        "--model=cnn_7layer_bn2",
+        f"--model-params=width={setting.width},linear_size={setting.linear_width}",
+        f"--batch-size={setting.batch_size}",
+        f"--lr={setting.lr}",
+        f"--scheduler_opts=start=2,length={setting.warmup_epochs}",
+        f"--lr-decay-milestones={','.join(map(str, setting.milestones))}",
+        f"--num-epochs={setting.epochs}",
+    ]
+
+
+def authors(repo: Path, python: str) -> Callable[[Setting, int, Path, Path], Measured]:
+    def train(setting: Setting, seed: int, images: Path, folder: Path) -> Measured:
+        folder.mkdir(parents=True)
+        (folder / "data").symlink_to(images)
+        (folder / "config").symlink_to(repo.resolve() / "config")
+        (folder / "stand-ins").mkdir()
+        (folder / "stand-ins" / "wandb.py").write_text(SILENT_LOGGING)
+        (folder / "launcher.py").write_text(LAUNCHER)
+        paths = [str(folder / "stand-ins"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        command = [python, "launcher.py", str(repo.resolve() / "train.py"), *authors_options(setting), "--dir=model"]
+        command += [f"--eps={EPSILON}", f"--seed={seed}", f"--device={setting.device}"]
+        output, processor_seconds, peak_bytes = measured(
+            [*command, f"--test-interval={setting.epochs}"],
+            folder,
+            {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        *_, tested = re.finditer(r"\bErr=([\d.]+) Rob_Err=([\d.]+)", output.partition("Test without loss fusion")[2])
+        return Measured(
+            float(tested[1]),
+            float(tested[2]),
+            by_certtrain(setting, images, folder / "model" / "ckpt_last"),
+            [float(number) for number in re.findall(r"Epoch time: ([\d.]+)", output)],
+            processor_seconds,
+            peak_bytes,
+        )
+
+    return train
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def programs(repo: Path, python: str) -> dict[str, Program]:
+    return {
+        "authors'": Program(
+            authors(repo, python),
+            [
+                "git clone https://github.com/shizhouxing/Fast-Certified-Robust-Training",
+                "pip install -r Fast-Certified-Robust-Training/requirements.txt",
+                "wandb login",
+                "cd Fast-Certified-Robust-Training",
+            ],
+            lambda setting: [" ".join(["python train.py --dir=model", *authors_options(setting)])],
+        ),
+        "certtrain": Program(
+            train_certtrain,
+            ["pip install certtrain"],
+            lambda setting: [" ".join(["certtrain train cifar10_8_255", *certtrain_overrides(setting)])],
+        ),
+    }
+
+
+def measured(command: Sequence[str], folder: Path, more: Mapping[str, str] | None = None) -> tuple[str, float, int]:
+    """What a command prints, its processor seconds, and its greatest memory in bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=os.environ | (more or {}), stdout=log, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        log.seek(0)
+        output = log.read()
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{' '.join(command)} ended with code {code}:\n{output[-1500:]}")
+    return output, round(usage.ru_utime + usage.ru_stime, 2), usage.ru_maxrss * 1024
+
+
+def save_images(data: Path, limit: int | None, folder: Path) -> tuple[int, int]:
+    """Write the first `limit` training images, and all test images, and say how many."""
+    name = {"name": "npz", "path": data} if (data / IMAGES["train"]).exists() else {"name": "cifar10", "root": data}
+    dataset = load_dataset(**name)
+
+    def save(split: Split, first: int | None, file: str) -> int:
+        images, labels = split.images[:first], split.labels[:first]
+        np.savez(folder / file, images=channels_last(images), labels=labels.numpy())
+        return len(labels)
+
+    return save(dataset.train, limit, IMAGES["train"]), save(dataset.test, None, IMAGES["test"])
+
+
+def channels_last(images: Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repo", type=Path, required=True, help="checkout of the authors' repository")
+    parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has what their code needs")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--images", type=int, help="only the first so many training images")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--linear-width", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=160)
+    parser.add_argument("--warmup-epochs", type=int, default=80)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.0005)
+    parser.add_argument("--milestones", type=int, nargs="*", default=[120, 140])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", type=Path, help="default: docs/results/beside-authors-DEVICE.json")
+    options = parser.parse_args()
+    setting = Setting(**{field.name: getattr(options, field.name) for field in fields(Setting)})
+    file = options.out or RESULTS / f"beside-authors-{options.device}.json"
+    with tempfile.TemporaryDirectory() as name:
+        images = Path(name) / "images"
+        images.mkdir()
+        train, test = save_images(options.data, options.images, images)
+        beside = programs(options.repo, options.python)
+        result: dict[str, Any] = {
+            "setting": {**asdict(setting), "images": train, "test_images": test},
+            "versions": versions(),
+            "programs": {
+                name: {"install": program.install, "written": program.written(setting)}
+                for name, program in beside.items()
+            },
+            "rows": [],
+        }
+        if file.exists():
+            before = json.loads(file.read_text())
+            if before["setting"] != json.loads(json.dumps(result["setting"])):
+                raise SystemExit(f"{file} holds another setting: {before['setting']}")
+            result["rows"] = before["rows"]
+        for seed, (program_name, program) in itertools.product(options.seeds, beside.items()):
+            row = {"program": program_name, "seed": seed}
+            if any(row.items() <= done.items() for done in result["rows"]):
+                continue
+            row |= asdict(program.train(setting, seed, images, Path(name) / f"{program_name}-{seed}"))
+            result["rows"].append(row)
+            write_json(file, result)
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
