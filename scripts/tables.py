@@ -16,6 +16,9 @@ import warmup_tables
 from ablation import RESULTS, VARIANTS
 
 from certtrain.runtime.files import write_text
+from certtrain.studies.design import labels, load_study
+from certtrain.studies.reading import study_path
+from certtrain.studies.trials import drawn
 
 STUDIES = ("warmup_optimizers", "rewarm", "speedrun_choice", "speedrun")  # of docs/results/warmup.md
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +43,9 @@ def main() -> None:
     profile = read("profile")
     fill(RESULTS / "profile.md", parts=profile_table(profile["rows"]), sizes=epochs_table(profile["sizes"]))
     for device in ("cpu", "cuda"):
-        if (RESULTS / f"authors-epochs-{device}.json").exists():
-            fill(RESULTS / "benchmark.md", **{f"authors-{device}": authors_table(read(f"authors-epochs-{device}"))})
+        if (RESULTS / f"beside-authors-{device}.json").exists():
+            fill(RESULTS / "benchmark.md", **{f"beside-{device}": beside_table(read(f"beside-authors-{device}"))})
+    fill_studies()
     for device in ("cpu", "cuda"):
         if (RESULTS / f"benchmark-methods-{device}.json").exists():
             table = method_costs_table(read(f"benchmark-methods-{device}"))
@@ -89,6 +93,20 @@ def fill_training_methods() -> None:
     if (RESULTS / "ctrain.json").exists():
         tables["ctrain"] = training_methods.ctrain_table(read("ctrain"))
     fill(RESULTS / "training_methods.md", **tables)
+
+
+def fill_studies() -> None:
+    """What `certtrain compare` and `certtrain tune` wrote."""
+    page = RESULTS / "studies.md"
+    if (RESULTS / "digits-methods.json").exists():
+        compared = read("digits-methods")
+        fill(page, methods=spreads_table(compared), paired=paired_table(compared))
+    if (RESULTS / "tune-digits.json").exists():
+        search, tested = read("tune-digits"), read("tune-digits-test")
+        write_text(RESULTS / "tune-digits.svg", drawn(search))
+        fill(page, search=trials_table(search), test=spreads_table(tested), difference=paired_table(tested))
+    if (RESULTS / "board.json").exists():
+        fill(RESULTS / "board.md", board=board_table(read("board")))
 
 
 def read(name: str) -> Any:
@@ -236,13 +254,100 @@ def benchmark_growth_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def authors_table(measured: dict[str, Any]) -> str:
-    epochs = range(1, 1 + len(measured["rows"][0]["seconds"]))
-    lines = [f"| {measured['versions']['device']} | " + " | ".join(f"epoch {epoch}, s" for epoch in epochs) + " |"]
-    lines.append("|---|" + "---:|" * len(epochs))
-    for row in measured["rows"]:
-        lines.append(f"| {row['loop']} | " + " | ".join(f"{seconds:.1f}" for seconds in row["seconds"]) + " |")
+def beside_table(measured: dict[str, Any]) -> str:
+    """A program to a row; errors are mean and range over its seeds, seconds of an epoch the median of all."""
+    rows, setting = measured["rows"], measured["setting"]
+    size = f"width {setting['width']}, {setting['images']:,} images, {setting['epochs']} epochs"
+    lines = [f"{measured['versions']['device']}, PyTorch {measured['versions']['torch']}; {size}.", ""]
+    lines.append(
+        "| program | seeds | natural error | verified, by itself | by certtrain | s per epoch | processor s | MiB "
+        "| to install | to write |"
+    )
+    lines.append("|---|" + "---:|" * 9)
+    for name, program in measured["programs"].items():
+        runs = [row for row in rows if row["program"] == name]
+        if not runs:
+            continue
+        errors = [spread(runs, key) for key in ("natural_error", "verified_error", "by_certtrain")]
+        costs = [f"{statistics.median(seconds for run in runs for seconds in run['seconds']):.2f}"]
+        costs += [f"{statistics.median(run['processor_seconds'] for run in runs):.0f}"]
+        costs += [f"{max(run['peak_bytes'] for run in runs) / 2**20:.0f}"]
+        written = sum(map(len, program["written"]))
+        cells = [name, str(len(runs)), *errors, *costs, str(len(program["install"])), str(written)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def spreads_table(compared: dict[str, Any]) -> str:
+    """The errors of `certtrain compare`'s groups over seeds, with the interval of the verified one's mean."""
+    level = f"{compared['confidence']:.0%} interval"
+    lines = [
+        f"| configuration | seeds | natural error | PGD error | verified error | {level} | best | median | worst |"
+    ]
+    lines.append("|---|" + "---:|" * 8)
+    for group in compared["groups"]:
+        means = (plus_minus(group[key]) for key in ("natural_error", "pgd_error", "verified_error"))
+        verified = group["verified_error"]
+        cells = (f"{100 * verified[key]:.1f} %" for key in ("min", "median", "max"))
+        interval = between(verified["interval"])
+        lines.append(f"| {group['name']} | {len(group['seeds'])} | {' | '.join([*means, interval, *cells])} |")
+    return "\n".join(lines)
+
+
+def paired_table(compared: dict[str, Any]) -> str:
+    """Differences of verified error to the baseline, by seed and by image, and McNemar's p of each seed."""
+    level = f"{compared['confidence']:.0%}"
+    lines = [
+        f"| against {compared['baseline']} | difference | {level} over seeds | {level} over images | McNemar's p |"
+    ]
+    lines.append("|---|" + "---:|" * 4)
+    for pair in compared["paired"]:
+        tests = ", ".join(f"{test['p']:.2g}" for test in pair["mcnemar"].values())
+        intervals = f"{between(pair['over_seeds'])} | {between(pair['over_images'])}"
+        lines.append(f"| {pair['name']} | {100 * pair['difference']:+.1f} % | {intervals} | {tests} |")
+    return "\n".join(lines)
+
+
+def plus_minus(spread: dict[str, Any]) -> str:
+    deviation = spread["deviation"]
+    return f"{100 * spread['mean']:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}") + " %"
+
+
+def between(interval: dict[str, Any] | None) -> str:
+    return "–" if interval is None else f"{100 * interval['low']:.1f} to {100 * interval['high']:.1f} %"
+
+
+def trials_table(search: dict[str, Any]) -> str:
+    keys = list(search["trials"][0]["settings"])
+    lines = [f"| trial | natural error | verified error | {' | '.join(labels(keys))} |"]
+    lines.append("|---|" + "---:|" * (2 + len(keys)))
+    for trial in search["trials"]:
+        name = f"{trial['number']}{', as shipped' * trial['is_base']}{', on the front' * trial['on_front']}"
+        errors = (f"{100 * value:.1f} %" for value in trial["values"] or ())
+        settings = (
+            shown(value, "{:.3g}") if isinstance(value, float) else value for value in trial["settings"].values()
+        )
+        lines.append(f"| {' | '.join(map(str, [name, *errors, *settings]))} |")
+    return "\n".join(lines)
+
+
+def board_table(compared: dict[str, Any]) -> str:
+    """Networks by recipes: natural and verified error of the seeds' mean, and their number."""
+    found = {group["name"]: group for group in compared["groups"]}
+    cells = [cell.name.partition("_") for cell in load_study(study_path("board_cifar10_8_255")).cells]
+    recipes, networks = (list(dict.fromkeys(cell[place] for cell in cells)) for place in (0, 2))
+    lines = [f"| network | {' | '.join(recipes)} |", "|---|" + "---:|" * len(recipes)]
+    for network in networks:
+        groups = (found.get(f"{recipe}_{network}") for recipe in recipes)
+        lines.append(f"| {network} | {' | '.join(map(board_cell, groups))} |")
+    return "\n".join(lines)
+
+
+def board_cell(group: dict[str, Any] | None) -> str:
+    if group is None:
+        return "not measured"
+    errors = " / ".join(f"{100 * group[key]['mean']:.2f}" for key in ("natural_error", "verified_error"))
+    return f"{errors} % ({len(group['seeds'])} seed{'s' * (len(group['seeds']) > 1)})"
 
 
 def shown(value: float | None, form: str) -> str:

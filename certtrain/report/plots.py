@@ -165,13 +165,18 @@ def _draw_histories(axes: Any, histories: Histories) -> None:
 Point = tuple[float, float]
 
 
-def trade_off(points: Sequence[Point], front: Sequence[Point], names: Sequence[str]) -> str:
-    """Two objectives of many trials, those that none surpasses joined; both are better when smaller."""
+def trade_off(points: Sequence[Point], front: Sequence[Point], names: Sequence[str], base: Point | None = None) -> str:
+    """Two objectives of many trials, those that none surpasses joined, and where the search began, if it is known.
+
+    Both are better when smaller.
+    """
     with _figure() as figure:
         axes = figure.subplots()
         axes.scatter(*zip(*points, strict=True), s=14, color=COLORS["natural"], label="trial")
         best = sorted(front)
         axes.step(*zip(*best, strict=True), where="post", color=COLORS["verified"], marker="o", label="Pareto front")
+        if base is not None:
+            axes.scatter(*base, s=90, facecolors="none", edgecolors="black", label="settings before")
         axes.set_xlabel(names[0].replace("_", " "))
         axes.set_ylabel(names[1].replace("_", " "))
         axes.legend()

@@ -124,11 +124,13 @@ def drawn(record: Mapping[str, Any]) -> str:
     from certtrain.report import plots
 
     complete = [trial for trial in record["trials"] if trial["state"] == "complete"]
-    values, names = [trial["values"] for trial in complete], record["objectives"]
+    names = record["objectives"]
     if len(names) == 1:
-        return plots.progress_of_trials([value for (value,) in values], names[0])
-    front = [trial["values"] for trial in complete if trial["on_front"]]
-    return plots.trade_off([tuple(value[:2]) for value in values], [tuple(value[:2]) for value in front], names)
+        return plots.progress_of_trials([trial["values"][0] for trial in complete], names[0])
+    points = [(trial["values"][0], trial["values"][1]) for trial in complete]
+    front = [point for point, trial in zip(points, complete, strict=True) if trial["on_front"]]
+    base = next((point for point, trial in zip(points, complete, strict=True) if trial["is_base"]), None)
+    return plots.trade_off(points, front, names, base)
 
 
 def _search_sheets(record: Mapping[str, Any]) -> list[Sheet]:
