@@ -22,7 +22,8 @@ import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.config.names import METHODS
 from certtrain.models import build_model
-from certtrain.runs.train import resolve_device, versions
+from certtrain.runs.build import resolve_device
+from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.runtime.precision import full_precision
 from certtrain.training.method import Phase, scheduled

@@ -31,6 +31,7 @@ else
 fi
 setting+=("$@")
 cd "$(dirname "$0")/.."
+mkdir -p "$results"
 
 # part NAME SHARE COMMAND...: what leaves NAME behind in the results, in at most SHARE hundredths of the hour.
 part() {

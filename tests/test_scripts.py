@@ -183,3 +183,9 @@ def test_memory_of_a_transformers_bounds_grows_by_the_square_of_the_tokens_at_mo
     """As the network's own does, by its scores; every product of the scores on its own would be one more factor."""
     few, many = (transformers.peak_per_image(tokens, transformers.REMEMBERED[name]) for tokens in (64, 256))
     assert many <= 16 * few
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in SCRIPTS.glob("*.py")))
+def test_every_script_finds_what_it_imports(name, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    script(name)
