@@ -142,13 +142,31 @@ def _interval(metric: str, interval: Interval | None) -> str:
 
 
 def show(console: Console, tables: Sequence[Sheet]) -> None:
+    """Each on its side where it is too wide for the console, and fits so better."""
     for sheet in tables:
-        table = Table(title=sheet.title, caption=sheet.note or None, caption_justify="left")
-        for number, column in enumerate(sheet.columns):
-            table.add_column(column, justify="right" if number else "left", overflow="fold")
-        for cells in sheet.rows:
-            table.add_row(*cells)
-        console.print(table, markup=False)
+        upright, turned = _rich_table(sheet), _rich_table(Sheet(sheet.title, *_turned(sheet), sheet.note))
+        fits = _width(console, upright) <= max(console.width, _width(console, turned))
+        console.print(upright if fits else turned, markup=False)
+
+
+def _width(console: Console, table: Table) -> int:
+    """In characters, if there were room for all."""
+    return console.measure(table, options=console.options.update_width(10_000)).maximum
+
+
+def _turned(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table with its rows as columns."""
+    first, *columns = zip(sheet.columns, *sheet.rows, strict=True)
+    return list(first), [list(column) for column in columns]
+
+
+def _rich_table(sheet: Sheet) -> Table:
+    table = Table(title=sheet.title, caption=sheet.note or None, caption_justify="left")
+    for number, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for cells in sheet.rows:
+        table.add_row(*cells)
+    return table
 
 
 def to_markdown(tables: Sequence[Sheet]) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 import shutil
 
 import pytest
+from rich.console import Console
 
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.studies.compare import compare
-from certtrain.studies.tables import sheets, to_latex, to_markdown
+from certtrain.studies.tables import Sheet, sheets, show, to_latex, to_markdown
 from tests.report.test_page import Page
 from tests.studies.folders import write_run
 
@@ -190,6 +192,16 @@ def test_every_format_holds_every_cell(cli, study, tmp_path):
     assert "40.00% ± 10.00%" in written[".md"]
     assert r"40.00\% $\pm$ 10.00\%" in written[".tex"]
     assert written[".svg"].startswith("<svg")
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+def test_a_terminal_s_table_is_turned_where_it_fits_so_better(rows):
+    """Eight columns of twelve characters do not fit into 80, and thirty rows do not as columns."""
+    words = [[f"cell-{row:02}-{column:02}-x" for column in range(8)] for row in range(rows + 1)]
+    console = Console(width=80, file=io.StringIO())
+    show(console, [Sheet("", words[0], words[1:])])
+    text = console.file.getvalue()
+    assert all(word in text for line in words for word in line) == (rows == 2)
 
 
 def test_markdown_and_latex_tables_are_whole(study):
