@@ -102,11 +102,13 @@ def fill_studies() -> None:
         compared = read("digits-methods")
         fill(page, methods=spreads_table(compared), paired=paired_table(compared))
     if (RESULTS / "tune-digits.json").exists():
-        search, tested = read("tune-digits"), read("tune-digits-test")
-        write_text(RESULTS / "tune-digits.svg", drawn(search))
-        fill(page, search=trials_table(search), test=spreads_table(tested), difference=paired_table(tested))
-    if (RESULTS / "board.json").exists():
-        fill(RESULTS / "board.md", board=board_table(read("board")))
+        write_text(RESULTS / "tune-digits.svg", drawn(read("tune-digits")))
+        fill(page, search=trials_table(read("tune-digits")))
+    if (RESULTS / "tune-digits-test.json").exists():
+        tested = read("tune-digits-test")
+        fill(page, test=spreads_table(tested), difference=paired_table(tested))
+    groups = read("board")["groups"] if (RESULTS / "board.json").exists() else []
+    fill(RESULTS / "board.md", board=board_table(groups))
 
 
 def read(name: str) -> Any:
@@ -321,9 +323,9 @@ def trials_table(search: dict[str, Any]) -> str:
     keys = list(search["trials"][0]["settings"])
     lines = [f"| trial | natural error | verified error | {' | '.join(labels(keys))} |"]
     lines.append("|---|" + "---:|" * (2 + len(keys)))
-    for trial in search["trials"]:
+    for trial in (trial for trial in search["trials"] if trial["values"]):
         name = f"{trial['number']}{', as shipped' * trial['is_base']}{', on the front' * trial['on_front']}"
-        errors = (f"{100 * value:.1f} %" for value in trial["values"] or ())
+        errors = (f"{100 * value:.1f} %" for value in trial["values"])
         settings = (
             shown(value, "{:.3g}") if isinstance(value, float) else value for value in trial["settings"].values()
         )
@@ -331,9 +333,9 @@ def trials_table(search: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def board_table(compared: dict[str, Any]) -> str:
-    """Networks by recipes: natural and verified error of the seeds' mean, and their number."""
-    found = {group["name"]: group for group in compared["groups"]}
+def board_table(compared: list[dict[str, Any]]) -> str:
+    """Networks by recipes: natural and verified error, the mean over seeds, and their number."""
+    found = {group["name"]: group for group in compared}
     cells = [cell.name.partition("_") for cell in load_study(study_path("board_cifar10_8_255")).cells]
     recipes, networks = (list(dict.fromkeys(cell[place] for cell in cells)) for place in (0, 2))
     lines = [f"| network | {' | '.join(recipes)} |", "|---|" + "---:|" * len(recipes)]
