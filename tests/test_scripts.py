@@ -188,4 +188,5 @@ def test_memory_of_a_transformers_bounds_grows_by_the_square_of_the_tokens_at_mo
 @pytest.mark.parametrize("name", sorted(file.stem for file in SCRIPTS.glob("*.py")))
 def test_every_script_finds_what_it_imports(name, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setitem(sys.modules, name, None)  # and afterwards the name is free again
     script(name)
