@@ -112,7 +112,8 @@ def by_seed(rows: Sequence[Row], name: str) -> list[float]:
 
 
 def complete_seeds(rows: Sequence[Row]) -> list[int]:
-    names = {row["name"] for row in rows}
+    cells = {row["name"].split("_", 1)[1] for row in rows}
+    names = {f"{name}_{cell}" for name in STATISTICS for cell in cells}
     seeds = sorted({row["seed"] for row in rows})
     return [seed for seed in seeds if {row["name"] for row in rows if row["seed"] == seed} == names]
 
