@@ -81,6 +81,7 @@ class ScalingFile(Section):
     first_budget: Operations
     budgets: int = Field(ge=1, le=MOST_BUDGETS)  # so many, each twice the one before
     least_epochs: Positive = 4  # of a run: an epoch more or less must not matter
+    most_epochs: Positive | None = None  # of a run: a width that a budget would train for longer is far from its best
     seeds: Seeds = (0,)
     validation: Amount = 0.1  # held out of the training set; all errors are on these images
     protocols: dict[str, ProtocolSection] = Field(min_length=1)
@@ -105,10 +106,12 @@ class ScalingFile(Section):
         return values
 
     @model_validator(mode="after")
-    def _tuned_by_something(self) -> ScalingFile:
+    def _consistent(self) -> ScalingFile:
         wanting = [name for name, protocol in self.protocols.items() if protocol.tuned]
         if wanting and self.tuning is None:
             raise ValueError(f"protocols.{wanting[0]} is tuned: say how under tuning, or tuned: false")
+        if self.most_epochs is not None and self.most_epochs < self.least_epochs:
+            raise ValueError(f"most_epochs: {self.most_epochs} is less than least_epochs, {self.least_epochs}")
         if not self.validation:
             raise ValueError("validation: some images must be held out, since the test set is not for choosing")
         return self
@@ -216,9 +219,10 @@ class Plan:
                 settings = rule(width) if protocol.tuned and rule is not None else None
                 of = Length(self, width, protocol, settings, count)
                 epochs = of.epochs(budget)
-                least = max(self.file.least_epochs, of.shortest)
-                if epochs < least:
-                    left_out.append(f"{name}, {budget:.3g} FLOP, width {width}: {epochs} epochs, less than {least}")
+                least, most = max(self.file.least_epochs, of.shortest), self.file.most_epochs or math.inf
+                if not least <= epochs <= most:
+                    why = f"less than {least}" if epochs < least else f"more than {most}"
+                    left_out.append(f"{name}, {budget:.3g} FLOP, width {width}: {epochs} epochs, {why}")
                 else:
                     cells.append(Planned(name, budget, width, of.compute(epochs), of.config(epochs)))
         return Grid(tuple(cells), tuple(left_out))

@@ -102,6 +102,17 @@ def test_every_budget_is_twice_the_one_before_and_spent(plan):
     assert len(grid.cells) + len(grid.left_out) == 2 * 4 * 4
 
 
+def test_longer_runs_than_the_most_are_left_out_and_said(tmp_path):
+    plan = load_plan(written(tmp_path, "most_epochs: 300\n" + PLAN))
+    whole, bounded = load_plan(written(tmp_path)).grid(count, None), plan.grid(count, None)
+    kept = [cell.name for cell in whole.cells if cell.config.training.epochs <= 300]
+    assert [cell.name for cell in bounded.cells] == kept
+    assert 0 < len(kept) < len(whole.cells)
+    added = set(bounded.left_out) - set(whole.left_out)
+    assert len(added) == len(whole.cells) - len(kept)
+    assert all("epochs, more than 300" in line for line in added)
+
+
 def test_protocols_differ_in_warmup_last_layer_and_tuning(plan):
     base = plan.base
     for cell in plan.grid(count, lambda width: TUNED).cells:
@@ -178,10 +189,11 @@ def test_a_budget_below_an_epoch_says_the_least_which_is_enough(tmp_path):
         ({"base": "digit"}, "unknown config file 'digit': did you mean digits"),
         ({"budgets": "100"}, "budgets"),
         ({"seeds": "[1, 1]"}, "seed"),
+        ({"most_epochs": "3"}, "most_epochs: 3 is less than least_epochs, 4"),
     ],
 )
 def test_what_is_wrong_with_a_plan_is_said(tmp_path, changes, message):
-    text = "seeds: [0]\n" + PLAN
+    text = "seeds: [0]\nmost_epochs: 1000\n" + PLAN
     if "protocols" in changes:
         text = text.replace("  kaplan: {warmup_epochs: 3, last_layer: false, tuned: false}\n  corrected: {}\n", "")
     with pytest.raises(UsageError) as error:
