@@ -150,10 +150,11 @@ def by_certtrain(setting: Setting, images: Path, weights: Path) -> float:
         command += [
             *certtrain_overrides(setting),
             *own_images(images),
+            *NO_ATTACK,
             f"--device={setting.device}",
             f"--json={answer}",
         ]
-        measured([*command, "verification.pgd_steps=0", "verification.pgd_restarts=0"], Path(name))
+        measured(command, Path(name))
         return float(json.loads(answer.read_text())["radii"][0]["verified_error"])
 
 

@@ -124,12 +124,15 @@ def reproduced() -> list[dict[str, Any]]:
 
 
 def fill(page: Path, **tables: str) -> None:
-    """Put each table between `<!-- name -->` and `<!-- /name -->`."""
+    """Put each table between `<!-- name -->` and `<!-- /name -->`, which the page must have."""
     text = page.read_text()
     for name, table in tables.items():
-        head, _, rest = text.partition(f"<!-- {name} -->\n")
-        _, _, tail = rest.partition(f"<!-- /{name} -->")
-        text = f"{head}<!-- {name} -->\n{table}\n<!-- /{name} -->{tail}"
+        first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        head, opened, rest = text.partition(first)
+        _, closed, tail = rest.partition(last)
+        if not (opened and closed):
+            raise SystemExit(f"{page}: no place for the table {name}: {first.strip()} … {last}")
+        text = f"{head}{first}{table}\n{last}{tail}"
     write_text(page, text)
 
 

@@ -17,7 +17,6 @@ import json
 import math
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,9 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ablation import CIFAR10_MEAN, CIFAR10_STD, RESULTS
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import certtrain
@@ -41,6 +38,7 @@ from certtrain.models import build_model
 from certtrain.runs.metrics import read_records
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
+from certtrain.runtime.live_bytes import LiveBytes
 from certtrain.training.method import Method, Phase, scheduled
 from certtrain.training.methods import IBP, CrownIBP, Natural
 from certtrain.training.regularization import Regularization
@@ -214,36 +212,9 @@ def peak_per_image(tokens: int, method: Method, images: int = 1) -> float:
     side = 2 * math.isqrt(tokens)
     model = build_model("vit", (1, side, side), 10, options={"patch": 2})
     step = step_of(model, (1, side, side), images, method)
-    with MemoryCounter() as counter:
+    with LiveBytes() as live:
         step()
-    return counter.peak / images
-
-
-class MemoryCounter(TorchDispatchMode):
-    """Bytes of the storages that operations inside have made and that are still there: now, and at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.finalize] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(tensor.untyped_storage()) for tensor in tensors_of((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
-        for storage in (tensor.untyped_storage() for tensor in tensors_of(result)):
-            alive = id(storage) in self._known and self._known[id(storage)].alive
-            if not alive and id(storage) not in before:
-                self._known[id(storage)] = weakref.finalize(storage, self._free, storage.nbytes())
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-        return result
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-def tensors_of(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return live.peak / images
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from certtrain.runs import evaluation
 from certtrain.runs.checkpoint import load_checkpoint
@@ -163,19 +162,6 @@ def transformers(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)  # one script reads another's constants
     monkeypatch.setitem(sys.modules, "transformers", None)  # and afterwards the name is free again
     return script("transformers")
-
-
-def test_memory_is_counted_while_it_is_there(transformers):
-    with transformers.MemoryCounter() as counter:
-        first = torch.zeros(1000)
-        second = first + 1
-        assert counter.now == 8000
-        part = second[1:]
-        del first, second
-        assert counter.now == 4000
-        part.add_(1)
-        del part
-    assert (counter.now, counter.peak) == (0, 8000)
 
 
 @pytest.mark.parametrize("name", ["natural", "certified", "crown-ibp"])

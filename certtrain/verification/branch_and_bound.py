@@ -385,7 +385,8 @@ class _Run:
             if bounds[row] > proves:
                 self._keep(image, child, slopes)
             else:
-                heapq.heappush(image.waiting, replace(child, slopes=image.slopes.put(slopes)))
+                child.slopes = image.slopes.put(slopes)
+                heapq.heappush(image.waiting, child)
 
     def _settle_exactly(self, image: _Image, domain: _Domain) -> None:
         """Where nothing is left to split the network is affine, and the domain a linear program."""

@@ -31,9 +31,9 @@ from certtrain.bounds.model import free_memory
 from certtrain.bounds.operations import OPERATIONS, Affine
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.models import build_model
+from certtrain.runtime.live_bytes import LiveBytes
 from tests.bounds.test_interval import assert_close
 from tests.bounds.test_properties import attack, networks, points_of, random_box
-from tests.live_bytes import LiveBytes
 from tests.networks import (
     narrow_cnn7,
     narrow_resnext,
