@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from warmup_tables import WARMUPS
 
 from certtrain.runs.metrics import read_records
 from certtrain.runs.provenance import versions
@@ -93,14 +94,20 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def plot(cells: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
-    """PNG: by quantity and warmup of epsilon (the cell's name after its last underscore), a line for each optimizer."""
+    """PNG: by quantity and warmup of epsilon (the cell's name after its last underscore), a line for each optimizer.
+
+    A warmup that begins as another does, and differs from it only later, is not shown again.
+    """
     shown = {
         "adaptive_rate_log_variance": "variance of the adaptive rate's logarithm",
         "effective_step_size": "effective step size",
         "dead_relus": "dead ReLUs",
     }
-    warmups = list(dict.fromkeys(cell.rpartition("_")[2] for cell in cells))
-    optimizers = list(dict.fromkeys(cell.rpartition("_")[0] for cell in cells))
+    optimizers = sorted({cell.rpartition("_")[0] for cell in cells})
+    first: dict[float | None, str] = {}  # by the first step of the first optimizer
+    for warmup in (warmup for warmup in WARMUPS if f"{optimizers[0]}_{warmup}" in cells):
+        first.setdefault(cells[f"{optimizers[0]}_{warmup}"]["effective_step_size"][0], warmup)
+    warmups = list(first.values())
     figure = Figure(figsize=(5 * len(shown), 3 * len(warmups) + 0.5), layout="constrained")
     panels = figure.subplots(len(warmups), len(shown), sharex=True, sharey="col", squeeze=False)
     for row, warmup in zip(panels, warmups, strict=True):
@@ -109,7 +116,8 @@ def plot(cells: Mapping[str, Mapping[str, Sequence[float | None]]]) -> bytes:
                 values = cells.get(f"{optimizer}_{warmup}", {}).get(name, [])
                 if any(value is not None for value in values):
                     line = [float("nan") if value is None else value for value in values]
-                    axes.plot(range(1, len(line) + 1), line, label=optimizer, color=f"C{color}")
+                    style = "--" if color % 2 else "-"  # some lie on others
+                    axes.plot(range(1, len(line) + 1), line, style, label=optimizer, color=f"C{color}")
             axes.set(title=f"ε warmup: {warmup}", ylabel=label)
             axes.set_yscale("log" if name == "effective_step_size" else "linear")
     for axes in panels[-1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,25 +32,37 @@ REWARMED = {  # cell of rewarm -> what it began with, and how it went on
 
 
 def optimizers_table(rows: Sequence[Row]) -> str:
-    """An optimizer a row: verified error after each warmup of epsilon, what less of it costs, and Adam's difference."""
-    lines = ["| optimizer | " + " | ".join(f"verified, {warmup}" for warmup in WARMUPS)
-             + " | half − short | none − short | short − Adam's short |",
-             "|---|" + "---:|" * (len(WARMUPS) + 3)]  # fmt: skip
-    for optimizer in dict.fromkeys(row["cell"].rpartition("_")[0] for row in rows):
-        errors = [mean_of(rows, f"{optimizer}_{warmup}", "verified_error") for warmup in WARMUPS]
+    """An optimizer a row: verified error after each warmup of epsilon, what less of it costs, and what Adam does."""
+    warmups = [warmup for warmup in WARMUPS if any(row["cell"].endswith(f"_{warmup}") for row in rows)]
+    against_adam = any(row["cell"] == "adam_short" for row in rows)
+    head = ["optimizer", *(f"verified, {warmup}" for warmup in warmups), *(f"{w} − short" for w in warmups[1:])]
+    head += ["natural: none − short"]
+    head += ["short − Adam's short"] if against_adam else []
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    for optimizer in optimizers_of(rows):
         short = f"{optimizer}_short"
-        costs = [difference(rows, f"{optimizer}_{warmup}", short) for warmup in WARMUPS[1:]]
-        lines.append(f"| {optimizer} | " + " | ".join([*errors, *costs, difference(rows, short, "adam_short")]) + " |")
+        cells = [optimizer, *(mean_of(rows, f"{optimizer}_{warmup}", "verified_error") for warmup in warmups)]
+        cells += [difference(rows, f"{optimizer}_{warmup}", short) for warmup in warmups[1:]]
+        cells += [difference(rows, f"{optimizer}_none", short, "natural_error")]
+        cells += [difference(rows, short, "adam_short")] if against_adam else []
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def optimizers_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the cells without their warmup of epsilon."""
+    return sorted({row["cell"].rpartition("_")[0] for row in rows})
 
 
 def details_table(rows: Sequence[Row], steps: Mapping[str, Mapping[str, Sequence[float | None]]]) -> str:
     """A cell a row: what else the runs came to, and the optimizer's first steps."""
     lines = ["| optimizer | ε warmup | seeds | diverged | natural | PGD | dead ReLUs | variance of log rate, step 1 "
              "| 10 | 100 |", "|---|---|" + "---:|" * 8]  # fmt: skip
-    for cell in cells_of(rows):
+    for optimizer, warmup in itertools.product(optimizers_of(rows), WARMUPS):
+        cell = f"{optimizer}_{warmup}"
         runs = [row for row in rows if row["cell"] == cell]
-        optimizer, _, warmup = cell.rpartition("_")
+        if not runs:
+            continue
         diverged = sum(run["diverged_at"] is not None for run in runs)
         errors = [mean_of(rows, cell, name) for name in ("natural_error", "pgd_error", "dead_relus")]
         variances = steps.get(cell, {}).get("adaptive_rate_log_variance", [])
@@ -115,9 +128,9 @@ def mean_of(rows: Sequence[Row], cell: str, name: str) -> str:
     return with_interval(list(by_seed(rows, cell, name).values()))
 
 
-def difference(rows: Sequence[Row], cell: str, baseline: str) -> str:
-    """Of verified errors, over the seeds that both have: the same images of the same split."""
-    one, other = (by_seed(rows, name, "verified_error") for name in (cell, baseline))
+def difference(rows: Sequence[Row], cell: str, baseline: str, error: str = "verified_error") -> str:
+    """Over the seeds that both have: the same images of the same split."""
+    one, other = (by_seed(rows, name, error) for name in (cell, baseline))
     return with_interval([one[seed] - other[seed] for seed in one if seed in other], "+") if cell != baseline else "–"
 
 
@@ -138,7 +151,7 @@ def plot_optimizers(rows: Sequence[Row], file: Path) -> None:
     """Verified error by optimizer and warmup of epsilon: a dot for each seed, a bar at the mean."""
     import matplotlib.pyplot as plt
 
-    optimizers = list(dict.fromkeys(row["cell"].rpartition("_")[0] for row in rows))
+    optimizers = optimizers_of(rows)
     figure, panel = plt.subplots(figsize=(9, 4), layout="constrained")
     for number, warmup in enumerate(WARMUPS):
         for position, optimizer in enumerate(optimizers):

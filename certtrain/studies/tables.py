@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -142,15 +142,36 @@ def _interval(metric: str, interval: Interval | None) -> str:
 
 
 def show(console: Console, tables: Sequence[Sheet]) -> None:
-    """Each on its side where it is too wide for the console, and fits so better."""
+    """Each as it fits the console: upright, on its side, or its columns in as few tables as they take."""
     for sheet in tables:
-        upright, turned = _rich_table(sheet), _rich_table(Sheet(sheet.title, *_turned(sheet), sheet.note))
-        fits = _width(console, upright) <= max(console.width, _width(console, turned))
-        console.print(upright if fits else turned, markup=False)
+        ways = [_in_parts(console, sheet), _in_parts(console, Sheet(sheet.title, *_turned(sheet), sheet.note))]
+        for part in min(ways, key=len):
+            console.print(_rich_table(part), markup=False)
 
 
-def _width(console: Console, table: Table) -> int:
-    """In characters, if there were room for all."""
+def _in_parts(console: Console, sheet: Sheet) -> list[Sheet]:
+    """Tables with the first column and as many others as fit; one column too wide is folded."""
+    parts = [[0]]
+    for column in range(1, len(sheet.columns)):
+        wider = [*parts[-1], column]
+        if len(wider) > 2 and _width(console, _of_columns(sheet, wider)) > console.width:
+            parts.append([0, column])
+        else:
+            parts[-1] = wider
+    tables = [_of_columns(sheet, part) for part in parts]
+    for number in range(1, len(tables)):
+        tables[number] = replace(tables[number], title=f"{sheet.title} (continued)")
+    return [*(replace(table, note="") for table in tables[:-1]), tables[-1]]
+
+
+def _of_columns(sheet: Sheet, columns: Sequence[int]) -> Sheet:
+    rows = [[row[column] for column in columns] for row in sheet.rows]
+    return replace(sheet, columns=[sheet.columns[column] for column in columns], rows=rows)
+
+
+def _width(console: Console, sheet: Sheet) -> int:
+    """Of the columns, in characters, if there were room for all; title and note are wrapped."""
+    table = _rich_table(replace(sheet, title="", note=""))
     return console.measure(table, options=console.options.update_width(10_000)).maximum
 
 

@@ -194,14 +194,27 @@ def test_every_format_holds_every_cell(cli, study, tmp_path):
     assert written[".svg"].startswith("<svg")
 
 
-@pytest.mark.parametrize("rows", [2, 30])
-def test_a_terminal_s_table_is_turned_where_it_fits_so_better(rows):
-    """Eight columns of twelve characters do not fit into 80, and thirty rows do not as columns."""
-    words = [[f"cell-{row:02}-{column:02}-x" for column in range(8)] for row in range(rows + 1)]
-    console = Console(width=80, file=io.StringIO())
-    show(console, [Sheet("", words[0], words[1:])])
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 2), (2, 8), (30, 8), (30, 2), (1, 30), (8, 8)])
+def test_a_terminal_shows_every_word_whole_in_as_few_tables_as_fit(rows, columns, width):
+    words = [[f"cell-{row:02}-{column:02}-x" for column in range(columns)] for row in range(rows + 1)]
+    console = Console(width=width, file=io.StringIO())
+    show(console, [Sheet("", words[0], words[1:], note="what is to be said of it")])
     text = console.file.getvalue()
-    assert all(word in text for line in words for word in line) == (rows == 2)
+    assert all(word in text for line in words for word in line)
+    assert max(map(len, text.splitlines())) <= width
+    beside = (width - 1) // 15 - 1  # of columns of 12 characters, besides the first
+    fewest = min(math.ceil(others / beside) for others in (columns - 1, rows))
+    assert text.count("┏") == fewest
+    assert text.count(["what", "is", "to", "be", "said", "of", "it"][0]) == 1
+
+
+def test_a_word_wider_than_the_terminal_is_folded():
+    console = Console(width=20, file=io.StringIO())
+    show(console, [Sheet("", ["a", "x" * 50], [["b", "y"], ["c", "z"]])])
+    text = console.file.getvalue()
+    assert text.count("x") == 50
+    assert max(map(len, text.splitlines())) <= 20
 
 
 def test_markdown_and_latex_tables_are_whole(study):
