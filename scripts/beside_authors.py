@@ -1,14 +1,16 @@
-"""certtrain beside the authors' code of the short warmup: same network, images, epochs and schedule, in turns.
+"""certtrain beside the authors' code of the short warmup, and CTRAIN's: same network, images and schedule, in turns.
 
     git clone https://github.com/shizhouxing/Fast-Certified-Robust-Training AUTHORS
-    python scripts/beside_authors.py --repo AUTHORS --data CIFAR --width 8 --linear-width 128 --images 2500 \\
-        --epochs 20 --warmup-epochs 10 --milestones 15 18 --batch-size 64 --lr 0.002 --seeds 0 1 2
+    git clone https://github.com/ADA-research/CTRAIN CTRAIN
+    python scripts/beside_authors.py --repo AUTHORS --ctrain CTRAIN --data CIFAR --width 8 --linear-width 128 \\
+        --images 2500 --epochs 20 --warmup-epochs 10 --milestones 15 18 --batch-size 64 --lr 0.002 --seeds 0 1 2
 
 CIFAR is a folder that holds torchvision's cifar-10-batches-py, or train.npz and test.npz of the same images. Each
 program trains in a process of its own; an epoch's seconds are those that it reports, processor seconds and memory those
 of the process. The authors' code runs as it is: nothing is written to the checkout, its logging service is
 replaced by one that keeps nothing, and torchvision's CIFAR-10 by the same images from a file. It needs auto_LiRPA and
-the like: --python names the interpreter of an environment that has them, PYTHONPATH is passed on.
+the like: --python names the interpreter of an environment that has them, PYTHONPATH is passed on. CTRAIN is a library:
+what its user writes is the script below, after its README, and --ctrain-python is the interpreter of its environment.
 
 docs/results/beside-authors-DEVICE.json is the result; the same command goes on with it, and repeats no seed that is
 there. Another program joins by an entry in `programs`.
@@ -69,7 +71,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @dataclass(frozen=True)
 class Setting:
-    """What both programs are asked for."""
+    """What the programs are asked for."""
 
     width: int
     linear_width: int
@@ -175,22 +177,24 @@ def authors_options(setting: Setting) -> list[str]:
     ]
 
 
+def launched(command: Sequence[str], images: Path, folder: Path, path: Path) -> tuple[str, float, int]:
+    """Run a script by the interpreter that `command` names first, in `folder`, with the stand-ins and a path more."""
+    (folder / "data").symlink_to(images)
+    (folder / "launcher.py").write_text(LAUNCHER)
+    paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    more = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    return measured([command[0], "launcher.py", *command[1:]], folder, more)
+
+
 def authors(repo: Path, python: str) -> Callable[[Setting, int, Path, Path], Measured]:
     def train(setting: Setting, seed: int, images: Path, folder: Path) -> Measured:
-        folder.mkdir(parents=True)
-        (folder / "data").symlink_to(images)
-        (folder / "config").symlink_to(repo.resolve() / "config")
-        (folder / "stand-ins").mkdir()
+        (folder / "stand-ins").mkdir(parents=True)
         (folder / "stand-ins" / "wandb.py").write_text(SILENT_LOGGING)
-        (folder / "launcher.py").write_text(LAUNCHER)
-        paths = [str(folder / "stand-ins"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [python, "launcher.py", str(repo.resolve() / "train.py"), *authors_options(setting), "--dir=model"]
+        (folder / "config").symlink_to(repo.resolve() / "config")
+        command = [python, str(repo.resolve() / "train.py"), *authors_options(setting), "--dir=model"]
         command += [f"--eps={EPSILON}", f"--seed={seed}", f"--device={setting.device}"]
-        output, processor_seconds, peak_bytes = measured(
-            [*command, f"--test-interval={setting.epochs}"],
-            folder,
-            {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"},
-        )
+        command += [f"--test-interval={setting.epochs}"]
+        output, processor_seconds, peak_bytes = launched(command, images, folder, folder / "stand-ins")
         *_, tested = re.finditer(r"\bErr=([\d.]+) Rob_Err=([\d.]+)", output.partition("Test without loss fusion")[2])
         return Measured(
             float(tested[1]),
@@ -204,13 +208,84 @@ def authors(repo: Path, python: str) -> Callable[[Setting, int, Path, Path], Mea
     return train
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
+# --- CTRAIN -----------------------------------------------------------------------------------------------------------
+
+CTRAIN_SCRIPT = """
+import torch
+from CTRAIN.data_loaders import load_cifar10
+from CTRAIN.model_definitions import CNN7_Shi
+from CTRAIN.model_wrappers import ShiIBPModelWrapper
+
+train_loader, test_loader = load_cifar10(batch_size={batch_size}, val_split=False)
+model = CNN7_Shi(in_shape=[3, 32, 32], width={width}, linear_size={linear_width})
+wrapped = ShiIBPModelWrapper(
+    model, [3, 32, 32], eps=8 / 255, num_epochs={epochs}, lr={lr}, warm_up_epochs=1, ramp_up_epochs={warmup_epochs},
+    lr_decay_kwargs=dict(milestones={milestones}, gamma=0.2), l1_reg_weight=None, device=torch.device("{device}"),
+)
+wrapped.train_model(train_loader)
+"""
+# Its evaluation always attacks, by 30 times 100 steps; and auto_LiRPA trains copies of BatchNorm's statistics.
+CTRAIN_REPORT = """
+from CTRAIN.eval import eval_acc, eval_certified
+eps = (wrapped.eps / test_loader.std).reshape(-1, 1, 1)
+found = {"natural": eval_acc(wrapped.bounded_model, test_loader)}
+found["certified"] = eval_certified(wrapped.bounded_model, test_loader, eps, method="IBP")[0]
+copies = [value for name, value in wrapped.state_dict().items() if name.endswith(".buffer")]
+with torch.no_grad():
+    for (name, own), copy in zip([pair for pair in model.named_buffers() if "running" in pair[0]], copies, strict=True):
+        own.copy_(copy)
+torch.save(model.state_dict(), "model.pt")
+print("FOUND", found, "SECONDS", seconds)
+"""
+CTRAIN_CLOCK = """
+import random, time
+import numpy
+for part in (random.seed, numpy.random.seed, torch.manual_seed):
+    part({seed})
+seconds, whole = [], ShiIBPModelWrapper.train_model
+def by_epochs(self, loader):
+    for epoch in range(self.num_epochs):
+        start = time.perf_counter()
+        whole(self, loader, start_epoch=epoch, end_epoch=epoch + 1)
+        seconds.append(round(time.perf_counter() - start, 4))
+ShiIBPModelWrapper.train_model = by_epochs
+"""
 
 
-def programs(repo: Path, python: str) -> dict[str, Program]:
-    return {
+def ctrain_script(setting: Setting) -> str:
+    return CTRAIN_SCRIPT.format(**asdict(setting)).strip()
+
+
+def ctrain(repo: Path, python: str) -> Callable[[Setting, int, Path, Path], Measured]:
+    def train(setting: Setting, seed: int, images: Path, folder: Path) -> Measured:
+        folder.mkdir(parents=True)
+        head, blank, rest = ctrain_script(setting).partition("\n\n")
+        script = head + CTRAIN_CLOCK.format(seed=seed) + blank + rest + CTRAIN_REPORT
+        (folder / "script.py").write_text(script)
+        command = [python, str(folder / "script.py")]
+        output, processor_seconds, peak_bytes = launched(command, images, folder, repo.resolve())
+        natural, certified = (
+            float(re.search(rf"'{name}': \D*([\d.]+)", output)[1]) for name in ("natural", "certified")
+        )
+        return Measured(
+            round(1 - natural, 4),
+            round(1 - certified, 4),
+            by_certtrain(setting, images, folder / "model.pt"),
+            json.loads(output.rpartition("SECONDS")[2]),
+            processor_seconds,
+            peak_bytes,
+        )
+
+    return train
+
+
+# --- all --------------------------------------------------------------------------------------------------------------
+
+
+def programs(options: argparse.Namespace) -> dict[str, Program]:
+    found = {
         "authors'": Program(
-            authors(repo, python),
+            authors(options.repo, options.python),
             [
                 "git clone https://github.com/shizhouxing/Fast-Certified-Robust-Training",
                 "pip install -r Fast-Certified-Robust-Training/requirements.txt",
@@ -219,12 +294,19 @@ def programs(repo: Path, python: str) -> dict[str, Program]:
             ],
             lambda setting: [" ".join(["python train.py --dir=model", *authors_options(setting)])],
         ),
-        "certtrain": Program(
-            train_certtrain,
-            ["pip install certtrain"],
-            lambda setting: [" ".join(["certtrain train cifar10_8_255", *certtrain_overrides(setting)])],
-        ),
     }
+    if options.ctrain is not None:
+        found["CTRAIN"] = Program(
+            ctrain(options.ctrain, options.ctrain_python),
+            ["pip install CTRAIN", "ctrain-install-git-deps"],
+            lambda setting: [*ctrain_script(setting).splitlines(), "python script.py"],
+        )
+    found["certtrain"] = Program(
+        train_certtrain,
+        ["pip install certtrain"],
+        lambda setting: [" ".join(["certtrain train cifar10_8_255", *certtrain_overrides(setting)])],
+    )
+    return found
 
 
 def measured(command: Sequence[str], folder: Path, more: Mapping[str, str] | None = None) -> tuple[str, float, int]:
@@ -264,6 +346,8 @@ def main() -> None:
     parser.add_argument("--repo", type=Path, required=True, help="checkout of the authors' repository")
     parser.add_argument("--data", type=Path, required=True, help="folder of CIFAR-10")
     parser.add_argument("--python", default=sys.executable, help="interpreter that has what their code needs")
+    parser.add_argument("--ctrain", type=Path, help="checkout of CTRAIN, to be compared as well")
+    parser.add_argument("--ctrain-python", default=sys.executable, help="interpreter that has what CTRAIN needs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--images", type=int, help="only the first so many training images")
     parser.add_argument("--width", type=int, default=64)
@@ -282,7 +366,7 @@ def main() -> None:
         images = Path(name) / "images"
         images.mkdir()
         train, test = save_images(options.data, options.images, images)
-        beside = programs(options.repo, options.python)
+        beside = programs(options)
         result: dict[str, Any] = {
             "setting": {**asdict(setting), "images": train, "test_images": test},
             "versions": versions(),
