@@ -20,7 +20,7 @@ from certtrain.studies.design import labels, load_study
 from certtrain.studies.reading import study_path
 from certtrain.studies.trials import drawn
 
-STUDIES = ("warmup_optimizers", "rewarm", "speedrun_choice", "speedrun")  # of docs/results/warmup.md
+STUDIES = ("warmup_optimizers", "warmup_rates", "rewarm", "speedrun_choice", "speedrun_finalists", "speedrun")  # of docs/results/warmup.md
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -76,10 +76,14 @@ def fill_warmup() -> None:
         tables["optimizers"] = warmup_tables.optimizers_table(rows)
         tables["details"] = warmup_tables.details_table(rows, optimizers.get("first_steps", {}))
         warmup_tables.plot_optimizers(rows, RESULTS / "warmup_optimizers.png")
+    if "warmup_rates" in gathered:
+        tables["rates"] = warmup_tables.optimizers_table(gathered["warmup_rates"]["rows"])
     if "rewarm" in gathered:
         tables["rewarm"] = warmup_tables.rewarm_table(gathered["rewarm"]["rows"])
     if "speedrun_choice" in gathered:
         tables["choice"] = warmup_tables.recipes_table(gathered["speedrun_choice"]["rows"])
+    if "speedrun_finalists" in gathered:
+        tables["finalists"] = warmup_tables.recipes_table(gathered["speedrun_finalists"]["rows"])
     if "speedrun" in gathered:
         tables["speedrun"] = warmup_tables.networks_table(gathered["speedrun"]["rows"])
     fill(RESULTS / "warmup.md", **tables)
