@@ -20,7 +20,14 @@ from certtrain.studies.design import labels, load_study
 from certtrain.studies.reading import study_path
 from certtrain.studies.trials import drawn
 
-STUDIES = ("warmup_optimizers", "warmup_rates", "rewarm", "speedrun_choice", "speedrun_finalists", "speedrun")  # of docs/results/warmup.md
+STUDIES = (
+    "warmup_optimizers",
+    "warmup_rates",
+    "rewarm",
+    "speedrun_choice",
+    "speedrun_finalists",
+    "speedrun",
+)  # of docs/results/warmup.md
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -42,7 +42,7 @@ def rows_of(study: Path) -> list[Row]:
 def row_of(run: Path) -> Row:
     summary = json.loads((run / "summary.json").read_text())
     row = {"name": run.parent.name, "seed": summary["seed"], "eps": summary["eps"], "images": summary["images"],
-           **{key: summary[key] for key in ERRORS}}  # fmt: skip
+           "train_seconds": summary["train_seconds"], **{key: summary[key] for key in ERRORS}}  # fmt: skip
     if (run / "verify.json").is_file():
         row["searched"] = searched(json.loads((run / "verify.json").read_text())["radii"][0])
     return row
@@ -97,18 +97,25 @@ def batch_norm_table(rows: Sequence[Row]) -> str:
         seeds = len({row["seed"] for row in rows if row["name"].endswith(cell)})
         head = f"width {width[1:]} | {'yes' if regularizers == 'regularizers' else 'no'} | {seeds}"
         lines.append(f"| {head} | {' | '.join([*map(estimate, values), *changes])} |")
-    pooled = [estimate(by_seed(rows, name), signed=True) for name in STATISTICS[1:]]
-    lines.append(f"| mean of all six | | {len(complete_seeds(rows))} | | | | {' | '.join(pooled)} |")
+    for error in ("verified_error", "natural_error"):
+        pooled = [estimate(by_seed(rows, name, error), signed=True) for name in STATISTICS[1:]]
+        head = f"mean of all, {error.replace('_', ' ')} | | {len(complete_seeds(rows))}"
+        lines.append(f"| {head} | | | | {' | '.join(pooled)} |")
+    seconds = [[row["train_seconds"] for row in rows if row["name"].startswith(name)] for name in STATISTICS]
+    means = [f"{statistics.fmean(values):.0f}" if values else "–" for values in seconds]
+    lines.append(f"| mean of all, seconds of training | | | {' | '.join(means)} | | |")
     return "\n".join(lines)
 
 
-def by_seed(rows: Sequence[Row], name: str) -> list[float]:
+def by_seed(rows: Sequence[Row], name: str, error: str) -> list[float]:
     """Of each seed that all runs have: the mean over the six settings of the difference from `clean`."""
-    return [
-        statistics.fmean(verified(row) for row in rows if row["seed"] == seed and row["name"].startswith(f"{name}_"))
-        - statistics.fmean(verified(row) for row in rows if row["seed"] == seed and row["name"].startswith("clean_"))
-        for seed in complete_seeds(rows)
-    ]
+
+    def mean(seed: int, kind: str) -> float:
+        return statistics.fmean(
+            row[error] for row in rows if row["seed"] == seed and row["name"].startswith(f"{kind}_")
+        )
+
+    return [mean(seed, name) - mean(seed, "clean") for seed in complete_seeds(rows)]
 
 
 def complete_seeds(rows: Sequence[Row]) -> list[int]:
