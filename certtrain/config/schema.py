@@ -257,7 +257,8 @@ class OptimizerSection(Section):
 class BatchNormSection(Section):
     """Whose statistics BatchNorm has while training.
 
-    `center` takes them from the middle of the box, layer by layer, and needs no clean pass once epsilon is above 0.
+    `center` takes them from the middle of the box, layer by layer, and needs no clean pass once epsilon is above 0: as
+    good as the others where it was measured, and faster (docs/results/training_methods.md).
     """
 
     statistics: Literal["clean", "adversarial", "center"] = "clean"
