@@ -36,7 +36,7 @@ from certtrain.runtime.layout import layout_for
 from certtrain.schedules import LearningRate, SmoothedEpsilon
 from certtrain.training.adaptivity import require_measured
 from certtrain.training.averaging import build_average
-from certtrain.training.cost import clean_macs
+from certtrain.training.cost import clean_elements
 from certtrain.training.methods import build_method
 from certtrain.training.optimizers import build_optimizer, build_rate
 from certtrain.training.regularization import Regularization
@@ -217,8 +217,8 @@ def compiles(config: Config, model: nn.Module, dataset: Dataset) -> bool:
     if training.compile != "auto":
         return training.compile
     steps = training.epochs * len(epoch_sizes(config, dataset))
-    macs = training.epochs * len(dataset.train) * clean_macs(model, dataset.image_shape)
-    return compiling_pays(next(model.parameters()).device, steps, macs)
+    elements = training.epochs * len(dataset.train) * clean_elements(model, dataset.image_shape)
+    return compiling_pays(next(model.parameters()).device, steps, elements)
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

@@ -69,20 +69,21 @@ def announced(starts: Callable[[], None], ends: Callable[[], None]) -> Iterator[
 
 
 _COMPILE_SECONDS = 225  # of a small network's three or four graphs, on two busy cores
-_SAVED_SECONDS = 2.5e-11  # for each multiply-accumulate of a forward pass on a CPU: docs/results/benchmark-cpu.json
+_SAVED_SECONDS = 5e-9  # for each number that a clean pass writes, on a CPU: docs/results/benchmark-cpu.json, width 64
 _FEWEST_STEPS = 2000  # on a GPU: to pay, a step of a shorter run would have to save a tenth of a second
 
 
-def compiling_pays(device: torch.device, steps: int, macs: float) -> bool:
+def compiling_pays(device: torch.device, steps: int, elements: float) -> bool:
     """Whether a run of `steps` steps likely saves more time by compiling its step than that takes.
 
-    An estimate from the configuration alone, never a measurement: a run that is resumed goes on as it began.
+    An estimate from the configuration alone, never a measurement: a run that is resumed goes on as it began. What
+    compiling saves is reading and writing between operations; products take as long as before.
 
     Args:
         steps: of the whole run.
-        macs: multiply-accumulates of the network's clean forward pass, over all images of all steps.
+        elements: numbers that the operations of the network's clean pass write, over all images of all steps.
     """
-    return steps >= _FEWEST_STEPS if device.type == "cuda" else macs * _SAVED_SECONDS > _COMPILE_SECONDS
+    return steps >= _FEWEST_STEPS if device.type == "cuda" else elements * _SAVED_SECONDS > _COMPILE_SECONDS
 
 
 def _backward_at_once() -> Any:

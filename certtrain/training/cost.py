@@ -1,4 +1,4 @@
-"""What a network and a training step compute, in multiply-accumulates: counted, without computing any of it."""
+"""What a network and a training step compute, in multiply-accumulates, and what they write: counted, not measured."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from certtrain.bounds.model import evaluating
@@ -51,6 +53,27 @@ def clean_macs(model: nn.Module, image_shape: Sequence[int]) -> int:
     with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(image)
     return counter.get_total_flops() // 2
+
+
+def clean_elements(model: nn.Module, image_shape: Sequence[int]) -> int:
+    """Numbers that the operations of the clean pass of one image (C, H, W) write. Modes and statistics stay."""
+    some = next(model.parameters())
+    image = torch.zeros(1, *image_shape, device=some.device, dtype=some.dtype)
+    with evaluating(model), torch.no_grad(), _Written() as counter:
+        model(image)
+    return counter.elements
+
+
+class _Written(TorchDispatchMode):
+    """Counts the elements of results that are no views."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.elements += sum(value.numel() for value in tree_leaves(result) if isinstance(value, Tensor))
+        return result
 
 
 def step_macs(step: GradientStep, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:

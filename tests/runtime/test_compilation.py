@@ -16,7 +16,7 @@ from certtrain.config.methods import METHOD_SECTIONS
 from certtrain.config.smoothing import PGPESection, RGSSection
 from certtrain.models import build_model
 from certtrain.runtime.compilation import Compiled, announced, compiling_pays
-from certtrain.training.cost import clean_macs, network_size
+from certtrain.training.cost import clean_elements, clean_macs, network_size
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Phase, Scheduled, scheduled
 from certtrain.training.methods import CCIBP, IBP, MTLIBP, SABR, STAPS, TAPS, Adversarial, CrownIBP, ExpIBP, Natural
@@ -275,14 +275,28 @@ def test_compiling_is_announced_and_nothing_else_is(only_captured):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_long_runs_are_compiled_and_short_ones_are_not(device):
-    """Of digits, and of CIFAR-10 as published: steps, and clean multiply-accumulates of the whole run."""
-    digits = network_size("cnn-small", (1, 8, 8), 10).macs * 1437 * 60
-    cifar = network_size("cnn7", (3, 32, 32), 10).macs * 50_000 * 160
-    assert not compiling_pays(torch.device(device), 60 * 12, digits)
-    assert compiling_pays(torch.device(device), 160 * 391, cifar)
+    """Of digits, and of CIFAR-10 as published, and of a small network in its shorter schedule: steps, and numbers."""
+
+    def elements(name: str, shape: tuple[int, int, int], **options: int) -> int:
+        normalised = {"mean": (0.5,) * shape[0], "std": (0.25,) * shape[0]}
+        return clean_elements(build_model(name, shape, 10, **normalised, options=options), shape)
+
+    assert not compiling_pays(torch.device(device), 60 * 12, elements("cnn-small", (1, 8, 8)) * 1437 * 60)
+    assert compiling_pays(torch.device(device), 160 * 391, elements("cnn7", (3, 32, 32), width=64) * 50_000 * 160)
+    small = elements("cnn-2layer", (3, 32, 32), width=2, linear_width=256, batch_norm=True)
+    assert compiling_pays(torch.device(device), 70 * 391, small * 50_000 * 70)
 
 
 def test_clean_macs_are_those_of_the_network():
     model = build_model("cnn-small", (1, 8, 8), 10)
     assert clean_macs(model, (1, 8, 8)) == network_size("cnn-small", (1, 8, 8), 10).macs
     assert model.training
+
+
+def test_clean_elements_are_what_the_operations_write():
+    """A convolution, a BatchNorm, a ReLU in place and a linear layer; the flattening between is a view."""
+    layers = [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(5 * 36, 7)]
+    model = nn.Sequential(*layers)
+    assert clean_elements(model, (3, 8, 8)) == 3 * 5 * 36 + 7
+    assert model.training
+    assert int(layers[1].num_batches_tracked) == 0
