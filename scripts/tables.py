@@ -27,6 +27,7 @@ STUDIES = (
     "speedrun_choice",
     "speedrun_finalists",
     "speedrun",
+    "speedrun_cnn7",
 )  # of docs/results/warmup.md
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -93,6 +94,8 @@ def fill_warmup() -> None:
         tables["finalists"] = warmup_tables.recipes_table(gathered["speedrun_finalists"]["rows"])
     if "speedrun" in gathered:
         tables["speedrun"] = warmup_tables.networks_table(gathered["speedrun"]["rows"])
+    if "speedrun_cnn7" in gathered:
+        tables["speedrun-cnn7"] = warmup_tables.recipes_table(gathered["speedrun_cnn7"]["rows"])
     fill(RESULTS / "warmup.md", **tables)
 
 
