@@ -113,7 +113,7 @@ def test_nothing_else_may_change(resume, run, asked, message):
 
 def test_a_step_stays_compiled_or_not_as_it_was(resume, run, monkeypatch):
     """Whether compiling pays is a question of the run's length; what is rounded otherwise is another run."""
-    monkeypatch.setattr("certtrain.runs.build.compiling_pays", lambda device, steps, elements: steps > 3 * STEPS_PER_EPOCH)
+    monkeypatch.setattr("certtrain.runs.build.compiling_pays", lambda device, steps, _: steps > 3 * STEPS_PER_EPOCH)
     outcome = resume("training.epochs=4")
     assert outcome.code == 0
     assert "the step stays not compiled, as it was: training.compile is false from now on" in outcome.out

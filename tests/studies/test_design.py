@@ -177,6 +177,25 @@ def test_some_configurations_of_a_study_can_be_chosen(written):
         study.only(["ibp", "crwon"])
 
 
+RUNS = {  # of shipped studies: configurations, times the grid, times seeds
+    "batchnorm_cifar10": 3 * 3 * 2 * 3,
+    "board_cifar10_2_255": 4 * 11 * 3,
+    "board_cifar10_8_255": 4 * 11 * 3,
+    "digits_methods": 4 * 3,
+    "methods_cifar10_2_255": 10 * 3,
+    "methods_cifar10_8_255": 10 * 3,
+    "rewarm": 15 * 3,
+    "rewarm_sources": 3 * 3,
+    "speedrun": 3 * 2 * 3,
+    "speedrun_choice": 11 * 2,
+    "speedrun_cnn7": 2 * 3,
+    "speedrun_finalists": 6,
+    "vit_digits": 3 * 3,
+    "warmup_optimizers": 7 * 3 * 3,
+    "warmup_rates": 8 * 2 * 3,
+}
+
+
 @pytest.mark.parametrize("name", shipped_studies())
 def test_what_is_shipped_can_be_read(name):
     path = shipped_studies()[name]
@@ -185,7 +204,4 @@ def test_what_is_shipped_can_be_read(name):
     elif name.startswith("scaling"):
         load_plan(path)
     else:
-        own = {"warmup_optimizers": 7 * 3 * 3, "rewarm_sources": 3 * 3, "rewarm": 15 * 3, "speedrun_choice": 11 * 2,
-               "vit_digits": 3 * 3, "methods_cifar10_2_255": 10 * 3, "methods_cifar10_8_255": 10 * 3,
-               "batchnorm_cifar10": 3 * 3 * 2 * 3}  # fmt: skip
-        assert len(load_study(path).runs) == own.get(name, 4 * 11 * 3 if name.startswith("board") else 12)
+        assert len(load_study(path).runs) == RUNS[name]
