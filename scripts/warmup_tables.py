@@ -101,7 +101,24 @@ def networks_table(rows: Sequence[Row]) -> str:
         own = [{**row, "cell": row["cell"].removeprefix(f"{network}_")} for row in rows
                if row["cell"].startswith(f"{network}_")]  # fmt: skip
         lines += [f"| {network} {line}" for line in recipe_lines(own)]
+    for recipe in sorted({row["cell"].partition("_")[2] for row in rows} - {"published"}):
+        cells = " | ".join(["", "", "", "", over_networks(rows, recipe)])
+        lines.append(f"| mean of all | {recipe} | {cells} |")
     return "\n".join(lines)
+
+
+def over_networks(rows: Sequence[Row], recipe: str) -> str:
+    """The difference of verified errors from the published recipe's, averaged over networks seed by seed."""
+    by_run = {(row["cell"], row["seed"]): row.get("verified_error") for row in rows}
+    pairs: dict[int, list[tuple[Any, Any]]] = {}
+    for row in rows:
+        network, _, own = row["cell"].partition("_")
+        if own == recipe:
+            published = by_run.get((f"{network}_published", row["seed"]))
+            pairs.setdefault(row["seed"], []).append((row.get("verified_error"), published))
+    networks = max(map(len, pairs.values()))
+    whole = [found for found in pairs.values() if len(found) == networks and None not in itertools.chain(*found)]
+    return with_interval([statistics.fmean(one - other for one, other in found) for found in whole], "+")
 
 
 def recipe_lines(rows: Sequence[Row]) -> list[str]:
