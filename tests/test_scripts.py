@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import signal
 import sys
@@ -147,6 +148,24 @@ def test_warmup_tables_have_student_intervals_and_differences_of_common_seeds(wa
     details = tables.details_table(rows, {}).splitlines()
     assert len(details) == 2 + 2
     assert details[-1].startswith("| sgd | short | 3 | 1 | ")
+
+
+def test_warmup_recipes_are_averaged_over_networks_seed_by_seed():
+    """Seed 0 gains 1 and 3 points, seed 1 gains 2 and 6: of 2 and 4, the mean and 12.7062 standard errors, of 1 each."""
+    errors = {"a": (50, 60, 49, 58), "b": (70, 80, 67, 74)}
+    rows = [
+        {"cell": f"{network}_{recipe}", "seed": seed, "natural_error": 0.5, "verified_error": error / 100, "steps": 7}
+        for network, found in errors.items()
+        for (recipe, seed), error in zip(itertools.product(("published", "fast"), (0, 1)), found, strict=True)
+    ]
+    tables = script("warmup_tables")
+    assert tables.over_networks(rows, "fast") == "-3.0 ± 12.7"
+    assert tables.over_networks([row for row in rows if row["seed"] == 0], "fast") == "-2.0"
+    rows.pop()  # seed 1 lacks a network
+    assert tables.over_networks(rows, "fast") == "-2.0"
+    table = tables.networks_table(rows).splitlines()
+    assert len(table) == 2 + 2 * 2 + 1
+    assert table[-1] == "| mean of all | fast |  |  |  |  | -2.0 |"
 
 
 def test_warmup_names_a_folder_without_runs(tmp_path, capsys, monkeypatch):
