@@ -151,7 +151,7 @@ def test_warmup_tables_have_student_intervals_and_differences_of_common_seeds(wa
 
 
 def test_warmup_recipes_are_averaged_over_networks_seed_by_seed():
-    """Seed 0 gains 1 and 3 points, seed 1 gains 2 and 6: of 2 and 4, the mean and 12.7062 standard errors, of 1 each."""
+    """Seed 0 gains 1 and 3 points, seed 1 gains 2 and 6: so 2 and 4, and 12.7062 standard errors, of 1 each."""
     errors = {"a": (50, 60, 49, 58), "b": (70, 80, 67, 74)}
     rows = [
         {"cell": f"{network}_{recipe}", "seed": seed, "natural_error": 0.5, "verified_error": error / 100, "steps": 7}
