@@ -103,6 +103,10 @@ def fill_training_methods() -> None:
     """From the studies' runs that were gathered, and CTRAIN's epochs where they were measured."""
     studies = read("training_methods")["studies"]
     tables = {f"eps-{n}-255": training_methods.methods_table(studies[f"methods_cifar10_{n}_255"]) for n in (2, 8)}
+    tables |= {
+        f"eps-{n}-255-differences": training_methods.differences_table(studies[f"methods_cifar10_{n}_255"])
+        for n in (2, 8)
+    }
     tables["batch-norm"] = training_methods.batch_norm_table(studies["batchnorm_cifar10"])
     if (RESULTS / "ctrain.json").exists():
         tables["ctrain"] = training_methods.ctrain_table(read("ctrain"))

@@ -17,6 +17,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,16 @@ def methods_table(rows: Sequence[Row]) -> str:
         cells += [estimate([undecided(result) for result in asked])]
         cells += ["" if method == "ibp" else paired(rows, method, "ibp", lambda row: row["searched"]["verified_error"])]
         lines.append(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences_table(rows: Sequence[Row]) -> str:
+    """Of errors on all test images, from `ibp`'s, seed by seed."""
+    lines = ["| method | natural − ibp | PGD − ibp | IBP − ibp |", "|---|---:|---:|---:|"]
+    for method in METHODS:
+        if method != "ibp":
+            cells = [paired(rows, method, "ibp", itemgetter(error)) for error in ERRORS]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
