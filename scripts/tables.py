@@ -69,6 +69,7 @@ def main() -> None:
             fill(RESULTS / "benchmark.md", **tables)
     fill_warmup()
     fill_training_methods()
+    fill_scaling()
     transformers_page.plot()
     transformers = {"digits-vit": seeds_table(of_setting("digits_vit")), **transformers_page.tables()}
     fill(RESULTS / "transformers.md", **transformers)
@@ -97,6 +98,12 @@ def fill_warmup() -> None:
     if "speedrun_cnn7" in gathered:
         tables["speedrun-cnn7"] = warmup_tables.recipes_table(gathered["speedrun_cnn7"]["rows"])
     fill(RESULTS / "warmup.md", **tables)
+
+
+def fill_scaling() -> None:
+    """What `certtrain scale` wrote."""
+    if (RESULTS / "scaling_small.json").exists():
+        fill(RESULTS.parent / "scaling.md", isoflop=isoflop_table(read("scaling_small")))
 
 
 def fill_training_methods() -> None:
@@ -405,6 +412,20 @@ def residual_growth_table(rows: list[dict[str, Any]]) -> str:
         factor = (last / first) ** (1 / (len(growth) - 1))
         cells = f"{row['model']} | {row['initialization']} | {len(growth)}"
         lines.append(f"| {cells} | {first:.3g} | {last:.3g} | {factor:.2f} |")
+    return "\n".join(lines)
+
+
+def isoflop_table(record: dict[str, Any]) -> str:
+    """A budget to a row, a width to a column: verified error, and the epochs that the budget pays."""
+    runs = {(run["budget"], run["width"]): run for run in record["runs"]}
+    budgets, widths = (sorted(set(values)) for values in zip(*runs, strict=True))
+    lines = ["| FLOP | " + " | ".join(f"width {width}" for width in widths) + " |", "|---:|" + "---:|" * len(widths)]
+    for budget in budgets:
+        found = (runs.get((budget, width)) for width in widths)
+        cells = [
+            f"{100 * statistics.fmean(run['verified_error']):.1f} ({run['epochs']})" if run else "–" for run in found
+        ]
+        lines.append(f"| {budget:.2e} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
