@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from certtrain.studies.statistics import mean_interval
+from training_methods import estimate
 
 Row = Mapping[str, Any]
 WARMUPS = ("short", "half", "none")  # of epsilon, in the names of the cells of warmup_optimizers
@@ -109,16 +109,11 @@ def networks_table(rows: Sequence[Row]) -> str:
 
 def over_networks(rows: Sequence[Row], recipe: str) -> str:
     """The difference of verified errors from the published recipe's, averaged over networks seed by seed."""
-    by_run = {(row["cell"], row["seed"]): row.get("verified_error") for row in rows}
-    pairs: dict[int, list[tuple[Any, Any]]] = {}
-    for row in rows:
-        network, _, own = row["cell"].partition("_")
-        if own == recipe:
-            published = by_run.get((f"{network}_published", row["seed"]))
-            pairs.setdefault(row["seed"], []).append((row.get("verified_error"), published))
-    networks = max(map(len, pairs.values()))
-    whole = [found for found in pairs.values() if len(found) == networks and None not in itertools.chain(*found)]
-    return with_interval([statistics.fmean(one - other for one, other in found) for found in whole], "+")
+    networks = dict.fromkeys(row["cell"].partition("_")[0] for row in rows)
+    pairs = [[by_seed(rows, f"{network}_{which}", "verified_error") for which in (recipe, "published")]
+             for network in networks]  # fmt: skip
+    seeds = set.intersection(*(set(errors) for pair in pairs for errors in pair))
+    return estimate([statistics.fmean(one[seed] - other[seed] for one, other in pairs) for seed in seeds], signed=True)
 
 
 def recipe_lines(rows: Sequence[Row]) -> list[str]:
@@ -142,26 +137,20 @@ def by_seed(rows: Sequence[Row], cell: str, name: str) -> dict[int, float]:
 
 
 def mean_of(rows: Sequence[Row], cell: str, name: str) -> str:
-    return with_interval(list(by_seed(rows, cell, name).values()))
+    return estimate(list(by_seed(rows, cell, name).values()))
 
 
 def difference(rows: Sequence[Row], cell: str, baseline: str, error: str = "verified_error") -> str:
     """Over the seeds that both have: the same images of the same split."""
     one, other = (by_seed(rows, name, error) for name in (cell, baseline))
-    return with_interval([one[seed] - other[seed] for seed in one if seed in other], "+") if cell != baseline else "–"
+    return (
+        estimate([one[seed] - other[seed] for seed in one if seed in other], signed=True) if cell != baseline else "–"
+    )
 
 
 def forgetting_of(rows: Sequence[Row], cell: str, name: str) -> str:
     found = [row["start"].get("forgetting", {}).get(name) for row in rows if row["cell"] == cell and "start" in row]
-    return with_interval([value for value in found if value is not None], "+")
-
-
-def with_interval(values: Sequence[float], sign: str = "") -> str:
-    """In percent, the mean and half the width of its 95 % interval over seeds."""
-    if not values:
-        return "–"
-    interval, mean = mean_interval(values), 100 * statistics.fmean(values)
-    return f"{mean:{sign}.1f}" + ("" if interval is None else f" ± {50 * (interval.high - interval.low):.1f}")
+    return estimate([value for value in found if value is not None], signed=True)
 
 
 def plot_optimizers(rows: Sequence[Row], file: Path) -> None:

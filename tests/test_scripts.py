@@ -141,8 +141,8 @@ def test_warmup_tables_have_student_intervals_and_differences_of_common_seeds(wa
     assert tables.mean_of(rows, "adam_short", "verified_error") == "41.7 ± 35.9"
     half = 12.7062 * 12.5 / 2  # of one degree: times a standard error, which of two values is half their distance
     assert tables.difference(rows, "sgd_short", "adam_short") == "+25.0 ± 0.0"
-    assert tables.with_interval([0.5, 0.625]) == f"56.2 ± {half:.1f}"
-    assert tables.with_interval([0.5]) == "50.0"
+    assert tables.estimate([0.5, 0.625]) == f"56.2 ± {half:.1f}"
+    assert tables.estimate([0.5]) == "50.0"
     line = tables.optimizers_table(rows).splitlines()[-1]
     assert line == "| sgd | 62.5 ± 158.8 | – | +25.0 ± 0.0 |"
     details = tables.details_table(rows, {}).splitlines()
@@ -150,7 +150,7 @@ def test_warmup_tables_have_student_intervals_and_differences_of_common_seeds(wa
     assert details[-1].startswith("| sgd | short | 3 | 1 | ")
 
 
-def test_warmup_recipes_are_averaged_over_networks_seed_by_seed():
+def test_warmup_recipes_are_averaged_over_networks_seed_by_seed(monkeypatch):
     """Seed 0 gains 1 and 3 points, seed 1 gains 2 and 6: so 2 and 4, and 12.7062 standard errors, of 1 each."""
     errors = {"a": (50, 60, 49, 58), "b": (70, 80, 67, 74)}
     rows = [
@@ -158,6 +158,7 @@ def test_warmup_recipes_are_averaged_over_networks_seed_by_seed():
         for network, found in errors.items()
         for (recipe, seed), error in zip(itertools.product(("published", "fast"), (0, 1)), found, strict=True)
     ]
+    monkeypatch.syspath_prepend(SCRIPTS)
     tables = script("warmup_tables")
     assert tables.over_networks(rows, "fast") == "-3.0 ± 12.7"
     assert tables.over_networks([row for row in rows if row["seed"] == 0], "fast") == "-2.0"

@@ -158,10 +158,14 @@ def _in_parts(console: Console, sheet: Sheet) -> list[Sheet]:
             parts.append([0, column])
         else:
             parts[-1] = wider
-    tables = [_of_columns(sheet, part) for part in parts]
-    for number in range(1, len(tables)):
-        tables[number] = replace(tables[number], title=f"{sheet.title} (continued)")
-    return [*(replace(table, note="") for table in tables[:-1]), tables[-1]]
+    return [
+        replace(
+            _of_columns(sheet, part),
+            title=sheet.title if part is parts[0] else f"{sheet.title} (continued)",
+            note=sheet.note if part is parts[-1] else "",
+        )
+        for part in parts
+    ]
 
 
 def _of_columns(sheet: Sheet, columns: Sequence[int]) -> Sheet:

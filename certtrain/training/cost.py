@@ -48,20 +48,23 @@ def network_size(
 
 def clean_macs(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Multiply-accumulates of the clean pass of one image (C, H, W). Modes and statistics stay."""
-    some = next(model.parameters())
-    image = torch.zeros(1, *image_shape, device=some.device, dtype=some.dtype)
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(image)
+    counter = FlopCounterMode(display=False)
+    _clean_pass(model, image_shape, counter)
     return counter.get_total_flops() // 2
 
 
 def clean_elements(model: nn.Module, image_shape: Sequence[int]) -> int:
     """Numbers that the operations of the clean pass of one image (C, H, W) write. Modes and statistics stay."""
+    counter = _Written()
+    _clean_pass(model, image_shape, counter)
+    return counter.elements
+
+
+def _clean_pass(model: nn.Module, image_shape: Sequence[int], counter: TorchDispatchMode | FlopCounterMode) -> None:
     some = next(model.parameters())
     image = torch.zeros(1, *image_shape, device=some.device, dtype=some.dtype)
-    with evaluating(model), torch.no_grad(), _Written() as counter:
+    with evaluating(model), torch.no_grad(), counter:
         model(image)
-    return counter.elements
 
 
 class _Written(TorchDispatchMode):

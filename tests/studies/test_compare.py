@@ -206,7 +206,7 @@ def test_a_terminal_shows_every_word_whole_in_as_few_tables_as_fit(rows, columns
     beside = (width - 1) // 15 - 1  # of columns of 12 characters, besides the first
     fewest = min(math.ceil(others / beside) for others in (columns - 1, rows))
     assert text.count("┏") == fewest
-    assert text.count(["what", "is", "to", "be", "said", "of", "it"][0]) == 1
+    assert text.count("what") == 1
 
 
 def test_a_word_wider_than_the_terminal_is_folded():
