@@ -47,7 +47,7 @@ def scale_command(options: argparse.Namespace) -> int:
         if scaled.rule is None and scaled.tuning.cells:
             _tell(console, "cells of tuned protocols follow when the tuning is finished")
         return 0
-    _show_progress(console, scaled, f"certtrain scale {options.study}")
+    _show_progress(console, scaled, len(plan.file.seeds), f"certtrain scale {options.study}")
     for fitted in scaled.fits:
         _show_fit(console, fitted, plan.file.forecast)
     if scaled.fits:
@@ -89,12 +89,15 @@ def _show_grid(console: Console, title: str, grid: Grid) -> None:
         _tell(console, f"left out: {line}")
 
 
-def _show_progress(console: Console, scaled: Scaled, command: str) -> None:
+def _show_progress(console: Console, scaled: Scaled, seeds: int, command: str) -> None:
+    from certtrain.studies.scaling.results import finished_runs
+
     outcome = scaled.outcome
     for name, reason in outcome.failed.items():
         _tell(console, f"failed: {name}: {reason}")
-    _tell(console, f"tuning: {len(scaled.tried)} of {len(scaled.tuning.cells)} cells finished")
-    _tell(console, f"grid: {len(scaled.results)} of {len(scaled.grid.cells)} cells finished")
+    stages = {"tuning": (scaled.tried, scaled.tuning), "grid": (scaled.results, scaled.grid)}
+    for name, (results, grid) in stages.items():
+        _tell(console, f"{name}: {finished_runs(results)} of {len(grid.cells) * seeds} runs finished")
     if outcome.left or outcome.elsewhere:
         _tell(console, f"{len(outcome.left)} runs are not finished: {command}, with the same options, goes on")
 
@@ -120,6 +123,10 @@ def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
         )
     console.print(table)
     _tell(console, f"noise {fitted.noise}")
+    for each in fitted.foretold:
+        error, value, interval = each["error"]
+        said = f"the budgets below foretell {value:.2%} {_interval(interval, '.2%')}"
+        _tell(console, f"{each.optimum.budget:.3g} FLOP: {said}, measured {error:.2%}")
     computes = [optimum.compute for optimum in laws.optima]
     _tell_a_short_range(console, min(computes), max(computes))
 

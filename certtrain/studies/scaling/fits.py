@@ -223,3 +223,34 @@ def bootstrap(points: Sequence[Point], resamples: int = 1000, seed: int = 0) -> 
         except UsageError:
             continue
     return Resampled(tuple(fitted), resamples)
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """The optimum of a budget, and what laws of the smaller budgets alone say of it, with their intervals."""
+
+    optimum: Optimum
+    laws: Laws
+    intervals: Mapping[str, Interval | None]
+
+    def __getitem__(self, name: str) -> tuple[float, float, Interval | None]:
+        """Of "width", "epochs" or "error": as measured, as foretold, and the interval of that."""
+        return (
+            getattr(self.optimum, name),
+            float(getattr(self.laws, name)(self.optimum.compute)),
+            self.intervals[name],
+        )
+
+
+def foretold(points: Sequence[Point], resamples: int = 1000, seed: int = 0) -> list[Foretold]:
+    """For each optimum that laws can be fitted below: whether they would have foretold it."""
+    found = []
+    for budget, curve in curves(points).items():
+        optimum, below = isoflop_optimum(curve), [point for point in points if point.budget < budget]
+        try:
+            laws = fit_laws(below)
+        except UsageError:
+            continue
+        if not optimum.at_edge:
+            found.append(Foretold(optimum, laws, bootstrap(below, resamples, seed).at(optimum.compute)))
+    return found

@@ -15,6 +15,7 @@ from certtrain.studies.scaling.cost import Counter
 from certtrain.studies.scaling.design import Plan, Planned, Settings, require_comparable
 from certtrain.studies.scaling.fits import (
     FEWEST_SIZES,
+    Foretold,
     Laws,
     Point,
     PowerLaw,
@@ -22,6 +23,7 @@ from certtrain.studies.scaling.fits import (
     bootstrap,
     curves,
     fit_laws,
+    foretold,
     power_law,
 )
 
@@ -30,11 +32,15 @@ RECORD = "scaling.json"
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell, and the errors of its finished runs on `images` validation images."""
+    """A cell, and the errors of its finished runs on `images` validation images, by seed."""
 
     cell: Planned
-    errors: tuple[float, ...]
+    by_seed: Mapping[int, float]
     images: int
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        return tuple(self.by_seed.values())
 
     @property
     def error(self) -> float:
@@ -42,19 +48,23 @@ class Measured:
 
 
 def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path) -> list[Measured]:
-    """The cells of which all runs are finished.
+    """The cells of which runs are finished, be it of one seed: a grid is of use before its last seed is trained.
 
     Raises:
         CheckpointError: a summary is corrupt.
     """
     found = []
     for cell in cells:
-        runs = [folder / run.name for run in cell.runs(seeds)]
-        if all(map(is_finished, runs)):
-            summaries = [_summary(run / "summary.json") for run in runs]
-            errors = tuple(summary["verified_error"] for summary in summaries)
-            found.append(Measured(cell, errors, summaries[0]["images"]))
+        runs = {seed: folder / run.name for seed in seeds for run in cell.runs([seed])}
+        summaries = {seed: _summary(run / "summary.json") for seed, run in runs.items() if is_finished(run)}
+        if summaries:
+            errors = {seed: summary["verified_error"] for seed, summary in summaries.items()}
+            found.append(Measured(cell, errors, next(iter(summaries.values()))["images"]))
     return found
+
+
+def finished_runs(results: Sequence[Measured]) -> int:
+    return sum(len(result.by_seed) for result in results)
 
 
 def _summary(file: Path) -> dict[str, Any]:
@@ -124,13 +134,17 @@ def _tried(result: Measured) -> Settings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A protocol's points, and laws where they could be fitted; `why_not` otherwise."""
+    """A protocol's points, and laws where they could be fitted; `why_not` otherwise.
+
+    foretold: the test of the laws, by optima that were not fitted to.
+    """
 
     protocol: str
     points: Sequence[Point]
     noise: str
     laws: Laws | None
     resampled: Resampled | None
+    foretold: Sequence[Foretold] = ()
     why_not: str = ""
 
     @property
@@ -169,8 +183,9 @@ def fit(plan: Plan, results: Sequence[Measured], protocol: str, resamples: int |
     try:
         laws = fit_laws(points)
     except UsageError as error:
-        return Fitted(protocol, points, noise, None, None, str(error))
-    return Fitted(protocol, points, noise, laws, bootstrap(points, resamples or plan.file.resamples))
+        return Fitted(protocol, points, noise, None, None, why_not=str(error))
+    drawn = resamples or plan.file.resamples
+    return Fitted(protocol, points, noise, laws, bootstrap(points, drawn), foretold(points, drawn))
 
 
 def _noise(cells: Sequence[Measured]) -> tuple[Any, str]:
@@ -226,6 +241,7 @@ def _row(result: Measured) -> dict[str, Any]:
         "lr": config.optimizer.lr,
         "batch_size": config.training.batch_size,
         "betas": config.optimizer.arguments.get("betas"),
+        "seeds": list(result.by_seed),
         "verified_error": list(result.errors),
         "images": result.images,
     }
@@ -247,7 +263,13 @@ def _fitted(fitted: Fitted, forecast: float) -> dict[str, Any]:
         "resampled": [_laws_row(each) for each in resampled.laws],
         "range": [min(optimum.compute for optimum in laws.optima), max(optimum.compute for optimum in laws.optima)],
         "forecast": {"compute": forecast, **predicted(laws, resampled, forecast)},
+        "foretold": [_foretold_row(each) for each in fitted.foretold],
     }
+
+
+def _foretold_row(each: Foretold) -> dict[str, Any]:
+    rows = {name: dict(zip(("measured", "value", "interval"), each[name], strict=True)) for name in each.intervals}
+    return {"budget": each.optimum.budget, "compute": each.optimum.compute, **rows}
 
 
 def _laws_row(laws: Laws) -> list[float]:

@@ -16,7 +16,17 @@ from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.runner import Outcome, train_all
 from certtrain.studies.scaling.cost import Counter
 from certtrain.studies.scaling.design import TUNING, Grid, Plan, Planned
-from certtrain.studies.scaling.results import RECORD, Fitted, Measured, TunedRule, fit, measured, record, tuned_rule
+from certtrain.studies.scaling.results import (
+    RECORD,
+    Fitted,
+    Measured,
+    TunedRule,
+    finished_runs,
+    fit,
+    measured,
+    record,
+    tuned_rule,
+)
 
 
 @dataclass
@@ -76,7 +86,8 @@ def scale(
 
     tuning = plan.tuning_cells(count)
     tried = finished(tuning.cells, folder / TUNING)
-    rule = tuned_rule(tried) if tried and len(tried) == len(tuning.cells) else None
+    all_tried = bool(tried) and finished_runs(tried) == len(tuning.cells) * len(seeds)
+    rule = tuned_rule(tried) if all_tried else None
     grid = plan.grid(count, rule)
     results = finished(grid.cells, folder)
     protocols = dict.fromkeys(result.cell.protocol for result in results)

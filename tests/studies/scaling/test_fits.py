@@ -16,6 +16,7 @@ from certtrain.studies.scaling.fits import (
     PowerLaw,
     bootstrap,
     fit_laws,
+    foretold,
     isoflop_optimum,
     power_law,
     saturating_law,
@@ -145,3 +146,26 @@ def test_noise_of_one_point_moves_the_fit():
     noisy = [replace(point, noise=0.01) if point.width == WIDTHS[5] else point for point in points]
     low, high = bootstrap(noisy, 40).exponents["width"]
     assert low < high
+
+
+def test_budgets_are_foretold_from_those_below_alone():
+    """Of an exact law they are; an error at a budget moves what is foretold above it, and not there or below."""
+    points = grid(first=1e10)
+    found = foretold(points, resamples=3)
+    budgets = sorted({point.budget for point in points})
+    assert [each.optimum.budget for each in found] == budgets[2:]
+    for each in found[2:]:  # with a floor, that is
+        error, value, interval = each["error"]
+        assert value == pytest.approx(error, rel=0.01)
+        assert interval == pytest.approx((value, value), rel=1e-12)
+    moved = [replace(point, error=point.error * 1.1) if point.budget == budgets[4] else point for point in points]
+    for each, other in zip(found, foretold(moved, resamples=3), strict=True):
+        same = other["error"][1] == each["error"][1]
+        assert same == (each.optimum.budget <= budgets[4])
+
+
+def test_an_optimum_at_the_edge_is_not_foretold():
+    points = grid(first=1e10)
+    last = max(point.budget for point in points)
+    cut = [point for point in points if point.budget < last or point.width < 5]
+    assert last not in [each.optimum.budget for each in foretold(cut, resamples=3)]

@@ -146,19 +146,37 @@ def test_laws_record_and_forecast(scaled, folder):
     assert {len(row["verified_error"]) for row in runs} == {2}
     assert {(row["lr"], row["batch_size"]) for row in runs if row["width"] == 4} == {(4e-3, 32)}
     assert "root" not in content["base"]["data"]
+    assert len(fits["foretold"]) >= 1
+    for each in fits["foretold"]:
+        assert each["error"]["value"] == pytest.approx(each["error"]["measured"], abs=0.03)
 
 
-def test_a_cell_counts_when_all_its_seeds_are_finished(plan, scaled, folder):
-    gone = scaled.results[0].cell
-    (folder / gone.name / "seed-1" / "summary.json").unlink()
+def test_a_cell_counts_by_the_seeds_that_are_finished(plan, scaled, folder):
+    """The mean and its noise are those of fewer seeds; without any, the cell is not there."""
+    first, second = (result.cell for result in scaled.results[:2])
+    for name in (f"{first.name}/seed-1", f"{second.name}/seed-0", f"{second.name}/seed-1"):
+        (folder / name / "summary.json").unlink()
     after = scale(plan, folder, train=False)
-    assert [result.cell.name for result in after.results] == [result.cell.name for result in scaled.results[1:]]
+    assert [result.cell.name for result in after.results] == [
+        result.cell.name for result in scaled.results if result.cell.name != second.name
+    ]
+    assert after.results[0].by_seed == {0: scaled.results[0].by_seed[0]}
+    assert after.record["runs"][0]["seeds"] == [0]
+    alone, both = after.fits[0].points[:2]
+    assert alone.error == scaled.results[0].by_seed[0]
+    assert alone.noise == pytest.approx(both.noise * 2**0.5)
+
+
+def test_the_tuning_is_finished_with_its_last_seed(plan, scaled, folder):
+    """Or the grid's settings would change while it is trained."""
+    (folder / "tuning" / scaled.tried[-1].cell.name / "seed-1" / "summary.json").unlink()
+    assert scale(plan, folder, train=False).rule is None
 
 
 def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
     outcome = cli("scale", tmp_path / "plan.yaml", "--out", folder, "--fit")
     assert outcome.code == 0, outcome.err
-    assert "tuning: 24 of 24 cells finished" in outcome.out
+    assert "tuning: 48 of 48 runs finished" in outcome.out
     assert "corrected: 95 % intervals" in outcome.out
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
     outcome = cli("plan", "--budget", "2e11", "--eps", "0.1", "--law", folder)
