@@ -103,7 +103,10 @@ def fill_warmup() -> None:
 def fill_scaling() -> None:
     """What `certtrain scale` wrote."""
     if (RESULTS / "scaling_small.json").exists():
-        fill(RESULTS.parent / "scaling.md", isoflop=isoflop_table(read("scaling_small")))
+        record = read("scaling_small")
+        (fits,) = record["fits"].values()  # of its one protocol
+        tables = {"isoflop": isoflop_table(record), "laws": laws_table(fits), "foretold": foretold_table(fits)}
+        fill(RESULTS.parent / "scaling.md", **tables)
 
 
 def fill_training_methods() -> None:
@@ -427,6 +430,49 @@ def isoflop_table(record: dict[str, Any]) -> str:
         ]
         lines.append(f"| {budget:.2e} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def laws_table(fits: dict[str, Any]) -> str:
+    """What each approach says, with intervals: exponents, and the optimum at the compute that was asked for."""
+    fitted = {approach: each for approach, each in fits.items() if "why_not" not in each}
+    asked = next(iter(fitted.values()))["forecast"]["compute"]
+    lines = ["| | " + " | ".join(fitted) + " |", "|---|" + "---:|" * len(fitted)]
+    names = {"width": "optimal width", "epochs": "optimal epochs", "error": "verified error"}
+    for name, title in names.items():
+        laws = [each[name] for each in fitted.values()]
+        cells = [with_interval(law["exponent"], law["exponent_interval"], ".2f") for law in laws]
+        cells = [
+            f"{cell} above {law['floor']:.1%}" if "floor" in law else cell
+            for cell, law in zip(cells, laws, strict=True)
+        ]
+        lines.append(f"| {title}: exponent | {' | '.join(cells)} |")
+    for name, title in names.items():
+        form = ".1%" if name == "error" else ".3g"
+        there = [each["forecast"][name] for each in fitted.values()]
+        cells = [with_interval(each["value"], each["interval"], form) for each in there]
+        lines.append(f"| {title} at {asked:.3g} FLOP | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def foretold_table(fits: dict[str, Any]) -> str:
+    """The error of each budget's best width, as measured and as each approach foretells it from those below."""
+    rows: dict[float, dict[str, Any]] = {}
+    for approach, fitted in fits.items():
+        for row in fitted.get("foretold", ()):
+            rows.setdefault(row["budget"], {})[approach] = row["error"]
+    lines = ["| FLOP | measured | " + " | ".join(fits) + " |", "|---:|---:|" + "---:|" * len(fits)]
+    for budget, errors in sorted(rows.items()):
+        measured = next(iter(errors.values()))["measured"]
+        cells = [
+            with_interval(errors[name]["value"], errors[name]["interval"], ".1%") if name in errors else "–"
+            for name in fits
+        ]
+        lines.append(f"| {budget:.2e} | {measured:.1%} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_interval(value: float, interval: list[float] | None, form: str) -> str:
+    return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
 
 
 def costs_table(rows: list[dict[str, Any]]) -> str:

@@ -103,6 +103,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--law", type=_path, default=Path("runs/scaling"), help="scaling.json, or its folder (default: runs/scaling)"
     )
     plan.add_argument("--protocol", default="corrected", metavar="NAME", help="of the plan (default: corrected)")
+    plan.add_argument(
+        "--approach", default="isoflop", metavar="NAME", help="isoflop (default) or joint: how laws are fitted"
+    )
 
     compare = _command(
         subparsers, "compare", "runs beside each other, with intervals and tests", studies.compare_command, device=False

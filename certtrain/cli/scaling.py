@@ -65,7 +65,7 @@ def plan_command(options: argparse.Namespace) -> int:
 
     record = read_record(options.law)
     eps = record.eps if options.eps is None else options.eps
-    _show_recommendation(Console(), recommend(record, options.protocol, options.budget, eps), eps)
+    _show_recommendation(Console(), recommend(record, options.protocol, options.approach, options.budget, eps), eps)
     return 0
 
 
@@ -103,23 +103,24 @@ def _show_progress(console: Console, scaled: Scaled, seeds: int, command: str) -
 
 
 def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
+    name = f"{fitted.protocol}, {fitted.approach}"
     for line in fitted.dropped:
-        _tell(console, f"{fitted.protocol}: dropped: {line}")
+        _tell(console, f"{name}: dropped: {line}")
     laws, resampled = fitted.laws, fitted.resampled
     if laws is None or resampled is None:
-        _tell(console, f"{fitted.protocol}: no laws yet: {fitted.why_not}")
+        _tell(console, f"{name}: no laws yet: {fitted.why_not}")
         return
-    table = Table(title=f"{fitted.protocol}: 95 % intervals of {len(resampled.laws)} of {resampled.drawn} resamples")
+    table = Table(title=f"{name}: 95 % intervals of {len(resampled.laws)} of {resampled.drawn} resamples")
     for column in ("", "exponent", f"at {forecast:.3g} FLOP"):
         table.add_column(column)
     values = {"width": laws.width.exponent, "epochs": laws.epochs.exponent, "error": laws.error.above.exponent}
     at = resampled.at(forecast)
-    for name, exponent in values.items():
-        value = getattr(laws, name)(forecast)
+    for quantity, exponent in values.items():
+        value = getattr(laws, quantity)(forecast)
         table.add_row(
-            "verified error" if name == "error" else f"optimal {name}",
-            f"{exponent:.3f} {_interval(resampled.exponents[name], '.3f')}",
-            f"{value:.4g} {_interval(at[name], '.4g')}",
+            "verified error" if quantity == "error" else f"optimal {quantity}",
+            f"{exponent:.3f} {_interval(resampled.exponents[quantity], '.3f')}",
+            f"{value:.4g} {_interval(at[quantity], '.4g')}",
         )
     console.print(table)
     _tell(console, f"noise {fitted.noise}")
@@ -127,8 +128,7 @@ def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
         error, value, interval = each["error"]
         said = f"the budgets below foretell {value:.2%} {_interval(interval, '.2%')}"
         _tell(console, f"{each.optimum.budget:.3g} FLOP: {said}, measured {error:.2%}")
-    computes = [optimum.compute for optimum in laws.optima]
-    _tell_a_short_range(console, min(computes), max(computes))
+    _tell_a_short_range(console, *laws.range)
 
 
 def _tell_a_short_range(console: Console, low: float, high: float) -> None:

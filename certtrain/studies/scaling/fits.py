@@ -8,7 +8,7 @@ least, and power laws are fitted to the optima.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ FEWEST_SIZES = 3  # at a budget, of which one is inside
 FEWEST_BUDGETS = 2  # for a power law
 FEWEST_FOR_FLOOR = 4  # for a power law above a floor, which has three parameters
 GRID = 401  # places where an interpolated curve is looked at
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -77,18 +79,17 @@ class SaturatingLaw:
 
 @dataclass(frozen=True)
 class Laws:
-    """Optimal width and epochs, and the error they lead to, as functions of compute; the optima they were fitted to.
+    """Optimal width and epochs, and the error they lead to, as functions of compute.
 
-    Those at the edge are among the optima, and not among what was fitted to.
+    optima: of single budgets, where the laws come from these; those at the edge were not fitted to. range: least and
+    most compute of what was fitted to.
     """
 
     width: PowerLaw
     epochs: PowerLaw
     error: SaturatingLaw
     optima: tuple[Optimum, ...]
-
-
-Interval = tuple[float, float]
+    range: Interval
 
 
 def isoflop_optimum(points: Sequence[Point]) -> Optimum:
@@ -144,8 +145,8 @@ def saturating_law(x: Sequence[float], y: Sequence[float]) -> SaturatingLaw:
     return law(float(minimize_scalar(residual, bounds=(0.0, 1 - 1e-6), method="bounded").x))
 
 
-def fit_laws(points: Sequence[Point]) -> Laws:
-    """The laws of points at several budgets.
+def fit_optima(points: Sequence[Point]) -> Laws:
+    """The laws through the optima of points at several budgets.
 
     Raises:
         UsageError: fewer than FEWEST_BUDGETS budgets have an optimum inside their grid; says which lie at the edge.
@@ -164,6 +165,7 @@ def fit_laws(points: Sequence[Point]) -> Laws:
         power_law(compute, [optimum.epochs for optimum in inside]),
         saturating_law(compute, [optimum.error for optimum in inside]),
         optima,
+        (min(compute), max(compute)),
     )
 
 
@@ -206,10 +208,14 @@ class Resampled:
         }
 
 
-def bootstrap(points: Sequence[Point], resamples: int = 1000, seed: int = 0) -> Resampled:
+Fit = Callable[[Sequence[Point]], Laws]
+
+
+def bootstrap(points: Sequence[Point], resamples: int = 1000, seed: int = 0, fit: Fit = fit_optima) -> Resampled:
     """Fit again to points whose errors have moved by their noise (parametric bootstrap).
 
-    A resample in which too many optima lie at the edge has no laws; how many that are is part of the answer.
+    A resample that has no laws, as where too many optima lie at the edge, is left out; how many those are is part of
+    the answer.
     """
     random = np.random.default_rng(seed)
     fitted = []
@@ -219,7 +225,7 @@ def bootstrap(points: Sequence[Point], resamples: int = 1000, seed: int = 0) -> 
             replace(point, error=float(np.clip(error, 1e-9, 1.0))) for point, error in zip(points, moved, strict=True)
         ]
         try:
-            fitted.append(fit_laws(again))
+            fitted.append(fit(again))
         except UsageError:
             continue
     return Resampled(tuple(fitted), resamples)
@@ -242,15 +248,15 @@ class Foretold:
         )
 
 
-def foretold(points: Sequence[Point], resamples: int = 1000, seed: int = 0) -> list[Foretold]:
+def foretold(points: Sequence[Point], resamples: int = 1000, seed: int = 0, fit: Fit = fit_optima) -> list[Foretold]:
     """For each optimum that laws can be fitted below: whether they would have foretold it."""
     found = []
     for budget, curve in curves(points).items():
         optimum, below = isoflop_optimum(curve), [point for point in points if point.budget < budget]
         try:
-            laws = fit_laws(below)
+            laws = fit(below)
         except UsageError:
             continue
         if not optimum.at_edge:
-            found.append(Foretold(optimum, laws, bootstrap(below, resamples, seed).at(optimum.compute)))
+            found.append(Foretold(optimum, laws, bootstrap(below, resamples, seed, fit).at(optimum.compute)))
     return found

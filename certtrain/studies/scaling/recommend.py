@@ -39,7 +39,7 @@ class ErrorLaw(Law):
 
 
 class FittedLaws(_Record):
-    """Of one protocol; `range`: the compute of the optima that were measured."""
+    """Of one protocol, by one approach; `range`: the compute of what they were fitted to."""
 
     width: Law
     epochs: Law
@@ -50,12 +50,13 @@ class FittedLaws(_Record):
     @property
     def laws(self) -> Laws:
         error = SaturatingLaw(self.error.floor, self.error.law)
-        return Laws(self.width.law, self.epochs.law, error, ())
+        return Laws(self.width.law, self.epochs.law, error, (), (self.range[0], self.range[1]))
 
     @property
     def again(self) -> Resampled:
+        measured = self.range[0], self.range[1]
         rows = [
-            Laws(PowerLaw(a, b), PowerLaw(c, d), SaturatingLaw(e, PowerLaw(f, g)), ())
+            Laws(PowerLaw(a, b), PowerLaw(c, d), SaturatingLaw(e, PowerLaw(f, g)), (), measured)
             for a, b, c, d, e, f, g in self.resampled
         ]
         return Resampled(tuple(rows), len(rows))
@@ -103,7 +104,7 @@ class ScalingRecord(_Record):
     eps: float
     data: Data
     tuning: Tuning | None
-    fits: dict[str, FittedLaws | Unfitted]
+    fits: dict[str, dict[str, FittedLaws | Unfitted]]  # by protocol and approach
 
 
 @dataclass(frozen=True)
@@ -149,19 +150,26 @@ def read_record(source: Path) -> ScalingRecord:
         raise CheckpointError(f"{file} is missing or corrupt ({str(reason)[:160]})") from error
 
 
-def recommend(record: ScalingRecord, protocol: str, compute: float, eps: float) -> Recommendation:
+def recommend(record: ScalingRecord, protocol: str, approach: str, compute: float, eps: float) -> Recommendation:
     """The width that the laws of a protocol say for so many operations, and how long that can be trained.
 
+    Args:
+        approach: of `certtrain.studies.scaling.results.APPROACHES`, by which the laws were fitted.
+
     Raises:
-        UsageError: no laws of that protocol or radius; too little for an epoch.
+        UsageError: no laws of that protocol, approach or radius; too little for an epoch.
     """
     if not math.isclose(eps, record.eps, rel_tol=1e-6):
         raise UsageError(f"--eps: the law was fitted at {record.eps:.6g}, not at {eps:.6g}: run a plan at that radius")
     if protocol not in record.fits:
         raise unknown("protocol", protocol, record.fits)
-    fitted = record.fits[protocol]
+    if approach not in record.fits[protocol]:
+        raise unknown("approach", approach, record.fits[protocol])
+    fitted = record.fits[protocol][approach]
     if isinstance(fitted, Unfitted):
-        raise UsageError(f"protocol {protocol} has no laws: {fitted.why_not}")
+        others = [name for name, each in record.fits[protocol].items() if isinstance(each, FittedLaws)]
+        instead = f"; there are those of --approach {others[0]}" if others else ""
+        raise UsageError(f"protocol {protocol} has no laws by {approach}: {fitted.why_not}{instead}")
     section = record.plan.protocols[protocol]
     rule = record.tuning.rule.rule if record.tuning is not None and section.tuned else None
     channels, height, width = record.data.image_shape

@@ -15,6 +15,7 @@ from certtrain.studies.scaling.cost import Counter
 from certtrain.studies.scaling.design import Plan, Planned, Settings, require_comparable
 from certtrain.studies.scaling.fits import (
     FEWEST_SIZES,
+    Fit,
     Foretold,
     Laws,
     Point,
@@ -22,12 +23,14 @@ from certtrain.studies.scaling.fits import (
     Resampled,
     bootstrap,
     curves,
-    fit_laws,
+    fit_optima,
     foretold,
     power_law,
 )
+from certtrain.studies.scaling.joint import fit_jointly
 
 RECORD = "scaling.json"
+APPROACHES: Mapping[str, Fit] = {"isoflop": fit_optima, "joint": fit_jointly}
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,13 @@ def _tried(result: Measured) -> Settings:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A protocol's points, and laws where they could be fitted; `why_not` otherwise.
+    """A protocol's points, and laws where they could be fitted by an approach; `why_not` otherwise.
 
     foretold: the test of the laws, by optima that were not fitted to.
     """
 
     protocol: str
+    approach: str
     points: Sequence[Point]
     noise: str
     laws: Laws | None
@@ -149,7 +153,9 @@ class Fitted:
 
     @property
     def dropped(self) -> list[str]:
-        """What was not fitted to, and why."""
+        """What was not fitted to, and why; jointly all is."""
+        if self.approach != "isoflop":
+            return []
         optima = () if self.laws is None else self.laws.optima
         edges = [
             f"{optimum.budget:.3g} FLOP: the optimum lies at the edge of the grid, width {optimum.width:g}"
@@ -160,8 +166,8 @@ class Fitted:
         return edges + [f"{budget:.3g} FLOP: fewer than {FEWEST_SIZES} widths" for budget in sorted(budgets)]
 
 
-def fit(plan: Plan, results: Sequence[Measured], protocol: str, resamples: int | None = None) -> Fitted:
-    """Fit the laws of one protocol to its finished cells.
+def fit(plan: Plan, results: Sequence[Measured], protocol: str) -> list[Fitted]:
+    """Fit the laws of one protocol to its finished cells, by each approach.
 
     Raises:
         UsageError: the cells differ in more than a law allows.
@@ -180,12 +186,18 @@ def fit(plan: Plan, results: Sequence[Measured], protocol: str, resamples: int |
         )
         for result in cells
     ]
+    resamples = plan.file.resamples
+    return [_fit(protocol, approach, points, noise, resamples) for approach in APPROACHES]
+
+
+def _fit(protocol: str, approach: str, points: Sequence[Point], noise: str, resamples: int) -> Fitted:
+    by = APPROACHES[approach]
     try:
-        laws = fit_laws(points)
+        laws = by(points)
     except UsageError as error:
-        return Fitted(protocol, points, noise, None, None, why_not=str(error))
-    drawn = resamples or plan.file.resamples
-    return Fitted(protocol, points, noise, laws, bootstrap(points, drawn), foretold(points, drawn))
+        return Fitted(protocol, approach, points, noise, None, None, why_not=str(error))
+    again, tests = bootstrap(points, resamples, fit=by), foretold(points, resamples, fit=by)
+    return Fitted(protocol, approach, points, noise, laws, again, tests)
 
 
 def _noise(cells: Sequence[Measured]) -> tuple[Any, str]:
@@ -225,7 +237,10 @@ def record(
         "tuning": None if rule is None else {"rule": asdict(rule), "runs": [_row(result) for result in tuning]},
         "runs": [_row(result) for result in grid],
         "left_out": list(left_out),
-        "fits": {each.protocol: _fitted(each, plan.file.forecast) for each in fits},
+        "fits": {
+            protocol: {each.approach: _fitted(each, plan.file.forecast) for each in fits if each.protocol == protocol}
+            for protocol in dict.fromkeys(each.protocol for each in fits)
+        },
     }
 
 
@@ -261,7 +276,7 @@ def _fitted(fitted: Fitted, forecast: float) -> dict[str, Any]:
         "error": {"floor": laws.error.floor, **asdict(laws.error.above), "exponent_interval": exponents["error"]},
         "resamples": {"drawn": resampled.drawn, "fitted": len(resampled.laws)},
         "resampled": [_laws_row(each) for each in resampled.laws],
-        "range": [min(optimum.compute for optimum in laws.optima), max(optimum.compute for optimum in laws.optima)],
+        "range": list(laws.range),
         "forecast": {"compute": forecast, **predicted(laws, resampled, forecast)},
         "foretold": [_foretold_row(each) for each in fitted.foretold],
     }

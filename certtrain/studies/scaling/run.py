@@ -91,7 +91,7 @@ def scale(
     grid = plan.grid(count, rule)
     results = finished(grid.cells, folder)
     protocols = dict.fromkeys(result.cell.protocol for result in results)
-    fits = [fit(plan, results, protocol) for protocol in protocols]
+    fits = [fitted for protocol in protocols for fitted in fit(plan, results, protocol)]
     content = record(plan, count, rule, tried, results, fits, grid.left_out, versions())
     if results or tried:
         make_folder(folder)

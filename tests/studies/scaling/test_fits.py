@@ -15,7 +15,7 @@ from certtrain.studies.scaling.fits import (
     Point,
     PowerLaw,
     bootstrap,
-    fit_laws,
+    fit_optima,
     foretold,
     isoflop_optimum,
     power_law,
@@ -52,7 +52,7 @@ def optimal(compute, by_width=0.6, by_epochs=0.4):
 @given(a=st.floats(0.4, 0.9), b=st.floats(0.3, 0.7))
 def test_known_exponents_come_back(a, b):
     points = grid(first=1e10, widths=[0.25 * 2 ** (k / 2) for k in range(24)], by_width=a, by_epochs=b)
-    laws = fit_laws(points)
+    laws = fit_optima(points)
     assert laws.width.exponent == pytest.approx(b / (a + 2 * b), abs=0.005)
     assert laws.epochs.exponent == pytest.approx(1 - 2 * b / (a + 2 * b), abs=0.01)
     for compute in (1e11, 1e13):
@@ -66,7 +66,7 @@ def test_known_exponents_come_back_from_noise_within_their_intervals():
     hits = 0
     for seed in range(3):
         points = grid(noise=noise, seed=seed, first=1e10)
-        found, again = fit_laws(points), bootstrap(points, 40, seed)
+        found, again = fit_optima(points), bootstrap(points, 40, seed)
         low, high = again.exponents["width"]
         hits += low <= truth <= high
         assert found.width.exponent == pytest.approx(truth, abs=0.12)
@@ -80,23 +80,23 @@ def test_known_exponents_come_back_from_noise_within_their_intervals():
 
 def test_without_noise_the_bootstrap_is_a_point():
     points = grid(first=1e10)
-    again, laws = bootstrap(points, 3), fit_laws(points)
+    again, laws = bootstrap(points, 3), fit_optima(points)
     for name, law in (("width", laws.width), ("epochs", laws.epochs), ("error", laws.error)):
         assert again.at(1e13)[name] == pytest.approx((law(1e13), law(1e13)), rel=1e-12)
 
 
 def test_an_optimum_at_the_edge_is_said_and_not_fitted_to():
     points = grid(first=1e10)
-    whole = fit_laws(points)
+    whole = fit_optima(points)
     cut = [point for point in points if point.budget > 1e10 or point.width < 5]  # the optimum there is 10
-    laws = fit_laws(cut)
+    laws = fit_optima(cut)
     assert [optimum.at_edge for optimum in laws.optima] == [True] + [False] * 7
     assert laws.optima[0].width == 4
     inside = [optimum for optimum in whole.optima if optimum.budget > 1e10]
     assert laws.width == power_law([o.compute for o in inside], [o.width for o in inside])
     few = [point for point in points if point.width < 5]
     with pytest.raises(UsageError, match=r"^0 budgets have an optimum inside .*, 2 are needed; .*at the edge") as e:
-        fit_laws(few)
+        fit_optima(few)
     assert "(width 4)" in str(e.value)
 
 

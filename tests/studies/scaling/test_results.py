@@ -128,8 +128,18 @@ def test_before_the_tuning_is_finished_no_tuned_run_is_planned(plan, tmp_path):
 
 def test_laws_record_and_forecast(scaled, folder):
     content = json.loads((folder / "scaling.json").read_text())
-    assert [fitted.protocol for fitted in scaled.fits] == ["kaplan", "corrected"] == list(content["fits"])
-    fits = content["fits"]["corrected"]
+    fitted = [(fitted.protocol, fitted.approach) for fitted in scaled.fits]
+    assert fitted == [(protocol, approach) for protocol in ("kaplan", "corrected") for approach in ("isoflop", "joint")]
+    assert fitted == [(protocol, approach) for protocol, fits in content["fits"].items() for approach in fits]
+    for fits in content["fits"]["corrected"].values():
+        _is_the_law(fits)
+    runs = [row for row in content["runs"] if row["protocol"] == "corrected"]
+    assert {len(row["verified_error"]) for row in runs} == {2}
+    assert {(row["lr"], row["batch_size"]) for row in runs if row["width"] == 4} == {(4e-3, 32)}
+    assert "root" not in content["base"]["data"]
+
+
+def _is_the_law(fits):
     low, high = fits["width"]["exponent_interval"]
     assert low < fits["width"]["exponent"] < high
     assert fits["width"]["exponent"] == pytest.approx(0.4 / 1.4, abs=0.06)
@@ -142,10 +152,6 @@ def test_laws_record_and_forecast(scaled, folder):
     assert least <= foretold["error"]["value"] <= most
     assert fits["noise"].startswith("of seeds, pooled over cells: 0.000")
     assert len(fits["resampled"]) == fits["resamples"]["fitted"] > 15
-    runs = [row for row in content["runs"] if row["protocol"] == "corrected"]
-    assert {len(row["verified_error"]) for row in runs} == {2}
-    assert {(row["lr"], row["batch_size"]) for row in runs if row["width"] == 4} == {(4e-3, 32)}
-    assert "root" not in content["base"]["data"]
     assert len(fits["foretold"]) >= 1
     for each in fits["foretold"]:
         assert each["error"]["value"] == pytest.approx(each["error"]["measured"], abs=0.03)
@@ -177,7 +183,8 @@ def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
     outcome = cli("scale", tmp_path / "plan.yaml", "--out", folder, "--fit")
     assert outcome.code == 0, outcome.err
     assert "tuning: 48 of 48 runs finished" in outcome.out
-    assert "corrected: 95 % intervals" in outcome.out
+    for approach in ("isoflop", "joint"):
+        assert f"corrected, {approach}: 95 % intervals" in outcome.out
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
     outcome = cli("plan", "--budget", "2e11", "--eps", "0.1", "--law", folder)
     assert outcome.code == 0, outcome.err
@@ -189,6 +196,8 @@ def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
     assert int(rows["warmup of epsilon, epochs"]) == pytest.approx(30 / 60 * int(rows["epochs"]), abs=0.51)
     assert "extrapolated: 2.6 doublings beyond what was measured" in outcome.out
     assert "0.9 orders of magnitude: from less than two, what lies beyond is a guess" in outcome.out
+    jointly = cli("plan", "--budget", "2e11", "--law", folder, "--approach", "joint")
+    assert int(re.search(r"│ width +│ (\d+)", jointly.out)[1]) == pytest.approx(optimal(2e11), rel=0.2)
     inside = cli("plan", "--budget", "8e9", "--law", folder / "scaling.json", "--protocol", "kaplan")
     assert inside.code == 0
     assert "extrapolated" not in inside.out
@@ -200,6 +209,7 @@ def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
     [
         (["--budget", "2e11", "--eps", "2/255"], 2, "the law was fitted at 0.1, not at 0.00784314"),
         (["--budget", "2e11", "--protocol", "korrected"], 2, "unknown protocol 'korrected': did you mean corrected"),
+        (["--budget", "2e11", "--approach", "jointly"], 2, "unknown approach 'jointly': did you mean joint"),
         (["--budget", "1e4"], 2, "FLOP are not enough for width"),
         (["--budget", "-1"], 2, "is not a number of operations"),
         (["--budget", "2e11", "--law", "nowhere"], 2, "there is no nowhere: certtrain scale PLAN.yaml fits a law"),
@@ -215,7 +225,7 @@ def test_what_cannot_be_recommended(cli, folder, arguments, code, message):
 def test_a_corrupt_law_is_refused(cli, folder, harm):
     file = folder / "scaling.json"
     content = json.loads(file.read_text())
-    content["fits"]["corrected"]["width"]["exponent"] = "steep"
+    content["fits"]["corrected"]["isoflop"]["width"]["exponent"] = "steep"
     file.write_text(json.dumps(content) if harm is None else harm)
     outcome = cli("plan", "--budget", "2e11", "--law", folder)
     assert outcome.code == 1
@@ -228,7 +238,9 @@ def test_one_seed_has_the_noise_of_its_images(tmp_path):
     plan = load_plan(written(tmp_path, text))
     for cell in plan.grid(Counted(), None).cells:
         pretend(tmp_path / "out", *cell.runs([0]), error_of(cell.width, cell.config.training.epochs))
-    (fitted,) = scale(plan, tmp_path / "out", train=False).fits
-    for point in fitted.points:
-        assert point.noise == pytest.approx((point.error * (1 - point.error) / HELD_OUT) ** 0.5)
-    assert "there is one seed" in fitted.noise
+    fits = scale(plan, tmp_path / "out", train=False).fits
+    assert [fitted.approach for fitted in fits] == ["isoflop", "joint"]
+    for fitted in fits:
+        for point in fitted.points:
+            assert point.noise == pytest.approx((point.error * (1 - point.error) / HELD_OUT) ** 0.5)
+        assert "there is one seed" in fitted.noise
