@@ -15,7 +15,8 @@ from certtrain.runtime.files import parse_json
 from certtrain.studies.scaling.cost import Counter
 from certtrain.studies.scaling.design import Length, Plan, ScalingFile, Settings
 from certtrain.studies.scaling.fits import Interval, Laws, PowerLaw, Resampled, SaturatingLaw
-from certtrain.studies.scaling.results import RECORD, TunedRule
+from certtrain.studies.scaling.record import RECORD
+from certtrain.studies.scaling.tuned import TunedRule
 
 MOST_WIDTH = 100_000
 Positive = Annotated[FiniteFloat, Field(gt=0)]

@@ -1,35 +1,31 @@
-"""What the runs of a plan came to: the rule that was tuned, the points, the laws, as JSON."""
+"""What the runs of a plan came to: the errors of its cells, and the laws that were fitted to them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.runtime.files import parse_json
 from certtrain.studies.progress import is_finished
-from certtrain.studies.scaling.cost import Counter
-from certtrain.studies.scaling.design import Plan, Planned, Settings, require_comparable
+from certtrain.studies.scaling.design import Plan, Planned, require_comparable
 from certtrain.studies.scaling.fits import (
     FEWEST_SIZES,
     Fit,
     Foretold,
     Laws,
     Point,
-    PowerLaw,
     Resampled,
     bootstrap,
     curves,
     fit_optima,
     foretold,
-    power_law,
 )
 from certtrain.studies.scaling.joint import fit_jointly
 
-RECORD = "scaling.json"
 APPROACHES: Mapping[str, Fit] = {"isoflop": fit_optima, "joint": fit_jointly}
 
 
@@ -78,61 +74,6 @@ def _summary(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
     return summary
-
-
-# --- tuning -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TunedRule:
-    """Power laws of the width through what was best at each of the widths that were tried.
-
-    lr, batch_size, one_minus_beta2: the laws; batch_sizes, beta2s: those tried, of which the nearest is taken; best: by
-    width.
-    """
-
-    lr: PowerLaw
-    batch_size: PowerLaw
-    one_minus_beta2: PowerLaw
-    batch_sizes: tuple[int, ...]
-    beta2s: tuple[float, ...]
-    best: Mapping[int, Settings]
-
-    def __call__(self, width: int) -> Settings:
-        batch_size, rest = self.batch_size(width), self.one_minus_beta2(width)
-        return Settings(
-            float(f"{self.lr(width):.3g}"),
-            min(self.batch_sizes, key=lambda size: abs(math.log(size / batch_size))),
-            min(self.beta2s, key=lambda beta2: abs(math.log((1 - beta2) / rest))),
-        )
-
-
-def tuned_rule(results: Sequence[Measured]) -> TunedRule:
-    """The rule of `TuningSection`, from its runs."""
-    best: dict[int, Measured] = {}
-    for result in results:
-        width = result.cell.width
-        if width not in best or result.error < best[width].error:
-            best[width] = result
-    widths = sorted(best)
-    chosen = {width: _tried(best[width]) for width in widths}
-    tried = [_tried(result) for result in results]
-    return TunedRule(
-        power_law(widths, [chosen[width].lr for width in widths]),
-        power_law(widths, [chosen[width].batch_size for width in widths]),
-        power_law(widths, [1 - chosen[width].beta2 for width in widths]),
-        tuple(sorted({settings.batch_size for settings in tried})),
-        tuple(sorted({settings.beta2 for settings in tried})),
-        chosen,
-    )
-
-
-def _tried(result: Measured) -> Settings:
-    assert result.cell.tried is not None
-    return result.cell.tried
-
-
-# --- laws -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,92 +152,3 @@ def _noise(cells: Sequence[Measured]) -> tuple[Any, str]:
         lambda cell: math.sqrt(cell.error * (1 - cell.error) / cell.images),
         "of the validation images alone, as there is one seed: intervals are too narrow by what seeds differ",
     )
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def record(
-    plan: Plan,
-    count: Counter,
-    rule: TunedRule | None,
-    tuning: Sequence[Measured],
-    grid: Sequence[Measured],
-    fits: Sequence[Fitted],
-    left_out: Sequence[str],
-    versions: Mapping[str, str],
-) -> dict[str, Any]:
-    """Of scaling.json: every run, and what was made of them."""
-    hidden: Any = {"data": {"root", "path"}, "model": {"path"}}  # where this machine keeps things
-    return {
-        "versions": dict(versions),
-        "plan": plan.file.model_dump(mode="json", exclude={"overrides": {"data.root", "data.path"}}),
-        "eps": plan.base.epsilon.max,
-        "data": {"images": count.images, "image_shape": list(count.image_shape), "classes": count.classes},
-        "base": plan.base.model_dump(mode="json", exclude=hidden),
-        "tuning": None if rule is None else {"rule": asdict(rule), "runs": [_row(result) for result in tuning]},
-        "runs": [_row(result) for result in grid],
-        "left_out": list(left_out),
-        "fits": {
-            protocol: {each.approach: _fitted(each, plan.file.forecast) for each in fits if each.protocol == protocol}
-            for protocol in dict.fromkeys(each.protocol for each in fits)
-        },
-    }
-
-
-def _row(result: Measured) -> dict[str, Any]:
-    cell, config = result.cell, result.cell.config
-    return {
-        "protocol": cell.protocol,
-        "budget": cell.budget,
-        "compute": cell.compute,
-        "width": cell.width,
-        "epochs": config.training.epochs,
-        "warmup_epochs": config.epsilon.warmup_epochs,
-        "lr": config.optimizer.lr,
-        "batch_size": config.training.batch_size,
-        "betas": config.optimizer.arguments.get("betas"),
-        "seeds": list(result.by_seed),
-        "verified_error": list(result.errors),
-        "images": result.images,
-    }
-
-
-def _fitted(fitted: Fitted, forecast: float) -> dict[str, Any]:
-    laws, resampled = fitted.laws, fitted.resampled
-    if laws is None or resampled is None:
-        return {"why_not": fitted.why_not, "dropped": fitted.dropped}
-    exponents = resampled.exponents
-    return {
-        "noise": fitted.noise,
-        "dropped": fitted.dropped,
-        "optima": [asdict(optimum) for optimum in laws.optima],
-        "width": {**asdict(laws.width), "exponent_interval": exponents["width"]},
-        "epochs": {**asdict(laws.epochs), "exponent_interval": exponents["epochs"]},
-        "error": {"floor": laws.error.floor, **asdict(laws.error.above), "exponent_interval": exponents["error"]},
-        "resamples": {"drawn": resampled.drawn, "fitted": len(resampled.laws)},
-        "resampled": [_laws_row(each) for each in resampled.laws],
-        "range": list(laws.range),
-        "forecast": {"compute": forecast, **predicted(laws, resampled, forecast)},
-        "foretold": [_foretold_row(each) for each in fitted.foretold],
-    }
-
-
-def _foretold_row(each: Foretold) -> dict[str, Any]:
-    rows = {name: dict(zip(("measured", "value", "interval"), each[name], strict=True)) for name in each.intervals}
-    return {"budget": each.optimum.budget, "compute": each.optimum.compute, **rows}
-
-
-def _laws_row(laws: Laws) -> list[float]:
-    """Enough of a resample to evaluate it anywhere."""
-    above = laws.error.above
-    width, epochs = laws.width, laws.epochs
-    numbers = (width.coefficient, width.exponent, epochs.coefficient, epochs.exponent)
-    return [float(f"{value:.6g}") for value in (*numbers, laws.error.floor, above.coefficient, above.exponent)]
-
-
-def predicted(laws: Laws, resampled: Resampled, compute: float) -> dict[str, Any]:
-    """Width, epochs and verified error at so much compute, with intervals."""
-    intervals = resampled.at(compute)
-    values = {"width": laws.width(compute), "epochs": laws.epochs(compute), "error": laws.error(compute)}
-    return {name: {"value": value, "interval": intervals[name]} for name, value in values.items()}

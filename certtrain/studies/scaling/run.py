@@ -16,17 +16,9 @@ from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.runner import Outcome, train_all
 from certtrain.studies.scaling.cost import Counter
 from certtrain.studies.scaling.design import TUNING, Grid, Plan, Planned
-from certtrain.studies.scaling.results import (
-    RECORD,
-    Fitted,
-    Measured,
-    TunedRule,
-    finished_runs,
-    fit,
-    measured,
-    record,
-    tuned_rule,
-)
+from certtrain.studies.scaling.record import RECORD, record
+from certtrain.studies.scaling.results import Fitted, Measured, finished_runs, fit, measured
+from certtrain.studies.scaling.tuned import TunedRule, tuned_rule
 
 
 @dataclass
