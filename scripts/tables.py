@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ablation import RESULTS, VARIANTS
 from certtrain.runtime.files import write_text
 from certtrain.studies.design import labels, load_study
 from certtrain.studies.reading import study_path
+from certtrain.studies.scaling.recommend import read_record, recommend
 from certtrain.studies.trials import drawn
 
 STUDIES = (
@@ -106,6 +108,7 @@ def fill_scaling() -> None:
         record = read("scaling_small")
         (fits,) = record["fits"].values()  # of its one protocol
         tables = {"isoflop": isoflop_table(record), "laws": laws_table(fits), "foretold": foretold_table(fits)}
+        tables["plan"] = plan_table(RESULTS / "scaling_small.json")
         fill(RESULTS.parent / "scaling.md", **tables)
 
 
@@ -471,7 +474,21 @@ def foretold_table(fits: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_interval(value: float, interval: list[float] | None, form: str) -> str:
+def plan_table(file: Path) -> str:
+    """What `certtrain plan --approach joint` recommends, at the compute that was measured and tenfold."""
+    record = read_record(file)
+    (protocol,) = record.fits
+    lines = ["| FLOP | width | epochs | verified error |", "|---:|---:|---:|---:|"]
+    for compute in (1e12, 1e13, 1e14):
+        found = recommend(record, protocol, "joint", compute, record.eps)
+        width = with_interval(found.width, found.width_interval, ".0f")
+        epochs = with_interval(found.epochs, found.epochs_interval, "d")
+        error = with_interval(found.error, found.error_interval, ".1%")
+        lines.append(f"| {compute:.0e} | {width} | {epochs} | {error} |")
+    return "\n".join(lines)
+
+
+def with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
     return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
 
 
