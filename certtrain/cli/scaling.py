@@ -104,12 +104,12 @@ def _show_progress(console: Console, scaled: Scaled, seeds: int, command: str) -
 
 def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
     name = f"{fitted.protocol}, {fitted.approach}"
-    for line in fitted.dropped:
-        _tell(console, f"{name}: dropped: {line}")
     laws, resampled = fitted.laws, fitted.resampled
     if laws is None or resampled is None:
         _tell(console, f"{name}: no laws yet: {fitted.why_not}")
         return
+    for line in laws.dropped:
+        _tell(console, f"{name}: dropped: {line}")
     table = Table(title=f"{name}: 95 % intervals of {len(resampled.laws)} of {resampled.drawn} resamples")
     for column in ("", "exponent", f"at {forecast:.3g} FLOP"):
         table.add_column(column)

@@ -8,7 +8,7 @@ least, and power laws are fitted to the optima.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,15 +81,16 @@ class SaturatingLaw:
 class Laws:
     """Optimal width and epochs, and the error they lead to, as functions of compute.
 
-    optima: of single budgets, where the laws come from these; those at the edge were not fitted to. range: least and
-    most compute of what was fitted to.
+    range: least and most compute of what was fitted to. optima: of single budgets, where the laws come from these;
+    dropped: what was not fitted to, and why.
     """
 
     width: PowerLaw
     epochs: PowerLaw
     error: SaturatingLaw
-    optima: tuple[Optimum, ...]
     range: Interval
+    optima: tuple[Optimum, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 def isoflop_optimum(points: Sequence[Point]) -> Optimum:
@@ -164,9 +165,18 @@ def fit_optima(points: Sequence[Point]) -> Laws:
         power_law(compute, [optimum.width for optimum in inside]),
         power_law(compute, [optimum.epochs for optimum in inside]),
         saturating_law(compute, [optimum.error for optimum in inside]),
-        optima,
         (min(compute), max(compute)),
+        optima,
+        tuple(_dropped(points, optima)),
     )
+
+
+def _dropped(points: Sequence[Point], optima: Sequence[Optimum]) -> Iterator[str]:
+    for optimum in optima:
+        if optimum.at_edge:
+            yield f"{optimum.budget:.3g} FLOP: the optimum lies at the edge of the grid, width {optimum.width:g}"
+    for budget in sorted({point.budget for point in points} - curves(points).keys()):
+        yield f"{budget:.3g} FLOP: fewer than {FEWEST_SIZES} widths"
 
 
 def curves(points: Sequence[Point]) -> dict[float, list[Point]]:

@@ -84,4 +84,4 @@ def _laws(floor: float, by_width: PowerLaw, by_epochs: PowerLaw, cost: PowerLaw,
     epochs = PowerLaw(1 / cost(width.coefficient), 1 - gamma * width.exponent)
     above = (1 + alpha / (gamma * beta)) * by_width.coefficient * width.coefficient**-alpha
     error = SaturatingLaw(floor, PowerLaw(float(above), -alpha * width.exponent))
-    return Laws(width, epochs, error, (), (float(compute.min()), float(compute.max())))
+    return Laws(width, epochs, error, (float(compute.min()), float(compute.max())))

@@ -51,13 +51,13 @@ class FittedLaws(_Record):
     @property
     def laws(self) -> Laws:
         error = SaturatingLaw(self.error.floor, self.error.law)
-        return Laws(self.width.law, self.epochs.law, error, (), (self.range[0], self.range[1]))
+        return Laws(self.width.law, self.epochs.law, error, (self.range[0], self.range[1]))
 
     @property
     def again(self) -> Resampled:
         measured = self.range[0], self.range[1]
         rows = [
-            Laws(PowerLaw(a, b), PowerLaw(c, d), SaturatingLaw(e, PowerLaw(f, g)), (), measured)
+            Laws(PowerLaw(a, b), PowerLaw(c, d), SaturatingLaw(e, PowerLaw(f, g)), measured)
             for a, b, c, d, e, f, g in self.resampled
         ]
         return Resampled(tuple(rows), len(rows))

@@ -64,11 +64,11 @@ def _row(result: Measured) -> dict[str, Any]:
 def _fitted(fitted: Fitted, forecast: float) -> dict[str, Any]:
     laws, resampled = fitted.laws, fitted.resampled
     if laws is None or resampled is None:
-        return {"why_not": fitted.why_not, "dropped": fitted.dropped}
+        return {"why_not": fitted.why_not}
     exponents = resampled.exponents
     return {
         "noise": fitted.noise,
-        "dropped": fitted.dropped,
+        "dropped": list(laws.dropped),
         "optima": [asdict(optimum) for optimum in laws.optima],
         "width": {**asdict(laws.width), "exponent_interval": exponents["width"]},
         "epochs": {**asdict(laws.epochs), "exponent_interval": exponents["epochs"]},

@@ -13,14 +13,12 @@ from certtrain.runtime.files import parse_json
 from certtrain.studies.progress import is_finished
 from certtrain.studies.scaling.design import Plan, Planned, require_comparable
 from certtrain.studies.scaling.fits import (
-    FEWEST_SIZES,
     Fit,
     Foretold,
     Laws,
     Point,
     Resampled,
     bootstrap,
-    curves,
     fit_optima,
     foretold,
 )
@@ -91,20 +89,6 @@ class Fitted:
     resampled: Resampled | None
     foretold: Sequence[Foretold] = ()
     why_not: str = ""
-
-    @property
-    def dropped(self) -> list[str]:
-        """What was not fitted to, and why; jointly all is."""
-        if self.approach != "isoflop":
-            return []
-        optima = () if self.laws is None else self.laws.optima
-        edges = [
-            f"{optimum.budget:.3g} FLOP: the optimum lies at the edge of the grid, width {optimum.width:g}"
-            for optimum in optima
-            if optimum.at_edge
-        ]
-        budgets = {point.budget for point in self.points} - curves(self.points).keys()
-        return edges + [f"{budget:.3g} FLOP: fewer than {FEWEST_SIZES} widths" for budget in sorted(budgets)]
 
 
 def fit(plan: Plan, results: Sequence[Measured], protocol: str) -> list[Fitted]:

@@ -92,6 +92,10 @@ def test_an_optimum_at_the_edge_is_said_and_not_fitted_to():
     laws = fit_optima(cut)
     assert [optimum.at_edge for optimum in laws.optima] == [True] + [False] * 7
     assert laws.optima[0].width == 4
+    assert laws.dropped == ("1e+10 FLOP: the optimum lies at the edge of the grid, width 4",)
+    narrow = [point for point in points if point.budget > 1e10 or point.width < 3]
+    assert fit_optima(narrow).dropped == ("1e+10 FLOP: fewer than 3 widths",)
+    assert laws.range == pytest.approx((2e10, max(point.budget for point in points)))
     inside = [optimum for optimum in whole.optima if optimum.budget > 1e10]
     assert laws.width == power_law([o.compute for o in inside], [o.width for o in inside])
     few = [point for point in points if point.width < 5]
