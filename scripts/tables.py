@@ -106,8 +106,10 @@ def fill_scaling() -> None:
     """What `certtrain scale` wrote."""
     if (RESULTS / "scaling_small.json").exists():
         record = read("scaling_small")
-        (fits,) = record["fits"].values()  # of its one protocol
+        fits = record["fits"]["corrected"]
         tables = {"isoflop": isoflop_table(record), "laws": laws_table(fits), "foretold": foretold_table(fits)}
+        if "kaplan" in record["fits"]:
+            tables["protocols"] = protocols_table(record)
         tables["plan"] = plan_table(RESULTS / "scaling_small.json")
         fill(RESULTS.parent / "scaling.md", **tables)
 
@@ -423,7 +425,7 @@ def residual_growth_table(rows: list[dict[str, Any]]) -> str:
 
 def isoflop_table(record: dict[str, Any]) -> str:
     """A budget to a row, a width to a column: verified error, and the epochs that the budget pays."""
-    runs = {(run["budget"], run["width"]): run for run in record["runs"]}
+    runs = {(run["budget"], run["width"]): run for run in record["runs"] if run["protocol"] == "corrected"}
     budgets, widths = (sorted(set(values)) for values in zip(*runs, strict=True))
     lines = ["| FLOP | " + " | ".join(f"width {width}" for width in widths) + " |", "|---:|" + "---:|" * len(widths)]
     for budget in budgets:
@@ -474,13 +476,31 @@ def foretold_table(fits: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def protocols_table(record: dict[str, Any]) -> str:
+    """Runs of one width, length and seed by both protocols: epochs of warmup, verified errors, their difference."""
+    runs: dict[str, dict[tuple, tuple[int, float]]] = {}
+    for run in record["runs"]:
+        for seed, error in zip(run["seeds"], run["verified_error"], strict=True):
+            cell = run["budget"], run["width"], run["epochs"], seed
+            runs.setdefault(run["protocol"], {})[cell] = run["warmup_epochs"], error
+    lines = ["| FLOP | width | epochs | warmup | verified | warmup | verified | difference |", "|---:|" + "---:|" * 7]
+    differences = []
+    for cell in sorted(runs["kaplan"].keys() & runs["corrected"].keys()):
+        (long, error), (short, other) = runs["corrected"][cell], runs["kaplan"][cell]
+        differences.append(other - error)
+        budget, width, epochs, _ = cell
+        numbers = f"{long} | {error:.1%} | {short} | {other:.1%} | {100 * differences[-1]:+.1f}"
+        lines.append(f"| {budget:.2e} | {width} | {epochs} | {numbers} |")
+    lines.append(f"| mean | | | | | | | {training_methods.estimate(differences, signed=True)} |")
+    return "\n".join(lines)
+
+
 def plan_table(file: Path) -> str:
     """What `certtrain plan --approach joint` recommends, at the compute that was measured and tenfold."""
     record = read_record(file)
-    (protocol,) = record.fits
     lines = ["| FLOP | width | epochs | verified error |", "|---:|---:|---:|---:|"]
     for compute in (1e12, 1e13, 1e14):
-        found = recommend(record, protocol, "joint", compute, record.eps)
+        found = recommend(record, "corrected", "joint", compute, record.eps)
         width = with_interval(found.width, found.width_interval, ".0f")
         epochs = with_interval(found.epochs, found.epochs_interval, "d")
         error = with_interval(found.error, found.error_interval, ".1%")
