@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from warmup_tables import WARMUPS
+from pages.warmup import WARMUPS
 
 from certtrain.runs.metrics import read_records
 from certtrain.runs.provenance import versions

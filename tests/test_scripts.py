@@ -21,7 +21,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name.replace('.', '/')}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -137,7 +137,7 @@ def test_warmup_gathers_what_is_finished_or_diverged(warmup_study, tmp_path):
 
 def test_warmup_tables_have_student_intervals_and_differences_of_common_seeds(warmup_study):
     """Of 50, 25 and 50 %: the mean, and 4.3027 (Student's t of two degrees of freedom) standard errors."""
-    rows, tables = script("warmup").rows_of(warmup_study), script("warmup_tables")
+    rows, tables = script("warmup").rows_of(warmup_study), script("pages.warmup")
     assert tables.mean_of(rows, "adam_short", "verified_error") == "41.7 ± 35.9"
     half = 12.7062 * 12.5 / 2  # of one degree: times a standard error, which of two values is half their distance
     assert tables.difference(rows, "sgd_short", "adam_short") == "+25.0 ± 0.0"
@@ -159,7 +159,7 @@ def test_warmup_recipes_are_averaged_over_networks_seed_by_seed(monkeypatch):
         for (recipe, seed), error in zip(itertools.product(("published", "fast"), (0, 1)), found, strict=True)
     ]
     monkeypatch.syspath_prepend(SCRIPTS)
-    tables = script("warmup_tables")
+    tables = script("pages.warmup")
     assert tables.over_networks(rows, "fast") == "-3.0 ± 12.7"
     assert tables.over_networks([row for row in rows if row["seed"] == 0], "fast") == "-2.0"
     rows.pop()  # seed 1 lacks a network
@@ -193,7 +193,9 @@ def test_memory_of_a_transformers_bounds_grows_by_the_square_of_the_tokens_at_mo
     assert many <= 16 * few
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in SCRIPTS.glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(".".join(file.relative_to(SCRIPTS).with_suffix("").parts) for file in SCRIPTS.rglob("*.py"))
+)
 def test_every_script_finds_what_it_imports(name, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.setitem(sys.modules, name, None)  # and afterwards the name is free again

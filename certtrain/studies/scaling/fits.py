@@ -218,24 +218,32 @@ class Resampled:
         }
 
 
-Fit = Callable[[Sequence[Point]], Laws]
+@dataclass(frozen=True)
+class Approach:
+    """How laws are fitted to points, and what deviation of a point, beyond its noise, the fit leaves unexplained."""
+
+    fit: Callable[[Sequence[Point]], Laws]
+    misfit: Callable[[Sequence[Point]], float] = lambda points: 0.0
 
 
-def bootstrap(points: Sequence[Point], resamples: int = 1000, seed: int = 0, fit: Fit = fit_optima) -> Resampled:
-    """Fit again to points whose errors have moved by their noise (parametric bootstrap).
+ISOFLOP = Approach(fit_optima)  # its curves go through the points
+
+
+def bootstrap(points: Sequence[Point], resamples: int = 1000, seed: int = 0, approach: Approach = ISOFLOP) -> Resampled:
+    """Fit again to points whose errors have moved by their noise and the misfit (parametric bootstrap).
 
     A resample that has no laws, as where too many optima lie at the edge, is left out; how many those are is part of
     the answer.
     """
-    random = np.random.default_rng(seed)
+    random, misfit = np.random.default_rng(seed), approach.misfit(points)
     fitted = []
     for _ in range(resamples):
-        moved = random.normal([point.error for point in points], [point.noise for point in points])
+        moved = random.normal([point.error for point in points], [math.hypot(point.noise, misfit) for point in points])
         again = [
             replace(point, error=float(np.clip(error, 1e-9, 1.0))) for point, error in zip(points, moved, strict=True)
         ]
         try:
-            fitted.append(fit(again))
+            fitted.append(approach.fit(again))
         except UsageError:
             continue
     return Resampled(tuple(fitted), resamples)
@@ -258,15 +266,18 @@ class Foretold:
         )
 
 
-def foretold(points: Sequence[Point], resamples: int = 1000, seed: int = 0, fit: Fit = fit_optima) -> list[Foretold]:
-    """For each optimum that laws can be fitted below: whether they would have foretold it."""
+def foretold(
+    points: Sequence[Point], resamples: int = 1000, seed: int = 0, approach: Approach = ISOFLOP
+) -> list[Foretold]:
+    """For each optimum inside its grid that laws can be fitted below: whether they would have foretold it."""
     found = []
     for budget, curve in curves(points).items():
         optimum, below = isoflop_optimum(curve), [point for point in points if point.budget < budget]
+        if optimum.at_edge:
+            continue
         try:
-            laws = fit(below)
+            laws = approach.fit(below)
         except UsageError:
             continue
-        if not optimum.at_edge:
-            found.append(Foretold(optimum, laws, bootstrap(below, resamples, seed, fit).at(optimum.compute)))
+        found.append(Foretold(optimum, laws, bootstrap(below, resamples, seed, approach).at(optimum.compute)))
     return found

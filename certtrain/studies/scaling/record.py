@@ -68,6 +68,7 @@ def _fitted(fitted: Fitted, forecast: float) -> dict[str, Any]:
     exponents = resampled.exponents
     return {
         "noise": fitted.noise,
+        "misfit": fitted.misfit,
         "dropped": list(laws.dropped),
         "optima": [asdict(optimum) for optimum in laws.optima],
         "width": {**asdict(laws.width), "exponent_interval": exponents["width"]},

@@ -12,19 +12,10 @@ from certtrain.errors import CheckpointError, UsageError
 from certtrain.runtime.files import parse_json
 from certtrain.studies.progress import is_finished
 from certtrain.studies.scaling.design import Plan, Planned, require_comparable
-from certtrain.studies.scaling.fits import (
-    Fit,
-    Foretold,
-    Laws,
-    Point,
-    Resampled,
-    bootstrap,
-    fit_optima,
-    foretold,
-)
-from certtrain.studies.scaling.joint import fit_jointly
+from certtrain.studies.scaling.fits import ISOFLOP, Approach, Foretold, Laws, Point, Resampled, bootstrap, foretold
+from certtrain.studies.scaling.joint import JOINT
 
-APPROACHES: Mapping[str, Fit] = {"isoflop": fit_optima, "joint": fit_jointly}
+APPROACHES: Mapping[str, Approach] = {"isoflop": ISOFLOP, "joint": JOINT}
 
 
 @dataclass(frozen=True)
@@ -78,6 +69,7 @@ def _summary(file: Path) -> dict[str, Any]:
 class Fitted:
     """A protocol's points, and laws where they could be fitted by an approach; `why_not` otherwise.
 
+    noise: of the points, in words; misfit: what deviation the approach adds to it, 0 where there are no laws.
     foretold: the test of the laws, by optima that were not fitted to.
     """
 
@@ -87,6 +79,7 @@ class Fitted:
     noise: str
     laws: Laws | None
     resampled: Resampled | None
+    misfit: float = 0.0
     foretold: Sequence[Foretold] = ()
     why_not: str = ""
 
@@ -118,11 +111,11 @@ def fit(plan: Plan, results: Sequence[Measured], protocol: str) -> list[Fitted]:
 def _fit(protocol: str, approach: str, points: Sequence[Point], noise: str, resamples: int) -> Fitted:
     by = APPROACHES[approach]
     try:
-        laws = by(points)
+        laws = by.fit(points)
     except UsageError as error:
         return Fitted(protocol, approach, points, noise, None, None, why_not=str(error))
-    again, tests = bootstrap(points, resamples, fit=by), foretold(points, resamples, fit=by)
-    return Fitted(protocol, approach, points, noise, laws, again, tests)
+    again, tests = bootstrap(points, resamples, approach=by), foretold(points, resamples, approach=by)
+    return Fitted(protocol, approach, points, noise, laws, again, by.misfit(points), tests)
 
 
 def _noise(cells: Sequence[Measured]) -> tuple[Any, str]:

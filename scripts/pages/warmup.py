@@ -1,4 +1,4 @@
-"""The tables and the plot of docs/results/warmup.md, from the rows that scripts/warmup.py gathered."""
+"""docs/results/warmup.md, from the rows that scripts/warmup.py gathered of its studies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training_methods import estimate
+from pages.common import RESULTS, estimate, put, read
 
 Row = Mapping[str, Any]
 WARMUPS = ("short", "half", "none")  # of epsilon, in the names of the cells of warmup_optimizers
@@ -29,6 +29,26 @@ REWARMED = {  # cell of rewarm -> what it began with, and how it went on
     "five-classes_replay-0.1": ("five classes", "a tenth old images"),
     "five-classes_replay-0.5": ("five classes", "half old images"),
 }
+
+
+def fill() -> None:
+    optimizers = read("warmup_optimizers")
+    rows = {
+        name: read(name)["rows"]
+        for name in ("warmup_rates", "rewarm", "speedrun_choice", "speedrun_finalists", "speedrun", "speedrun_cnn7")
+    }
+    plot_optimizers(optimizers["rows"], RESULTS / "warmup_optimizers.png")
+    tables = {
+        "optimizers": optimizers_table(optimizers["rows"]),
+        "details": details_table(optimizers["rows"], optimizers["first_steps"]),
+        "rates": optimizers_table(rows["warmup_rates"]),
+        "rewarm": rewarm_table(rows["rewarm"]),
+        "choice": recipes_table(rows["speedrun_choice"]),
+        "finalists": recipes_table(rows["speedrun_finalists"]),
+        "speedrun": networks_table(rows["speedrun"]),
+        "speedrun-cnn7": recipes_table(rows["speedrun_cnn7"]),
+    }
+    put(RESULTS / "warmup.md", **tables)
 
 
 def optimizers_table(rows: Sequence[Row]) -> str:

@@ -1,17 +1,15 @@
-"""Tables and plots of what scripts/transformers.py measured; scripts/tables.py puts them where they belong."""
+"""docs/results/transformers.md, from what scripts/transformers.py measured."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ablation import RESULTS
-
 from certtrain.studies.statistics import mean_interval
+from pages.common import RESULTS, of_setting, put, read, seeds_table
 
 NORMS, COLOURS = ("pre", "post", "none"), ("tab:blue", "tab:red", "tab:green")
 ERRORS = ("natural_error", "pgd_error", "verified_error")
@@ -20,17 +18,22 @@ TITLES = {"digits": "digits, ε = 0.05", "cifar10": "CIFAR-10, ε = 2/255"}
 Row = dict[str, Any]
 
 
-def tables() -> dict[str, str]:
-    """Of the data sets that there are runs of."""
-    found = {"cost": cost_table(_read("cost")), "memory": memory_table(_read("cost")["peak_bytes_per_image"])}
-    if (RESULTS / "transformers-validation.json").exists():
-        found["validation"] = validation_table(_read("validation")["groups"])
-    if (RESULTS / "transformers-crown.json").exists():
-        found["stages"] = stages_table(_read("crown"))
-    for name in trained():
-        rows = _read(name)["rows"]
-        found |= {f"grid-{name}": grid_table(rows), f"warmups-{name}": warmups_table(rows)}
-    return found
+def fill() -> None:
+    cost = read("transformers-cost")
+    tables = {
+        "digits-vit": seeds_table(of_setting("digits_vit")),
+        "cost": cost_table(cost),
+        "memory": memory_table(cost["peak_bytes_per_image"]),
+        "validation": validation_table(read("transformers-validation")["groups"]),
+        "stages": stages_table(read("transformers-crown")),
+    }
+    for name in TITLES:
+        rows = read(f"transformers-{name}")["rows"]
+        tables |= {f"grid-{name}": grid_table(rows), f"warmups-{name}": warmups_table(rows)}
+        plot_errors(name, rows)
+        plot_course(name, rows)
+        plot_initial(name, read(f"transformers-initial-{name}")["rows"])
+    put(RESULTS / "transformers.md", **tables)
 
 
 def validation_table(groups: Sequence[Row]) -> str:
@@ -48,14 +51,6 @@ def stages_table(verified: Row) -> str:
         seconds = stage["seconds"] / stage["images"]
         lines.append(f"| {stage['method']} | {stage['images']} | {stage['proved']} | {seconds:.2g} |")
     return "\n".join(lines)
-
-
-def trained() -> list[str]:
-    return [name for name in TITLES if (RESULTS / f"transformers-{name}.json").exists()]
-
-
-def _read(name: str) -> Any:
-    return json.loads((RESULTS / f"transformers-{name}.json").read_text())
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -139,15 +134,6 @@ def with_interval(values: Sequence[float], sign: str = "", most: float = math.in
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
-
-
-def plot() -> None:
-    for name in trained():
-        plot_errors(name, _read(name)["rows"])
-        plot_course(name, _read(name)["rows"])
-    for name in TITLES:
-        if (RESULTS / f"transformers-initial-{name}.json").exists():
-            plot_initial(name, _read(f"initial-{name}")["rows"])
 
 
 def plot_initial(name: str, rows: Sequence[Row]) -> None:

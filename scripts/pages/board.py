@@ -1,0 +1,32 @@
+"""docs/results/board.md: small networks by whole schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from certtrain.studies.design import load_study
+from certtrain.studies.reading import study_path
+from pages.common import RESULTS, put, read
+
+
+def fill() -> None:
+    put(RESULTS / "board.md", board=board_table(read("board")["groups"]))
+
+
+def board_table(compared: list[dict[str, Any]]) -> str:
+    """Networks by recipes: natural and verified error, the mean over seeds, and their number."""
+    found = {group["name"]: group for group in compared}
+    cells = [cell.name.partition("_") for cell in load_study(study_path("board_cifar10_8_255")).cells]
+    recipes, networks = (list(dict.fromkeys(cell[place] for cell in cells)) for place in (0, 2))
+    lines = [f"| network | {' | '.join(recipes)} |", "|---|" + "---:|" * len(recipes)]
+    for network in networks:
+        groups = (found.get(f"{recipe}_{network}") for recipe in recipes)
+        lines.append(f"| {network} | {' | '.join(map(board_cell, groups))} |")
+    return "\n".join(lines)
+
+
+def board_cell(group: dict[str, Any] | None) -> str:
+    if group is None:
+        return "not measured"
+    errors = " / ".join(f"{100 * group[key]['mean']:.2f}" for key in ("natural_error", "verified_error"))
+    return f"{errors} % ({len(group['seeds'])} seed{'s' * (len(group['seeds']) > 1)})"
