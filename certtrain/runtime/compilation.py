@@ -24,7 +24,8 @@ class Compiled:
 
     def __init__(self, method: Callable[..., Any]) -> None:
         self._eager = method
-        self._function = torch.compile(_with_code_of_its_own(method), fullgraph=True, dynamic=False)
+        own = _with_code_of_its_own(method)
+        self._function = torch.compile(own, fullgraph=True, dynamic=False, options=_compiler_options())
 
     def __call__(self, *args: Any) -> Any:
         try:
@@ -92,6 +93,16 @@ def _backward_at_once() -> Any:
 
     early = "force_non_lazy_backward_lowering"
     return config.patch({early: True} if hasattr(config, early) else {})
+
+
+def _compiler_options() -> dict[str, Any]:
+    from torch._inductor import config
+
+    if not hasattr(config, "custom_partitioner_fn"):  # before torch 2.9
+        return {}
+    from certtrain.runtime.partitioning import BytesForMasks
+
+    return {"custom_partitioner_fn": BytesForMasks()}
 
 
 def _is_of_the_compiler(error: BaseException) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 
 import pytest
@@ -91,7 +90,10 @@ def check_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 @pytest.fixture
 def only_captured(monkeypatch):
     """Graphs are captured and differentiated as ever, but run by PyTorch: seconds instead of minutes."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, options, **settings: compiler(function, backend="aot_eager", **settings)
+    )
     counters.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

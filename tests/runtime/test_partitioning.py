@@ -1,0 +1,102 @@
+"""What is kept for the backward pass is no mask, and the gradient is bit for bit that of the graph that kept them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
+
+from certtrain.runtime.partitioning import BytesForMasks
+
+FUNCTIONS = {
+    "relu": lambda x, y: F.relu(x @ y) + y,
+    "box of a relu": lambda x, y: (F.relu(x @ y + y @ x) - F.relu(x @ y - y @ x)) @ torch.eye(12),
+    "leaky relu": lambda x, y: F.leaky_relu(x @ y, 0.3) + y,
+    "relu6": lambda x, y: F.relu6(4 * x @ y) - y,
+    "clamp": lambda x, y: (x @ y).clamp(-0.5, 0.5) + y,
+    "where": lambda x, y: torch.where(x @ y > y, 2 * x, x - y) + y,
+    "a condition of two": lambda x, y: torch.where((x @ y > 0) & (y @ x < 0), 2 * x + y, x),
+    "masked_fill": lambda x, y: (x @ y).masked_fill(y @ x > 0, 0.0) + y,
+    "a mask for two": lambda x, y: torch.where(x @ y > 0, x, y) + torch.where(x @ y > 0, y, x).sin(),
+    "channels last": lambda x, y: F.relu((x @ y).view(2, 2, 3, 12).to(memory_format=torch.channels_last) + 0.1),
+    "transposed": lambda x, y: F.relu((x @ y).T) + y,
+    "no mask": lambda x, y: (x @ y).tanh() @ y,
+}
+
+
+def halves(function, inputs, partitioner):
+    """Results and gradients, as the two graphs compute them, and the types of all that the forward one returns."""
+    types: list[torch.dtype] = []
+
+    def forward(graph, arguments):
+        def run(*args):
+            found = graph(*args)
+            types.extend(value.dtype for value in found if isinstance(value, Tensor))
+            return found
+
+        return make_boxed_func(run)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, arguments: make_boxed_func(graph.forward),
+        partition_fn=partitioner,
+        decompositions=select_decomp_table(),  # as PyTorch's compiler has it; without it a ReLU is kept whole
+    )
+    torch._dynamo.reset()
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    results = torch.compile(function, backend=backend, fullgraph=True)(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    floats = [value for value in results if value.is_floating_point()]
+    gradients = torch.autograd.grad([value.square().sum() for value in floats], leaves, allow_unused=True)
+    return results, gradients, types
+
+
+def same(one, other):
+    """Bit for bit, NaN as NaN."""
+    for a, b in zip(one, other, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            assert a.stride() == b.stride()
+            assert torch.equal(a.nan_to_num(nan=7e7), b.nan_to_num(nan=7e7))
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(12, 12, generator=generator), torch.randn(12, 12, generator=generator)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_masks_are_kept_as_bytes_and_nothing_else_changes(name):
+    function = FUNCTIONS[name]
+    results, gradients, types = halves(function, inputs(), min_cut_rematerialization_partition)
+    found, found_gradients, found_types = halves(function, inputs(), BytesForMasks())
+    assert found_types == [torch.uint8 if kind == torch.bool else kind for kind in types]
+    same(found, results)
+    same(found_gradients, gradients)
+
+
+def test_there_are_masks_in_what_is_tested():
+    kept = {name: halves(f, inputs(), min_cut_rematerialization_partition)[2] for name, f in FUNCTIONS.items()}
+    assert [name for name, types in kept.items() if torch.bool not in types] == ["no mask"]
+
+
+def test_a_gradient_that_overflows_is_stopped_by_a_mask():
+    """inf · 0 would be NaN."""
+    x, y = inputs()
+    found = halves(lambda x, y: (F.relu(x) * 1e38).square() + y, (x, y), BytesForMasks())[1][0]
+    assert found[x > 0].isinf().all()
+    assert (found[x < 0] == 0).all()
+
+
+def test_a_mask_that_is_a_result_stays_one():
+    function = lambda x, y: (x > y, torch.where(x > y, x, y).sin())  # noqa: E731
+    (mask, _), _, types = halves(function, inputs(), BytesForMasks())
+    assert mask.dtype == types[0] == torch.bool
+    assert torch.bool not in types[2:]
+    assert torch.equal(mask, inputs()[0] > inputs()[1])
