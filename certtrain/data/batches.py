@@ -130,5 +130,6 @@ def _moved(images: Tensor, chosen: Tensor, shifts: Tensor, flip: Tensor) -> Tens
     rows = (torch.arange(height, device=device) + shifts[:, :1]).clamp(0, height - 1)
     columns = (torch.arange(width, device=device) + shifts[:, 1:]).clamp(0, width - 1)
     columns = torch.where(flip[:, None], columns.flip(1), columns)
-    channel = torch.arange(channels, device=device)
-    return images[chosen[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)  # one for all channels: a third of the time
+    pixels = images[chosen].flatten(2).gather(2, places[:, None].expand(-1, channels, -1))
+    return pixels.unflatten(2, (height, width))
