@@ -12,6 +12,7 @@ DEVICES = "cpu", "cpu-upstream", "cuda"
 
 
 def fill() -> None:
+    put(PAGE, masks=masks_table(read("mask_bytes")["rows"]))
     for device in DEVICES:
         for name in results_of(f"beside-authors-{device}"):
             put(PAGE, **{f"beside-{device}": beside_table(read(name))})
@@ -24,6 +25,14 @@ def fill() -> None:
             growth = [read(each)["growth"] for each in results_of(f"growth-{device}")] or [measured["growth"]]
             if growth[0]:
                 put(PAGE, **{f"{device}-growth": benchmark_growth_table(growth[0])})
+
+
+def masks_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| network | batch | ms: booleans | bytes | booleans / bytes |", "|---|---:|---:|---:|---:|"]
+    for row in rows:
+        times = f"{1e3 * row['booleans']:.4g} | {1e3 * row['bytes']:.4g} | {row['booleans'] / row['bytes']:.2f}×"
+        lines.append(f"| {row['network']} | {row['batch']} | {times} |")
+    return "\n".join(lines)
 
 
 def beside_table(measured: dict[str, Any]) -> str:
