@@ -15,6 +15,7 @@ from certtrain.errors import UsageError
 from certtrain.runtime.device import check_device_name
 
 if TYPE_CHECKING:
+    from certtrain.studies.scaling.contrasts import Contrast
     from certtrain.studies.scaling.design import Grid
     from certtrain.studies.scaling.recommend import Recommendation
     from certtrain.studies.scaling.results import Fitted
@@ -50,6 +51,8 @@ def scale_command(options: argparse.Namespace) -> int:
     _show_progress(console, scaled, len(plan.file.seeds), f"certtrain scale {options.study}")
     for fitted in scaled.fits:
         _show_fit(console, fitted, plan.file.forecast)
+    for contrast in scaled.contrasts:
+        _show_contrast(console, contrast)
     if scaled.fits:
         image = picture(scaled.fits, plan.file.forecast)
         write_atomically(folder / "scaling.png", lambda file: file.write(image))
@@ -113,9 +116,8 @@ def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
     table = Table(title=f"{name}: 95 % intervals of {len(resampled.laws)} of {resampled.drawn} resamples")
     for column in ("", "exponent", f"at {forecast:.3g} FLOP"):
         table.add_column(column)
-    values = {"width": laws.width.exponent, "epochs": laws.epochs.exponent, "error": laws.error.above.exponent}
     at = resampled.at(forecast)
-    for quantity, exponent in values.items():
+    for quantity, exponent in laws.exponents.items():
         value = getattr(laws, quantity)(forecast)
         table.add_row(
             "verified error" if quantity == "error" else f"optimal {quantity}",
@@ -129,6 +131,19 @@ def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
         said = f"the budgets below foretell {value:.2%} {_interval(interval, '.2%')}"
         _tell(console, f"{each.optimum.budget:.3g} FLOP: {said}, measured {error:.2%}")
     _tell_a_short_range(console, *laws.range)
+
+
+def _show_contrast(console: Console, contrast: Contrast) -> None:
+    first, second = contrast.protocols
+    name = f"{second} less {first}, {contrast.approach}, {contrast.cells} cells of both"
+    if contrast.why_not:
+        _tell(console, f"{name}: no laws yet: {contrast.why_not}")
+        return
+    values = [
+        f"{quantity} {exponent.difference:+.3f} {_interval(exponent.interval, '+.3f')}"
+        for quantity, exponent in contrast.exponents.items()
+    ]
+    _tell(console, f"{name}, exponents: {', '.join(values)}")
 
 
 def _tell_a_short_range(console: Console, low: float, high: float) -> None:

@@ -19,6 +19,7 @@ def fill() -> None:
         laws=laws_table(fits),
         foretold=foretold_table(fits),
         protocols=protocols_table(record),
+        contrasts=contrasts_table(record["contrasts"]),
         plan=plan_table(RESULTS / "scaling_small.json"),
     )
 
@@ -77,21 +78,37 @@ def foretold_table(fits: dict[str, Any]) -> str:
 
 
 def protocols_table(record: dict[str, Any]) -> str:
-    """Runs of one width, length and seed by both protocols: epochs of warmup, verified errors, their difference."""
-    runs: dict[str, dict[tuple, tuple[int, float]]] = {}
+    """Cells of one width and length by both protocols, with the seeds of both: warmup, verified errors, differences."""
+    runs: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {}
     for run in record["runs"]:
-        for seed, error in zip(run["seeds"], run["verified_error"], strict=True):
-            cell = run["budget"], run["width"], run["epochs"], seed
-            runs.setdefault(run["protocol"], {})[cell] = run["warmup_epochs"], error
-    lines = ["| FLOP | width | epochs | warmup | verified | warmup | verified | difference |", "|---:|" + "---:|" * 7]
-    differences = []
-    for cell in sorted(runs["kaplan"].keys() & runs["corrected"].keys()):
-        (long, error), (short, other) = runs["corrected"][cell], runs["kaplan"][cell]
-        differences.append(other - error)
-        budget, width, epochs, _ = cell
-        numbers = f"{long} | {error:.1%} | {short} | {other:.1%} | {100 * differences[-1]:+.1f}"
-        lines.append(f"| {budget:.2e} | {width} | {epochs} | {numbers} |")
-    lines.append(f"| mean | | | | | | | {estimate(differences, signed=True)} |")
+        runs.setdefault(run["protocol"], {})[run["budget"], run["width"], run["epochs"]] = run
+    corrected, kaplan = runs["corrected"], runs["kaplan"]
+    lines = ["| FLOP | width | epochs | seeds | warmup | verified | warmup | verified | difference |"]
+    lines.append("|---:|" + "---:|" * 8)
+    shorter, others = [], []
+    for cell in sorted(corrected.keys() & kaplan.keys()):
+        sides = corrected[cell], kaplan[cell]
+        by_seed = [dict(zip(side["seeds"], side["verified_error"], strict=True)) for side in sides]
+        seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+        error, other = (statistics.fmean(errors[seed] for seed in seeds) for errors in by_seed)
+        long, short = (side["warmup_epochs"] for side in sides)
+        (shorter if short < long else others).append(other - error)
+        numbers = f"{len(seeds)} | {long} | {error:.1%} | {short} | {other:.1%} | {100 * (other - error):+.1f}"
+        lines.append(f"| {' | '.join([f'{cell[0]:.2e}', *map(str, cell[1:])])} | {numbers} |")
+    means = {"mean": [*shorter, *others], "where Kaplan's warmup is shorter": shorter, "where it is not": others}
+    lines += [f"| {name} | | | | | | | | {estimate(values, signed=True)} |" for name, values in means.items()]
+    return "\n".join(lines)
+
+
+def contrasts_table(contrasts: list[dict[str, Any]]) -> str:
+    """Exponents by either protocol, from the cells of both, and the difference."""
+    first, second = contrasts[0]["protocols"]
+    lines = [f"| approach | exponent of | {first} | {second} | difference |", "|---|---|---:|---:|---:|"]
+    for contrast in contrasts:
+        for name, exponent in contrast["exponents"].items():
+            values = " | ".join(f"{value:.2f}" for value in exponent["values"])
+            difference = with_interval(exponent["difference"], exponent["interval"], "+.2f")
+            lines.append(f"| {contrast['approach']} | {name} | {values} | {difference} |")
     return "\n".join(lines)
 
 

@@ -92,6 +92,14 @@ class Laws:
     optima: tuple[Optimum, ...] = ()
     dropped: tuple[str, ...] = ()
 
+    @property
+    def exponents(self) -> Mapping[str, float]:
+        return {
+            "width": self.width.exponent,
+            "epochs": self.epochs.exponent,
+            "error": self.error.above.exponent,
+        }
+
 
 def isoflop_optimum(points: Sequence[Point]) -> Optimum:
     """The optimum of one budget: the least error of the curve through the points, Akima's, in log-log.
@@ -211,11 +219,8 @@ class Resampled:
 
     @property
     def exponents(self) -> Mapping[str, Interval | None]:
-        return {
-            "width": self.interval([laws.width.exponent for laws in self.laws]),
-            "epochs": self.interval([laws.epochs.exponent for laws in self.laws]),
-            "error": self.interval([laws.error.above.exponent for laws in self.laws]),
-        }
+        names = ("width", "epochs", "error")
+        return {name: self.interval([laws.exponents[name] for laws in self.laws]) for name in names}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from certtrain.studies.scaling.contrasts import Contrast
 from certtrain.studies.scaling.cost import Counter
 from certtrain.studies.scaling.design import Plan
 from certtrain.studies.scaling.fits import Foretold, Laws, Resampled
@@ -22,6 +23,7 @@ def record(
     tuning: Sequence[Measured],
     grid: Sequence[Measured],
     fits: Sequence[Fitted],
+    contrasts: Sequence[Contrast],
     left_out: Sequence[str],
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def record(
             protocol: {each.approach: _fitted(each, plan.file.forecast) for each in fits if each.protocol == protocol}
             for protocol in dict.fromkeys(each.protocol for each in fits)
         },
+        "contrasts": [asdict(each) for each in contrasts],
     }
 
 

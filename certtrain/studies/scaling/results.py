@@ -92,6 +92,13 @@ def fit(plan: Plan, results: Sequence[Measured], protocol: str) -> list[Fitted]:
     """
     cells = [result for result in results if result.cell.protocol == protocol]
     require_comparable(plan, {result.cell.name: result.cell.config for result in cells})
+    points, noise = points_of(cells)
+    resamples = plan.file.resamples
+    return [_fit(protocol, approach, points, noise, resamples) for approach in APPROACHES]
+
+
+def points_of(cells: Sequence[Measured]) -> tuple[list[Point], str]:
+    """What laws are fitted to, and where its noise comes from."""
     deviation, noise = _noise(cells)
     points = [
         Point(
@@ -104,8 +111,7 @@ def fit(plan: Plan, results: Sequence[Measured], protocol: str) -> list[Fitted]:
         )
         for result in cells
     ]
-    resamples = plan.file.resamples
-    return [_fit(protocol, approach, points, noise, resamples) for approach in APPROACHES]
+    return points, noise
 
 
 def _fit(protocol: str, approach: str, points: Sequence[Point], noise: str, resamples: int) -> Fitted:

@@ -14,6 +14,7 @@ from certtrain.runs.build import load_data
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.runner import Outcome, train_all
+from certtrain.studies.scaling.contrasts import Contrast, contrasts
 from certtrain.studies.scaling.cost import Counter
 from certtrain.studies.scaling.design import TUNING, Grid, Plan, Planned
 from certtrain.studies.scaling.record import RECORD, record
@@ -23,7 +24,8 @@ from certtrain.studies.scaling.tuned import TunedRule, tuned_rule
 
 @dataclass
 class Scaled:
-    """Where a plan stands: what became of the last runs, the cells, those that are finished, and the laws."""
+    """Where a plan stands: what became of the last runs, the cells, those that are finished, the laws of each protocol
+    and how those differ."""
 
     outcome: Outcome
     tuning: Grid
@@ -32,6 +34,7 @@ class Scaled:
     results: Sequence[Measured]
     rule: TunedRule | None
     fits: Sequence[Fitted]
+    contrasts: Sequence[Contrast]
     record: dict[str, Any]
 
 
@@ -84,8 +87,9 @@ def scale(
     results = finished(grid.cells, folder)
     protocols = dict.fromkeys(result.cell.protocol for result in results)
     fits = [fitted for protocol in protocols for fitted in fit(plan, results, protocol)]
-    content = record(plan, count, rule, tried, results, fits, grid.left_out, versions())
+    differ = contrasts(results, plan.file.resamples)
+    content = record(plan, count, rule, tried, results, fits, differ, grid.left_out, versions())
     if results or tried:
         make_folder(folder)
         write_json(folder / RECORD, content)
-    return Scaled(outcome, tuning, grid, tried, results, rule, fits, content)
+    return Scaled(outcome, tuning, grid, tried, results, rule, fits, differ, content)

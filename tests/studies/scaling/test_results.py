@@ -133,6 +133,10 @@ def test_laws_record_and_forecast(scaled, folder):
     assert fitted == [(protocol, approach) for protocol, fits in content["fits"].items() for approach in fits]
     for fits in content["fits"]["corrected"].values():
         _is_the_law(fits)
+    assert [(each["protocols"], each["approach"]) for each in content["contrasts"]] == [
+        (["kaplan", "corrected"], "isoflop"),
+        (["kaplan", "corrected"], "joint"),
+    ]
     runs = [row for row in content["runs"] if row["protocol"] == "corrected"]
     assert {len(row["verified_error"]) for row in runs} == {2}
     assert {(row["lr"], row["batch_size"]) for row in runs if row["width"] == 4} == {(4e-3, 32)}
@@ -185,6 +189,7 @@ def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
     assert "tuning: 48 of 48 runs finished" in outcome.out
     for approach in ("isoflop", "joint"):
         assert f"corrected, {approach}: 95 % intervals" in outcome.out
+        assert f"corrected less kaplan, {approach}, " in outcome.out
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
     outcome = cli("plan", "--budget", "2e11", "--eps", "0.1", "--law", folder)
     assert outcome.code == 0, outcome.err
