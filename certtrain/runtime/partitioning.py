@@ -36,12 +36,15 @@ class BytesForMasks(CustomPartitionerFn):
 
 
 def keep_masks_as_bytes(forward: GraphModule, backward: GraphModule, own: int) -> None:
-    """Change both halves of a graph; `own`: how many of the forward one's results, the first, are not for the other."""
+    """Change both halves of a graph; `own`: how many results of the forward one, the first, are not for the other."""
     ending = forward.graph.output_node()
     (results, *rest) = ending.args
     assert isinstance(results, list | tuple)
     kept, readers = list(results), {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
-    for place, mask in _masks(kept, own):
+    masks = list(_masks(kept, own))
+    if not masks:
+        return
+    for place, mask in masks:
         reader = readers[mask.name]  # both halves call it the same
         with forward.graph.inserting_before(ending):
             number = _call(forward.graph, _TO, mask, torch.float32)
