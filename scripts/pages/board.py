@@ -7,10 +7,17 @@ from typing import Any
 from certtrain.studies.design import load_study
 from certtrain.studies.reading import study_path
 from pages.common import RESULTS, put, read
+from pages.studies import paired_table, spreads_table
 
 
 def fill() -> None:
-    put(RESULTS / "board.md", board=board_table(read("board")["groups"]))
+    board = read("board")
+    put(
+        RESULTS / "board.md",
+        board=board_table(board["groups"]),
+        spreads=spreads_table(board),
+        paired=paired_table(board),
+    )
 
 
 def board_table(compared: list[dict[str, Any]]) -> str:
