@@ -5,44 +5,16 @@ python scripts/tables.py
 
 from __future__ import annotations
 
-from pages import (
-    ablation,
-    benchmark,
-    board,
-    methods,
-    models,
-    profile,
-    readme,
-    scaling,
-    soundness,
-    studies,
-    training_methods,
-    transformers,
-    verification,
-    warmup,
-)
+import pkgutil
+from importlib import import_module
 
-PAGES = (
-    readme,
-    ablation,
-    benchmark,
-    board,
-    methods,
-    models,
-    profile,
-    scaling,
-    soundness,
-    studies,
-    training_methods,
-    transformers,
-    verification,
-    warmup,
-)
+import pages
 
 
 def main() -> None:
-    for page in PAGES:
-        page.fill()
+    for module in pkgutil.iter_modules(pages.__path__):
+        if module.name != "common":
+            import_module(f"pages.{module.name}").fill()
 
 
 if __name__ == "__main__":

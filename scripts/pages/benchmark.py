@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from pages.common import RESULTS, put, read, results_of, shown, spread
+from pages.common import RESULTS, put, read, read_if_measured, shown, spread
 
 PAGE = RESULTS / "benchmark.md"
 DEVICES = "cpu", "cpu-upstream", "cuda"
@@ -14,17 +14,19 @@ DEVICES = "cpu", "cpu-upstream", "cuda"
 def fill() -> None:
     put(PAGE, masks=masks_table(read("mask_bytes")["rows"]))
     for device in DEVICES:
-        for name in results_of(f"beside-authors-{device}"):
-            put(PAGE, **{f"beside-{device}": beside_table(read(name))})
-        for name in results_of(f"benchmark-methods-{device}"):
-            put(PAGE, **{f"methods-{device}": method_costs_table(read(name))})
-        for name in results_of(f"benchmark-{device}"):
-            measured = read(name)
-            put(PAGE, **{device: benchmark_table(measured)})
-            # gpu_hour.sh measures growth by itself
-            growth = [read(each)["growth"] for each in results_of(f"growth-{device}")] or [measured["growth"]]
-            if growth[0]:
-                put(PAGE, **{f"{device}-growth": benchmark_growth_table(growth[0])})
+        if programs := read_if_measured(f"beside-authors-{device}"):
+            put(PAGE, **{f"beside-{device}": beside_table(programs)})
+        if methods := read_if_measured(f"benchmark-methods-{device}"):
+            put(PAGE, **{f"methods-{device}": method_costs_table(methods)})
+        if steps := read_if_measured(f"benchmark-{device}"):
+            put(PAGE, **{device: benchmark_table(steps)})
+            alone = read_if_measured(f"growth-{device}")  # which gpu_hour.sh measures by itself
+            if growth := (alone or steps)["growth"]:
+                put(PAGE, **{f"{device}-growth": benchmark_growth_table(growth)})
+
+
+def measured_on(versions: dict[str, str], size: str) -> str:
+    return f"{versions['device']}, PyTorch {versions['torch']}; {size}."
 
 
 def masks_table(rows: list[dict[str, Any]]) -> str:
@@ -39,7 +41,7 @@ def beside_table(measured: dict[str, Any]) -> str:
     """A program to a row; errors are mean and range over its seeds, seconds of an epoch the median of all."""
     rows, setting = measured["rows"], measured["setting"]
     size = f"width {setting['width']}, {setting['images']:,} images, {setting['epochs']} epochs"
-    lines = [f"{measured['versions']['device']}, PyTorch {measured['versions']['torch']}; {size}.", ""]
+    lines = [measured_on(measured["versions"], size), ""]
     lines.append(
         "| program | seeds | natural error | verified, by itself | by certtrain | s per epoch | processor s | MiB "
         "| to install | to write |"
@@ -60,9 +62,9 @@ def beside_table(measured: dict[str, Any]) -> str:
 
 
 def method_costs_table(measured: dict[str, Any]) -> str:
-    rows, versions = measured["rows"], measured["versions"]
+    rows = measured["rows"]
     size = f"width {rows[0]['width']}, batch {rows[0]['batch']}"
-    lines = [f"{versions['device']}, PyTorch {versions['torch']}; {size}.", ""]
+    lines = [measured_on(measured["versions"], size), ""]
     lines += [
         "| step | eager, of natural | compiled, of natural | compiled, of natural eager |",
         "|---|---:|---:|---:|",
@@ -76,8 +78,7 @@ def method_costs_table(measured: dict[str, Any]) -> str:
 
 def benchmark_table(measured: dict[str, Any]) -> str:
     first = measured["rows"][0]
-    versions = measured["versions"]
-    title = f"{versions['device']}, PyTorch {versions['torch']}; width {first['width']}, batch {first['batch']}."
+    title = measured_on(measured["versions"], f"width {first['width']}, batch {first['batch']}")
     lines = ["| step | ms | images/s | of natural | of auto_LiRPA | of the matrix-product rate | peak memory |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for row in measured["rows"]:

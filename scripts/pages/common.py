@@ -14,23 +14,21 @@ from certtrain.studies.statistics import mean_interval
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "results"
+ERRORS = ("natural_error", "pgd_error", "verified_error")
 
 
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def results_of(*names: str) -> list[str]:
-    """Of results by name those that there are: a device's may be missing."""
-    return [name for name in names if (RESULTS / f"{name}.json").exists()]
-
-
-def reproduced() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RESULTS / "reproduce.jsonl").read_text().splitlines()]
+def read_if_measured(name: str) -> Any:
+    """None where it is not: a device may have been out of reach."""
+    return read(name) if (RESULTS / f"{name}.json").exists() else None
 
 
 def of_setting(name: str) -> list[dict[str, Any]]:
-    return [run for run in reproduced() if run["setting"] == name]
+    runs = map(json.loads, (RESULTS / "reproduce.jsonl").read_text().splitlines())
+    return [run for run in runs if run["setting"] == name]
 
 
 def put(page: Path, **tables: str) -> None:
@@ -49,7 +47,7 @@ def put(page: Path, **tables: str) -> None:
 def seeds_table(summaries: list[dict[str, Any]]) -> str:
     lines = ["| seed | natural error | PGD error | verified error | seconds |", "|---:|---:|---:|---:|---:|"]
     for summary in summaries:
-        errors = " | ".join(f"{100 * summary[key]:.1f} %" for key in ("natural_error", "pgd_error", "verified_error"))
+        errors = " | ".join(f"{100 * summary[key]:.1f} %" for key in ERRORS)
         lines.append(f"| {summary['seed']} | {errors} | {summary['train_seconds']:.0f} |")
     return "\n".join(lines)
 

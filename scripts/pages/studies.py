@@ -7,7 +7,7 @@ from typing import Any
 from certtrain.runtime.files import write_text
 from certtrain.studies.design import labels
 from certtrain.studies.trials import drawn
-from pages.common import RESULTS, put, read, shown
+from pages.common import ERRORS, RESULTS, put, read, shown
 
 
 def fill() -> None:
@@ -31,7 +31,7 @@ def spreads_table(compared: dict[str, Any]) -> str:
     ]
     lines.append("|---|" + "---:|" * 8)
     for group in compared["groups"]:
-        means = (plus_minus(group[key]) for key in ("natural_error", "pgd_error", "verified_error"))
+        means = (plus_minus(group[key]) for key in ERRORS)
         verified = group["verified_error"]
         cells = (f"{100 * verified[key]:.1f} %" for key in ("min", "median", "max"))
         interval = between(verified["interval"])

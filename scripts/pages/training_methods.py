@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from pages.common import RESULTS, estimate, put, read
+from pages.common import ERRORS, RESULTS, estimate, put, read
 
-ERRORS = ("natural_error", "pgd_error", "verified_error")
 METHODS = ("natural", "adversarial", "ibp", "crown-ibp", "sabr", "cc-ibp", "mtl-ibp", "exp-ibp", "taps", "staps")
 STATISTICS = ("clean", "adversarial", "center")
 Row = dict[str, Any]

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from certtrain.studies.statistics import mean_interval
-from pages.common import RESULTS, of_setting, put, read, seeds_table
+from pages.common import ERRORS, RESULTS, of_setting, put, read, seeds_table
 
 NORMS, COLOURS = ("pre", "post", "none"), ("tab:blue", "tab:red", "tab:green")
-ERRORS = ("natural_error", "pgd_error", "verified_error")
 CONSTANT = 0.89  # verified error of a network that always says the same: of ten classes the largest has a tenth or so
 TITLES = {"digits": "digits, ε = 0.05", "cifar10": "CIFAR-10, ε = 2/255"}
 Row = dict[str, Any]
