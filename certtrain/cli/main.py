@@ -114,7 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--eps", type=_radius, help="the radius (default: that of the first run's summary)")
     compare.add_argument("--method", help="bounds of results that `verify` added, such as ibp,crown")
     compare.add_argument("--metric", action="append", default=[], help="instead of the errors; may be repeated")
-    compare.add_argument("--baseline", metavar="NAME", help="what the others are paired with (default: the first)")
+    baseline = "what the others are paired with: a row, or a choice of the study (default: the first row)"
+    compare.add_argument("--baseline", metavar="NAME", help=baseline)
     compare.add_argument("--confidence", type=_share, default=0.95, help="of intervals (default: 0.95)")
     compare.add_argument(
         "--out",

@@ -30,6 +30,7 @@ def study_command(options: argparse.Namespace) -> int:
     from certtrain.studies.runner import require_fit, train_all
 
     require_fit(study.runs, folder)
+    study.grid.write(folder)
     if options.slurm is not None:
         from certtrain.studies.slurm import submit
 

@@ -21,6 +21,7 @@ from certtrain.runs.directory import leaves, stored_config
 from certtrain.runs.metrics import read_records
 from certtrain.runs.verdicts import LETTERS, Verdicts, read_verdicts
 from certtrain.runtime.files import parse_json
+from certtrain.studies.grid import Grid, read_grid
 from certtrain.studies.progress import is_finished
 from certtrain.studies.statistics import Interval, McNemar, image_interval, mcnemar, mean_interval
 
@@ -64,10 +65,11 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration."""
+    """Runs of one configuration; choices: one for each axis of the grid that all groups are in, () without one."""
 
     name: str
     runs: Sequence[FinishedRun]
+    choices: tuple[str, ...] = ()
 
     def values(self, metric: str) -> list[float]:
         """Of the runs that report it."""
@@ -104,12 +106,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class Paired:
-    """A group against the baseline on the same images: verified error, its own minus the baseline's.
+    """A group against its baseline on the same images: verified error, its own minus the baseline's.
 
     over_seeds: None for one common seed; over_images: None without verdicts of each image; tests: by seed.
     """
 
     name: str
+    baseline: str
     seeds: Sequence[int]
     difference: float
     over_seeds: Interval | None
@@ -120,6 +123,7 @@ class Paired:
         intervals = {"over_seeds": self.over_seeds, "over_images": self.over_images}
         return {
             "name": self.name,
+            "baseline": self.baseline,
             "seeds": list(self.seeds),
             "difference": self.difference,
             **{key: None if interval is None else vars(interval) for key, interval in intervals.items()},
@@ -131,8 +135,9 @@ class Paired:
 class Comparison:
     """Groups at one radius on the same images.
 
-    unfinished: of each group's folder name, how many runs have no result yet; settings: of each key in which the
-    groups' configurations differ, the value in each group.
+    axes: of the grid that the groups are in, () without one; baseline: a group's name, or the choice along which groups
+    are paired; settings: of each key in which the groups' configurations differ, the value in each group; unfinished:
+    folders of runs that have no result yet.
     """
 
     eps: float
@@ -141,13 +146,11 @@ class Comparison:
     confidence: float
     metrics: Sequence[str]
     groups: Sequence[Group]
+    axes: Sequence[str]
+    baseline: str
     paired: Sequence[Paired]
     settings: Mapping[str, Sequence[Any]]
     unfinished: Sequence[str]
-
-    @property
-    def baseline(self) -> Group:
-        return self.groups[0]
 
     def spread(self, group: Group, metric: str) -> Spread | None:
         """None where no run of the group reports the metric."""
@@ -166,9 +169,11 @@ class Comparison:
             "split": self.split,
             "images": self.images,
             "confidence": self.confidence,
+            "axes": list(self.axes),
             "groups": [
                 {
                     "name": group.name,
+                    "choices": list(group.choices),
                     "seeds": [run.seed for run in group.runs],
                     "runs": [str(run.folder) for run in group.runs],
                     **{
@@ -179,7 +184,7 @@ class Comparison:
                 }
                 for group in self.groups
             ],
-            "baseline": self.baseline.name,
+            "baseline": self.baseline,
             "paired": [pair.summary() for pair in self.paired],
             "settings": {key: list(values) for key, values in self.settings.items()},
             "unfinished": list(self.unfinished),
@@ -202,11 +207,12 @@ def compare(
         eps: the radius; None: the one that the first run's summary is about.
         method: the bounds, a cascade as "ibp,crown", of results that `verify` added; None: those of the summary first.
         metrics: of summary.json, besides the errors at `eps`; () for the errors and seconds.
-        baseline: the group that the others are paired with; None: the first.
+        baseline: the group that the others are paired with, None for the first; or one choice of a study, such as
+            "ibp" in a grid of methods and networks: each group is paired with that which differs in this choice alone.
 
     Raises:
-        UsageError: there is no finished run; a metric that none reports; a baseline that is none of the groups; runs
-            that were not verified on the same images, or at `eps`.
+        UsageError: there is no finished run; a metric that none reports; a baseline that is none of the groups, and no
+            choice, or one of two axes; runs that were not verified on the same images, or at `eps`.
         CheckpointError: a file is missing or corrupt.
     """
     found = list(dict.fromkeys(run for folder in folders for run in _runs_in(folder)))
@@ -217,12 +223,10 @@ def compare(
     for folder in finished:
         runs.append(_read(folder, eps if eps is not None or not runs else runs[0].result["eps"], method))
     _require_same_images(runs)
-    groups = _grouped(runs)
-    if baseline is not None:
-        chosen = [group for group in groups if group.name == baseline]
-        if not chosen:
-            raise UsageError(f"no group is called {shown(baseline)}: there are {', '.join(g.name for g in groups)}")
-        groups = [*chosen, *(group for group in groups if group.name != baseline)]
+    axes, groups = _in_a_grid(_grouped(runs))
+    baseline = groups[0].name if baseline is None else baseline
+    groups.sort(key=lambda group: group.name != baseline)
+    pairs = _pairs(groups, axes, baseline)
     chosen_metrics = _chosen_metrics(runs, metrics)
     return Comparison(
         eps=runs[0].result["eps"],
@@ -231,7 +235,9 @@ def compare(
         confidence=confidence,
         metrics=chosen_metrics,
         groups=groups,
-        paired=[_paired(groups[0], group, confidence) for group in groups[1:]],
+        axes=axes,
+        baseline=baseline,
+        paired=[_paired(other, group, confidence) for group, other in pairs],
         settings=_settings(groups),
         unfinished=[str(folder) for folder in found if folder not in finished],
     )
@@ -405,6 +411,48 @@ def _settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
     return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
 
 
+def _in_a_grid(groups: Sequence[Group]) -> tuple[tuple[str, ...], list[Group]]:
+    """The axes that all groups are placed on, and the groups with their choices; () and the groups where one is not."""
+    grids: dict[Path, Grid | None] = {}
+    axes, placed = set(), []
+    for group in groups:
+        folder = group.runs[0].folder.resolve()
+        study, name = folder.parent.parent, folder.parent.name
+        if study not in grids:
+            grids[study] = read_grid(study) if folder.name.startswith("seed-") else None
+        grid = grids[study]
+        if grid is None or name not in grid.choices:
+            return (), list(groups)
+        axes.add(grid.axes)
+        placed.append(replace(group, choices=grid.choices[name]))
+    one_each = len({group.choices for group in placed}) == len(placed)
+    return (axes.pop(), placed) if len(axes) == 1 and one_each else ((), list(groups))
+
+
+def _pairs(groups: Sequence[Group], axes: Sequence[str], baseline: str) -> list[tuple[Group, Group]]:
+    """Groups, each with its baseline: the one of that name, or the one that differs by that choice alone."""
+    named = {group.name: group for group in groups}
+    if baseline in named:
+        return [(group, named[baseline]) for group in groups if group.name != baseline]
+    places = [place for place in range(len(axes)) if any(group.choices[place] == baseline for group in groups)]
+    if not places:
+        choices = ", ".join(dict.fromkeys(choice for group in groups for choice in group.choices))
+        raise UsageError(
+            f"no group is called {shown(baseline)}: there are {', '.join(named)}"
+            + (f"; and it is none of the choices {choices}" if choices else "")
+        )
+    if len(places) > 1:
+        raise UsageError(
+            f"{shown(baseline)} is a choice of {' and of '.join(axes[place] for place in places)}: name a group"
+        )
+    (place,) = places
+    by_choices = {group.choices: group for group in groups}
+    partners = (
+        (group, by_choices.get((*group.choices[:place], baseline, *group.choices[place + 1 :]))) for group in groups
+    )
+    return [(group, other) for group, other in partners if other is not None and other is not group]
+
+
 def _paired(baseline: Group, group: Group, confidence: float) -> Paired:
     own, other = ({run.seed: run for run in runs} for runs in (group.runs, baseline.runs))
     seeds = sorted(own.keys() & other.keys())
@@ -417,6 +465,7 @@ def _paired(baseline: Group, group: Group, confidence: float) -> Paired:
     whole = (group.values("verified_error"), baseline.values("verified_error"))
     return Paired(
         group.name,
+        baseline.name,
         seeds,
         statistics.fmean(errors) if errors else statistics.fmean(whole[0]) - statistics.fmean(whole[1]),
         mean_interval(errors, confidence),

@@ -16,10 +16,12 @@ from certtrain.config import Config, load_config
 from certtrain.config.schema import MOST_SEED, Plain, Several
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
+from certtrain.studies.grid import GRID_FILE, Grid
 from certtrain.studies.reading import list_or_mapping, read_section
 
 MOST_RUNS = 10_000
-RESERVED = {"logs", "final", "trials"}  # folders of a study that are no cell's
+CONFIGS_AXIS = "configuration"
+RESERVED = {"logs", "final", "trials", GRID_FILE}  # in a study's folder, and no cell's
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,119}")
 
 Choice = dict[str, Any]  # overrides, and under `base` the configs they come after
@@ -83,6 +85,7 @@ class Study:
     cells: tuple[Cell, ...]
     seeds: tuple[int, ...]
     slurm: Mapping[str, Any]
+    grid: Grid
 
     @property
     def runs(self) -> list[PlannedRun]:
@@ -123,15 +126,18 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     file = read_section(StudyFile, path)
     axes = _axes(file)
     count = len(file.seeds)
-    for choices in axes:
+    for choices in axes.values():
         count *= len(choices)
     if count > MOST_RUNS:
         raise UsageError(f"{path}: {count} runs, more than {MOST_RUNS}")
-    cells, names = [], []
+    cells, made_of = [], {}
     wrong: dict[str, list[str]] = {}  # line -> the cells of which it is true
-    for combination in itertools.product(*axes):
-        name = "_".join(part for part, _ in combination) or "base"
+    names: list[str] = []
+    for combination in itertools.product(*axes.values()):
+        parts = tuple(part for part, _ in combination)
+        name = "_".join(parts) or "base"
         names.append(name)
+        made_of[name] = parts
         chosen = [choice for _, choice in combination]
         try:
             cells.append(Cell(name, _config(file, path.parent, chosen, overrides)))
@@ -145,7 +151,7 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         )
         raise UsageError(lines_of("\n".join(lines)))
     _check_names(names, path)
-    return Study(tuple(cells), file.seeds, file.slurm)
+    return Study(tuple(cells), file.seeds, file.slurm, Grid(tuple(axes), made_of))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -158,15 +164,15 @@ def _config(file: StudyFile, folder: Path, choices: Sequence[Choice], overrides:
     return load_config({"base": bases}, [dict(file.overrides), *changes, *overrides], folder)
 
 
-def _axes(file: StudyFile) -> list[list[tuple[str, Choice]]]:
-    """Of each axis its choices, by name."""
-    axes = [list(file.configs.items())] if file.configs else []
+def _axes(file: StudyFile) -> dict[str, list[tuple[str, Choice]]]:
+    """Of each axis, by what it is called, its choices with their names."""
+    axes = {CONFIGS_AXIS: list(file.configs.items())} if file.configs else {}
     for key, label in zip(file.grid, labels(list(file.grid)), strict=True):
         choices = file.grid[key]
         if isinstance(choices, dict):
-            axes.append(list(choices.items()))
+            axes[label] = list(choices.items())
         else:
-            axes.append([(f"{label}={value_name(value)}", {key: value}) for value in choices])
+            axes[label] = [(f"{label}={value_name(value)}", {key: value}) for value in choices]
     return axes
 
 

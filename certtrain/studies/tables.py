@@ -36,10 +36,13 @@ class Sheet:
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
-    """Means of every metric; the scatter of the errors; differences to the baseline; differences of settings."""
-    tables = [_means(comparison), *(_scatter(comparison, metric) for metric in comparison.metrics if is_error(metric))]
-    if len(comparison.groups) > 1:
-        tables += [_paired(comparison), _settings(comparison)]
+    """Means of every metric; errors across a grid; their scatter; differences to the baseline, and of settings."""
+    errors = [metric for metric in comparison.metrics if is_error(metric)]
+    tables = [_means(comparison)]
+    tables += [_crossed(comparison, metric) for metric in errors] if _is_crossed(comparison) else []
+    tables += [_scatter(comparison, metric) for metric in errors]
+    tables += [_paired(comparison)] if comparison.paired else []
+    tables += [_settings(comparison)] if len(comparison.groups) > 1 else []
     if comparison.unfinished:
         tables.append(Sheet("Not finished, and not counted", ["run"], [[name] for name in comparison.unfinished]))
     return tables
@@ -58,6 +61,24 @@ def _means(comparison: Comparison) -> Sheet:
     columns = ["configuration", "runs", *map(_heading, comparison.metrics)]
     note = "Mean ± standard deviation over runs, which are seeds."
     return Sheet(f"Results: {subtitle(comparison)}", columns, [row(group) for group in comparison.groups], note)
+
+
+def _is_crossed(comparison: Comparison) -> bool:
+    """Whether the groups differ along the first axis of a grid, and along the others."""
+    return bool(comparison.axes) and all(
+        len({group.choices[part] for group in comparison.groups}) > 1 for part in (slice(1), slice(1, None))
+    )
+
+
+def _crossed(comparison: Comparison, metric: str) -> Sheet:
+    """The choices of the first axis as columns, those of all others as rows."""
+    cells = {group.choices: _mean(metric, comparison.spread(group, metric)) for group in comparison.groups}
+    columns = list(dict.fromkeys(choice for choice, *_ in cells))
+    others = dict.fromkeys(choices[1:] for choices in cells)
+    rows = [["_".join(other), *(cells.get((column, *other), ABSENT) for column in columns)] for other in others]
+    first, *rest = comparison.axes
+    heading = _heading(metric)
+    return Sheet(f"{heading[0].upper()}{heading[1:]} by {first}", [" and ".join(rest), *columns], rows)
 
 
 def _scatter(comparison: Comparison, metric: str) -> Sheet:
@@ -91,12 +112,13 @@ def _paired(comparison: Comparison) -> Sheet:
 
     level = f"{comparison.confidence:.0%}"
     columns = ["configuration", "difference", f"{level} over seeds", f"{level} over images", "McNemar, by seed"]
+    alike = "" if comparison.baseline == comparison.groups[0].name else " with all other choices alike"
     note = (
-        f"Verified error minus that of {comparison.baseline.name}, of the same seeds on the same images; below 0 is "
+        f"Verified error minus that of {comparison.baseline}{alike}, of the same seeds on the same images; below 0 is "
         "better. McNemar: images that only the baseline proves : images that only this one proves, and the exact "
         "two-sided p of each pair of networks, not adjusted for the number of tests."
     )
-    return Sheet(f"Against {comparison.baseline.name}", columns, [row(pair) for pair in comparison.paired], note)
+    return Sheet(f"Against {comparison.baseline}", columns, [row(pair) for pair in comparison.paired], note)
 
 
 def _settings(comparison: Comparison) -> Sheet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from certtrain.studies.design import load_study
@@ -15,6 +16,7 @@ def fill() -> None:
     put(
         RESULTS / "board.md",
         board=board_table(board["groups"]),
+        networks=networks_table(board["groups"]),
         spreads=spreads_table(board),
         paired=paired_table(board),
     )
@@ -29,6 +31,21 @@ def board_table(compared: list[dict[str, Any]]) -> str:
     for network in networks:
         groups = (found.get(f"{recipe}_{network}") for recipe in recipes)
         lines.append(f"| {network} | {' | '.join(map(board_cell, groups))} |")
+    return "\n".join(lines)
+
+
+def networks_table(compared: list[dict[str, Any]]) -> str:
+    """Of each recipe the best, median and worst of its networks, each network's the mean over its seeds."""
+    lines = ["| recipe | networks | natural error: best, median, worst | verified error: best, median, worst |"]
+    lines.append("|---|---:|---:|---:|")
+    recipes = dict.fromkeys(group["name"].partition("_")[0] for group in compared)
+    for recipe in recipes:
+        groups = [group for group in compared if group["name"].partition("_")[0] == recipe]
+        cells = []
+        for key in ("natural_error", "verified_error"):
+            means = [100 * group[key]["mean"] for group in groups]
+            cells.append(", ".join(f"{of(means):.2f}" for of in (min, statistics.median, max)) + " %")
+        lines.append(f"| {recipe} | {len(groups)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

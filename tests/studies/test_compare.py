@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
@@ -11,11 +12,14 @@ import shutil
 import pytest
 from rich.console import Console
 
+from certtrain.cli import main
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.studies.compare import compare
+from certtrain.studies.design import load_study
+from certtrain.studies.grid import GRID_FILE, Grid, read_grid
 from certtrain.studies.tables import Sheet, sheets, show, to_latex, to_markdown
 from tests.report.test_page import Page
-from tests.studies.folders import write_run
+from tests.studies.folders import pretend_finished, write_run
 
 # Ten images; a: 6, 5, 7 proved, b: 8, 8, 8.
 A = ["ppppppuuam", "pppppuuuam", "pppppppuam"]
@@ -68,8 +72,93 @@ def test_only_what_differs_is_shown_and_the_baseline_can_be_chosen(study):
     assert found.settings == {"optimizer.lr": [0.002, 0.001]}
     assert found.paired[0].name == "a"
     assert found.paired[0].difference == pytest.approx(0.2)
-    with pytest.raises(UsageError, match="no group is called 'c': there are a, b_50%"):
+    with pytest.raises(UsageError, match=r"no group is called 'c': there are a, b_50%$"):
         compare([study], baseline="c")
+
+
+# Names of choices that hold one another, also across axes, so that no name tells what it is made of.
+AXES = {"method": ["ibp", "bn", "ibp_bn"], "model": ["w2", "w2_bn", "bn_8"], "length": ["8", "long"]}
+
+
+def grid_of(folder, axes, without=()):
+    """A study of every combination of choices but those named, each of another learning rate; by choices its name."""
+    names = {choices: "_".join(choices) for choices in itertools.product(*axes.values())}
+    for choices in [choices for choices, name in names.items() if name in without]:
+        del names[choices]
+    for number, name in enumerate(names.values()):
+        write_run(folder / name / "seed-0", "p" * 10, **{"optimizer.lr": 0.001 * (1 + number)})
+    Grid(tuple(axes), {name: choices for choices, name in names.items()}).write(folder)
+    return names
+
+
+@pytest.mark.parametrize("order", ["method", "method model", "model length method"])
+def test_with_a_choice_as_baseline_pairs_differ_in_that_choice_alone(tmp_path, order):
+    axes = {axis: AXES[axis] for axis in order.split()}
+    names = grid_of(tmp_path, axes, without=["bn_w2", "w2_8_ibp"])
+    for place, axis in enumerate(axes):
+        for baseline in axes[axis]:
+            expected = {
+                (name, names.get(partner))
+                for choices, name in names.items()
+                if (partner := (*choices[:place], baseline, *choices[place + 1 :])) != choices
+            }
+            found = [(pair.name, pair.baseline) for pair in compare([tmp_path], baseline=baseline).paired]
+            assert sorted(found) == sorted(pair for pair in expected if pair[1] is not None)
+            assert found
+
+
+def test_a_baseline_must_be_told_from_another(tmp_path):
+    grid_of(tmp_path, {"first": ["a", "b"], "second": ["a", "c"]})
+    with pytest.raises(UsageError, match="'a' is a choice of first and of second: name a group"):
+        compare([tmp_path], baseline="a")
+    with pytest.raises(UsageError, match=r"'d': there are a_a, a_c, b_a, b_c; and it is none of the choices a, c, b$"):
+        compare([tmp_path], baseline="d")
+    assert compare([tmp_path], baseline="a_c").groups[0].name == "a_c"
+
+
+def test_a_grid_is_shown_across(tmp_path):
+    grid_of(tmp_path, {"method": ["ibp", "mtl"], "model": ["w2", "w4"], "length": ["8", "9"]}, without=["mtl_w4_9"])
+    (tmp_path / "mtl_w2_8" / "seed-0" / "summary.json").unlink()
+    (sheet,) = [sheet for sheet in sheets(compare([tmp_path])) if sheet.title == "Verified error by method"]
+    assert sheet.columns == ["model and length", "ibp", "mtl"]
+    assert sheet.rows == [["w2_8", "0.00%", "–"], ["w2_9", "0.00%", "0.00%"], ["w4_8", "0.00%", "0.00%"],
+                          ["w4_9", "0.00%", "–"]]  # fmt: skip
+    for row in (["ibp_w2_8", "mtl_w2_9"], ["ibp_w2_8", "ibp_w4_9"]):
+        titles = [sheet.title for sheet in sheets(compare([tmp_path / name for name in row]))]
+        assert ("Verified error by method" in titles) == (row[1] == "mtl_w2_9")
+
+
+def test_runs_that_are_on_no_grid_are_compared_without_one(tmp_path, study):
+    grid_of(tmp_path / "grid", {"method": ["ibp", "mtl"], "model": ["w2", "w4"]})
+    assert compare([tmp_path / "grid"]).axes == ("method", "model")
+    assert compare([tmp_path / "grid" / "ibp_w2", study / "b_50%"]).axes == ()  # whose folder has no study.json
+    file = tmp_path / "grid" / GRID_FILE
+    broken = ["", "[]", "[" * 10_000, '{"axes": ["a"]}', '{"axes": 3, "choices": {}}', '{"axes": [], "choices": []}']
+    for text in [*broken, '{"axes": ["a"], "choices": {"ibp_w2": []}}']:
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match=r"study\.json is corrupt"):
+            compare([tmp_path / "grid"])
+    write_run(tmp_path / "runs" / "one", "p" * 10)
+    (tmp_path / GRID_FILE).write_text("somebody else's")
+    assert compare([tmp_path / "runs" / "one"]).axes == ()
+
+
+def test_the_command_keeps_what_its_configurations_are_made_of(tmp_path):
+    (tmp_path / "s.yaml").write_text(
+        "base: digits\nconfigs: {ibp: {}, crown: {training.method: crown-ibp}}\n"
+        "grid: {optimizer.lr: [0.1, 0.2], size: {small: {model.options.width: 2}}}"
+    )
+    study = load_study(tmp_path / "s.yaml")
+    pretend_finished(study, tmp_path / "out")
+    command = ["study", str(tmp_path / "s.yaml"), "--out", str(tmp_path / "out"), "--only", "ibp*"]
+    assert main([*command, "--device", "cpu"]) == 0
+    axes, choices = read_grid(tmp_path / "out")
+    assert axes == ("configuration", "lr", "size")
+    assert choices == {
+        f"{method}_lr={rate}_small": (method, f"lr={rate}", "small")
+        for method in ("ibp", "crown")
+        for rate in (0.1, 0.2)
+    }
 
 
 def test_an_error_s_interval_stays_among_shares(tmp_path):
