@@ -101,9 +101,9 @@ def compiler_options() -> dict[str, Any]:
 
     if not hasattr(config, "custom_partitioner_fn"):  # before torch 2.9
         return {}
-    from certtrain.runtime.partitioning import BytesForMasks
+    from certtrain.runtime.partitioning import CPUPartitioner
 
-    return {"custom_partitioner_fn": BytesForMasks()}
+    return {"custom_partitioner_fn": CPUPartitioner()}
 
 
 def _is_of_the_compiler(error: BaseException) -> bool:

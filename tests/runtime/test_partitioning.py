@@ -1,4 +1,4 @@
-"""What is kept for the backward pass is no mask, and the gradient is bit for bit that of the graph that kept them."""
+"""Graphs that are rewritten compute what they did: bit for bit, or where sums are in another order, up to rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 
-from certtrain.runtime.partitioning import BytesForMasks
+from certtrain.runtime.partitioning import CPUPartitioner, keep_masks_as_bytes, sum_channels_in_stages
 
 FUNCTIONS = {
     "relu": lambda x, y: F.relu(x @ y) + y,
@@ -29,11 +29,17 @@ FUNCTIONS = {
 }
 
 
-def halves(function, inputs, partitioner):
+def halves(function, inputs, partitioner, looks_at=lambda graph: None):
     """Results and gradients, as the two graphs compute them, and the types of all that the forward one returns."""
     types: list[torch.dtype] = []
 
+    def backward(graph, arguments):
+        looks_at(graph)
+        return make_boxed_func(graph.forward)
+
     def forward(graph, arguments):
+        looks_at(graph)
+
         def run(*args):
             found = graph(*args)
             types.extend(value.dtype for value in found if isinstance(value, Tensor))
@@ -43,7 +49,7 @@ def halves(function, inputs, partitioner):
 
     backend = aot_autograd(
         fw_compiler=forward,
-        bw_compiler=lambda graph, arguments: make_boxed_func(graph.forward),
+        bw_compiler=backward,
         partition_fn=partitioner,
         decompositions=select_decomp_table(),  # as PyTorch's compiler has it; without it a ReLU is kept whole
     )
@@ -75,7 +81,7 @@ def inputs():
 def test_masks_are_kept_as_bytes_and_nothing_else_changes(name):
     function = FUNCTIONS[name]
     results, gradients, types = halves(function, inputs(), min_cut_rematerialization_partition)
-    found, found_gradients, found_types = halves(function, inputs(), BytesForMasks())
+    found, found_gradients, found_types = halves(function, inputs(), CPUPartitioner(keep_masks_as_bytes))
     assert found_types == [torch.uint8 if kind == torch.bool else kind for kind in types]
     same(found, results)
     same(found_gradients, gradients)
@@ -89,14 +95,83 @@ def test_there_are_masks_in_what_is_tested():
 def test_a_gradient_that_overflows_is_stopped_by_a_mask():
     """inf · 0 would be NaN."""
     x, y = inputs()
-    found = halves(lambda x, y: (F.relu(x) * 1e38).square() + y, (x, y), BytesForMasks())[1][0]
+    found = halves(lambda x, y: (F.relu(x) * 1e38).square() + y, (x, y), CPUPartitioner(keep_masks_as_bytes))[1][0]
     assert found[x > 0].isinf().all()
     assert (found[x < 0] == 0).all()
 
 
 def test_a_mask_that_is_a_result_stays_one():
     function = lambda x, y: (x > y, torch.where(x > y, x, y).sin())  # noqa: E731
-    (mask, _), _, types = halves(function, inputs(), BytesForMasks())
+    (mask, _), _, types = halves(function, inputs(), CPUPartitioner(keep_masks_as_bytes))
     assert mask.dtype == types[0] == torch.bool
     assert torch.bool not in types[2:]
     assert torch.equal(mask, inputs()[0] > inputs()[1])
+
+
+SUMS = {
+    "bias of images": lambda x, b: x + b,
+    "bias in channels last": lambda x, b: x.contiguous(memory_format=torch.channels_last) * b,
+    "batch norm": lambda x, b: F.batch_norm(x, None, None, b.flatten(), training=True),
+    "sum over images": lambda x, b: x.sum((0, 2, 3)) * b.flatten(),
+    "counted from the end": lambda x, b: x.sum((-1, -4, -2), keepdim=True) * b,
+    "mean": lambda x, b: x.mean((3, 0, 2)) * b.flatten(),
+    "mean in another type": lambda x, b: x.mean((0, 2, 3), keepdim=True, dtype=torch.float64) * b,
+    "sum of a condition": lambda x, b: (x > b).sum((0, 2, 3)) + (x * b).sum(),
+    "sequences": lambda x, b: x.flatten(2) * b.flatten(2),
+    "volumes": lambda x, b: x.unflatten(3, (2, 2)) - b.unsqueeze(-1),
+}
+OTHER_SUMS = {
+    "pixels": lambda x, b: x.sum((2, 3)) + b.flatten(),
+    "images": lambda x, b: x.sum(0) * b[0],
+    "all": lambda x, b: x.sum() * b.mean(),
+    "all, by name": lambda x, b: x.sum((0, 1, 2, 3)) * b.mean((0, 1, 2, 3)),
+    "rows": lambda x, b: x.sum((0, 3)) * b[0, :, 0],
+    "vectors": lambda x, b: x[:, :, 0, 0] + b[0, :, 0, 0],
+    "of none": lambda x, b: x.sum((), keepdim=True) * b,
+}
+
+
+def sums_of(graph):
+    """How often each sum or mean over dimensions is taken: (dimensions summed, all dimensions)."""
+    return [
+        (len(node.args[1]), node.args[0].meta["val"].dim())
+        for node in graph.graph.nodes
+        if str(node.target) in ("aten.sum.dim_IntList", "aten.mean.dim")
+    ]
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(5, 3, 2, 4, generator=generator), torch.randn(1, 3, 1, 1, generator=generator)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_over_images_and_pixels_are_taken_in_stages(name):
+    before, after = [], []
+    halves(SUMS[name], images(), min_cut_rematerialization_partition, lambda graph: before.extend(sums_of(graph)))
+    found = halves(
+        SUMS[name], images(), CPUPartitioner(sum_channels_in_stages), lambda graph: after.extend(sums_of(graph))
+    )
+    assert any(summed == dims - 1 > 1 for summed, dims in before)
+    assert not any(summed == dims - 1 > 1 for summed, dims in after)
+    exact = halves(SUMS[name], [value.double() for value in images()], min_cut_rematerialization_partition)
+    for part, expected in zip(found[:2], exact[:2], strict=True):
+        for one, other in zip(part, expected, strict=True):
+            assert one.shape == other.shape
+            torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OTHER_SUMS)
+def test_other_sums_stay_as_they_are(name):
+    one, other = (
+        halves(OTHER_SUMS[name], images(), partitioner)
+        for partitioner in (min_cut_rematerialization_partition, CPUPartitioner(sum_channels_in_stages))
+    )
+    same(one[0], other[0])
+    same(one[1], other[1])
+
+
+def test_the_compiler_s_cache_tells_rewrites_apart():
+    rewrites = [(), (keep_masks_as_bytes,), (sum_channels_in_stages,)]
+    assert len({CPUPartitioner(*each).uuid() for each in rewrites}) == 3
+    assert CPUPartitioner().uuid() == CPUPartitioner(keep_masks_as_bytes, sum_channels_in_stages).uuid()
