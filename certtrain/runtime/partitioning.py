@@ -102,9 +102,8 @@ def _is_of_channels(node: Node) -> bool:
 
 def _call(graph: Graph, function: Any, node: Node, *settings: Any, **named: Any) -> Node:
     call = graph.call_function(function, (node, *settings), named)
-    call.meta["val"] = function(
-        node.meta["val"], *settings, **named
-    )  # of fake tensors: computes shapes and strides alone
+    fake: Tensor = node.meta["val"]  # of which only shape, type and strides are computed
+    call.meta["val"] = function(fake, *settings, **named)
     return call
 
 
