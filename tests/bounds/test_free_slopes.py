@@ -94,7 +94,7 @@ def test_the_relaxation_is_nowhere_above_the_line_of_the_nearest_free_slope(func
         offset = free.offset(nearest[:, None])
         offset = torch.zeros_like(nearest) if offset is None else offset[:, 0]
         for end in (x.lower, x.upper):
-            better = nearest * end + offset - (lines.lower_slope * end + lines.lower_offset)
+            better = nearest * end + offset - lines.below(end)
             assert (better >= -1e-6 * (1 + end.abs())).all()
 
 

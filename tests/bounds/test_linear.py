@@ -291,8 +291,8 @@ def test_lines_enclose_the_function_and_touch_it(name):
     shares = torch.linspace(0, 1, 1001, dtype=torch.float64)
     points = (x.lower + shares[:, None] * (x.upper - x.lower)).clamp(x.lower, x.upper)
     values = function(points, **options)
-    above_lower = values - (lines.lower_slope * points + lines.lower_offset)
-    below_upper = lines.upper_slope * points + lines.upper_offset - values
+    above_lower = values - lines.below(points)
+    below_upper = lines.above(points) - values
     for gap in (above_lower, below_upper):
         assert gap.isfinite().all()
         assert gap.min() >= -1e-9

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -10,9 +12,9 @@ from hypothesis import given, settings
 from torch import nn
 from torch.nn.grad import conv2d_input
 
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, LinearRelaxation, linf_box
 from certtrain.bounds.linear import crown, lower_bounds
-from certtrain.bounds.linear.patches import Convolution, Patches
+from certtrain.bounds.linear.patches import Convolution, Patches, through
 from tests.networks import randomized, residual_network
 
 MAP = torch.Size((4, 9, 7))
@@ -63,6 +65,33 @@ def test_sums_of_windows_and_what_lies_under_them(seed, windows, apart):
     maps = torch.randn(2, *MAP, generator=random, dtype=torch.float64)
     scaled = first.with_values(first.values * first.at(maps.permute(0, 2, 3, 1)))
     assert torch.equal(scaled.dense(), first.dense() * maps[:, None])
+
+
+@given(seed=st.integers(0, 10_000), lower_is_zero=st.booleans(), upper_is_zero=st.booleans(), windows=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_pulling_back_through_lines(seed, lower_is_zero, upper_is_zero, windows):
+    """Element by element: by the line below where a coefficient is positive, by the one above where it is negative."""
+    random = torch.Generator().manual_seed(seed)
+    of_patches = torch.randn(2, 3, 3, 2, MAP[0], generator=random, dtype=torch.float64)
+    a = Patches(of_patches, torch.randint(-1, 8, (2, 3, 2), generator=random), tuple(MAP[1:])).masked()
+    slopes_and_offsets = torch.randn(4, 2, *MAP, generator=random, dtype=torch.float64)
+    lower_slope, lower_offset, upper_slope, upper_offset = slopes_and_offsets
+    lines = LinearRelaxation(
+        lower_slope, None if lower_is_zero else lower_offset, upper_slope, None if upper_is_zero else upper_offset
+    )
+    pulled, constant = through(lines, a if windows else a.dense())
+    dense = a.dense()
+    for image, row in itertools.product(range(2), range(3)):
+        expected, total = torch.zeros(MAP, dtype=torch.float64), 0.0
+        for place in itertools.product(*map(range, MAP)):
+            value = dense[(image, row, *place)].item()
+            at = (image, *place)
+            expected[place] = value * (lower_slope if value > 0 else upper_slope)[at]
+            is_zero = lower_is_zero if value > 0 else upper_is_zero
+            total += 0.0 if is_zero else value * (lower_offset if value > 0 else upper_offset)[at].item()
+        found = pulled.dense() if windows else pulled
+        torch.testing.assert_close(found[image, row], expected, rtol=1e-12, atol=1e-12)
+        assert constant[image, row].item() == pytest.approx(total, abs=1e-10)
 
 
 def test_one_hot_is_the_element_itself():

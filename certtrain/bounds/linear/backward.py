@@ -41,6 +41,7 @@ from certtrain.bounds.linear.patches import (
     dot,
     magnitude,
     scaling_of,
+    through,
 )
 from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, above_in_exact_arithmetic, relu
 from certtrain.bounds.linear.softmax import softmax
@@ -152,9 +153,8 @@ def _maximum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
         x, y = (boxes[value.index] if isinstance(value, Ref) else Box(value, value) for value in call.args)
         above, below = (x, y) if sign > 0 else (y, x)
         lines = relu(Box(above.lower - below.upper, above.upper - below.lower))
-        positive, negative = (sign * a).clamp(min=0), (sign * a).clamp(max=0)
-        pulled = sign * (positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None])
-        constant = dot(positive, lines.lower_offset) + dot(negative, lines.upper_offset)
+        found, constant = through(lines, sign * a)
+        pulled = sign * dense(found)
         contributions: Contributions = []
         for value, part in zip(call.args, (pulled, a - pulled), strict=True):
             if isinstance(value, Ref):
@@ -372,18 +372,14 @@ def _elementwise(
     call: Call, a: Coefficients, boxes: Mapping[int, Box], line: LinearRelaxation, slope: Tensor | None
 ) -> tuple[Contributions, Tensor]:
     (ref,) = leaves(call.args, Ref)
-    if isinstance(a, Patches) and slope is None:
-        pulled, constant = patches.elementwise(line, a)
+    if slope is None:
+        pulled, constant = through(line, a)
         return [(ref, pulled)], constant
+    free = FREE_SLOPES[call.function](boxes[ref.index], *call.args[1:])
+    slope = slope.clamp(free.low[:, None], free.high[:, None])
     a = dense(a)
     positive, negative = a.clamp(min=0), a.clamp(max=0)
     constant = dot(negative, line.upper_offset)
-    if slope is None:
-        slope = line.lower_slope[:, None]
-        constant = constant + dot(positive, line.lower_offset)
-    else:
-        free = FREE_SLOPES[call.function](boxes[ref.index], *call.args[1:])
-        slope = slope.clamp(free.low[:, None], free.high[:, None])
-        if (offset := free.offset(slope)) is not None:
-            constant = constant + (positive * offset).flatten(2).sum(2)
+    if (offset := free.offset(slope)) is not None:
+        constant = constant + (positive * offset).flatten(2).sum(2)
     return [(ref, positive * slope + negative * line.upper_slope[:, None])], constant

@@ -237,8 +237,8 @@ class DomainBatch:
             middle = torch.zeros_like(box.lower).clamp(box.lower, box.upper)
             points = [box.lower, middle, box.upper]
             values = [call.function(point, *settings) for point in points]
-            below = [y - lines.lower_slope * x - lines.lower_offset for x, y in zip(points, values, strict=True)]
-            above = [lines.upper_slope * x + lines.upper_offset - y for x, y in zip(points, values, strict=True)]
+            below = [y - lines.below(x) for x, y in zip(points, values, strict=True)]
+            above = [lines.above(x) - y for x, y in zip(points, values, strict=True)]
             gap = torch.where(a > 0, reduce(torch.maximum, below), reduce(torch.maximum, above))
             found[entering] = found[entering] + a.abs() * gap
         return self.neurons.flat(found)

@@ -21,7 +21,7 @@ from certtrain.bounds.attention import attend, center_of
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref
 from certtrain.bounds.interval import RULES as INTERVAL_RULES
-from certtrain.bounds.linear.patches import Contributions, dot
+from certtrain.bounds.linear.patches import Contributions, dot, through
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations import einsum
 from certtrain.errors import UnsupportedOperation
@@ -101,10 +101,8 @@ def _through(
     function: Callable[..., Tensor], ref: Ref, a: Tensor, boxes: Mapping[int, Box]
 ) -> tuple[Contributions, Tensor]:
     """An elementwise function of one value."""
-    lines = RELAXATIONS[function](boxes[ref.index])
-    positive, negative = a.clamp(min=0), a.clamp(max=0)
-    pulled = positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None]
-    return [(ref, pulled)], dot(positive, lines.lower_offset) + dot(negative, lines.upper_offset)
+    pulled, constant = through(RELAXATIONS[function](boxes[ref.index]), a)
+    return [(ref, pulled)], constant
 
 
 PRODUCTS: dict[Callable, Rule] = {

@@ -18,7 +18,7 @@ from certtrain.bounds.bilinear import squared
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call
 from certtrain.bounds.linear.bilinear import planes
-from certtrain.bounds.linear.patches import Contributions
+from certtrain.bounds.linear.patches import Contributions, dense, through
 from certtrain.bounds.linear.relaxations import NARROW, TINY, LinearRelaxation
 from certtrain.bounds.normalization import count_of, epsilon_of, sum_of_others
 
@@ -28,20 +28,15 @@ def normalized(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None
     lines = _lines(boxes[d.index], dims, eps)
     below, above = _middles(boxes[d.index], boxes[factor.index], dims, eps)
     center = boxes[d.index].center
-    is_product_below = below > lines.lower_slope * center + lines.lower_offset
-    is_product_above = above < lines.upper_slope * center + lines.upper_offset
+    is_product_below = below > lines.below(center)
+    is_product_above = above < lines.above(center)
     positive, negative = a.clamp(min=0), a.clamp(max=0)
     follows = torch.where(is_product_below[:, None], positive, 0.0) + torch.where(
         is_product_above[:, None], negative, 0.0
     )
     of_d, of_factor, constant = planes(torch.mul, follows, boxes[d.index], boxes[factor.index], t)
-    positive = torch.where(is_product_below[:, None], 0.0, positive)
-    negative = torch.where(is_product_above[:, None], 0.0, negative)
-    of_d = of_d + positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None]
-    constant = constant + (positive * lines.lower_offset[:, None] + negative * lines.upper_offset[:, None]).flatten(
-        2
-    ).sum(2)
-    return [(d, of_d), (factor, of_factor)], constant
+    by_lines, rest = through(lines, a - follows)
+    return [(d, of_d + dense(by_lines)), (factor, of_factor)], constant + rest
 
 
 def _middles(d: Box, factor: Box, dims: tuple[int, ...], eps: float | None) -> tuple[Tensor, Tensor]:

@@ -148,17 +148,34 @@ Contributions = list[tuple[Ref, Coefficients]]
 Rule = Callable[[Call, Patches, Mapping[int, Box]], tuple[Contributions, Tensor] | None]
 
 
-def elementwise(lines: LinearRelaxation, a: Patches) -> tuple[Patches, Tensor]:
+def through(lines: LinearRelaxation, a: Coefficients) -> tuple[Coefficients, Tensor]:
     """`a` pulled back through a relaxed function: the coefficients before it, and the constants (B, R)."""
-    slope_below, below, slope_above, above = a.at(_channels_last(*lines)).chunk(4, -1)
+    if isinstance(a, Patches):
+        return _patches_through(lines, a)
+    positive, negative = a.clamp(min=0), a.clamp(max=0)
+    pulled = positive * lines.lower_slope[:, None] + negative * lines.upper_slope[:, None]
+    return pulled, dot(positive, lines.lower_offset) + dot(negative, lines.upper_offset)
+
+
+def _patches_through(lines: LinearRelaxation, a: Patches) -> tuple[Patches, Tensor]:
+    """As `through`; the windows of all maps are taken at once."""
+    known = [offset for offset in (lines.lower_offset, lines.upper_offset) if offset is not None]
+    maps = a.at(_channels_last(lines.lower_slope, lines.upper_slope, *known))
+    slope_below, slope_above, *offsets = maps.chunk(2 + len(known), -1)
     positive, negative = a.values.clamp(min=0), a.values.clamp(max=0)
     pulled = torch.addcmul(positive * slope_below, negative, slope_above)
-    constant = (positive * below).flatten(2).sum(2) + (negative * above).flatten(2).sum(2)
+    constant = a.values.new_zeros(a.values.shape[:2])
+    for part, offset in ((positive, lines.lower_offset), (negative, lines.upper_offset)):
+        if offset is not None:
+            constant = constant + (part * offsets.pop(0)).flatten(2).sum(2)
     return a.with_values(pulled), constant
 
 
-def dot(a: Coefficients, values: Tensor) -> Tensor:
-    """(B, R): a·values, which are (B, ...)."""
+def dot(a: Coefficients, values: Tensor | None) -> Tensor:
+    """(B, R): a·values, which are (B, ...), or None for zeros."""
+    if values is None:
+        like = a.values if isinstance(a, Patches) else a
+        return like.new_zeros(like.shape[:2])
     if isinstance(a, Patches):
         return (a.values * a.at(_channels_last(values))).flatten(2).sum(2)
     return torch.einsum("brn,bn->br", a.flatten(2), values.flatten(1))

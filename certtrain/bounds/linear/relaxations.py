@@ -37,12 +37,28 @@ GRID = 32  # points to which a smooth function is looked at
 
 
 class LinearRelaxation(NamedTuple):
-    """lower_slope·x + lower_offset <= f(x) <= upper_slope·x + upper_offset on a box; tensors of the box's shape."""
+    """lower_slope·x + lower_offset <= f(x) <= upper_slope·x + upper_offset on a box; tensors of the box's shape.
+
+    An offset that is None is 0, and is not multiplied with anything.
+    """
 
     lower_slope: Tensor
-    lower_offset: Tensor
+    lower_offset: Tensor | None
     upper_slope: Tensor
-    upper_offset: Tensor
+    upper_offset: Tensor | None
+
+    def below(self, x: Tensor) -> Tensor:
+        """The lower line at x."""
+        return self.lower_slope * x + (0.0 if self.lower_offset is None else self.lower_offset)
+
+    def above(self, x: Tensor) -> Tensor:
+        """The upper line at x."""
+        return self.upper_slope * x + (0.0 if self.upper_offset is None else self.upper_offset)
+
+    def of_negative(self) -> LinearRelaxation:
+        """Lines of -f."""
+        lower, upper = (None if end is None else -end for end in (self.upper_offset, self.lower_offset))
+        return LinearRelaxation(-self.upper_slope, lower, -self.lower_slope, upper)
 
 
 def leaky_relu(x: Box, negative_slope: float) -> LinearRelaxation:
@@ -56,10 +72,10 @@ def leaky_relu(x: Box, negative_slope: float) -> LinearRelaxation:
     unstable = unstable_relus(x)
     steeper = torch.where(x.upper > -x.lower, torch.ones_like(slope), negative_slope)
     through_zero = torch.where(unstable, steeper, slope)
-    zero, offset = torch.zeros_like(slope), torch.where(unstable, above - slope * above, 0.0)
+    offset = torch.where(unstable, above - slope * above, 0.0)
     if negative_slope > 1:
-        return LinearRelaxation(slope, offset, through_zero, zero)
-    return LinearRelaxation(through_zero, zero, slope, offset)
+        return LinearRelaxation(slope, offset, through_zero, None)
+    return LinearRelaxation(through_zero, None, slope, offset)
 
 
 def relu(x: Box) -> LinearRelaxation:
@@ -77,7 +93,7 @@ def above_in_exact_arithmetic(
     ends = x.lower.clamp(max=0), x.upper.clamp(min=0)
     needed = torch.maximum((negative_slope - lines.upper_slope) * ends[0], (1 - lines.upper_slope) * ends[1])
     raised = needed + 2.0**-49 * (ends[1] - ends[0])
-    return lines._replace(upper_offset=torch.where(unstable_relus(x), raised, lines.upper_offset))
+    return lines._replace(upper_offset=torch.where(unstable_relus(x), raised, 0.0))
 
 
 def unstable_relus(x: Box) -> Tensor:
@@ -115,26 +131,22 @@ def _best(
     (The value of a line in the middle of an interval, times its width, is the area below it.)
     """
     middle = (points[0] + points[-1]) / 2
-    found: LinearRelaxation | None = None
+    lines = []
     for slope in slopes:
         rests = [value - slope * point for point, value in zip(points, values, strict=True)]
         low, high = rests[0], rests[0]
         for rest, before, error in zip(rests[1:], rests, errors, strict=False):
             low = torch.minimum(low, torch.minimum(before, rest) - error)
             high = torch.maximum(high, torch.maximum(before, rest) + error)
-        if found is None:
-            found = LinearRelaxation(slope, low, slope, high)
-            continue
-        below = slope * middle + low > found.lower_slope * middle + found.lower_offset
-        above = slope * middle + high < found.upper_slope * middle + found.upper_offset
-        found = LinearRelaxation(
-            torch.where(below, slope, found.lower_slope),
-            torch.where(below, low, found.lower_offset),
-            torch.where(above, slope, found.upper_slope),
-            torch.where(above, high, found.upper_offset),
-        )
-    assert found is not None
-    return found
+        lines.append((slope, low, high))
+    lower_slope, lower, upper = lines[0]
+    upper_slope = lower_slope
+    for slope, low, high in lines[1:]:
+        below = slope * middle + low > lower_slope * middle + lower
+        above = slope * middle + high < upper_slope * middle + upper
+        lower_slope, lower = torch.where(below, slope, lower_slope), torch.where(below, low, lower)
+        upper_slope, upper = torch.where(above, slope, upper_slope), torch.where(above, high, upper)
+    return LinearRelaxation(lower_slope, lower, upper_slope, upper)
 
 
 def piecewise_linear(function: Function, kinks: Any) -> Relaxation:
@@ -213,11 +225,7 @@ def convex(function: Function, derivative: Function) -> Relaxation:
 def concave(function: Function, derivative: Function) -> Relaxation:
     negative = convex(lambda *args: -function(*args), lambda *args: -derivative(*args))
 
-    def lines(x: Box, *settings: Any) -> LinearRelaxation:
-        turned = negative(x, *settings)
-        return LinearRelaxation(-turned.upper_slope, -turned.upper_offset, -turned.lower_slope, -turned.lower_offset)
-
-    return lines
+    return lambda x, *settings: negative(x, *settings).of_negative()
 
 
 def s_shaped(function: Function, derivative: Function) -> Relaxation:
