@@ -130,9 +130,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         count *= len(choices)
     if count > MOST_RUNS:
         raise UsageError(f"{path}: {count} runs, more than {MOST_RUNS}")
-    cells, made_of = [], {}
+    cells, names, made_of = [], [], {}
     wrong: dict[str, list[str]] = {}  # line -> the cells of which it is true
-    names: list[str] = []
     for combination in itertools.product(*axes.values()):
         parts = tuple(part for part, _ in combination)
         name = "_".join(parts) or "base"

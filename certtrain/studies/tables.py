@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from certtrain.studies.compare import Comparison, Group, Paired, Spread, is_error
+from certtrain.studies.compare import Comparison, Paired, Spread, is_error
+from certtrain.studies.groups import Group
 from certtrain.studies.statistics import Interval
 
 ABSENT = "–"
