@@ -846,8 +846,8 @@ def test_boxes_and_lines_enclose_the_function_and_touch_it(function):
             assert (values - lines.below(points) >= -slack).all()
             assert (lines.above(points) - values >= -slack).all()
         narrow_ones = x.upper - x.lower < 1e-7
-        for slope, offset in (lines[:2], lines[2:]):
-            gap = (slope * x.lower + offset - function(x.lower, *settings)).abs()
+        for line in (lines.below, lines.above):
+            gap = (line(x.lower) - function(x.lower, *settings)).abs()
             assert gap[narrow_ones].max() < 1e-3 if OPERATIONS[function].positive else gap[narrow_ones].max() < 1e-6
         exact = values_box.upper - values_box.lower
         assert exact[x.upper == x.lower].max() == 0

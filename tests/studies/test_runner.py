@@ -147,6 +147,7 @@ def test_a_study_killed_at_random_and_resumed_gives_the_same_table(study_file, t
             pass
     outcome = train_all(study.runs, tmp_path / "killed", jobs=2, device="cpu", console=QUIET)
     assert (outcome.exit_code, len(outcome.finished)) == (0, 4), log.read_text()
+    study.grid.write(tmp_path / "whole")  # as the command did in the other folder
     assert train_all(study.runs, tmp_path / "whole", jobs=2, device="cpu", console=QUIET).exit_code == 0
     assert table(tmp_path / "killed") == table(tmp_path / "whole")
     errors = table(tmp_path / "whole")["groups"][0]["verified_error"]["values"]
