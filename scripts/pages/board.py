@@ -24,12 +24,12 @@ def fill() -> None:
 
 def board_table(compared: list[dict[str, Any]]) -> str:
     """Networks by recipes: natural and verified error, the mean over seeds, and their number."""
-    found = {group["name"]: group for group in compared}
-    cells = [cell.name.partition("_") for cell in load_study(study_path("board_cifar10_8_255")).cells]
-    recipes, networks = (list(dict.fromkeys(cell[place] for cell in cells)) for place in (0, 2))
+    found = {tuple(group["choices"]): group for group in compared}
+    cells = load_study(study_path("board_cifar10_8_255")).grid.choices.values()
+    recipes, networks = (list(dict.fromkeys(choices)) for choices in zip(*cells, strict=True))
     lines = [f"| network | {' | '.join(recipes)} |", "|---|" + "---:|" * len(recipes)]
     for network in networks:
-        groups = (found.get(f"{recipe}_{network}") for recipe in recipes)
+        groups = (found.get((recipe, network)) for recipe in recipes)
         lines.append(f"| {network} | {' | '.join(map(board_cell, groups))} |")
     return "\n".join(lines)
 
@@ -38,9 +38,8 @@ def networks_table(compared: list[dict[str, Any]]) -> str:
     """Of each recipe the best, median and worst of its networks, each network's the mean over its seeds."""
     lines = ["| recipe | networks | natural error: best, median, worst | verified error: best, median, worst |"]
     lines.append("|---|---:|---:|---:|")
-    recipes = dict.fromkeys(group["name"].partition("_")[0] for group in compared)
-    for recipe in recipes:
-        groups = [group for group in compared if group["name"].partition("_")[0] == recipe]
+    for recipe in dict.fromkeys(group["choices"][0] for group in compared):
+        groups = [group for group in compared if group["choices"][0] == recipe]
         cells = []
         for key in ("natural_error", "verified_error"):
             means = [100 * group[key]["mean"] for group in groups]
