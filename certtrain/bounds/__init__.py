@@ -6,7 +6,7 @@ from certtrain.bounds.extending import register_operation
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear.relaxations import LinearRelaxation
 from certtrain.bounds.model import BoundedModel
-from certtrain.bounds.operations import Concave, Convex, PiecewiseLinear, Smooth, SShaped
+from certtrain.bounds.operations.record import Concave, Convex, PiecewiseLinear, Smooth, SShaped
 
 __all__ = [
     "BoundedModel",

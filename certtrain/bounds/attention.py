@@ -15,17 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.operations import (
+from certtrain.bounds.operations.arithmetic import add
+from certtrain.bounds.operations.preconditions import only, require_that
+from certtrain.bounds.operations.record import (
     DECOMPOSITIONS,
     MODULE_DECOMPOSITIONS,
     OPERATIONS,
     Affine,
     ModuleCalls,
     Shape,
-    add,
     define,
-    only,
-    require_that,
 )
 
 LEAST_SCORE = -1e30  # in the place of -inf, which has no lines; its exponential is 0 beside any other score's

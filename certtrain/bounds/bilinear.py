@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.operations import einsum
+from certtrain.bounds.operations.products import einsum
 
 MOST_CORNERS = 2**12  # single products of one image whose corners are looked at
 

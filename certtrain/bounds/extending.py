@@ -7,7 +7,7 @@ from typing import Any
 
 from certtrain.bounds import interval, rounding
 from certtrain.bounds.linear import free_slopes, relaxations
-from certtrain.bounds.operations import Bind, Operation, define
+from certtrain.bounds.operations.record import Bind, Operation, define
 from certtrain.errors import UsageError
 
 

@@ -1,6 +1,6 @@
 """A network as a straight line of steps, and the walk through it.
 
-A step is a call of one of the canonical functions of `operations.py`. What flows (a tensor, a box, both at once) is the
+A step is a call of one of the canonical functions of `operations`. What flows (a tensor, a box, both at once) is the
 walk's `Transform`'s business: the same line of steps serves clean inputs, boxes and floating-point boxes.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor, nn
 
 from certtrain.bounds.batch_norm import BatchSum, Coefficients, Settle, scale_shift
-from certtrain.bounds.operations import Operation, Shape
+from certtrain.bounds.operations.record import Operation, Shape
 from certtrain.errors import UnsupportedOperation
 
 V = TypeVar("V")

@@ -8,7 +8,7 @@ bilinear   products of two boxes, at their corners or by centre and radius (`bil
 monotone   both ends through the function; where it turns, the points at which it does as well
 reshaping  values only move or are averaged: every part of the box through the function
 
-The last two follow from an operation's traits. (`operations.py`, `activations.py`)
+The last two follow from an operation's traits. (`operations/record.py`)
 """
 
 from __future__ import annotations
@@ -21,27 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from certtrain.bounds import (
-    activations,  # noqa: F401  whose records stand in OPERATIONS
-    bilinear,
-    softmax,
-)
+from certtrain.bounds import bilinear, softmax
 from certtrain.bounds.attention import attend, attend_box, masked, masked_box
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients, scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
 from certtrain.bounds.normalization import deviation, deviation_box, normalized, normalized_box
-from certtrain.bounds.operations import (
-    OPERATIONS,
-    WEIGHTED,
-    Operation,
-    PiecewiseLinear,
-    add,
-    at_settings,
-    cat,
-    einsum,
-    sub,
-)
+from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.joining import cat
+from certtrain.bounds.operations.products import WEIGHTED, einsum
+from certtrain.bounds.operations.record import OPERATIONS, Operation, PiecewiseLinear, at_settings
 from certtrain.errors import UnsupportedOperation
 
 Rule = Callable[..., Box]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, map_leaves
-from certtrain.bounds.operations import differentiable
+from certtrain.bounds.operations.movement import differentiable
 
 
 def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:

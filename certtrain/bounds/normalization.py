@@ -23,18 +23,17 @@ from torch import Tensor, nn
 
 from certtrain.bounds.bilinear import squared
 from certtrain.bounds.box import Box
-from certtrain.bounds.operations import (
+from certtrain.bounds.operations.arithmetic import add
+from certtrain.bounds.operations.movement import reshape
+from certtrain.bounds.operations.preconditions import batched, require_that
+from certtrain.bounds.operations.record import (
     DECOMPOSITIONS,
     MODULE_DECOMPOSITIONS,
     Affine,
     Convex,
     ModuleCalls,
     Shape,
-    add,
-    batched,
     define,
-    require_that,
-    reshape,
 )
 
 Dims = tuple[int, ...]  # the last axes of a value, counted from behind

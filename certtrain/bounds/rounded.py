@@ -21,7 +21,10 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear.backward import PARAMETRIZED
-from certtrain.bounds.operations import OPERATIONS, WEIGHTED, add, cast, einsum, sub
+from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.movement import cast
+from certtrain.bounds.operations.products import WEIGHTED, einsum
+from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.rounding import (
     BOUND_ARITHMETIC,
     EXACT,

@@ -33,20 +33,13 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.margins import no_nan
-from certtrain.bounds.operations import (
-    COPYING,
-    INSPECTED_ATTRIBUTES,
-    INSPECTING_METHODS,
-    INSPECTIONS,
-    MAKERS,
-    OPERATIONS,
-    WEIGHTED,
-    add,
-    cast,
-    cat,
-    einsum,
-    sub,
-)
+from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPECTING_METHODS, INSPECTIONS, MAKERS
+from certtrain.bounds.operations.joining import cat
+from certtrain.bounds.operations.movement import cast
+from certtrain.bounds.operations.pooling import COPYING
+from certtrain.bounds.operations.products import WEIGHTED, einsum
+from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.tracing import Method, record_of
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 

@@ -24,7 +24,7 @@ from certtrain.bounds.normalization import (
     normalized,
     normalized_box,
 )
-from certtrain.bounds.operations import einsum
+from certtrain.bounds.operations.products import einsum
 from certtrain.bounds.rounding import (
     ARITHMETICS,
     BOUND_ARITHMETIC,

@@ -1,7 +1,7 @@
 """A module, once, as a line of canonical calls.
 
 torch.fx records what a network's `forward` does, hooks and subclasses' own forwards included; this file brings every
-spelling down to the records of `operations.py`, gives names that were written in place their new meaning, and keeps
+spelling down to the records of `operations`, gives names that were written in place their new meaning, and keeps
 apart what depends on the network's input from what is computed from its buffers and shapes at every call.
 
 What a recording cannot follow is refused: a branch on values, a write into shared memory that is read again, autocast
@@ -23,11 +23,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from certtrain.bounds import operations
 from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import BatchSum
 from certtrain.bounds.graph import Graph, Ref, Step, leaves, map_leaves, with_last_uses
-from certtrain.bounds.operations import Bind, Operation, module_decomposition, module_entry
+from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPECTING_METHODS, INSPECTIONS
+from certtrain.bounds.operations.products import padding_settings, pads_first
+from certtrain.bounds.operations.record import (
+    DECOMPOSITIONS,
+    FUNCTIONS,
+    METHODS,
+    OPERATIONS,
+    WRITES,
+    Bind,
+    Operation,
+    module_decomposition,
+    module_entry,
+)
+from certtrain.bounds.operations.softmax import LAST_FUNCTIONS
 from certtrain.errors import CerttrainError, UnsupportedOperation
 
 ROOT = "model"
@@ -143,9 +155,6 @@ def trace(model: nn.Module, batch_sum: BatchSum | None = None) -> Graph:
     return _Recorder(model).graph(batch_sum)
 
 
-_INPUT = Step(operations.identity, (), "input", operations.OPERATIONS[operations.identity])
-
-
 class _Parts:
     """The tensors an operation returns; each is recorded as it is asked for."""
 
@@ -174,9 +183,7 @@ class _Recorder:
             if node.op == "output":
                 return self._finish(node, batch_sum)
             if node.op == "placeholder":
-                self.current[node] = self._append(
-                    Step(Tensor.contiguous, (), "input", operations.OPERATIONS[Tensor.contiguous])
-                )
+                self.current[node] = self._append(Step(Tensor.contiguous, (), "input", OPERATIONS[Tensor.contiguous]))
             elif node.op == "get_attr":
                 self.current[node] = self._append(_attribute(self.root, str(node.target)))
             elif node.users or _writes(node, self.root):
@@ -228,10 +235,10 @@ class _Recorder:
             return args[0][args[1]]
         if target is getattr:
             return self._attribute_of_value(*args)
-        if target in operations.INSPECTIONS or (node.op == "call_method" and target in operations.INSPECTING_METHODS):
+        if target in INSPECTIONS or (node.op == "call_method" and target in INSPECTING_METHODS):
             return self._append(Step(_callable(node, self.root), args, self.where, kwargs=kwargs))
-        if target in operations.DECOMPOSITIONS:
-            return _bound(partial(operations.DECOMPOSITIONS[target], self.call), args, kwargs, self.where)
+        if target in DECOMPOSITIONS:
+            return _bound(partial(DECOMPOSITIONS[target], self.call), args, kwargs, self.where)
         entry = _entry(node)
         if entry is None:
             return self._append(Step(_callable(node, self.root), args, self.where, _without_rule(), kwargs=kwargs))
@@ -240,15 +247,15 @@ class _Recorder:
 
     def call(self, function: Callable, *args: Any) -> Any:
         """Record one operation, by its canonical function and arguments; what a decomposition is written with."""
-        if not self._depends_on_input(args) or function in operations.INSPECTIONS:
+        if not self._depends_on_input(args) or function in INSPECTIONS:
             return self._append(Step(function, args, self.where))
-        if function in operations.DECOMPOSITIONS:
-            return operations.DECOMPOSITIONS[function](self.call, *args)
-        if function in operations.OPERATIONS:
-            return self._operation(operations.OPERATIONS[function], args)
-        if function not in operations.FUNCTIONS:
+        if function in DECOMPOSITIONS:
+            return DECOMPOSITIONS[function](self.call, *args)
+        if function in OPERATIONS:
+            return self._operation(OPERATIONS[function], args)
+        if function not in FUNCTIONS:
             raise UnsupportedOperation(f"{self.where}: {getattr(function, '__name__', function)} has no rule")
-        operation, bind = operations.FUNCTIONS[function]
+        operation, bind = FUNCTIONS[function]
         return self._operation(operation, bind(*args))
 
     def parameter(self, module: nn.Module, name: str) -> Ref | None:
@@ -267,7 +274,7 @@ class _Recorder:
         if operation.identity is not None and operation.identity(*args, *arguments()):
             return args[0]
         if operation.function is torch.matmul and self._is_distribution(args[0]):
-            operation = operations.OPERATIONS[attend]
+            operation = OPERATIONS[attend]
         # A module's own weights are constants; they are read when they are needed, since reading a BatchNorm counts it.
         operands = (*args, *[None] * operation.operands)[: operation.operands]
         affine = operation.affine.holds([self._depends_on_input([operand]) for operand in operands])
@@ -300,15 +307,15 @@ class _Recorder:
         given = (*args, *kwargs.values())
         if len(given) != 1:
             raise UnsupportedOperation(f"{self.where} is called with {len(given)} arguments, its rule is for one")
-        if operations.pads_first(module):
-            padding = operations.OPERATIONS[F.pad]
-            given = (self._operation(padding, given, module, lambda: operations.padding_settings(module)),)
+        if pads_first(module):
+            padding = OPERATIONS[F.pad]
+            given = (self._operation(padding, given, module, lambda: padding_settings(module)),)
         return self._operation(operation, given, module, lambda: read(module))
 
     def _attribute_of_value(self, value: Any, name: str) -> Any:
         if name == "mT":
             return self.call(Tensor.transpose, value, -2, -1)
-        if name not in operations.INSPECTED_ATTRIBUTES:
+        if name not in INSPECTED_ATTRIBUTES:
             raise UnsupportedOperation(f"attribute {name!r} of a tensor, {self.where.partition(' ')[2]}, has no rule")
         return self._append(Step(getattr, (value, name), self.where))
 
@@ -337,7 +344,7 @@ class _Recorder:
             raise UnsupportedOperation("the network must return one tensor that depends on its input")
         head = None
         last = self.steps[output.index]
-        if last.operation is not None and last.operation.function in operations.LAST_FUNCTIONS:
+        if last.operation is not None and last.operation.function in LAST_FUNCTIONS:
             (values, dim), head = (*last.args, *last.arguments())[:2], last.operation.function
             if dim not in (1, -1):
                 raise UnsupportedOperation(f"{last.where} over axis {dim}, which is not the classes', has no rule")
@@ -386,8 +393,8 @@ def _parameter(module: nn.Module, name: str, where: str) -> Step:
 def _entry(node: fx.Node) -> tuple[Operation, Bind] | None:
     if node.op == "call_method":
         name = str(node.target)
-        return operations.METHODS.get(name) or operations.METHODS.get(name.removesuffix("_"))
-    return operations.FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+        return METHODS.get(name) or METHODS.get(name.removesuffix("_"))
+    return FUNCTIONS.get(node.target)  # type: ignore[arg-type]
 
 
 def _callable(node: fx.Node, root: nn.Module) -> Callable[..., Any]:
@@ -408,7 +415,7 @@ class Method:
 
 def record_of(function: Callable[..., Any]) -> Operation | None:
     """The record that a function of constants is a spelling of."""
-    table = operations.METHODS if isinstance(function, Method) else operations.FUNCTIONS
+    table = METHODS if isinstance(function, Method) else FUNCTIONS
     entry = table.get(function.name if isinstance(function, Method) else function)  # type: ignore[arg-type]
     return None if entry is None else entry[0]
 
@@ -431,7 +438,7 @@ def _writes(node: fx.Node, root: nn.Module) -> bool:
         return False
     given = _arguments(node)
     asked = bool(given.get("inplace")) or given.get("out") is not None
-    return asked or node.target in operations.WRITES or node.target is operator.setitem
+    return asked or node.target in WRITES or node.target is operator.setitem
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-from certtrain.bounds.operations import MODULES, module_entry
+from certtrain.bounds.operations.record import MODULES, module_entry
 from certtrain.bounds.recording import agree, probes
 from certtrain.bounds.tracing import ROOT, record_forward
 from certtrain.errors import UnsupportedOperation

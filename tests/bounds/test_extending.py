@@ -17,11 +17,11 @@ from certtrain.bounds import (
     PiecewiseLinear,
     interval,
     linf_box,
-    operations,
     register_operation,
 )
 from certtrain.bounds import rounding as sound
 from certtrain.bounds.linear import free_slopes, relaxations
+from certtrain.bounds.operations.record import FUNCTIONS, METHODS, MODULES, OPERATIONS
 from certtrain.errors import UnsupportedOperation, UsageError
 from tests.bounds.test_properties import points_of
 
@@ -31,7 +31,7 @@ LABELS = torch.tensor([0, 1, 2])
 
 @pytest.fixture(autouse=True)
 def _tables_come_back():
-    tables = [operations.OPERATIONS, operations.FUNCTIONS, operations.METHODS, operations.MODULES]
+    tables = [OPERATIONS, FUNCTIONS, METHODS, MODULES]
     tables += [interval.RULES, relaxations.RELAXATIONS, free_slopes.FREE_SLOPES, sound.RULES]
     before = [dict(table) for table in tables]
     yield
@@ -59,10 +59,10 @@ def assert_holds(model: nn.Module, x: Tensor, *methods: str) -> None:
 def test_the_pages_example_works_in_under_20_lines():
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) < 20
-    operations.OPERATIONS.pop(F.elu)
-    operations.MODULES.pop(nn.ELU)
+    OPERATIONS.pop(F.elu)
+    MODULES.pop(nn.ELU)
     for function in (F.elu, F.elu_):
-        operations.FUNCTIONS.pop(function)
+        FUNCTIONS.pop(function)
     for table in (interval.RULES, relaxations.RELAXATIONS):
         table.pop(F.elu)
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def test_what_is_missing_is_said():
         register_operation(F.softsign, lambda input: (input,))
     with pytest.raises(UsageError, match="incresing"):
         register_operation(F.softsign, lambda input: (input,), incresing=True)
-    assert F.softsign not in operations.OPERATIONS
+    assert F.softsign not in OPERATIONS
 
 
 def test_a_piecewise_linear_curve_leaves_the_slope_below_free():

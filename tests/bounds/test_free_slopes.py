@@ -14,7 +14,7 @@ from torch import Tensor
 from certtrain.bounds import Box
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.relaxations import RELAXATIONS
-from certtrain.bounds.operations import OPERATIONS, at_settings
+from certtrain.bounds.operations.record import OPERATIONS, at_settings
 from tests.bounds.test_operations import SETTINGS, intervals
 
 each_function = pytest.mark.parametrize("function", FREE_SLOPES, ids=lambda function: function.__name__)

@@ -15,7 +15,7 @@ from torch import nn
 from certtrain.bounds import BoundedModel, interval, rounding
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES
-from certtrain.bounds.operations import identity
+from certtrain.bounds.operations.movement import identity
 from certtrain.errors import UnsupportedOperation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))

@@ -28,7 +28,7 @@ from certtrain.bounds.linear.relaxations import RELAXATIONS as LINES
 from certtrain.bounds.linear.relaxations import unstable_relus
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.model import free_memory
-from certtrain.bounds.operations import OPERATIONS, Affine
+from certtrain.bounds.operations.record import OPERATIONS, Affine
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.models import build_model
 from certtrain.runtime.live_bytes import LiveBytes

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box
-from certtrain.bounds import operations as records
-from certtrain.bounds.activations import gelu, power
 from certtrain.bounds.attention import _allowed, attend, masked
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.interval import RULES
@@ -25,7 +23,12 @@ from certtrain.bounds.linear.backward import RULES as BACKWARD
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.normalization import deviation, has_batch_axis, inverse_root, normalized
-from certtrain.bounds.operations import (
+from certtrain.bounds.operations.activations import gelu, power
+from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.joining import cat, chunk, split, unbind
+from certtrain.bounds.operations.movement import cast, expand, identity, narrow, reshape
+from certtrain.bounds.operations.products import einsum
+from certtrain.bounds.operations.record import (
     DECOMPOSITIONS,
     FUNCTIONS,
     METHODS,
@@ -34,18 +37,9 @@ from certtrain.bounds.operations import (
     Affine,
     Operation,
     PiecewiseLinear,
-    add,
-    cast,
-    cat,
-    chunk,
-    einsum,
-    expand,
-    identity,
-    narrow,
-    reshape,
-    split,
-    sub,
-    unbind,
+    Smooth,
+    anything,
+    at_settings,
 )
 from certtrain.bounds.rounding import RULES as SOUND
 from certtrain.errors import UnsupportedOperation
@@ -699,7 +693,7 @@ def test_every_spelling_has_a_call(function):
 
 @each_operation
 def test_every_precondition_has_a_call_that_it_refuses(function):
-    if OPERATIONS[function].require is not records._anything and function is not identity:
+    if OPERATIONS[function].require is not anything and function is not identity:
         assert EXAMPLES[function].refused
 
 
@@ -726,8 +720,6 @@ def test_every_operation_has_a_linear_rule_or_is_declared_to_have_none():
 
 
 def test_an_operation_without_a_linear_rule_is_noticed(monkeypatch):
-    for table in ("OPERATIONS", "FUNCTIONS", "METHODS", "MODULES"):
-        monkeypatch.setattr(records, table, dict(getattr(records, table)))
     monkeypatch.setitem(OPERATIONS, torch.erf, Operation(torch.erf, lambda input: (input,), increasing=True))
     assert without_linear_rule() == {"erf"}
     declared = Operation(torch.erf, lambda input: (input,), increasing=True, interval_only=True)
@@ -858,7 +850,7 @@ def test_minima_are_the_least_values():
         if operation.minimum is None:
             continue
         for settings in SETTINGS.get(function, [()]):
-            least = torch.as_tensor(records.at_settings(operation.minimum, *settings), dtype=torch.float64)
+            least = torch.as_tensor(at_settings(operation.minimum, *settings), dtype=torch.float64)
             if least.isfinite():
                 around = least + torch.linspace(-3, 3, 10001, dtype=torch.float64)
                 assert function(around, *settings).min() >= function(least, *settings) - 1e-15
@@ -867,12 +859,12 @@ def test_minima_are_the_least_values():
 def test_curvatures_bound_the_second_derivative():
     x = torch.linspace(-15, 15, 6007, dtype=torch.float64)
     for function, operation in OPERATIONS.items():
-        if not isinstance(operation.curve, records.Smooth):
+        if not isinstance(operation.curve, Smooth):
             continue
         for settings in SETTINGS.get(function, [()]):
             first = torch.func.vmap(torch.func.grad(torch.func.grad(lambda v: function(v, *settings))))  # noqa: B023
             with torch.no_grad():
-                kinks = records.at_settings(operation.curve.kinks, *settings)
+                kinks = at_settings(operation.curve.kinks, *settings)
             smooth = torch.stack([(x - kink).abs() > 1e-6 for kink in [*kinks, 1e9]]).all(0)
             bound = operation.curve.curvature(x.abs(), x.abs(), *settings)
             assert (first(x).abs() <= bound + 1e-9 * (1 + bound))[smooth].all(), operation.name

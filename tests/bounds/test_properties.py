@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES
-from certtrain.bounds.operations import identity, sub
+from certtrain.bounds.operations.arithmetic import sub
+from certtrain.bounds.operations.movement import identity
 from tests.networks import randomized
 
 Layer = Callable[[Tensor], Tensor]

@@ -23,7 +23,10 @@ from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.attention import attend
 from certtrain.bounds.graph import Call, leaves
 from certtrain.bounds.normalization import deviation, inverse_root, normalized
-from certtrain.bounds.operations import WEIGHTED, add, cast, cat, einsum, sub
+from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.joining import cat
+from certtrain.bounds.operations.movement import cast
+from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.rounding import ARITHMETICS, EXACT, RULES, Arithmetic, OutwardBox, enclosing_linf_box
 from certtrain.errors import UnsupportedOperation
 

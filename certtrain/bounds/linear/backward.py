@@ -46,7 +46,8 @@ from certtrain.bounds.linear.patches import (
 from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, above_in_exact_arithmetic, relu
 from certtrain.bounds.linear.softmax import softmax
 from certtrain.bounds.normalization import normalized
-from certtrain.bounds.operations import add, cast, differentiable, identity, reshape, sub
+from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.movement import cast, differentiable, identity, reshape
 from certtrain.errors import UnsupportedOperation
 
 Slopes = Mapping[int, Tensor]  # by call: slope of the line below, or parameter of the planes, (B, 1 or R, ...)

@@ -22,7 +22,7 @@ from certtrain.bounds.linear.ascent import ProjectedAdam
 from certtrain.bounds.linear.backward import LinearBounds, Lines, linear_bounds
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.linear.relaxations import RELAXATIONS
-from certtrain.bounds.operations import OPERATIONS, PiecewiseLinear, at_settings
+from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
 from certtrain.errors import UnsupportedOperation
 
 

@@ -23,7 +23,7 @@ from certtrain.bounds.graph import Call, Ref
 from certtrain.bounds.interval import RULES as INTERVAL_RULES
 from certtrain.bounds.linear.patches import Contributions, dot, through
 from certtrain.bounds.linear.relaxations import RELAXATIONS
-from certtrain.bounds.operations import einsum
+from certtrain.bounds.operations.products import einsum
 from certtrain.errors import UnsupportedOperation
 
 Product = Callable[[Tensor, Tensor], Tensor]  # linear in each of the two

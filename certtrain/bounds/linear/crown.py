@@ -16,7 +16,7 @@ from certtrain.bounds.interval import RULES, Bounds, Record
 from certtrain.bounds.linear.backward import Lines, Slopes, lower_bounds
 from certtrain.bounds.linear.patches import Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS
-from certtrain.bounds.operations import OPERATIONS, PiecewiseLinear, at_settings
+from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
 
 
 def margin_rows(labels: Tensor, classes: int, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from certtrain.bounds.box import Box
 from certtrain.bounds.interval import clipped
 from certtrain.bounds.linear.relaxations import NARROW, piecewise_linear
-from certtrain.bounds.operations import OPERATIONS, Operation, PiecewiseLinear, at_settings
+from certtrain.bounds.operations.record import OPERATIONS, Operation, PiecewiseLinear, at_settings
 
 
 class FreeSlopes(NamedTuple):

@@ -18,7 +18,8 @@ from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.linear.relaxations import LinearRelaxation
-from certtrain.bounds.operations import add, cast, identity, sub
+from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.movement import cast, identity
 
 
 @dataclass(frozen=True)

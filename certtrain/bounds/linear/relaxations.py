@@ -20,7 +20,7 @@ from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.interval import clipped
-from certtrain.bounds.operations import (
+from certtrain.bounds.operations.record import (
     OPERATIONS,
     Concave,
     Convex,

@@ -1,4 +1,4 @@
-"""The records of elementwise functions: their spellings, and what is known of their graphs. (See `operations.py`.)
+"""The records of elementwise functions: their spellings, and what is known of their graphs. (See `record.py`.)
 
 Intervals follow from where a function grows and falls, linear relaxations from its curve. A new one is a few lines.
 """
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds.operations import (
+from certtrain.bounds.operations.preconditions import first_alone, only, require_that
+from certtrain.bounds.operations.record import (
     DECOMPOSITIONS,
     WRITES,
     Concave,
@@ -23,9 +24,6 @@ from certtrain.bounds.operations import (
     Smooth,
     SShaped,
     define,
-    first_alone,
-    only,
-    require_that,
 )
 
 _ELEMENTWISE = {"elementwise": True}
