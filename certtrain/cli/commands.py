@@ -119,7 +119,10 @@ def verify_command(options: argparse.Namespace) -> int:
         asked = config_of(options, options.run, _verification_changes(options))
         require_data(asked)
         if options.certificates:
+            from certtrain.verification.checker import require_known
+
             require_checkable(asked.verification.method)
+            require_known(asked.model.name)
         if options.certificates and asked.verification.split != "test":
             raise UsageError("certificates are about a test set: not with verification.split=validation")
         if options.certificates and asked.data.classes is not None:

@@ -37,22 +37,22 @@ AGREEMENT = 1e-7  # relative; two derivations of one margin in float64 differ by
 
 # --- the architectures of certtrain.models, layer by layer ------------------------------------------------------------
 
-Stride = Callable[[Array], int]  # of a convolution, by its kernels
+Window = Callable[[Array], tuple[int, int]]  # the stride and padding of a convolution, by its kernels
 
 
-def _layers(p: Propagation, x: Interval, name: str, positions: Iterable[int], stride: Stride) -> Interval:
+def _layers(p: Propagation, x: Interval, name: str, positions: Iterable[int], window: Window) -> Interval:
     """Layers in a row, by their position; what has no weights is a ReLU, or a flattening before a linear layer."""
     for position in positions:
         layer = f"{name}.{position}"
         weight = p.weights.get(f"{layer}.weight")
         if f"{layer}.branch.0.weight" in p.weights:
-            x = _block(p, x, layer, stride(p.weights[f"{layer}.branch.0.weight"]))
+            x = _block(p, x, layer, window(p.weights[f"{layer}.branch.0.weight"])[0])
         elif weight is None:
             following = p.weights.get(f"{name}.{position + 1}.weight")
             flattens = x.center.ndim == 3 and following is not None and following.ndim == 2
             x = p.flatten(x) if flattens else p.relu(x)
         elif weight.ndim == 4:
-            x = p.convolution(x, layer, stride(weight), weight.shape[2] // 2, len(x.center) // weight.shape[1])
+            x = p.convolution(x, layer, *window(weight), groups=len(x.center) // weight.shape[1])
         elif weight.ndim == 2:
             x = p.linear(x, layer)
         else:
@@ -64,9 +64,21 @@ def _block(p: Propagation, x: Interval, name: str, stride: int) -> Interval:
     """relu(branch + shortcut): the branch's first 3×3 convolution has the stride, and so has the shortcut's."""
     strides = itertools.chain([stride], itertools.repeat(1))
     positions = range(_last_position(p, f"{name}.branch") + 1)
-    branch = _layers(p, x, f"{name}.branch", positions, lambda kernels: next(strides) if kernels.shape[2] == 3 else 1)
-    shortcut = _layers(p, x, f"{name}.shortcut", range(_last_position(p, f"{name}.shortcut") + 1), lambda _: stride)
+    branch = _layers(
+        p,
+        x,
+        f"{name}.branch",
+        positions,
+        lambda kernels: _window(next(strides) if kernels.shape[2] == 3 else 1, kernels),
+    )
+    positions = range(_last_position(p, f"{name}.shortcut") + 1)
+    shortcut = _layers(p, x, f"{name}.shortcut", positions, lambda kernels: _window(stride, kernels))
     return p.relu(p.add(branch, shortcut))
+
+
+def _window(given: int | tuple[int, int], kernels: Array) -> tuple[int, int]:
+    """Of a convolution for which there is a stride only, the padding is half the kernel's size, rounded down."""
+    return (given, kernels.shape[2] // 2) if isinstance(given, int) else given
 
 
 def _last_position(p: Propagation, name: str) -> int:
@@ -84,17 +96,26 @@ def _resnext(image_shape: Sequence[int], options: Mapping[str, Any]) -> tuple[in
     return (1, *(stride for first in (1, 2, 2) for stride in (first, *[1] * (per_stage - 1))))
 
 
-STRIDES: dict[str, Callable[[Sequence[int], Mapping[str, Any]], tuple[int, ...]]] = {
+WINDOWS: dict[str, Callable[[Sequence[int], Mapping[str, Any]], Sequence[int | tuple[int, int]]]] = {
     "cnn7": _cnn7,
     "cnn7-wide": _cnn7,
     "cnn-large": lambda *_: (1, 1, 2, 1, 1),
     "cnn-small": lambda *_: (1, 2),
+    "cnn-2layer": lambda *_: ((2, 1), (2, 1)),
+    "cnn-3layer": lambda *_: ((1, 1), (1, 1), (4, 0)),
+    "cnn-4layer": lambda *_: ((1, 1), (2, 1), (1, 1), (2, 1)),
     "mlp": lambda *_: (),
     "wide-resnet": lambda *_: (1, 1, 2, 2),
     "resnext": _resnext,
 }
-"""Of the convolutions and blocks of a network, in order."""
-KNOWN = (*STRIDES, "vit")
+"""Of the convolutions and blocks of a network, in order: strides, or strides with paddings; see `_window`."""
+KNOWN = (*WINDOWS, "vit")
+
+
+def require_known(network: str) -> None:
+    """Raises CertificateError for a network whose certificates the checker could not prove again."""
+    if network not in KNOWN:
+        raise CertificateError(f"the checker does not know the network {network}; it knows {', '.join(KNOWN)}")
 
 
 @dataclass(frozen=True)
@@ -123,8 +144,7 @@ class SavedNetwork:
             name = str(architecture["name"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise CertificateError(f"{file} or its model.json cannot be read ({error})") from error
-        if name not in KNOWN:
-            raise CertificateError(f"the checker does not know the network {name}; it knows {', '.join(KNOWN)}")
+        require_known(name)
         for key, value in stored.items():
             expected = np.int64 if key.endswith(".num_batches_tracked") else np.float32
             if value.dtype != expected:
@@ -165,8 +185,8 @@ class SavedNetwork:
             if a["name"] == "vit":
                 x = encode(p, x, a.get("options") or {}, "network", last)
                 return ClassifierInput(p, x, f"network.{last}", a["num_classes"])
-            strides = iter(STRIDES[a["name"]](a["image_shape"], a.get("options") or {}))
-            x = _layers(p, x, "network", range(last), lambda _: next(strides))
+            windows = iter(WINDOWS[a["name"]](a["image_shape"], a.get("options") or {}))
+            x = _layers(p, x, "network", range(last), lambda kernels: _window(next(windows), kernels))
             return ClassifierInput(p, x, f"network.{last}", a["num_classes"])
 
 

@@ -55,12 +55,16 @@ def read_test_set(name: str, folder: Path) -> tuple[Array, Array]:
 def _npz(folder: Path) -> tuple[Array, Array]:
     with np.load(folder / "test.npz", allow_pickle=False) as archive:
         images, labels = archive["images"], archive["labels"]
+    if images.ndim == 2:  # a table: images of one pixel, whose channels are its columns
+        images = images[:, np.newaxis, np.newaxis]
     return np.moveaxis(images if images.ndim == 4 else images[..., np.newaxis], -1, 1), labels
 
 
 def _folder(folder: Path) -> tuple[Array, Array]:
-    """Classes are numbered by the folders of the training images, which a test split may lack."""
-    classes = sorted(entry.name for entry in os.scandir(folder / "train") if entry.is_dir())
+    """Classes are numbered by the folders of the training images, which a test split may lack; what is hidden, its name
+    beginning with a dot, counts for nothing.
+    """
+    classes = sorted(entry.name for entry in os.scandir(folder / "train") if entry.is_dir() and entry.name[0] != ".")
     test = next(part for part in (folder / "test", folder / "val") if part.is_dir() or part.name == "val")
     files, labels = [], []
     for label, name in enumerate(classes):
@@ -68,11 +72,15 @@ def _folder(folder: Path) -> tuple[Array, Array]:
             (parent, file)
             for parent, _, inside in os.walk(test / name, followlinks=True)
             for file in inside
-            if file.lower().endswith(IMAGE_SUFFIXES)
+            if file.lower().endswith(IMAGE_SUFFIXES) and not _hidden(Path(parent, file), test / name)
         ]
         files += [Path(parent) / file for parent, file in sorted(found)]
         labels += [label] * len(found)
     return _decoded(files), np.array(labels)
+
+
+def _hidden(file: Path, within: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(within).parts)
 
 
 def _decoded(files: Sequence[Path]) -> Array:

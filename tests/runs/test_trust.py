@@ -92,6 +92,12 @@ def test_a_module_that_a_run_names_is_imported_where_it_is_trusted_alone(cli, se
     assert load_model(sent, trust=True)(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_certificates_that_could_not_be_checked_are_refused_before_anything_is_proved(cli, sent, tmp_path):
+    outcome = cli("verify", sent, "--trust-model", "--certificates", tmp_path / "certificates.parquet")
+    assert (outcome.code, list(tmp_path.glob("*.parquet"))) == (1, [])
+    assert "the checker does not know the network" in outcome.error
+
+
 def test_ones_own_configuration_trusts_the_run_it_is_of(cli, sent, tmp_path, canary):
     assert cli("train", tmp_path / "own.yaml", "--out", sent, "--resume").code == 0
     assert canary.exists()

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import certtrain
+import certtrain.models
 from certtrain.bounds import BoundedModel
 from certtrain.cli.main import main
 from certtrain.data import load_dataset, to_float
@@ -23,7 +24,7 @@ from certtrain.initialization import ibp_init_
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model, save_model
 from certtrain.verification.certificates import read_certificates
-from certtrain.verification.checker import SavedNetwork
+from certtrain.verification.checker import KNOWN, SavedNetwork
 from certtrain.verification.pixels import pixel_box
 from certtrain.verification.propagation import Interval, Propagation, growth
 from certtrain.verification.verify import verify
@@ -158,7 +159,12 @@ def test_what_cannot_be_sound_is_refused(cli, run, tmp_path):
 
 MODELS = {
     "cnn7": {"width": 3, "linear_width": 10},
+    "cnn7-wide": {"width": 2, "linear_width": 10},
+    "cnn-large": {"width": 2, "linear_width": 10},
     "cnn-small": {"width": 3, "linear_width": 10},
+    "cnn-2layer": {"width": 1, "linear_width": 10},
+    "cnn-3layer": {"width": 1, "linear_width": 10, "kernel": 5},
+    "cnn-4layer": {"width": 1, "linear_width": 10},
     "mlp": {"widths": (12, 9)},
     "wide-resnet": {"base_width": 2, "widen_factor": 2, "linear_width": 10},
     "resnext": {"stem_width": 4, "bottleneck_width": 2, "linear_width": 10, "blocks": 2},
@@ -170,6 +176,10 @@ TRANSFORMERS = {
     "pre, layer": {"depth": 1},
     "post, layer": {"norm": "post", "depth": 1, "pool": "flatten"},
 }
+
+
+def test_the_checker_knows_every_network_that_is_shipped():
+    assert {*MODELS, "vit"} == set(certtrain.models.MODELS) == set(KNOWN)
 
 
 def saved_transformer(folder, kind):
@@ -230,8 +240,9 @@ def test_the_checker_refuses_a_transformer_with_gelu(tmp_path):
 
 def saved(folder, name, batch_norm=True):
     torch.manual_seed(0)
+    batch_norm = {} if name == "cnn-large" else {"batch_norm": batch_norm}
     architecture = {"name": name, "image_shape": [3, 8, 8], "num_classes": 4, "mean": [0.4, 0.5, 0.6],
-                    "std": [0.2, 0.3, 0.25], "options": {**MODELS[name], "batch_norm": batch_norm}}  # fmt: skip
+                    "std": [0.2, 0.3, 0.25], "options": MODELS[name] | batch_norm}  # fmt: skip
     save_model(folder, randomized(build_model(**architecture)), architecture)
     return folder / "model.safetensors"
 

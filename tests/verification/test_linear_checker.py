@@ -28,6 +28,8 @@ NORMALISED = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 NETWORKS = {
     "mlp": ("mlp", (3, 4, 4), {"widths": [8, 6]}),
     "cnn-small": ("cnn-small", (3, 8, 8), {"width": 2, "linear_width": 8}),
+    "cnn-2layer": ("cnn-2layer", (3, 9, 11), {"width": 1, "linear_width": 6}),  # whose windows leave rows over
+    "cnn-3layer": ("cnn-3layer", (3, 9, 10), {"width": 1, "kernel": 5, "linear_width": 6}),
     "cnn7": ("cnn7", (3, 8, 8), {"width": 2, "linear_width": 6}),
     "wide-resnet": ("wide-resnet", (3, 8, 8), {"base_width": 2, "widen_factor": 2, "linear_width": 6}),
     "resnext": ("resnext", (3, 8, 8), {"stem_width": 3, "bottleneck_width": 2, "blocks": 2, "linear_width": 6}),

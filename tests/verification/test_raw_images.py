@@ -25,12 +25,27 @@ def write_npz(folder, monkeypatch, grey=False):
         test_npz.write(folder, part, images[..., 0] if grey else images, labels)
 
 
+def write_table(folder, monkeypatch):
+    for part, count in (("train", 3), ("test", 5)):
+        test_npz.write(folder, part, test_npz.rgb(count)[:, 0, :, 0], np.arange(count) % 3)
+
+
 def write_folder(folder, monkeypatch, test="test"):
     for place in ("train/ape/1.png", "train/bee/b/2.png", "train/bee/a.png", "train/cow/1.png"):
         test_folder.write(folder / place)
     for place in ("bee/10.png", "bee/9.PNG", "bee/a/1.bmp", "bee/A/1.bmp", "ape/z.png"):
         test_folder.write(folder / test / place, grey="ape" in place)
     (folder / test / "bee" / "notes.txt").write_text("no image")
+
+
+def write_folder_with_hidden_things(folder, monkeypatch):
+    """What editors and file managers leave behind, a linked class, and names in other scripts."""
+    for part in ("train", "test"):
+        for place in (".ipynb_checkpoints/1.png", "a cat/._1.png", "a cat/1.png", "a cat/.cache/2.png", "été/.y/1.png",
+                      "été/x/1.png", ".trash/1.png"):  # fmt: skip
+            test_folder.write(folder / part / place)
+        test_folder.write(folder / f"{part} elsewhere" / "1.png")
+        (folder / part / "linked").symlink_to(folder / f"{part} elsewhere")
 
 
 def write_cifar100(folder, monkeypatch):
@@ -63,7 +78,9 @@ SAMPLES = {
     "digits": ("digits", write_nothing),
     "npz": ("npz", write_npz),
     "npz, grey": ("npz", lambda folder, monkeypatch: write_npz(folder, monkeypatch, grey=True)),
+    "npz, table": ("npz", write_table),
     "folder": ("folder", write_folder),
+    "folder with hidden things": ("folder", write_folder_with_hidden_things),
     "folder with val": ("folder", lambda folder, monkeypatch: write_folder(folder, monkeypatch, "val")),
     "mnist": ("mnist", lambda folder, _: test_vision.write_mnist(folder / "MNIST" / "raw")),
     "fashion-mnist": ("fashion-mnist", lambda folder, _: test_vision.write_mnist(folder / "FashionMNIST" / "raw")),
