@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
 from pathlib import Path
+from pkgutil import walk_packages
 
 import pytest
 
+import certtrain
 from certtrain.cli.main import build_parser
 from certtrain.config import load_config
 from certtrain.config.keys import dotted_fields
@@ -105,6 +108,17 @@ def test_commands_are_ones_that_are_taken(page):
 
 def test_the_commands_are_found():
     assert sum(len(list(commands(page))) for page in PAGES) > 20
+
+
+def test_the_reference_shows_every_public_name():
+    """What a package's `__all__` holds is part of the interface."""
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = {path.rpartition(".")[2] for path in re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE)}
+    packages = [module for _, module, is_package in walk_packages(certtrain.__path__, "certtrain.") if is_package]
+    for package in ["certtrain", *packages]:
+        if package != "certtrain.cli":  # which is a command
+            public = getattr(importlib.import_module(package), "__all__", [])
+            assert shown.issuperset(public), f"{package}: {sorted(set(public) - shown)}"
 
 
 def test_every_public_name_says_what_it_is():

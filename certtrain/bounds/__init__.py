@@ -5,6 +5,7 @@ from certtrain.bounds.box import Box, linf_box
 from certtrain.bounds.extending import register_operation
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear.relaxations import LinearRelaxation
+from certtrain.bounds.margins import proved
 from certtrain.bounds.model import BoundedModel
 from certtrain.bounds.operations.record import Concave, Convex, PiecewiseLinear, Smooth, SShaped
 
@@ -21,5 +22,6 @@ __all__ = [
     "Smooth",
     "bounded_model",
     "linf_box",
+    "proved",
     "register_operation",
 ]

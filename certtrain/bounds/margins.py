@@ -35,7 +35,7 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
 
 
 def proved(margins: Tensor) -> Tensor:
-    """(B,) bool: every margin (B, K) but the label's own is positive."""
+    """(B,) bool: which images' labels are proved, every margin of (B, K) but the label's own, a 0, being positive."""
     return (margins > 0).sum(1) == margins.shape[1] - 1
 
 

@@ -414,17 +414,19 @@ def _fraction(radius: float) -> str:
 
 
 def models_command(options: argparse.Namespace) -> int:
-    from certtrain.models import MODELS
+    from certtrain.models import MODELS, all_options
     from certtrain.training.cost import network_size
 
     table = Table(title=f"networks for {options.classes} classes of {'×'.join(map(str, options.input))} images")
     table.add_column("model")
     for column in ("parameters", "multiply-accumulates"):
         table.add_column(column, justify="right")
+    table.add_column("model.options")
     for name in MODELS:
         try:
             size = network_size(name, options.input, options.classes)
-            table.add_row(name, f"{size.parameters:,}", f"{size.macs:,}")
+            taken = ", ".join(f"{key}={value}" for key, value in all_options(name, {}).items())
+            table.add_row(name, f"{size.parameters:,}", f"{size.macs:,}", taken)
         except UsageError as error:
             table.add_row(name, "–", str(error))
     Console().print(table)

@@ -66,10 +66,14 @@ class LatentAttackSection(StepsSection):
     """... each time these shares of the steps are done."""
 
 
+ProvedBy = Literal["bounds", "search", "nothing"]
+
+
 class MethodSection(Section):
     """A training method by name."""
 
     name: str
+    proved_by: ClassVar[ProvedBy] = "bounds"  # what settles most images of its networks
     boxes_only: ClassVar[bool] = True  # needs no more of the network than boxes, which backward may compute again
 
     @property
@@ -87,6 +91,7 @@ class NaturalSection(MethodSection):
     """Cross-entropy of clean images, no bounds."""
 
     name: Literal["natural"] = "natural"
+    proved_by: ClassVar[ProvedBy] = "nothing"
 
 
 class RobustSection(MethodSection):
@@ -112,6 +117,7 @@ class RobustSection(MethodSection):
 class AttackingSection(RobustSection):
     """What the methods have that look for bad points first."""
 
+    proved_by: ClassVar[ProvedBy] = "search"
     attack: AttackSection = AttackSection()
 
     @property
@@ -123,6 +129,7 @@ class AdversarialSection(AttackingSection):
     """Cross-entropy at attacked points, no bounds. (Madry et al. 2018, arXiv 1706.06083.)"""
 
     name: Literal["adversarial"] = "adversarial"
+    proved_by: ClassVar[ProvedBy] = "nothing"
 
 
 class IBPSection(RobustSection):
@@ -203,6 +210,7 @@ class TailSection(RobustSection):
     """Of the losses' means over the batch, or of each image's."""
     shrink: Shrink = 1.0
     """What upper ends behind unstable ReLUs are multiplied by while training; 1: nothing."""
+    proved_by: ClassVar[ProvedBy] = "search"
     boxes_only: ClassVar[bool] = False
 
     @property

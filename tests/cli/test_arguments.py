@@ -180,6 +180,10 @@ def test_without_validation_there_is_no_column_for_it():
         ("ibp", 0.9, 0.96, "learned little"),
         ("natural", 0.1, 1.0, "natural does not train for that"),
         ("natural", 0.1, 0.2, ""),
+        ("adversarial", 0.1, 1.0, "adversarial does not train for that"),
+        ("mtl-ibp", 0.1, 1.0, "mtl-ibp need a search"),
+        ("staps", 0.1, 1.0, "staps need a search"),
+        ("sabr", 0.9, 1.0, "learned little"),
     ],
 )
 def test_hardly_anything_proved_comes_with_what_to_try(method, natural, verified, expected):
