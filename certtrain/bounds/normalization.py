@@ -55,8 +55,11 @@ def _slope(mean_square: Tensor, eps: float | None) -> Tensor:
     return -0.5 * inverse_root(mean_square, eps) ** 3
 
 
-def normalized(d: Tensor, factor: Tensor, x: Tensor, dims: Dims, eps: float | None) -> Tensor:
-    """d · factor, where factor = 1 / √(mean(d²) + ε); x is what the d are deviations of, or d itself."""
+def normalized(d: Tensor, factor: Tensor, x: Tensor, dims: Dims, eps: float | None, by_squares: bool = False) -> Tensor:
+    """d · factor, where factor = 1 / √(mean(d²) + ε); x is what the d are deviations of, or d itself.
+
+    by_squares: mean(d²) may be computed as mean(x²) - mean(x)², which in floating point is another thing.
+    """
     return d * factor
 
 
@@ -94,7 +97,7 @@ def deviation_box(x: Box, dims: Dims) -> Box:
     return Box.around(deviation(x.center, dims), (1 - 2 / count) * x.radius + x.radius.mean(dims, keepdim=True))
 
 
-def normalized_box(d: Box, factor: Box, x: Box, dims: Dims, eps: float | None) -> Box:
+def normalized_box(d: Box, factor: Box, x: Box, dims: Dims, eps: float | None, by_squares: bool = False) -> Box:
     """See the head of this file."""
     squares, count = squared(d), count_of(d.like, dims)
     least, most = (sum_of_others(part, dims) for part in (squares.lower, squares.upper))
@@ -136,10 +139,12 @@ define(
 # --- the layers, by these ---------------------------------------------------------------------------------------------
 
 
-def _normalize(call: Any, x: Any, dims: Dims, eps: float | None, centered: bool = True) -> Any:
+def _normalize(
+    call: Any, x: Any, dims: Dims, eps: float | None, centered: bool = True, by_squares: bool = False
+) -> Any:
     d = call(deviation, x, dims) if centered else x
     mean_square = call(Tensor.mean, call(torch.square, d), dims, True)
-    return call(normalized, d, call(inverse_root, mean_square, eps), x, dims, eps)
+    return call(normalized, d, call(inverse_root, mean_square, eps), x, dims, eps, by_squares)
 
 
 def _scaled(call: Any, x: Any, weight: Any, bias: Any) -> Any:
@@ -162,10 +167,13 @@ def rms_norm(call: Any, input: Any, normalized_shape: Any, weight: Any = None, e
 
 
 def group_norm(call: Any, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    """(B, C, ...) as (B, groups, rest) for the statistics, as (B, C, rest) for weight and bias."""
+    """(B, C, ...) as (B, groups, rest) for the statistics, as (B, C, rest) for weight and bias.
+
+    PyTorch takes the variance of images that are stored channels last by squares.
+    """
     shape = call(getattr, input, "shape")
     images, channels = (call(operator.getitem, shape, axis) for axis in (0, 1))
-    grouped = _normalize(call, call(reshape, input, (images, num_groups, -1)), (-1,), eps)
+    grouped = _normalize(call, call(reshape, input, (images, num_groups, -1)), (-1,), eps, by_squares=True)
     weight, bias = (value if value is None else call(reshape, value, (-1, 1)) for value in (weight, bias))
     scaled = _scaled(call, call(reshape, grouped, (images, channels, -1)), weight, bias)
     return call(reshape, scaled, shape)

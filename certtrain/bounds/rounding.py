@@ -264,7 +264,7 @@ def _weighted(function: Callable[..., Tensor]) -> Rule:
         error, magnitude = sum_error(a, terms, foldings), x.magnitude
         if bias is None:
             bias = weight.new_zeros(_out_channels(function, weight, settings))
-        underflow, fits = _sum_range(a, terms, weight, bias, magnitude)
+        underflow, fits = _sum_range(a, terms, weight.abs().sum(), bias, magnitude)
         center = function(x.center, weight, bias, *settings)
         slack = error * bias.abs() + underflow
         radius = function(x.radius + error * magnitude, weight.abs(), slack, *settings) * inflation(terms)
@@ -273,7 +273,21 @@ def _weighted(function: Callable[..., Tensor]) -> Rule:
     return rule
 
 
-def _product(function: Callable[..., Tensor]) -> Rule:
+def matmul_terms(x: Any, y: Any) -> int:
+    """Products in one sum."""
+    return int(x.shape[-1])
+
+
+def einsum_terms(x: Any, y: Any, equation: str) -> int:
+    """Products in one sum, where letters are summed over that one operand alone has, too."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, part in zip(inputs.split(","), (x, y), strict=True):
+        sizes |= zip(term, part.shape, strict=True)
+    return math.prod(size for letter, size in sizes.items() if letter not in output)
+
+
+def _product(function: Callable[..., Tensor], terms_of: Callable[..., int]) -> Rule:
     """A matrix product with a constant, on either side."""
 
     def rule(a: Arithmetic, x: Any, y: Any, *settings: Any) -> OutwardBox:
@@ -282,9 +296,9 @@ def _product(function: Callable[..., Tensor]) -> Rule:
         def with_matrix(part: Tensor, factor: Tensor) -> Tensor:
             return function(*((part, factor) if box is x else (factor, part)), *settings)
 
-        terms, sizes, magnitude = matrix.numel(), matrix.abs(), box.magnitude  # no sum has more terms
+        terms, sizes, magnitude = terms_of(x, y, *settings), matrix.abs(), box.magnitude
         error = sum_error(a, terms)
-        underflow, fits = _sum_range(a, terms, matrix, matrix.new_zeros(1), magnitude)
+        underflow, fits = _sum_range(a, terms, terms * sizes.amax(), matrix.new_zeros(1), magnitude)
         center = with_matrix(box.center, matrix)
         radius = (with_matrix(box.radius + error * magnitude, sizes) + underflow) * inflation(terms)
         return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
@@ -292,9 +306,11 @@ def _product(function: Callable[..., Tensor]) -> Rule:
     return rule
 
 
-def _sum_range(a: Arithmetic, terms: int, weight: Tensor, bias: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """What underflows can cost any of the sums, and (B,) whether no part of any sum of an image can overflow."""
-    norm = weight.abs().sum()  # no less than that of any row
+def _sum_range(a: Arithmetic, terms: int, norm: Tensor, bias: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """What underflows can cost any of the sums, and (B,) whether no part of any sum of an image can overflow.
+
+    norm: no less than Σ|w| of any of them.
+    """
     largest = magnitude.flatten(1).amax(1)
     underflow = 8 * a.tiny * (2 * terms + 2 + norm + terms * largest.amax())
     return underflow, 2 * (norm * largest + bias.abs().amax()) <= a.largest
@@ -353,11 +369,17 @@ def _batch_norm(
             bias=behind.bias * most + parameters.amax(),
             done=behind.done + 1,
         )
+        # Weight and bias may meet the BatchNorm's weight before they meet the root of its variance.
+        on_the_way = LARGEST_FACTOR * (behind.weight + behind.bias + mean.abs().amax() + bias.abs().amax())
         losses = _per_image(_folding_losses(a, folded), x.like)
+        losses = torch.where(2 * on_the_way <= a.largest, losses, torch.inf)
     channelwise = (1, -1, *[1] * (x.like.dim() - 2))
     scale, shift, parameters = scale.view(channelwise), shift.view(channelwise), parameters.view(channelwise)
     moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
     magnitude = scale.abs() * x.magnitude + parameters
+    # What is centred first meets the weight, or the reciprocal of the root, before it meets the other.
+    fits = 2 * LARGEST_FACTOR * (x.magnitude + mean.abs().view(channelwise)) <= a.largest
+    moved = OutwardBox.around(moved.center, torch.where(fits, moved.radius, torch.inf))
     moved = widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a)
     terms, foldings = (1, 1) if behind is None else (behind.terms, behind.foldings)
     return widened(moved, sum_error(a, terms, foldings), parameters, a, losses=losses), folded
@@ -501,7 +523,9 @@ def _reduced(x: Tensor, *settings: Any) -> int:
 
 
 def _kernel(x: Tensor, kernel_size: int | tuple[int, ...], *settings: Any) -> int:
-    return kernel_size ** (x.dim() - 2) if isinstance(kernel_size, int) else math.prod(kernel_size)
+    """PyTorch takes one number, alone or in a tuple, for all axes."""
+    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    return math.prod(sizes * (x.dim() - 2) if len(sizes) == 1 else sizes)
 
 
 def _adaptive(x: Tensor, output_size: Any) -> int:
@@ -568,7 +592,8 @@ COMPARING = (
 
 RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's returns the sums behind it as well
     **{function: _weighted(function) for function in WEIGHTED},
-    **{function: _product(function) for function in (torch.matmul, einsum)},
+    torch.matmul: _product(torch.matmul, matmul_terms),
+    einsum: _product(einsum, einsum_terms),
     **{function: _exact(function) for function in EXACT},
     **{function: _monotone(function) for function in COMPARING},
     **{function: _averaging(function, _kernel) for function in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)},
@@ -747,7 +772,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         _, weight, bias = classifier.args
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         terms, magnitude = weight.shape[1], x.magnitude
-        underflow, fits = _sum_range(a, terms, weight, bias, magnitude)
+        underflow, fits = _sum_range(a, terms, weight.abs().sum(), bias, magnitude)
         difference = weight[labels][:, None, :] - weight
         center = torch.einsum("bki,bi->bk", difference, x.center) + (bias[labels][:, None] - bias)
         reach = torch.einsum("bki,bi->bk", difference.abs(), x.radius)

@@ -32,8 +32,10 @@ from certtrain.bounds.rounding import (
     RULES,
     Arithmetic,
     OutwardBox,
+    einsum_terms,
     elementwise_error,
     inflation,
+    matmul_terms,
     stored,
     sum_error,
     widened,
@@ -55,7 +57,7 @@ def _product_of_two(function: Callable[..., Tensor], terms_of: Callable[..., int
     """Eq. 13."""
 
     def rule(a: Arithmetic, x: OutwardBox, y: OutwardBox, *settings: Any) -> OutwardBox:
-        terms = terms_of(x, *settings)
+        terms = terms_of(x, y, *settings)
 
         def product(one: Tensor, other: Tensor) -> Tensor:
             return function(one, other, *settings)
@@ -133,7 +135,13 @@ def _require_epsilon(eps: float | None) -> None:
 
 
 def _normalized(
-    a: Arithmetic, d: OutwardBox, factor: OutwardBox, x: OutwardBox, dims: Dims, eps: float | None
+    a: Arithmetic,
+    d: OutwardBox,
+    factor: OutwardBox,
+    x: OutwardBox,
+    dims: Dims,
+    eps: float | None,
+    by_squares: bool = False,
 ) -> OutwardBox:
     """Eq. 16."""
     _require_epsilon(eps)
@@ -143,6 +151,8 @@ def _normalized(
     least = (bilinear.squared(d).lower.mean(dims, keepdim=True) + eps) * (1 - 2**-30)
     mean_size = x.magnitude.mean(dims, keepdim=True) * inflation(terms)
     relative = error * (1 + mean_size * least.rsqrt()) + (error * mean_size).square() / least
+    if by_squares:
+        relative = error * (1 + x.magnitude.square().mean(dims, keepdim=True) * inflation(terms) / least)
     found = normalized_box(d, factor, x, dims, eps)
     box = OutwardBox(found.lower, found.upper)
     size = box.magnitude
@@ -150,7 +160,8 @@ def _normalized(
     losses = (size * relative + of_deviation) * inflation(terms) * (1 + 2**-30)
     few = elementwise_error(a, COEFFICIENT_ROUNDINGS) + sum_error(ARITHMETICS["float64"], terms + 64)
     result = widened(box, few, size, a, terms, losses)
-    return OutwardBox.around(result.center, torch.where(relative < 0.5, result.radius, torch.inf))
+    fits = 8 * terms * _with_mean(x, dims).square().amax(dims, keepdim=True) <= a.largest  # whose squares are summed
+    return OutwardBox.around(result.center, torch.where((relative < 0.5) & fits, result.radius, torch.inf))
 
 
 def _unless_two_values(rule: Callable[..., OutwardBox], of_two: Callable[..., OutwardBox]) -> Callable[..., OutwardBox]:
@@ -170,8 +181,8 @@ def _no_quotient(*args: Any) -> OutwardBox:
 
 TWO_VALUES: dict[Callable[..., Any], Callable[..., OutwardBox]] = {
     torch.mul: _elementwise_product,
-    torch.matmul: _product_of_two(torch.matmul, lambda x, *_: x.shape[-1]),
-    einsum: _product_of_two(einsum, lambda x, *_: x.like[0].numel()),  # no sum has more terms
+    torch.matmul: _product_of_two(torch.matmul, matmul_terms),
+    einsum: _product_of_two(einsum, einsum_terms),
     torch.div: _no_quotient,
 }
 RULES |= {function: _unless_two_values(RULES[function], of_two) for function, of_two in TWO_VALUES.items()}

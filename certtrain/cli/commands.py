@@ -27,6 +27,7 @@ from certtrain.runtime.launch import is_first_process, launched
 from certtrain.verification.certificates import require_checkable
 
 if TYPE_CHECKING:
+    from certtrain.config import Config
     from certtrain.verification.certificates import ImageSet
 
 
@@ -113,20 +114,11 @@ def verify_command(options: argparse.Namespace) -> int:
         return _verify_radii(options)
     folder = folder_of(options.run)
     weights = folder / "model.safetensors" if options.run.is_dir() else options.run
-    if options.certificates and weights.suffix != ".safetensors":
-        raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
     if not launched():  # ranks fail together, inside
         asked = config_of(options, options.run, _verification_changes(options))
         require_data(asked)
         if options.certificates:
-            from certtrain.verification.checker import require_known
-
-            require_checkable(asked.verification.method)
-            require_known(asked.model.name)
-        if options.certificates and asked.verification.split != "test":
-            raise UsageError("certificates are about a test set: not with verification.split=validation")
-        if options.certificates and asked.data.classes is not None:
-            raise UsageError("certificates are about a whole test set: not with data.classes")
+            _require_certifiable(weights, asked)
 
     from certtrain.models.own import modules_from
     from certtrain.runs.build import load_data
@@ -149,6 +141,8 @@ def verify_command(options: argparse.Namespace) -> int:
             if ranks.is_first and options.results:
                 check_output(options.results, used, *filter(None, [options.certificates, options.json]))
             config = config_of(options, options.run, _verification_changes(options))
+            if options.certificates:
+                _require_certifiable(weights, config)
             opened = None if elsewhere else open_network(options, config, ranks)
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
         with ranks.together():
@@ -183,6 +177,20 @@ def verify_command(options: argparse.Namespace) -> int:
     if not elsewhere and weights.name == "model.safetensors":  # not of a checkpoint on the way
         write_verdicts(folder, [*read_verdicts(folder), *verdicts_of(split, dataset.test, results)])
     return 0
+
+
+def _require_certifiable(weights: Path, config: Config) -> None:
+    """Raises where nobody could check the certificates that are asked for."""
+    from certtrain.verification.checker import require_known
+
+    if weights.suffix != ".safetensors":
+        raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
+    require_checkable(config.verification.method)
+    require_known(config.model.name)
+    if config.verification.split != "test":
+        raise UsageError("certificates are about a test set: not with verification.split=validation")
+    if config.data.classes is not None:
+        raise UsageError("certificates are about a whole test set: not with data.classes")
 
 
 def _decide_property(options: argparse.Namespace) -> int:

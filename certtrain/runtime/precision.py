@@ -28,8 +28,11 @@ def training_precision(precision: Precision, device: torch.device) -> Iterator[N
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products as such: no TF32, no bfloat16 splits, no autocast; the process's settings come back after."""
+    """Float32 products as such: no TF32, no bfloat16 splits, no autocast, nor NNPACK, whose convolutions are no sums of
+    products (Winograd); the process's settings come back after.
+    """
     with (
+        torch.backends.nnpack.flags(enabled=False),
         _products("ieee", torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn),
         torch.autocast("cuda", enabled=False),
         torch.autocast("cpu", enabled=False),

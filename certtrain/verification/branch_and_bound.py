@@ -374,7 +374,6 @@ class _Run:
         """Bound domains, then keep those that are proved as leaves and the others for later."""
         batch = self._batch(nodes)
         found = batch.optimized(*self._parameters(nodes), self.search.ascent)
-        proves = CHECKABLE if self.search.keep_leaves else 0
         bounds, multipliers = found.lower.tolist(), found.multipliers.cpu().numpy()
         for row, (image, domain) in enumerate(nodes):
             image.domains += 1
@@ -382,11 +381,14 @@ class _Run:
                 domain, lower=max(domain.lower, bounds[row]), multipliers=multipliers[row, : len(domain.splits)].copy()
             )
             slopes = found.slopes[row, image.undecided]
-            if bounds[row] > proves:
+            if self._proves(bounds[row]):
                 self._keep(image, child, slopes)
             else:
                 child.slopes = image.slopes.put(slopes)
                 heapq.heappush(image.waiting, child)
+
+    def _proves(self, lower: float) -> bool:
+        return lower > (CHECKABLE if self.search.keep_leaves else 0)
 
     def _settle_exactly(self, image: _Image, domain: _Domain) -> None:
         """Where nothing is left to split the network is affine, and the domain a linear program."""
@@ -396,7 +398,7 @@ class _Run:
         found = exact_leaf(batch, slopes)
         if found.multipliers is not None:
             lower = float(batch.linear_bounds(slopes, found.multipliers[None]).least())
-            if lower > 0:
+            if self._proves(lower):
                 leaf = replace(domain, lower=lower, multipliers=found.multipliers.cpu().numpy())
                 self._keep(image, leaf, image.slopes[domain.slopes])
                 return

@@ -324,17 +324,27 @@ class Certificates:
     def rows(self) -> Iterator[dict[str, Any]]:
         """Column name to value for each row, every page checked against its checksum.
 
+        Whoever comes to the end has seen the rows that the header is about, whatever became of the file meanwhile.
+
         Raises:
-            CertificateError: a page is corrupt.
+            CertificateError: a page is corrupt; at the end, a column's digest is not the header's.
         """
         import pyarrow as pa
 
+        digests = ColumnDigests()
         try:
             with _opened(self.file) as parquet:
                 for batch in parquet.iter_batches(ROWS_AT_ONCE):
-                    yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
+                    for row in batch.to_pylist():
+                        digests.add(row)
+                        yield row
+        except (pa.ArrowException, OSError, ValueError, struct.error) as error:
             raise CertificateError(f"{self.file} is truncated or corrupt ({_one_line(error)})") from error
+        for column, found in digests.found().items():
+            if self.header.columns.get(column) != found:
+                raise CertificateError(
+                    f"column {column} is not what was written: its SHA-256 differs from the header's"
+                )
 
     def check_size(self, images: int, pixels: int) -> None:
         """Whether the rows can be those of so many images of so many values each, by what the file says of itself.

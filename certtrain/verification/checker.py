@@ -242,7 +242,13 @@ def check(
     total = sum(claim.images for claim in claims)
     shown = console.is_terminal
     for row in track(certificates.rows(), "checking", total, console=console, transient=True, disable=not shown):
-        check_row(row, network, images, labels)
+        try:
+            check_row(row, network, images, labels)
+        except CertificateError:
+            raise
+        except Exception as error:  # of values that nobody thought of: what cannot be checked does not hold
+            reason = f"{type(error).__name__}: {error}"[:200]
+            raise CertificateError(f"index {row['index']}: it cannot be checked ({reason})") from error
     return claims
 
 
@@ -309,8 +315,8 @@ def _check_margin(row: Mapping[str, Any], network: SavedNetwork, lower: Array, u
         if not (margin > 0 and claimed <= margin):
             margin = _margin_going_back(network, lower, upper, row, entering.margins(row["label"]))
         agrees = claimed <= margin + SEARCH_AGREEMENT * max(1.0, abs(margin))
-    else:  # which only says that no proof was found
-        margin, agrees = claimed, True
+    else:
+        return  # it only says that no proof was found
     if not agrees:
         raise CertificateError(f"index {index}: the margin is {margin:.9g}, the certificate says {claimed:.9g}")
     if proved != (margin > 0):

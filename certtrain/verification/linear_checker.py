@@ -58,7 +58,7 @@ class Recording(Propagation):
         def pull_back(a: Array) -> tuple[Array, Array]:
             return a / std_, -_dots(a, np.broadcast_to(mean_ / std_, x.center.shape))
 
-        return self._affine(super().normalize(x, mean, std), x, x.radius / std_, pull_back)
+        return self._affine(super().normalize(x, mean, std), x, x.radius / np.abs(std_), pull_back)
 
     def convolution(self, x: Interval, name: str, stride: int = 1, padding: int = 1, groups: int = 1) -> Interval:
         kernels = self.weights[f"{name}.weight"]

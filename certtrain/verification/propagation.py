@@ -77,21 +77,23 @@ class Propagation:
     def normalize(self, x: Interval, mean: str, std: str) -> Interval:
         mean_, std_ = self.weights[mean], self.weights[std]
         shifted = self.widened(Interval(x.center - mean_, x.radius), self.elementwise(2), x.magnitude + np.abs(mean_))
-        scaled = Interval(shifted.center / std_, shifted.radius / std_)
-        return self.widened(scaled, self.elementwise(4), shifted.magnitude / std_)
+        size = np.abs(std_)
+        if not (self.is_harmless(std_) and size.all()):
+            return shifted._replace(radius=np.full_like(shifted.radius, np.inf))
+        scaled = Interval(shifted.center / std_, shifted.radius / size)
+        return self.widened(scaled, self.elementwise(4), shifted.magnitude / size)
 
     def convolution(self, x: Interval, name: str, stride: int = 1, padding: int = 1, groups: int = 1) -> Interval:
         kernels = self.weights[f"{name}.weight"]
+        biases = self.weights.get(f"{name}.bias", np.zeros(len(kernels)))
         parts = []
-        for kernel, center, radius in zip(*(np.split(v, groups) for v in (kernels, *x[:2])), strict=True):
-            at, around = (_patches(part, kernel.shape[2:], stride, padding) for part in (center, radius))
-            parts.append(self._sums(at, around, kernel.reshape(len(kernel), -1), 0.0))
-        center, radius = (np.concatenate([part[i] for part in parts], axis=-1) for i in (0, 1))
-        bias = self.weights.get(f"{name}.bias", np.zeros(len(kernels)))
-        terms = kernels[0].size
-        radius = radius + self.sum_error(terms) * np.abs(bias)
-        sums = Sums(terms, np.abs(kernels).sum(), np.abs(bias).max(), x.magnitude.max())
-        return Interval((center + bias).transpose(2, 0, 1), radius.transpose(2, 0, 1) * (1 + 2.0**-40), sums)
+        for kernel, bias, *image in zip(*(np.split(v, groups) for v in (kernels, biases, *x[:2])), strict=True):
+            center, radius = (_patches(part, kernel.shape[2:], stride, padding) for part in image)
+            parts.append(self._sums(center, radius, kernel.reshape(len(kernel), -1), bias))
+        center, radius = (np.concatenate([part[i] for part in parts], axis=-1).transpose(2, 0, 1) for i in (0, 1))
+        return Interval(
+            center, radius, Sums(kernels[0].size, np.abs(kernels).sum(), np.abs(biases).max(), x.magnitude.max())
+        )
 
     def linear(self, x: Interval, name: str) -> Interval:
         weight = self.weights[f"{name}.weight"]
@@ -113,13 +115,22 @@ class Propagation:
         small = max(np.abs(mean).max(), np.abs(bias).max()) < LARGEST_SCALE
         if not (small and self.is_harmless(variance + 1e-5, scale, weight)):
             return moved._replace(radius=np.full_like(moved.radius, np.inf))
+        # What is centred first meets the weight, or the reciprocal of the root, before it meets the other.
+        fits = 2 * LARGEST_SCALE * (x.magnitude + np.abs(mean)) <= LARGEST[self.arithmetic]
+        moved = moved._replace(radius=np.where(fits, moved.radius, np.inf))
         magnitude = np.abs(scale) * x.magnitude + parameters
         moved = self.widened(moved, self.elementwise(FOLDING_ROUNDINGS), magnitude)
         if x.sums is not None and x.sums.normalized:
             raise CertificateError(f"{name} follows another BatchNorm: folding both rounds more often than is counted")
         terms = 1 if x.sums is None else x.sums.terms
         moved = self.widened(moved, self.sum_error(terms), parameters)
-        return moved if x.sums is None else self._folded(moved, x.sums, np.abs(scale).max(), parameters.max())
+        if x.sums is None:
+            return moved
+        met = x.sums.weight + x.sums.bias + np.abs(mean).max() + np.abs(bias).max()  # by the weight, before the root
+        folded = self._folded(moved, x.sums, np.abs(scale).max(), parameters.max())
+        if 2 * LARGEST_SCALE * met > LARGEST[self.arithmetic]:
+            return folded._replace(radius=np.full_like(folded.radius, np.inf))
+        return folded
 
     def _folded(self, x: Interval, sums: Sums, scale: float, parameters: float) -> Interval:
         """With what underflows of folded weights cost; everything, where a folded sum may overflow."""
@@ -164,13 +175,13 @@ class Propagation:
         deployed = (1 + STORED[self.arithmetic]) ** 2 * growth(UNIT[self.arithmetic], roundings) - 1
         return deployed + growth(UNIT["float64"], roundings + NUMPY_ROUNDINGS) - 1
 
-    def _sums(self, center: Array, radius: Array, weight: Array, bias: Array | float) -> tuple[Array, Array]:
+    def _sums(self, center: Array, radius: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
         magnitude = np.abs(center) + radius
         error = self.sum_error(weight.shape[1])
         spread = (radius + error * magnitude) @ np.abs(weight).T
         slack = error * np.abs(bias) + self._underflow(magnitude, weight)
         inflated = (spread + slack) * growth(UNIT["float64"], weight.shape[1] + NUMPY_ROUNDINGS)
-        fits = self._fits(magnitude, weight, np.atleast_1d(bias))
+        fits = self._fits(magnitude, weight, bias)
         return center @ weight.T + bias, inflated if fits else np.full_like(inflated, np.inf)
 
     def _underflow(self, magnitude: Array, weight: Array) -> float:
@@ -180,10 +191,11 @@ class Propagation:
     def _fits(self, magnitude: Array, weight: Array, bias: Array) -> bool:
         return bool(2 * (np.abs(weight).sum() * magnitude.max() + np.abs(bias).max()) <= LARGEST[self.arithmetic])
 
-    def widened(self, x: Interval, error: float, magnitude: Array) -> Interval:
+    def widened(self, x: Interval, error: float, magnitude: Array, terms: int = 1) -> Interval:
+        """Of results of sums of so many terms, whose magnitudes' mean is no more than `magnitude`."""
         underflow = 2.0**60 * TINY[self.arithmetic]
         radius = (x.radius + error * magnitude + underflow) * (1 + 2.0**-40)
-        fits = 2 * (magnitude + radius) <= LARGEST[self.arithmetic]
+        fits = 2 * terms * (magnitude + radius) <= LARGEST[self.arithmetic]
         return Interval(x.center, np.where(fits, radius, np.inf))
 
     def is_harmless(self, *parameters: Array) -> bool:

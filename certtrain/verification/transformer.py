@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from certtrain.errors import CertificateError
-from certtrain.verification.propagation import STORED, TINY, UNIT, Array, Interval, Propagation, growth
+from certtrain.verification.propagation import LARGEST, STORED, TINY, UNIT, Array, Interval, Propagation, growth
 
 EPSILON = 1e-5  # of LayerNorm
 SPARE = 1 + 2.0**-40
@@ -99,7 +99,7 @@ def _scaled(p: Propagation, x: Interval, factor: Array) -> Interval:
 def _mean(p: Propagation, x: Interval, axis: int) -> Interval:
     terms = x.center.shape[axis]
     center, radius, magnitude = (part.mean(axis, keepdims=axis != 0) for part in (x.center, x.radius, x.magnitude))
-    return p.widened(Interval(center, radius * SPARE), p.sum_error(terms + 2), magnitude * SPARE)
+    return p.widened(Interval(center, radius * SPARE), p.sum_error(terms + 2), magnitude * SPARE, terms)
 
 
 def _normalize(p: Propagation, x: Interval, name: str, divides: bool) -> Interval:
@@ -122,7 +122,7 @@ def _standardized(p: Propagation, x: Interval) -> Interval:
     combined = (x.magnitude + mean_size) * SPARE
     center = x.center - x.center.mean(-1, keepdims=True)
     radius = (1 - 2 / terms) * x.radius + x.radius.mean(-1, keepdims=True)
-    d = p.widened(Interval(center, radius * SPARE), p.sum_error(terms + 2), combined)
+    d = p.widened(Interval(center, radius * SPARE), p.sum_error(terms + 2), combined, terms)
     low, high = d.center - d.radius, d.center + d.radius
     nearest = np.clip(0.0, low, high)
     small, large = nearest**2, np.maximum(low**2, high**2)
@@ -140,7 +140,8 @@ def _standardized(p: Propagation, x: Interval) -> Interval:
     few = p.elementwise(16) + float64_error(terms + 64)
     lost = (z.magnitude * relative + of_deviation) * (1 + 2.0**-30)
     result = p.widened(Interval(z.center, z.radius + lost), few, z.magnitude)
-    return Interval(result.center, np.where(relative < 0.5, result.radius, np.inf))
+    fits = 8 * terms * (combined**2).max(-1, keepdims=True) <= LARGEST[p.arithmetic]  # whose squares are summed
+    return Interval(result.center, np.where((relative < 0.5) & fits, result.radius, np.inf))
 
 
 def _sum_of_others(squares: Array) -> Array:

@@ -57,7 +57,7 @@ class Trees:
             if not unpacker.eof or unpacker.unused_data:
                 raise CertificateError("a tree cannot be read")
             arrays = load(unpacked)
-        except (zlib.error, SafetensorError, ValueError, TypeError) as error:
+        except (zlib.error, SafetensorError, ValueError, TypeError, KeyError) as error:
             raise CertificateError("a tree cannot be read") from error
         if arrays.keys() != {field.name for field in fields(cls)}:
             raise CertificateError("a tree does not have the parts of one")

@@ -187,6 +187,23 @@ def matrix_product(function: Callable[..., Tensor]) -> Callable[..., Values]:
     return by_hand
 
 
+def einstein_sum(a: Adversary, x, y, equation: str) -> Values:
+    x, y = (value if isinstance(value, np.ndarray) else exactly(value) for value in (x, y))
+    inputs, output = equation.split("->")
+    first, second = inputs.split(",")
+    sizes = dict(zip(first + second, x.shape + y.shape, strict=True))
+    summed = [letter for letter in sizes if letter not in output]
+    result = np.empty([sizes[letter] for letter in output], dtype=object)
+    for place in np.ndindex(*result.shape):
+        terms = []
+        for inner in np.ndindex(*(sizes[letter] for letter in summed)):
+            at = dict(zip([*output, *summed], place + inner, strict=True))
+            one, other = (part[tuple(at[letter] for letter in term)] for part, term in ((x, first), (y, second)))
+            terms.append(a.product(np.array(one, dtype=object), np.array(other, dtype=object)))
+        result[place] = a.sum(terms)
+    return a.stored(result)
+
+
 def product_of_matrices(a: Adversary, x: Values, y: Values) -> Values:
     terms = [a.product(x[..., :, k, None], y[..., None, k, :]) for k in range(x.shape[-1])]
     return a.stored(a.sum(terms))
@@ -222,11 +239,15 @@ def variance(a: Adversary, x: Values, mean: Values) -> Values:
     return a.rounded(squares / x.shape[-1])
 
 
-def normalized_by_hand(a: Adversary, d: Values, factor: Values, x: Values, dims: tuple[int, ...], eps: float) -> Values:
+def normalized_by_hand(
+    a: Adversary, d: Values, factor: Values, x: Values, dims: tuple[int, ...], eps: float, by_squares: bool = False
+) -> Values:
     """From x alone, as a LayerNorm that is one operation; its parts are not stored."""
     assert dims == (-1,)
     mean = mean_of(a, x) if d is not x else x[..., :1] * 0
     spread = variance(a, x, mean) if d is not x else mean_of(a, a.rounded(x * x))
+    if by_squares and a.order == "pairwise":
+        spread = a.rounded(mean_of(a, a.rounded(x * x)) - a.rounded(mean * mean))
     inverse = a.rounded(1 / a.root(a.rounded(spread + a.rounded(exactly(eps)))))
     if a.bias_first:
         return a.stored(a.rounded(a.rounded(x * inverse) - a.rounded(mean * inverse)))
@@ -350,7 +371,8 @@ BY_HAND: dict[Callable, Callable[..., Values]] = {
     inverse_root: lambda a, x, eps: a.rounded(1 / a.root(a.rounded(x + a.rounded(exactly(eps))))),
     normalized: normalized_by_hand,
     **{function: weighted(function) for function in WEIGHTED},
-    **{function: matrix_product(function) for function in (torch.matmul, einsum)},
+    torch.matmul: matrix_product(torch.matmul),
+    einsum: einstein_sum,
     **{function: moves(function) for function in EXACT},
     **{
         function: average(function)
@@ -457,6 +479,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "matmul": (lambda: One(lambda self, x: x @ self.c, spread(4, 3)), SHAPE),
     "matmul from the left": (lambda: One(lambda self, x: self.c @ x, spread(3, 4)), SHAPE),
     "einsum": (lambda: One(lambda self, x: torch.einsum("bchw,cd->bdhw", x, self.c), spread(2, 3)), SHAPE),
+    "einsum over a letter of one": (
+        lambda: One(lambda self, x: torch.einsum("bij,i->bi", x, self.c), spread(3)),
+        (3, 9),
+    ),
+    "avg_pool2d, one size in a tuple": (lambda: nn.AvgPool2d((4,)), SHAPE),
     "avg_pool1d": (lambda: nn.AvgPool1d(3, 2, 1), (2, 6)),
     "avg_pool2d": (lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), SHAPE),
     "avg_pool2d, great divisor": (lambda: nn.AvgPool2d(2, divisor_override=2**40), SHAPE),
@@ -519,10 +546,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mul of two values": (lambda: One(lambda self, x: x * x.flip(1)), SHAPE),
     "matmul of two values": (lambda: One(lambda self, x: x @ x.transpose(2, 3)), SHAPE),
     "einsum of two values": (lambda: One(lambda self, x: torch.einsum("bij,bjk->bik", x, x)), (4, 4)),
+    "einsum of two values over a letter of one": (
+        lambda: One(lambda self, x: torch.einsum("bi,bij->bi", x[:, :, 0], x)),
+        (3, 9),
+    ),
     "square": (lambda: One(lambda self, x: x * x + x.square()), SHAPE),
     "softmax": (lambda: One(lambda self, x: x.softmax(-1) * 2), SHAPE),
     "attention": (lambda: One(lambda self, x: (x * 0.01).softmax(-1) @ x), SHAPE),
     "layer norm": (lambda: nn.LayerNorm(6, elementwise_affine=False), (2, 6)),
+    "group norm": (lambda: nn.GroupNorm(2, 4, affine=False), (4, 3)),
     "instance norm": (lambda: nn.InstanceNorm1d(2), (2, 6)),
     "rms norm": (lambda: nn.RMSNorm(6, eps=0.1, elementwise_affine=False), (2, 6)),
     "cat": (

@@ -24,6 +24,7 @@ from certtrain.runs.checkpoint import save_model
 from certtrain.verification.attacks import PGD
 from certtrain.verification.certificates import METADATA, read_certificates, schema, write_certificates
 from certtrain.verification.checker import SavedNetwork, check
+from certtrain.verification.coverage import check_coverage
 from certtrain.verification.verify import verify
 from tests.commands import one_thread
 from tests.networks import randomized
@@ -188,6 +189,32 @@ def test_a_forged_value_is_refused(name, witness, file, data):
     witness.refuses(file, reason)
 
 
+def test_a_point_with_a_null_is_refused(witness, file):
+    rows = witness.rows
+    (position, *_) = rows_with(witness, "attacked")
+    rows[position] = {**rows[position], "adversarial": [None, *rows[position]["adversarial"][1:]]}
+    write(file, rows, witness.header)
+    witness.refuses(file, "corrupt")
+
+
+def test_what_nobody_thought_of_is_refused_by_the_row(witness, file, monkeypatch):
+    monkeypatch.setattr(SavedNetwork, "classifier_input", lambda *_: 1 / 0)
+    witness.refuses(file, "index 0: it cannot be checked .ZeroDivisionError")
+
+
+def test_rows_that_change_while_they_are_checked_are_refused(witness, file, monkeypatch):
+    """Counted first and proved then, in two passes: both must be of the rows that the header is about."""
+
+    def count_and_replace(*args):
+        claims = check_coverage(*args)
+        rows = [row for row in witness.rows if row["verdict"] == "proved"]
+        write(file, rows, witness.header)
+        return claims
+
+    monkeypatch.setattr("certtrain.verification.checker.check_coverage", count_and_replace)
+    witness.refuses(file, "column index is not what was written")
+
+
 def test_the_image_itself_is_no_attack(witness, file):
     rows = witness.rows
     for position in rows_with(witness, "attacked"):
@@ -264,6 +291,7 @@ HEADERS = {
     "test set": ({"data": {"sha256": "0" * 64}}, "other test images or labels"),
     "config, data": ({"config": {"data": {"name": "digits"}}}, "config is about the data set digits"),
     "config, epsilon": ({"config": {"verification": {"eps": [0.0, 0.1]}}}, "config has the radii"),
+    "config, a radius beyond all numbers": ({"config": {"verification": {"eps": [10**400]}}}, "config does not name"),
     "config, empty": ({"config": {"data": None}}, "config does not name"),
     "columns": ({"columns": {"margin": "0" * 64}}, "column margin is not what was written"),
     "type": ({"model_sha256": 5}, "model_sha256 = 5, which is no str"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import struct
+import zlib
 
 import hypothesis.strategies as st
 import numpy as np
@@ -56,6 +58,13 @@ def question(model, eps, seed=0):
         record = tightened(bounds.recorded, 64)
         margins = crown_margins(dataclasses.replace(bounds, record=record), label)
     return box, record, label, margins
+
+
+def test_a_tree_of_numbers_that_numpy_does_not_have_is_refused():
+    header = json.dumps({"slopes": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + b"\0\0"
+    with pytest.raises(CertificateError, match="cannot be read"):
+        Trees.from_bytes(zlib.compress(content), 3, 4)
 
 
 @pytest.fixture(params=NETWORKS)

@@ -24,7 +24,7 @@ from certtrain.bounds.normalization import count_of, epsilon_of, sum_of_others
 
 
 def normalized(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None) -> tuple[Contributions, Tensor]:
-    d, factor, _, dims, eps = call.args
+    d, factor, _, dims, eps, *_ = call.args
     lines = _lines(boxes[d.index], dims, eps)
     below, above = _middles(boxes[d.index], boxes[factor.index], dims, eps)
     center = boxes[d.index].center
