@@ -64,12 +64,18 @@ def attend(weights: Tensor, value: Tensor) -> Tensor:
     return weights @ value
 
 
+def _require_rows(weights: Any, value: Any) -> None:
+    OPERATIONS[torch.matmul].require(weights, value)
+    is_vector = isinstance(value, Tensor) and value.dim() == 1
+    require_that(not is_vector, "an average of a vector by softmax has no rule: give it a second axis, v[:, None]")
+
+
 define(
     attend,
     lambda weights, value: (weights, value),
     operands=2,
     affine=Affine.ONE,
-    require=OPERATIONS[torch.matmul].require,
+    require=_require_rows,
 )
 
 

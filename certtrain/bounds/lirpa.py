@@ -27,7 +27,7 @@ from certtrain.bounds.graph import Graph
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.margins import no_nan
-from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split
+from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split, check_question
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 
 _METHODS = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
@@ -256,6 +256,7 @@ class LirpaModel:
             raise UsageError("backend lirpa optimises slopes at rates of its own: alpha can only say how many steps")
         if method not in _METHODS:
             raise unknown("bound method", method, _METHODS)
+        check_question(box, labels, self.classes)
         names = list(_METHODS)
         asked = names[: names.index(method) + 1] if intersect else [method]
         optimizes = method == "alpha-crown"  # which needs gradients of its own, and leaves none

@@ -86,12 +86,18 @@ class BoundedModel:
             if backend not in BACKENDS:
                 raise unknown("backend", backend, BACKENDS)
             raise UsageError(f"BoundedModel is the native backend: bounded_model(model, x, {backend!r}) gives another")
+        if example_input.dim() == 0 or not example_input.numel():
+            raise UsageError(f"example_input of shape {tuple(example_input.shape)} is no batch of at least one input")
         self.model = model
         self._batch_sum = batch_sum
         self._example = example_input.detach()[:1].clone()
         self._graphs: dict[bool, tuple[Any, Graph[Any]]] = {}
         with evaluating(model):
-            self._sizes = _sizes_of(self.graph, self._example)
+            self._sizes = _sizes_of(self.graph, _beside(self._example, model))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied or pickled without the recordings, which read the very modules they were made of."""
+        return {**vars(self), "_graphs": {}}
 
     @property
     def graph(self) -> Graph[Any]:
@@ -103,7 +109,7 @@ class BoundedModel:
         if mode not in self._graphs or self._graphs[mode][0] != structure:
             graph = trace(self.model, self._batch_sum)
             _require_rules(graph)
-            check_recording(self.model, self._example)
+            check_recording(self.model, _beside(self._example, self.model))
             self._graphs[mode] = structure, graph
         return self._graphs[mode][1]
 
@@ -124,7 +130,7 @@ class BoundedModel:
     @property
     def classes(self) -> int:
         """K, the number of logits."""
-        return self._sizes.classes
+        return self._sizes.output[-1]
 
     def ibp(
         self,
@@ -249,7 +255,9 @@ class BoundedModel:
         """
         if method not in METHODS:
             raise unknown("bound method", method, METHODS)
-        self._check_question(box, labels)
+        if len(self._sizes.output) != 1:
+            raise UsageError(f"margins are of logits (B, K): this network returns {tuple(self._sizes.output)} an image")
+        check_question(box, labels, self.classes)
         if early_stop and (self.model.training or not intersect):
             raise UsageError("early_stop is for networks in eval mode, and for bounds that are intersected")
         if method == "ibp":
@@ -292,19 +300,6 @@ class BoundedModel:
             index: torch.cat([(part.slack or {})[index] for part in parts]) for index in single.slack
         }
         return replace(single, boxes=boxes, slack=slack).detach()
-
-    def _check_question(self, box: Box, labels: Tensor) -> None:
-        """A wrong one would be answered all the same: an empty box has every property."""
-        if box.like.dtype not in (torch.float32, torch.float64):
-            raise UsageError(f"bounds are computed in float32 or float64, not for a box of {box.like.dtype}")
-        if not (box.lower <= box.upper).all():
-            raise UsageError("the box is empty, or has NaN in it: lower must be at most upper everywhere")
-        if labels.dtype != torch.int64 or labels.shape != (len(box.like),):
-            raise UsageError(
-                f"labels must be int64 of shape ({len(box.like)},), not {labels.dtype} {tuple(labels.shape)}"
-            )
-        if len(labels) and not (labels.min() >= 0 and labels.max() < self.classes):
-            raise UsageError(f"labels must be among the network's {self.classes} classes")
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
         """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""
@@ -366,7 +361,7 @@ class BoundedModel:
         """Images and rows of coefficients to work on at once."""
         budget = free_memory(box.like.device) // 2 if max_memory is None else max_memory
         kept = self._sizes.total if method == "alpha-crown" else self._sizes.largest
-        image = COPIES * kept * box.like.element_size() * self._sizes.classes
+        image = COPIES * kept * box.like.element_size() * self.classes
         if image > budget:
             raise UsageError(
                 f"max_memory: {method} needs {image:,} bytes for one image of this network, not {budget:,}"
@@ -375,18 +370,34 @@ class BoundedModel:
         images = max(1, min(len(box.like), budget // image))
         rows = max(1, budget // (COPIES * row * images))
         if box.like.device.type == "cpu":
-            images = max(1, min(images, CACHE // (row * self._sizes.classes)))
-            rows = max(1, min(rows, max(self._sizes.classes, CACHE // (row * images))))
+            images = max(1, min(images, CACHE // (row * self.classes)))
+            rows = max(1, min(rows, max(self.classes, CACHE // (row * images))))
         return images, rows
+
+
+def check_question(box: Box, labels: Tensor, classes: int) -> None:
+    """A wrong one would be answered all the same: an empty box has every property.
+
+    Raises:
+        UsageError: a box of another type than float32 and float64, an empty one, or labels that are no classes.
+    """
+    if box.like.dtype not in (torch.float32, torch.float64):
+        raise UsageError(f"bounds are computed in float32 or float64, not for a box of {box.like.dtype}")
+    if not (box.lower <= box.upper).all():
+        raise UsageError("the box is empty, or has NaN in it: lower must be at most upper everywhere")
+    if labels.dtype != torch.int64 or labels.shape != (len(box.like),):
+        raise UsageError(f"labels must be int64 of shape ({len(box.like)},), not {labels.dtype} {tuple(labels.shape)}")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
+        raise UsageError(f"labels must be among the network's {classes} classes")
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Elements per image: of the largest value, and of all values together; and the number of classes."""
+    """Elements per image: of the largest value, and of all values together; and the shape of the output."""
 
     largest: int
     total: int
-    classes: int
+    output: torch.Size
 
 
 def _sizes_of(graph: Graph[Any], image: Tensor) -> _Sizes:
@@ -394,7 +405,13 @@ def _sizes_of(graph: Graph[Any], image: Tensor) -> _Sizes:
     with torch.no_grad():
         output = graph.run(image, clean)
     entering = image[0].numel()
-    return _Sizes(max(clean.largest, entering), clean.total + entering, output.shape[-1])
+    return _Sizes(max(clean.largest, entering), clean.total + entering, output.shape[1:])
+
+
+def _beside(example: Tensor, model: nn.Module) -> Tensor:
+    """On the device of the model, which may have moved since the example was given."""
+    tensor = next(chain(model.parameters(), model.buffers()), example)
+    return example.to(tensor.device)
 
 
 @contextmanager

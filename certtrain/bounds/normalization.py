@@ -35,6 +35,7 @@ from certtrain.bounds.operations.record import (
     Shape,
     define,
 )
+from certtrain.errors import UnsupportedOperation
 
 Dims = tuple[int, ...]  # the last axes of a value, counted from behind
 
@@ -46,16 +47,16 @@ def deviation(x: Tensor, dims: Dims) -> Tensor:
     return x - x.mean(dims, keepdim=True)
 
 
-def inverse_root(mean_square: Tensor, eps: float | None) -> Tensor:
+def inverse_root(mean_square: Tensor, eps: float) -> Tensor:
     """1 / √(x + ε) of an x that is a mean of squares, and not below 0 whatever a bound says of it."""
-    return (mean_square.clamp(min=0) + epsilon_of(eps, mean_square)).rsqrt()
+    return (mean_square.clamp(min=0) + eps).rsqrt()
 
 
-def _slope(mean_square: Tensor, eps: float | None) -> Tensor:
+def _slope(mean_square: Tensor, eps: float) -> Tensor:
     return -0.5 * inverse_root(mean_square, eps) ** 3
 
 
-def normalized(d: Tensor, factor: Tensor, x: Tensor, dims: Dims, eps: float | None, by_squares: bool = False) -> Tensor:
+def normalized(d: Tensor, factor: Tensor, x: Tensor, dims: Dims, eps: float, by_squares: bool = False) -> Tensor:
     """d · factor, where factor = 1 / √(mean(d²) + ε); x is what the d are deviations of, or d itself.
 
     by_squares: mean(d²) may be computed as mean(x²) - mean(x)², which in floating point is another thing.
@@ -63,12 +64,8 @@ def normalized(d: Tensor, factor: Tensor, x: Tensor, dims: Dims, eps: float | No
     return d * factor
 
 
-def epsilon_of(eps: float | None, like: Tensor) -> float:
-    return torch.finfo(like.dtype).eps if eps is None else eps
-
-
 def _require_epsilon(x: Any, eps: Any) -> None:
-    require_that(eps is None or eps > 0, f"eps={eps!r} has no rule: it must be above 0")
+    require_that(eps > 0, f"eps={eps!r} has no rule: it must be above 0")
 
 
 def _require_values(*args: Any) -> None:
@@ -85,7 +82,7 @@ define(
     lambda x, eps: (x, eps),
     elementwise=True,
     decreasing=True,
-    curve=Convex(_slope),
+    curve=Convex(_slope, least=0.0),
     require=_require_epsilon,
 )
 define(normalized, lambda *args: args, operands=3, require=_require_values)
@@ -97,14 +94,14 @@ def deviation_box(x: Box, dims: Dims) -> Box:
     return Box.around(deviation(x.center, dims), (1 - 2 / count) * x.radius + x.radius.mean(dims, keepdim=True))
 
 
-def normalized_box(d: Box, factor: Box, x: Box, dims: Dims, eps: float | None, by_squares: bool = False) -> Box:
+def normalized_box(d: Box, factor: Box, x: Box, dims: Dims, eps: float, by_squares: bool = False) -> Box:
     """See the head of this file."""
     squares, count = squared(d), count_of(d.like, dims)
     least, most = (sum_of_others(part, dims) for part in (squares.lower, squares.upper))
 
     def end(of: Tensor, others_if_positive: Tensor, others_if_negative: Tensor) -> Tensor:
         others = torch.where(of >= 0, others_if_positive, others_if_negative)
-        return of * ((of.square() + others) / count + epsilon_of(eps, of)).rsqrt()
+        return of * ((of.square() + others) / count + eps).rsqrt()
 
     return Box(end(d.lower, most, least), end(d.upper, least, most))
 
@@ -139,9 +136,7 @@ define(
 # --- the layers, by these ---------------------------------------------------------------------------------------------
 
 
-def _normalize(
-    call: Any, x: Any, dims: Dims, eps: float | None, centered: bool = True, by_squares: bool = False
-) -> Any:
+def _normalize(call: Any, x: Any, dims: Dims, eps: float, centered: bool = True, by_squares: bool = False) -> Any:
     d = call(deviation, x, dims) if centered else x
     mean_square = call(Tensor.mean, call(torch.square, d), dims, True)
     return call(normalized, d, call(inverse_root, mean_square, eps), x, dims, eps, by_squares)
@@ -163,6 +158,8 @@ def layer_norm(
 
 
 def rms_norm(call: Any, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    if eps is None:
+        raise UnsupportedOperation("RMSNorm without eps has that of the type it is computed in: give it one")
     return _scaled(call, _normalize(call, input, _last(normalized_shape), eps, centered=False), weight, None)
 
 
@@ -208,6 +205,11 @@ DECOMPOSITIONS |= {
 }
 
 
+def _rms_epsilon(m: Any) -> float | None:
+    """By default that of the network's type, whatever type its bounds are computed in."""
+    return m.eps if m.eps is not None or m.weight is None else torch.finfo(m.weight.dtype).eps
+
+
 def _affine(modules: ModuleCalls, m: Any) -> tuple[Any, Any]:
     return modules.parameter(m, "weight"), modules.parameter(m, "bias")
 
@@ -229,7 +231,7 @@ MODULE_DECOMPOSITIONS |= {
         modules.call, input, m.normalized_shape, *_affine(modules, m), m.eps
     ),
     nn.RMSNorm: lambda modules, m, input: rms_norm(
-        modules.call, input, m.normalized_shape, modules.parameter(m, "weight"), m.eps
+        modules.call, input, m.normalized_shape, modules.parameter(m, "weight"), _rms_epsilon(m)
     ),
     nn.GroupNorm: lambda modules, m, input: group_norm(modules.call, input, m.num_groups, *_affine(modules, m), m.eps),
 }

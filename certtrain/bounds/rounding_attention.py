@@ -123,14 +123,14 @@ def _with_mean(x: OutwardBox, dims: Dims) -> Tensor:
     return (x.magnitude + x.magnitude.mean(dims, keepdim=True)) * inflation(count_of(x.like, dims))
 
 
-def _inverse_root(a: Arithmetic, mean_square: OutwardBox, eps: float | None) -> OutwardBox:
+def _inverse_root(a: Arithmetic, mean_square: OutwardBox, eps: float) -> OutwardBox:
     _require_epsilon(eps)
     ends = OutwardBox(inverse_root(mean_square.upper, eps), inverse_root(mean_square.lower, eps))
     return widened(ends, elementwise_error(a, COEFFICIENT_ROUNDINGS), ends.upper, a)
 
 
-def _require_epsilon(eps: float | None) -> None:
-    if eps is None or not 2**-40 <= eps <= 1:
+def _require_epsilon(eps: float) -> None:
+    if not 2**-40 <= eps <= 1:
         raise UnsupportedOperation(f"a normalization with eps={eps} has no sound rule: it must be from 2^-40 to 1")
 
 
@@ -140,12 +140,11 @@ def _normalized(
     factor: OutwardBox,
     x: OutwardBox,
     dims: Dims,
-    eps: float | None,
+    eps: float,
     by_squares: bool = False,
 ) -> OutwardBox:
     """Eq. 16."""
     _require_epsilon(eps)
-    assert eps is not None
     terms = count_of(x.like, dims)
     error = sum_error(a, 4 * terms + VARIANCE_ROUNDINGS)
     least = (bilinear.squared(d).lower.mean(dims, keepdim=True) + eps) * (1 - 2**-30)

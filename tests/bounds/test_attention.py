@@ -315,6 +315,44 @@ class Do(nn.Module):
         return self.function(x)
 
 
+NORMALIZATIONS = {
+    "layer": lambda n: nn.LayerNorm(n, eps=1.0, elementwise_affine=False),
+    "rms": lambda n: nn.RMSNorm(n, eps=1.0, elementwise_affine=False),
+    "group": lambda n: nn.GroupNorm(1, n, eps=1.0, affine=False),
+}
+
+
+@pytest.mark.parametrize("method", ["crown-ibp", "crown", "alpha-crown"])
+@pytest.mark.parametrize("kind", NORMALIZATIONS)
+def test_raw_lines_hold_where_a_backward_pass_takes_a_mean_of_squares_for_negative(kind, method):
+    """The skip connection rewards whatever pushes the mean of squares up, below 0 at one end of CROWN's raw box."""
+    torch.manual_seed(0)
+    n = 50
+
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.skip = NORMALIZATIONS[kind](n), nn.Linear(n, 2, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x)[:, :2] + self.skip(x)
+
+    model = Skip().double().eval()
+    lower, upper = torch.full((1, n), -0.3, dtype=torch.float64), torch.full((1, n), 0.9, dtype=torch.float64)
+    lower[0, :2], upper[0, :2] = torch.tensor([0.0, 0.199]), torch.tensor([0.0, 0.201])
+    for sign in (1, -1):
+        with torch.no_grad():
+            model.skip.weight.zero_()
+            model.skip.weight[1, 2:] = sign * 0.03 / n
+        net, label = BoundedModel(model, lower), torch.tensor([0])
+        found = net.margins(Box(lower, upper), label, method, intersect=False)[0, 1]
+        points = lower + (upper - lower) * torch.rand(4000, n, dtype=torch.float64).round()
+        points = torch.cat([points, lower + (upper - lower) * torch.linspace(0, 1, 200, dtype=torch.float64)[:, None]])
+        with torch.no_grad():
+            logits = model(points)
+        assert (logits[:, 0] - logits[:, 1]).min() >= found - 1e-12
+
+
 def attend_across(x: Tensor, **settings) -> Tensor:
     return F.scaled_dot_product_attention(x, x, x, **settings)
 

@@ -107,11 +107,29 @@ def test_keywords_are_read(name):
         (lambda self, x: torch.add(x, self.c, out=torch.empty(0)), "add.*out"),
         (lambda self, x: torch.softmax(x, 1, dtype=torch.float16), "softmax.*dtype"),
         (lambda self, x: x.mean(1, True, axis=1), "mean.*arguments"),
+        (lambda self, x: F.linear(x, self.c)[:, None], "linear.*one dimension only"),
+        (lambda self, x: x[:, None].softmax(-1) @ self.c, "vector.*second axis"),
+        (lambda self, x: F.rms_norm(x, (4,)), "without eps"),
     ],
 )
 def test_keywords_that_change_the_meaning_are_refused_by_name(forward, named):
     with pytest.raises(UnsupportedOperation, match=named):
         BoundedModel(Written(forward).double().eval(), images())
+
+
+@pytest.mark.parametrize("cast", [
+    lambda x, other: x.to(other), lambda x, other: x.type_as(other),
+    lambda x, other: x.to(other.dtype), lambda x, other: x.to("cpu", other.dtype),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32])
+def test_a_cast_is_refused_however_its_type_is_said(cast, dtype):
+    other = torch.ones(4, dtype=dtype)
+    with pytest.raises(UnsupportedOperation, match=f"a cast to {dtype}"):
+        BoundedModel(Written(lambda self, x: cast(x, self.c).to(x.dtype), other).eval(), images().float())
+
+
+def test_to_moves_and_casts_as_the_module_does():
+    holds(Written(lambda self, x: self.layer(x.to("cpu").to(self.c).to(x, non_blocking=True).to(device="cpu"))))
 
 
 @settings(max_examples=60, deadline=None)

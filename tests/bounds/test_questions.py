@@ -8,17 +8,20 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from certtrain.bounds import BoundedModel, Box, bounded_model, linf_box
-from certtrain.bounds.model import METHODS
+from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model, linf_box
+from certtrain.bounds.model import METHODS, _beside
 from certtrain.errors import UsageError
 
 X = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 2])
 
 
-def network() -> BoundedModel:
+both_backends = pytest.mark.parametrize("backend", ["native", "lirpa"])
+
+
+def network(backend: str = "native") -> Bounder:
     torch.manual_seed(0)
-    return BoundedModel(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), X)
+    return bounded_model(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), X, backend)
 
 
 @settings(max_examples=50, deadline=None)
@@ -28,29 +31,57 @@ def test_a_radius_is_finite_and_not_negative(eps):
         linf_box(X, eps)
 
 
+@both_backends
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("value", [1.0, float("nan")])
-def test_an_empty_box_proves_nothing(method, value):
+def test_an_empty_box_proves_nothing(method, value, backend):
     lower = X.clone()
     lower[1, 3] = X[1, 3] + value
     with pytest.raises(UsageError, match="empty"):
-        network().margins(Box(lower, X), LABELS, method)
+        network(backend).margins(Box(lower, X), LABELS, method)
 
 
+@both_backends
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float16, torch.bfloat16])
-def test_a_box_is_of_float32_or_float64(dtype):
+def test_a_box_is_of_float32_or_float64(dtype, backend):
     x = X.to(dtype)
     with pytest.raises(UsageError, match="float"):
-        network().margins(Box(x, x), LABELS)
+        network(backend).margins(Box(x, x), LABELS)
 
 
+@both_backends
 @pytest.mark.parametrize(
     "labels",
     [torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([0.0, 1.0]), torch.tensor([0]), LABELS[:, None]],
 )
-def test_labels_are_classes_one_for_each_image(labels):
+def test_labels_are_classes_one_for_each_image(labels, backend):
     with pytest.raises(UsageError, match="labels"):
-        network().margins(linf_box(X, 0.1), labels)
+        network(backend).margins(linf_box(X, 0.1), labels)
+
+
+@pytest.mark.parametrize("shape", [(1,), (4, 3), (3, 1)], ids=str)
+def test_margins_are_of_logits(shape):
+    """(B, K): values of any shape have boxes, but no margins."""
+    model = nn.Sequential(nn.Linear(4, 12), nn.Unflatten(1, (-1, *shape)))
+    net = BoundedModel(model, X)
+    assert net.ibp(linf_box(X, 0.1)).output.shape[2:] == shape
+    with pytest.raises(UsageError, match=r"margins are of logits \(B, K\)"):
+        net.margins(linf_box(X, 0.1), LABELS)
+
+
+@pytest.mark.parametrize("example", [torch.rand(0, 4), torch.tensor(0.5)], ids=["no images", "no axis"])
+def test_an_example_is_a_batch_of_one_at_least(example):
+    with pytest.raises(UsageError, match="no batch of at least one"):
+        BoundedModel(nn.Linear(4, 3), example)
+
+
+def test_a_network_may_move_after_its_example_was_given():
+    """Its other mode is recorded on the device that it is on then."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).eval()
+    net = BoundedModel(model, X)
+    assert all(step.where for step in net.graph.steps)
+    moved = model.to("meta").train()
+    assert _beside(X, moved).device.type == "meta"
 
 
 class Overflowing(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -276,3 +277,36 @@ def test_an_operation_without_a_split_is_refused_by_name():
     box = Box(torch.zeros(1, 4).double(), torch.ones(1, 4).double())
     with pytest.raises(UnsupportedOperation, match=r"MaxPool1d in module 'pool' has no split.*alpha-crown"):
         branch_and_bound(*question(network, box, 0), Search())
+
+
+class Coordinates(nn.Module):
+    """A map of constants beside the image, as many as there are images (CoordConv)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.grid = nn.Buffer(torch.rand(1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(torch.cat([x, self.grid.expand(x.shape[0], -1)], 1))))
+
+
+def test_constants_beside_values_are_of_any_number_of_domains():
+    """The same verdicts as of the network in which they are part of the bias."""
+    torch.manual_seed(0)
+    model = Coordinates().double().eval()
+    plain = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), deepcopy(model.last)).double().eval()
+    with torch.no_grad():
+        plain[0].weight.copy_(model.first.weight[:, :3])
+        plain[0].bias.copy_(model.first.bias + model.first.weight[:, 3:] @ model.grid[0])
+    searched = 0
+    for seed in range(12):
+        x = torch.rand(1, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        box = Box(x - 0.4, x + 0.4)
+        label = int(plain(x).argmax())
+        (found,), (expected,) = (
+            branch_and_bound(*question(network, box, label), Search()) for network in (model, plain)
+        )
+        assert found.verdict == expected.verdict
+        searched += found.domains > 2
+    assert searched > 0

@@ -20,7 +20,7 @@ from certtrain.bounds.graph import Call
 from certtrain.bounds.linear.bilinear import planes
 from certtrain.bounds.linear.patches import Contributions, dense, through
 from certtrain.bounds.linear.relaxations import NARROW, TINY, LinearRelaxation
-from certtrain.bounds.normalization import count_of, epsilon_of, sum_of_others
+from certtrain.bounds.normalization import count_of, sum_of_others
 
 
 def normalized(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None) -> tuple[Contributions, Tensor]:
@@ -39,15 +39,15 @@ def normalized(call: Call, a: Tensor, boxes: Mapping[int, Box], t: Tensor | None
     return [(d, of_d + dense(by_lines)), (factor, of_factor)], constant + rest
 
 
-def _middles(d: Box, factor: Box, dims: tuple[int, ...], eps: float | None) -> tuple[Tensor, Tensor]:
+def _middles(d: Box, factor: Box, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor]:
     """What the planes of the product are in the middle of the box, once the factor is bounded by d in its turn."""
     squares = squared(d)
     low, high = (part.mean(dims, keepdim=True) for part in (squares.lower, squares.upper))
-    small, large = ((end + epsilon_of(eps, end)).rsqrt() for end in (high, low))
+    small, large = ((end + eps).rsqrt() for end in (high, low))
     slope = (small - large) / (high - low).clamp(min=TINY)
     most = large + slope * (d.center.square().mean(dims, keepdim=True) - low)  # by the chord, tangents of the squares
     middle = (low + high) / 2
-    tangent = (middle + epsilon_of(eps, middle)).rsqrt()
+    tangent = (middle + eps).rsqrt()
     chords = (d.center.square() + d.radius.square()).mean(dims, keepdim=True)
     least = tangent - 0.5 * tangent**3 * (chords - middle)
     error = d.radius * factor.radius
@@ -56,9 +56,9 @@ def _middles(d: Box, factor: Box, dims: tuple[int, ...], eps: float | None) -> t
     return below, above
 
 
-def _lines(d: Box, dims: tuple[int, ...], eps: float | None) -> LinearRelaxation:
+def _lines(d: Box, dims: tuple[int, ...], eps: float) -> LinearRelaxation:
     squares, count = squared(d), count_of(d.like, dims)
-    least, most = (sum_of_others(part, dims) / count + epsilon_of(eps, part) for part in (squares.lower, squares.upper))
+    least, most = (sum_of_others(part, dims) / count + eps for part in (squares.lower, squares.upper))
     lower_slope, lower_offset = _below(d.lower, d.upper, least, most, count)
     upper_slope, upper_offset = _below(-d.upper, -d.lower, least, most, count)
     return LinearRelaxation(lower_slope, lower_offset, upper_slope, -upper_offset)

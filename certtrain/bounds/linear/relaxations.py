@@ -10,6 +10,7 @@ smooth             as piecewise linear, over a grid, and a little further off: s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -272,8 +273,16 @@ def relaxation_from_traits(operation: Operation) -> Relaxation | None:
         return piecewise_linear(function, curve.kinks)
     if isinstance(curve, Smooth):
         return smooth(function, curve)
+    if curve is None:
+        return None
     rules = {Convex: convex, Concave: concave, SShaped: s_shaped}
-    return None if curve is None else rules[type(curve)](function, curve.derivative or _derivative(function))
+    lines = rules[type(curve)](function, curve.derivative or _derivative(function))
+    return from_least(lines, curve.least) if isinstance(curve, Convex) and curve.least > -math.inf else lines
+
+
+def from_least(relaxation: Relaxation, least: float) -> Relaxation:
+    """Lines on the part of the box from `least` on, in which all values lie."""
+    return lambda x, *settings: relaxation(Box(x.lower.clamp(min=least), x.upper.clamp(min=least)), *settings)
 
 
 RELAXATIONS: dict[Callable, Relaxation] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,16 @@ MAKERS: set[Callable | str] = {
     "new_full",
 }
 """Of tensors that hold one number."""
+
+
+def type_of(*kinds: Any) -> torch.dtype | None:
+    """What `x.to(*kinds)` casts to: a type, or that of a tensor; devices and flags do not matter."""
+    types = (kind.dtype if isinstance(kind, Tensor) else kind for kind in kinds)
+    return next((kind for kind in types if isinstance(kind, torch.dtype)), None)
+
+
 INSPECTIONS: set[Callable] = {
+    type_of,
     Tensor.size,
     Tensor.dim,
     Tensor.numel,

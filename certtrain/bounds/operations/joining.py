@@ -25,7 +25,9 @@ def _joins(parts: Any, dim: int) -> None:
 
 
 def cat(parts: Sequence[Any], dim: int = 0) -> Tensor:
-    return torch.cat(list(parts), dim)
+    """Constants that were recorded for one image are of any number."""
+    images = max(len(part) for part in parts)
+    return torch.cat([part if len(part) == images else part.expand(images, *part.shape[1:]) for part in parts], dim)
 
 
 define(

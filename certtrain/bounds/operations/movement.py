@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certtrain.bounds.operations.inspections import type_of
 from certtrain.bounds.operations.preconditions import (
     axes_of,
     batched,
@@ -123,13 +124,13 @@ def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x
 
 
-def _bind_to(input: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """`x.to(dtype)`, `x.to(device)`, `x.to(device, dtype)`; where to a value is moved does not matter."""
-    named = [kwargs.pop("dtype", None), *[arg for arg in args if isinstance(arg, torch.dtype)]]
+def _decompose_to(call: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """`x.to(dtype)`, `x.to(device)`, `x.to(device, dtype)`, `x.to(tensor)`; where to it is moved does not matter."""
+    kinds = (kwargs.pop("dtype", None), *args)
     for ignored in ("device", "non_blocking", "copy", "memory_format"):
         kwargs.pop(ignored, None)
     require_that(not kwargs, f"to({', '.join(kwargs)}=...) has no rule")
-    return input, next((dtype for dtype in named if dtype is not None), None)
+    return call(cast, input, call(type_of, *kinds))
 
 
 def _casts(x: Any, dtype: Any) -> None:
@@ -141,7 +142,6 @@ moves(
     lambda x, dtype=None: (x, dtype),
     _casts,
     methods=(
-        ("to", _bind_to),
         ("float", lambda input: (input, torch.float32)),
         ("cpu", lambda input: (input, None)),
         ("double", lambda input: (input, torch.float64)),
@@ -153,7 +153,7 @@ moves(
         ("cuda", lambda input, *device: (input, None)),
     ),
 )
-DECOMPOSITIONS["type_as"] = lambda call, input, other: call(cast, input, call(getattr, other, "dtype"))
+DECOMPOSITIONS |= {"to": _decompose_to, "type_as": lambda call, input, other: call(cast, input, call(type_of, other))}
 moves(
     torch.flatten,
     lambda input, start_dim=0, end_dim=-1: (input, start_dim, end_dim),

@@ -56,8 +56,9 @@ def _conv_transpose_settings(m: Any) -> tuple[Any, ...]:
     return m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation
 
 
-def _linear_input(x: Any, *weights: Any) -> None:
-    first_alone(x, *weights)
+def _linear_input(x: Any, weight: Any, bias: Any = None) -> None:
+    first_alone(x, weight, bias)
+    require_that(weight.dim() == 2, "its weight has one dimension only: give it a second, w[None]")
     require_that(x.dims >= 2, "its input has one dimension only: where is the batch axis?")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -52,9 +53,15 @@ class PiecewiseLinear:
 
 @dataclass(frozen=True)
 class Convex:
-    """Wherever it is defined: tangents lie below, chords above. `derivative(x, *settings)`: by default autograd's."""
+    """Wherever it is defined: tangents lie below, chords above.
+
+    Args:
+        derivative: (x, *settings); by default autograd's.
+        least: no value that the operation meets is below, whatever a bound says of it: lines hold from there on.
+    """
 
     derivative: Callable[..., Tensor] | None = None
+    least: float = -math.inf
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""What the commands of the tutorial print: docs/results/tutorial.json, which `scripts/tables.py` puts into the page.
+
+python scripts/tutorial.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from pages.common import RESULTS
+from run_page import blocks
+
+from certtrain.runs.provenance import versions
+from certtrain.runtime.files import write_json
+
+PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
+SHOWN = {
+    "training": "certtrain train first.yaml",
+    "verifying": "--method ibp,crown-ibp,crown",
+    "checking": "certtrain check",
+}
+
+
+def printed() -> dict[str, list[str]]:
+    """The lines that each of the shown commands printed, all commands run in the page's order, in one empty folder."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": programs, "COLUMNS": "100"}
+    lines: dict[str, list[str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for block in blocks(PAGE):
+            if block.title is not None:
+                (Path(folder) / block.title).write_text(block.text)
+            elif block.language == "sh":
+                command = ["bash", "-euo", "pipefail", "-c", block.text]
+                done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
+                print(done.stdout)
+                lines |= {name: done.stdout.splitlines() for name, command in SHOWN.items() if command in block.text}
+    return lines
+
+
+def main() -> None:
+    write_json(RESULTS / "tutorial.json", {"versions": versions(), "printed": printed()})
+
+
+if __name__ == "__main__":
+    main()
