@@ -12,7 +12,7 @@ from torch import nn
 
 from certtrain.bounds import bounded_model
 from certtrain.config import Config
-from certtrain.config.schema import BatchNormSection, MetricsSection
+from certtrain.config.schema import BatchNormSection, DataSection, MetricsSection
 from certtrain.data import (
     Augmentation,
     Dataset,
@@ -60,7 +60,12 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 def load_data(config: Config) -> Dataset:
     """The images of a run; where the validation split is verified, it stands in the place of the test set."""
-    data = config.data
+    dataset = load_splits(config.data, config.seed)
+    return dataset.tested_on_validation() if config.verification.split == "validation" else dataset
+
+
+def load_splits(data: DataSection, seed: int) -> Dataset:
+    """All splits of the data that a section names; seed: that of the run, which decides what is held out."""
     dataset = load_dataset(
         data.name,
         data.root,
@@ -68,11 +73,11 @@ def load_data(config: Config) -> Dataset:
         path=data.path,
         classes=data.classes,
         validation=data.validation,
-        seed=config.seed,
+        seed=seed,
     )
     dataset = replace(dataset, train=dataset.train.take(slice(data.limit)))
     require_two_classes(dataset.train)
-    return dataset.tested_on_validation() if config.verification.split == "validation" else dataset
+    return dataset
 
 
 def build(
