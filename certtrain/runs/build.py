@@ -14,6 +14,7 @@ from certtrain.bounds import bounded_model
 from certtrain.config import Config
 from certtrain.config.schema import BatchNormSection, DataSection, MetricsSection
 from certtrain.data import (
+    NO_AUGMENTATION,
     Augmentation,
     Dataset,
     batch_sizes,
@@ -124,8 +125,9 @@ def output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int])
         return tuple(output.shape)
 
 
-def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
-    changes = Augmentation(config.data.flip, config.data.crop)
+def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE, augmented: bool = True) -> Batches:
+    """By epoch and first step: the batches, replayed images included, of which each rank gets its share."""
+    changes = Augmentation(config.data.flip, config.data.crop) if augmented else NO_AUGMENTATION
     draw = partial(epoch_batches, dataset.train, config.training.batch_size)
     if dataset.old is not None:
         draw = partial(_mixture(config, dataset).epoch_batches, dataset.train, dataset.old)
