@@ -85,9 +85,7 @@ def test_the_averaged_network_has_statistics_of_its_own(train, tmp_path):
     assert found[AVERAGED] < 1e-6 < 1e-3 < found[RAW]
 
 
-@pytest.mark.parametrize(
-    "option", ["training.batch_norm.population=true", "training.averaging={name: ema, decay: 0.9}"]
-)
+@pytest.mark.parametrize("option", ["batch_norm.population=true", "averaging={name: ema, decay: 0.9}"])
 def test_statistics_are_those_of_what_is_drawn_old_images_included(train, tmp_path, option):
     """22 of 87 in an epoch, in batches none of which BatchNorm refuses: 65 images by 32 would leave one alone."""
     replay = "replay={share: 0.25, data: {name: digits, classes: [0, 1, 2], limit: 22}}"
