@@ -34,7 +34,7 @@ from certtrain.training.regularization import BatchSums, Regularization
 
 Statistics = Literal["clean", "adversarial", "center"]
 
-SMALLEST_RADIUS = 1e-6  # of the box that the regularizers look at while epsilon is 0
+SMALLEST_RADIUS = 1e-6  # of a box that the regularizers look at: much smaller ones float32 rounds away from pixels
 DEFAULT_METHOD, DEFAULT_REGULARIZATION = IBP(), Regularization()
 
 
@@ -307,7 +307,9 @@ class GradientStep:
     def _region(self, batch: Batch, at: Scheduled, phase: Phase) -> Box:
         if phase is Phase.BEFORE:
             return linf_box(batch.images, torch.full_like(at.eps, SMALLEST_RADIUS))
-        return self.method.region(batch.images, at.eps, batch.points)
+        looked_at = self._regularizes and phase is not Phase.FULL
+        eps = at.eps.clamp(min=SMALLEST_RADIUS) if looked_at else at.eps
+        return self.method.region(batch.images, eps, batch.points)
 
     def _shrink(self, phase: Phase) -> float | None:
         return None if phase is Phase.BEFORE else self.method.shrink

@@ -21,7 +21,7 @@ from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Method, Phase, scheduled
-from certtrain.training.methods import IBP, Adversarial, CrownIBP, Natural
+from certtrain.training.methods import IBP, SABR, Adversarial, CrownIBP, Natural
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import Batch, GradientStep
 from tests.networks import narrow_cnn7, randomized, residual_network
@@ -81,6 +81,20 @@ def test_loss_and_gradient_equal_the_published_objective(phase, method):
     for (name, parameter), expected_parameter in zip(model.named_parameters(), twin.parameters(), strict=True):
         scale = expected_parameter.grad.abs().max().clamp(min=1e-12)
         assert ((parameter.grad - expected_parameter.grad).abs().max() / scale).item() < 1e-6, name
+
+
+@pytest.mark.parametrize("method", [IBP(), SABR(attack={"steps": 1})], ids=["ibp", "sabr"])
+@pytest.mark.parametrize("eps", [1e-12, 1e-9, 2e-8, 1e-7])
+def test_tightness_at_the_beginning_of_the_ramp_is_that_of_a_radius_that_float32_can_hold(eps, method):
+    """Of boxes so small it does not depend on the radius, as float64 says."""
+    images, labels = batch()
+    net, twin = BoundedModel(network().float(), images.float()), LirpaModel(network(), images)
+    trained = GradientStep(net, method, Regularization(1.0, tolerance=0.3))
+    found = trained.backward(images.float(), labels, scheduled(eps, 0.0), Phase.WARMUP)["tightness_loss"]
+    bounds = twin.ibp(linf_box(images, 1e-6), clean=images)
+    expected = tightness_loss(bounds.relu_inputs, bounds.affine_input, 0.3)
+    assert 0.1 < expected < 0.9
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
 
 
 class Functional(nn.Module):
