@@ -105,11 +105,23 @@ INITIALIZATIONS: dict[str, Fill] = {
 }
 
 
+def affine_weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The weights of the affine layers in the order they run, each a module and the name of its attribute.
+
+    A weight that layers share is there once. What the network computes on its way is no attribute, and left out.
+    """
+    found: dict[Any, tuple[nn.Module, str]] = {}
+    for weight in _affine_weights_unwarned(model):
+        if weight.owner is not None:
+            place = weight.owner, weight.name
+            parameter = weight.owner._parameters.get(weight.name)  # what a parametrization computes is not asked for:
+            found.setdefault(place if parameter is None else parameter, place)  # reading a spectral norm updates it
+    return list(found.values())
+
+
 def classifier_tensors(model: nn.Module) -> list[str]:
     """The names, in the state dict, of what the last affine layer consists of; none where there is no such layer."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what cannot be traced, `initialize_` has warned
-        weights = _affine_weights(model)
+    weights = _affine_weights_unwarned(model)
     if not weights or weights[-1].owner is None:
         return []
     last, names = weights[-1], model.state_dict()
@@ -177,6 +189,12 @@ def _set_parametrized(owner: nn.Module, name: str, value: Tensor) -> bool:
     return False
 
 
+def _affine_weights_unwarned(model: nn.Module) -> list[_AffineWeight]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what cannot be traced, `initialize_` has warned
+        return _affine_weights(model)
+
+
 def _affine_weights(model: nn.Module) -> list[_AffineWeight]:
     """Of the affine layers in the order they run."""
     modules = dict(model.named_modules())
@@ -188,7 +206,7 @@ def _affine_weights(model: nn.Module) -> list[_AffineWeight]:
             "torch.nn are initialized",
             stacklevel=4,
         )
-        return [_of_module(path, m) for path, m in modules.items() if isinstance(m, AFFINE_MODULES)]
+        return [weight for path, module in modules.items() for weight in _own_weights(path, module)]
     rules = _Transformer(list(nodes), modules) if _has_attention(nodes, modules) else _Residual(modules)
     found: dict[tuple[nn.Module | None, str], _AffineWeight] = {}
     for node in nodes:
@@ -205,20 +223,26 @@ def _weights_of(node: fx.Node, modules: dict[str, nn.Module]) -> list[_AffineWei
     module, path = modules.get(str(node.target)), str(node.target)
     if node.op != "call_module" or module is None:
         return []
-    if isinstance(module, AFFINE_MODULES):
-        return [_of_module(path, module)]
     if isinstance(module, nn.TransformerEncoderLayer):
         return [
             *_of_attention(f"{path}.self_attn", module.self_attn),
             *(_of_module(f"{path}.{name}", getattr(module, name)) for name in ("linear1", "linear2")),
         ]
-    return _of_attention(path, module) if isinstance(module, nn.MultiheadAttention) else []
+    return _of_attention(path, module) if isinstance(module, nn.MultiheadAttention) else _own_weights(path, module)
 
 
 def _of_attention(path: str, module: nn.MultiheadAttention) -> list[_AffineWeight]:
-    names = ["in_proj_weight"] if module.in_proj_weight is not None else [f"{name}_proj_weight" for name in "qkv"]
-    inner = [_AffineWeight(f"{path}.{name}", module, name) for name in names]
-    return [*inner, _of_module(f"{path}.out_proj", module.out_proj)]
+    return [*_own_weights(path, module), _of_module(f"{path}.out_proj", module.out_proj)]
+
+
+def _own_weights(path: str, module: nn.Module) -> list[_AffineWeight]:
+    """Of the module itself, without those of modules in it."""
+    if isinstance(module, AFFINE_MODULES):
+        return [_of_module(path, module)]
+    if isinstance(module, nn.MultiheadAttention):
+        names = ["in_proj_weight"] if module.in_proj_weight is not None else [f"{name}_proj_weight" for name in "qkv"]
+        return [_AffineWeight(f"{path}.{name}", module, name) for name in names]
+    return []
 
 
 def _of_module(path: str, module: nn.Module) -> _AffineWeight:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds.box import Box
+from certtrain.errors import UsageError
 
 TINY = 1e-12
 
@@ -27,6 +28,9 @@ def tightness_loss(relu_inputs: Sequence[Box], input_box: Box, tol: float = 0.5)
 
     Returns:
         A scalar in [0, 1].
+
+    Raises:
+        UsageError: there is no ReLU layer.
     """
     return tightness_of([moments(box) for box in relu_inputs], input_box.radius.mean(), tol)
 
@@ -39,13 +43,16 @@ def relu_balance_loss(relu_inputs: Sequence[Box], tol: float = 0.5) -> Tensor:
 
     Returns:
         A scalar in [0, 2].
+
+    Raises:
+        UsageError: there is no ReLU layer.
     """
     return relu_balance_of([moments(box) for box in relu_inputs], tol)
 
 
 def l1_penalty(weights: Iterable[Tensor]) -> Tensor:
-    """Sum of the absolute values of `weights`, a scalar."""
-    return torch.stack([weight.abs().sum() for weight in weights]).sum()
+    """Sum of the absolute values of `weights`, a scalar. Raises UsageError if there are none."""
+    return _stacked("weight", [weight.abs().sum() for weight in weights]).sum()
 
 
 class Moments(NamedTuple):
@@ -92,7 +99,7 @@ def moments(box: Box) -> Moments:
 
 def tightness_of(layers: Sequence[Moments], input_radius: Tensor, tol: float) -> Tensor:
     """`tightness_loss` from each layer's moments; `input_radius` is mean(r_0)."""
-    return torch.stack([torch.relu(tol - layer_tightness(m, input_radius)) / tol for m in layers]).mean()
+    return _stacked("ReLU layer", [torch.relu(tol - layer_tightness(m, input_radius)) / tol for m in layers]).mean()
 
 
 def layer_tightness(layer: Moments, input_radius: Tensor) -> Tensor:
@@ -102,7 +109,13 @@ def layer_tightness(layer: Moments, input_radius: Tensor) -> Tensor:
 
 def relu_balance_of(layers: Sequence[Moments], tol: float) -> Tensor:
     """`relu_balance_loss` from each layer's moments."""
-    return torch.stack([_imbalance(m, tol) for m in layers]).mean()
+    return _stacked("ReLU layer", [_imbalance(m, tol) for m in layers]).mean()
+
+
+def _stacked(of: str, terms: list[Tensor]) -> Tensor:
+    if not terms:
+        raise UsageError(f"a regularizer needs at least one {of} to look at, and was given none")
+    return torch.stack(terms)
 
 
 def _imbalance(m: Moments, tol: float) -> Tensor:

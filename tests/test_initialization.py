@@ -216,6 +216,10 @@ def test_a_network_that_cannot_be_traced_is_initialized_with_a_warning():
     with pytest.warns(UserWarning, match="cannot trace"):
         ibp_init_(model)
     assert model.one.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / 50, rel=0.1)
+    model.attention = nn.MultiheadAttention(50, 2)
+    with pytest.warns(UserWarning, match="cannot trace"):
+        ibp_init_(model)
+    assert model.attention.in_proj_weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / 50, rel=0.1)
 
 
 def test_orthogonal_xavier_and_default():

@@ -8,6 +8,7 @@ import torch
 
 from certtrain.bounds import Box, linf_box
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.errors import UsageError
 from certtrain.regularizers import Moments, l1_penalty, moments, relu_balance_loss, relu_balance_of, tightness_loss
 from tests.networks import narrow_cnn7, randomized
 
@@ -117,6 +118,14 @@ def test_they_take_boxes_that_auto_lirpa_computed():
     (loss + balance).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     assert any((p.grad != 0).any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "regularizer", [lambda: tightness_loss([], boxes()[0]), lambda: relu_balance_loss([]), lambda: l1_penalty(iter(()))]
+)
+def test_of_nothing_they_are_no_number(regularizer):
+    with pytest.raises(UsageError, match="a regularizer needs at least one"):
+        regularizer()
 
 
 def test_l1_penalty_sums_absolute_values():

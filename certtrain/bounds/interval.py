@@ -304,6 +304,12 @@ def _clean_result(call: Call, args: tuple[Any, ...]) -> Tensor | None:
     return call.function(*map_leaves(args, Joint, lambda value: value.clean))
 
 
+def _of_dtype(dtype: torch.dtype, value: Joint) -> Joint:
+    """Products that autocast rounded, in the type that everything between them has."""
+    clean = None if value.clean is None else value.clean.to(dtype)
+    return Joint(clean, value.box if value.box.like.dtype is dtype else value.box.map(lambda part: part.to(dtype)))
+
+
 def shrunk(box: Box, entering: Box, share: float) -> Box:
     """The box behind a ReLU with the upper ends of its unstable neurons multiplied by `share`; it bounds nothing.
 
@@ -360,7 +366,7 @@ class JointPass:
                 raise UnsupportedOperation(f"{call.where}: {error}") from error
             if rectifies and self._shrink is not None:
                 box = shrunk(box, boxes[0], self._shrink)
-            result = Joint(_clean_result(call, args), box)
+            result = _of_dtype(leaves(args, Joint)[0].box.like.dtype, Joint(_clean_result(call, args), box))
         if self._record:
             self.calls.append(call)
             self.boxes[call.index] = result.box

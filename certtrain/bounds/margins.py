@@ -45,8 +45,9 @@ def no_nan(margins: Tensor, labels: Tensor) -> Tensor:
 
 
 def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:
+    dtype = h.dtype  # of the values; what autocast rounds are products alone
     for call in tail:
-        h = call.function(*map_leaves(call.args, Ref, partial(_second, h)))
+        h = call.function(*map_leaves(call.args, Ref, partial(_second, h))).to(dtype)
     return h
 
 
@@ -59,7 +60,7 @@ def _deviations(tail: Sequence[Call], radius: Tensor, labels: Tensor, logits: Te
     if len(tail) == 1 and tail[0].function is F.linear and radius.dim() == 2:
         weight = tail[0].args[1]
         difference = weight[labels][:, None, :] - weight
-        return torch.einsum("bkh,bh->bk", difference.abs(), radius)
+        return torch.einsum("bkh,bh->bk", difference.abs(), radius).to(radius.dtype)
     # The rows (w_y - w_j) of any affine tail are vector-Jacobian products of it.
     eye = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
     rows = eye[labels][:, None, :] - eye

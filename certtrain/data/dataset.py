@@ -52,6 +52,21 @@ class Split:
         """The images at `indices` (int64 (M,) or bool (N,), on the CPU or on this split's device), or of a slice."""
         return Split(self.images[indices], self.labels[indices])
 
+    def renumbered(self, names: Sequence[str], classes: Sequence[str]) -> Split:
+        """The same images; what was label i, the class `names[i]`, becomes the place of that name in `classes`.
+
+        Raises:
+            DataError: names the first class of an image that is not one of `classes`.
+        """
+        if tuple(names) == tuple(classes):
+            return self
+        place = {name: label for label, name in enumerate(classes)}
+        for label in self.labels.unique().tolist():
+            if names[label] not in place:
+                raise DataError(f"images of {names[label]!r}, which is none of the {len(classes)} classes")
+        number = torch.tensor([place.get(name, -1) for name in names], device=self.labels.device)
+        return Split(self.images, number[self.labels])
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -61,7 +76,7 @@ class Dataset:
         train, test, validation: the splits; all images of one size, all labels in [0, num_classes).
         classes: a name per class.
         mean, std: per channel, in units of [0, 1] pixels: what the model's first layer normalises its input with.
-        old: training images of another data set, of which every batch has a share.
+        old: training images of another data set, of which every batch has a share, labelled as `classes` are numbered.
 
     Raises:
         DataError: the splits do not fit each other or the classes.

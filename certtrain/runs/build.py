@@ -12,8 +12,9 @@ from torch import nn
 
 from certtrain.bounds import bounded_model
 from certtrain.config import Config
-from certtrain.config.schema import BatchNormSection, MetricsSection
+from certtrain.config.schema import BatchNormSection, DataSection, MetricsSection
 from certtrain.data import (
+    NO_AUGMENTATION,
     Augmentation,
     Dataset,
     batch_sizes,
@@ -60,7 +61,12 @@ def resolve_device(name: str, ranks: Ranks = ALONE) -> torch.device:
 
 def load_data(config: Config) -> Dataset:
     """The images of a run; where the validation split is verified, it stands in the place of the test set."""
-    data = config.data
+    dataset = load_splits(config.data, config.seed)
+    return dataset.tested_on_validation() if config.verification.split == "validation" else dataset
+
+
+def load_splits(data: DataSection, seed: int) -> Dataset:
+    """All splits of the data that a section names; seed: that of the run, which decides what is held out."""
     dataset = load_dataset(
         data.name,
         data.root,
@@ -68,11 +74,11 @@ def load_data(config: Config) -> Dataset:
         path=data.path,
         classes=data.classes,
         validation=data.validation,
-        seed=config.seed,
+        seed=seed,
     )
     dataset = replace(dataset, train=dataset.train.take(slice(data.limit)))
     require_two_classes(dataset.train)
-    return dataset.tested_on_validation() if config.verification.split == "validation" else dataset
+    return dataset
 
 
 def build(
@@ -119,8 +125,9 @@ def output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int])
         return tuple(output.shape)
 
 
-def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
-    changes = Augmentation(config.data.flip, config.data.crop)
+def training_batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE, augmented: bool = True) -> Batches:
+    """By epoch and first step: the batches, replayed images included, of which each rank gets its share."""
+    changes = Augmentation(config.data.flip, config.data.crop) if augmented else NO_AUGMENTATION
     draw = partial(epoch_batches, dataset.train, config.training.batch_size)
     if dataset.old is not None:
         draw = partial(_mixture(config, dataset).epoch_batches, dataset.train, dataset.old)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from certtrain.config import Config
+from certtrain.config.schema import DataSection
 from certtrain.data import Dataset, Split
 from certtrain.errors import DataError, UsageError
 from certtrain.report.layer_statistics import LayerStatistics
-from certtrain.runs.build import load_data
+from certtrain.runs.build import load_data, load_splits
 from certtrain.runs.meters import Meter
 from certtrain.runs.start import Errors, Start
 from certtrain.training.trainer import EpochReport, Trainer
@@ -21,15 +23,20 @@ from certtrain.verification.verify import verify
 
 @dataclass(frozen=True)
 class Setting:
-    """Test images of the data set `data`, and the radius that is to be proved for them."""
+    """Test images of the data set `data`, labelled by its `classes`, and the radius that is to be proved for them."""
 
     data: str
     images: Split
+    classes: tuple[str, ...]
     eps: float
 
-    def errors(self, model: nn.Module, batch_size: int) -> Errors:
-        """Natural error, and verified error by IBP."""
-        (found,) = verify(model, self.images, self.eps, batch_size=batch_size)
+    def errors(self, model: nn.Module, classes: Sequence[str], batch_size: int) -> Errors:
+        """Natural error, and verified error by IBP, of a network of `classes`; none where it lacks one."""
+        try:
+            images = self.images.renumbered(self.classes, classes)
+        except DataError:
+            return Errors()
+        (found,) = verify(model, images, self.eps, batch_size=batch_size)
         return Errors(natural_error=found.natural_error, verified_error=found.verified_error)
 
 
@@ -38,30 +45,28 @@ class Forgetting(Meter):
     """Measures a run that began with the network of another.
 
     settings: "old", that of the other run, where it is known; "new", this run's.
-    classes: of the network that is trained; on images of others it has no errors.
+    classes: of the network that is trained.
     every: so many epochs; 0 for before and after training alone.
     """
 
     settings: Mapping[str, Setting]
-    classes: int
+    classes: tuple[str, ...]
     every: int
     batch_size: int
 
     def errors(self, model: nn.Module) -> dict[str, Errors]:
         """By setting, of the network that is trained."""
-        return {
-            name: setting.errors(model, self.batch_size)
-            if int(setting.images.labels.max()) < self.classes
-            else Errors()
-            for name, setting in self.settings.items()
-        }
+        return {name: setting.errors(model, self.classes, self.batch_size) for name, setting in self.settings.items()}
 
     def before(self, model: nn.Module, original: nn.Module | None) -> dict[str, Errors]:
         """Before training; on the old setting those of the `original` network, which is None if it is not known."""
-        found = self.errors(model)
-        if "old" in found and original is not model:
-            found["old"] = Errors() if original is None else self.settings["old"].errors(original, self.batch_size)
-        return found
+        networks = {"old": original, "new": model}
+        return {
+            name: setting.errors(network, setting.classes, self.batch_size)
+            if (network := networks[name]) is not None
+            else Errors()
+            for name, setting in self.settings.items()
+        }
 
     def after_epoch(self, trainer: Trainer, report: EpochReport, layers: Sequence[LayerStatistics]) -> dict[str, Any]:
         """What is added to the record of an epoch whose turn has come."""
@@ -104,9 +109,10 @@ def load_with_old_data(config: Config, start: Start | None) -> tuple[Dataset, Da
     """The data, with the old images that are replayed; and what the network of `start` comes from, if that is needed.
 
     Raises:
-        UsageError: old images are needed, and nobody says where they are.
-        DataError: they are not there.
+        UsageError: old images are needed, and nobody says where they are; or what is held out is trained on elsewhere.
+        DataError: they are not there, or of a class that the data has not.
     """
+    _require_held_out(config, start)
     dataset, replay, section = load_data(config), config.replay, config.start_from
     measured = section is not None and section.evaluate_every is not None
     replayed = replay is not None and replay.data is None
@@ -114,14 +120,48 @@ def load_with_old_data(config: Config, start: Start | None) -> tuple[Dataset, Da
     if start is not None and (replayed or (measured and start.config is not None)):
         run = _asked_as(start.run_config, config) if measured else start.run_config
         try:
-            old = dataset if run.data == config.data else load_data(run)
+            old = dataset if run.data == config.data else load_data(run)  # the same data holds the same images out
         except DataError as error:
             raise DataError(f"start_from: old data: {error}; without it: start_from.evaluate_every=null") from error
     if replay is None:
         return dataset, old
-    again = old if replay.data is None else load_data(config.model_copy(update={"data": replay.data}))
+    again = old if replay.data is None else load_splits(replay.data, config.seed)
     assert again is not None
-    return replace(dataset, old=again.train), old
+    try:
+        replayed_images = again.train.renumbered(again.classes, dataset.classes)
+    except DataError as error:
+        raise DataError(f"replay: {error} of this run's data: choose old data by replay.data") from error
+    return replace(dataset, old=replayed_images), old
+
+
+def _require_held_out(config: Config, start: Start | None) -> None:
+    """What this run holds out must not be trained on: as old images, or by the run that it begins with.
+
+    Raises:
+        UsageError: the same images are divided otherwise there.
+    """
+    there = {"replay.data": (_replayed(config), config.seed)}
+    if start is not None and start.config is not None:
+        run = start.config
+        there |= {"start_from": (run.data, run.seed), "replay.data of start_from": (_replayed(run), run.seed)}
+    here = config.data
+    for name, (data, seed) in there.items():
+        if data is None or not here.validation or _source(data) != _source(here):
+            continue
+        if (data.validation, seed) != (here.validation, config.seed):
+            raise UsageError(
+                f"{name}: trained on images that this run would hold out: data.validation is {data.validation:g} and "
+                f"seed {seed} there, {here.validation:g} and {config.seed} here; make them the same"
+            )
+
+
+def _replayed(config: Config) -> DataSection | None:
+    return None if config.replay is None else config.replay.data
+
+
+def _source(data: DataSection) -> tuple[str, Path | None]:
+    """Where the images come from that are divided into those that are trained on and those held out."""
+    return data.name, None if data.path is None else Path(data.path).expanduser().resolve()
 
 
 def _asked_as(run: Config, config: Config) -> Config:
@@ -140,6 +180,6 @@ def forgetting_of(config: Config, start: Start | None, dataset: Dataset, old: Da
     limit, settings = slice(config.verification.limit), {}
     if old is not None:
         run = start.run_config
-        settings["old"] = Setting(run.data.name, old.test.take(limit), run.epsilon.max)
-    settings["new"] = Setting(config.data.name, dataset.test.take(limit), config.epsilon.max)
-    return Forgetting(settings, dataset.num_classes, section.evaluate_every, config.verification.batch_size)
+        settings["old"] = Setting(run.data.name, old.test.take(limit), old.classes, run.epsilon.max)
+    settings["new"] = Setting(config.data.name, dataset.test.take(limit), dataset.classes, config.epsilon.max)
+    return Forgetting(settings, dataset.classes, section.evaluate_every, config.verification.batch_size)

@@ -19,7 +19,7 @@ from torch import nn
 from certtrain.config import Config
 from certtrain.config.loading import Overrides
 from certtrain.config.schema import MetricsSection
-from certtrain.data import Dataset, epoch_batches
+from certtrain.data import Dataset
 from certtrain.runs.build import assemble, build, compiles, layout_of, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
@@ -276,11 +276,10 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
 
 
 def _hand_out(run: Prepared, file: str, population: bool, ranks: Ranks) -> Results:
-    """Save and verify the network as it is, or with BatchNorm statistics of the whole population of training images."""
+    """Save and verify the network as it is, or with BatchNorm statistics of a whole epoch of training images."""
     config, model, dataset = run.config, run.model, run.dataset
     if population:  # by every process for itself: all have the whole training set
-        size, seed = config.training.batch_size, config.seed
-        batches = epoch_batches(dataset.train, size, seed=seed, epoch=config.training.epochs)
+        batches = training_batches(config, dataset, augmented=False)(config.training.epochs, 0)
         reestimate_statistics(model, (images for images, _ in batches))
     if ranks.is_first:
         save_weights(run.folder / file, model)

@@ -10,6 +10,7 @@ from torch import nn
 
 from certtrain.config.arguments import optimizer_arguments
 from certtrain.errors import UsageError
+from certtrain.initialization import affine_weights, classifier_tensors
 
 Group = dict[str, Any]  # parameters, under "params", and what an optimizer is to do with them
 
@@ -51,15 +52,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def groups_for_muon(groups: Sequence[Group], model: nn.Module) -> list[Group]:
-    """`groups`, each in two: the weights of hidden linear layers, and what Muon is not for.
+    """`groups`, each in two: the weights of hidden linear layers, and what Muon is not for: the classifier among them.
 
     Raises:
         UsageError: there is no hidden linear layer.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2][:-1]  # the last one classifies
-    if not matrices:
+    names, tensors = classifier_tensors(model), dict(model.named_parameters(remove_duplicate=False))
+    weights = (owner._parameters.get(name) for owner, name in affine_weights(model))  # None: a parametrization's
+    hidden = {id(weight) for weight in weights if weight is not None and weight.dim() == 2}
+    hidden -= {id(tensors[name]) for name in names if name in tensors}
+    if not hidden:
         raise UsageError("optimizer.name: Muon is for weights of hidden linear layers, of which the network has none")
-    hidden = set(map(id, matrices))
     split: list[Group] = []
     for group in groups:
         for name in ("Muon", "AdamW"):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.model import CleanPass, evaluating
-from certtrain.initialization import AFFINE_MODULES
+from certtrain.errors import UsageError
+from certtrain.initialization import affine_weights
 from certtrain.regularizers import l1_penalty, moments
 from certtrain.runtime.compilation import Compiled
 from certtrain.runtime.distributed import ALONE, Ranks
@@ -33,7 +34,7 @@ from certtrain.training.regularization import BatchSums, Regularization
 
 Statistics = Literal["clean", "adversarial", "center"]
 
-SMALLEST_RADIUS = 1e-6  # of the box that the regularizers look at while epsilon is 0
+SMALLEST_RADIUS = 1e-6  # of a box that the regularizers look at: much smaller ones float32 rounds away from pixels
 DEFAULT_METHOD, DEFAULT_REGULARIZATION = IBP(), Regularization()
 
 
@@ -95,7 +96,7 @@ class GradientStep:
         regularization: what is added to it until epsilon has reached its maximum.
         statistics: those that BatchNorm has while epsilon is above 0: of the clean batch, of the attacked points, or of
             the middle of the region, layer by layer, which leaves out the clean input.
-        l1: weight of the sum of absolute values of all convolution and linear weights.
+        l1: weight of the sum of absolute values of the weights of all affine layers, each taken once.
         activation_checkpointing: backward computes the boxes again instead of keeping them.
         accumulation: number of parts a batch is worked through in; the gradient is the whole batch's in any case.
         precision: of the products.
@@ -122,7 +123,10 @@ class GradientStep:
             regularization.require(net)
         self.net, self.method, self.regularization = net, method, regularization
         self._statistics: Statistics = statistics
-        self._l1, self._checkpointing, self._accumulation = l1, activation_checkpointing, accumulation
+        self._l1, self._affine_weights = l1, affine_weights(net.model) if l1 else []
+        if l1 and not self._affine_weights:
+            raise UsageError("regularizers.l1: the network has no weight of an affine layer to sum: set it to 0")
+        self._checkpointing, self._accumulation = activation_checkpointing, accumulation
         self._precision: Precision = precision
         self._ranks = ranks
         # A compiled method belongs to one step: its graph holds this network's parameters.
@@ -303,7 +307,9 @@ class GradientStep:
     def _region(self, batch: Batch, at: Scheduled, phase: Phase) -> Box:
         if phase is Phase.BEFORE:
             return linf_box(batch.images, torch.full_like(at.eps, SMALLEST_RADIUS))
-        return self.method.region(batch.images, at.eps, batch.points)
+        looked_at = self._regularizes and phase is not Phase.FULL
+        eps = at.eps.clamp(min=SMALLEST_RADIUS) if looked_at else at.eps
+        return self.method.region(batch.images, eps, batch.points)
 
     def _shrink(self, phase: Phase) -> float | None:
         return None if phase is Phase.BEFORE else self.method.shrink
@@ -336,7 +342,9 @@ class GradientStep:
         return Terms(losses, {"natural_error": classification_error(logits, labels)})
 
     def _l1_terms(self) -> Metrics:
-        return {"l1_loss": self._l1 * l1_penalty(affine_weights(self.net.model))} if self._l1 else {}
+        if not self._l1:
+            return {}
+        return {"l1_loss": self._l1 * l1_penalty(getattr(owner, name) for owner, name in self._affine_weights)}
 
     def _part_terms(self, part: Part, share: float, at: Scheduled, phase: Phase) -> tuple[Terms, BatchSums | None]:
         """The terms that are means over images, and the sums over images that the others are functions of."""
@@ -383,10 +391,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 def _leaves(scale: Tensor, shift: Tensor) -> Coefficients:
     return scale.detach().requires_grad_(), shift.detach().requires_grad_()
-
-
-def affine_weights(model: nn.Module) -> list[Tensor]:
-    return [module.weight for module in model.modules() if isinstance(module, AFFINE_MODULES)]
 
 
 def _nothing(box: Box) -> None:

@@ -3,6 +3,8 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from certtrain.data import DATASETS, Dataset, Split, load_dataset
 from certtrain.errors import DataError, UsageError
@@ -184,3 +186,17 @@ def test_classes_that_are_not_there_or_are_alone_are_refused(classes, error, mes
 def test_a_split_without_any_of_the_classes_is_refused():
     with pytest.raises(DataError, match="no images"):
         dataset(test=Split(split(2).images, torch.tensor([0, 0]))).of_classes([1, 2])
+
+
+@given(st.permutations("abcd"), st.permutations("abcdef"))
+def test_renumbered_each_image_keeps_the_name_of_its_class(names, classes):
+    labels = torch.tensor([3, 0, 0, 2])
+    found = Split(split(4).images, labels).renumbered(names, classes)
+    assert [classes[label] for label in found.labels] == [names[label] for label in labels]
+    assert numbers(found) == [0, 1, 2, 3]
+    lacking = [name for name in classes if name != names[2]]
+    with pytest.raises(DataError, match=f"images of '{names[2]}', which is none of the 5 classes"):
+        Split(split(4).images, labels).renumbered(names, lacking)
+    Split(split(4).images, labels).renumbered(
+        names, [name for name in classes if name != names[1]]
+    )  # of which are none

@@ -15,11 +15,14 @@ import torch
 import certtrain
 from certtrain.cli import main
 from certtrain.config import load_config
-from certtrain.data import load_dataset
+from certtrain.data import Split, load_dataset
+from certtrain.errors import UsageError
 from certtrain.runs.build import build, load_data
 from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.runs.forgetting import load_with_old_data
+from certtrain.runs.start import find_start, stored_start
 from certtrain.schedules import SmoothedEpsilon
-from tests.commands import STEPS_PER_EPOCH, contents, exit_code, one_thread, start_ranks, train_arguments
+from tests.commands import STEPS_PER_EPOCH, TINY, contents, exit_code, one_thread, start_ranks, train_arguments
 from tests.runs.test_train import Told, metrics, without_speed
 
 NO_TABLE = "start_from.evaluate_every=null"
@@ -191,6 +194,37 @@ def test_measuring_changes_nothing_and_says_what_verify_says(train, tmp_path, fi
         assert measured["learned"][error] == before["new"][error] - after["new"][error]
 
 
+@pytest.mark.parametrize("classes", [[4, 3, 2, 1, 0], [9, 2, 0, 1, 3, 4]])
+def test_old_classes_are_known_by_name_in_whatever_order_the_new_ones_are(train, tmp_path, five, classes):
+    run, digits = tmp_path / "run", load_dataset("digits")
+    outcome = train(f"start_from={five}", f"data.classes={classes}", "replay.share=0.5")
+    assert outcome.code == 0, outcome.err
+    config, start = load_config(run / "config.yaml"), stored_start(run)
+    old = load_with_old_data(config, start)[0].old
+    for image, label in zip(old.images, old.labels, strict=True):
+        same = (digits.train.images == image).flatten(1).all(1)
+        assert (digits.train.labels[same] == classes[label]).all()
+        assert same.any()
+    original = summary(five)
+    started, errors = summary(run)["start"], {name: original[name] for name in ("natural_error", "verified_error")}
+    assert started["before"]["old"] == errors
+    test = load_data(load_config(five / "config.yaml")).test
+    places = torch.tensor([classes.index(label) for label in test.labels])
+    (found,) = certtrain.verify(certtrain.load_model(run), Split(test.images, places), 0.1, limit=50)
+    assert started["after"]["old"] == {name: getattr(found, name) for name in errors}
+
+
+def test_classes_that_the_new_data_lacks_are_not_replayed_nor_measured(train, tmp_path, five):
+    others = [f"start_from={five}", "data.classes=[1,2,3,4,5]"]
+    outcome = train(*others, "replay.share=0.5")
+    assert (outcome.code, outcome.error) == (
+        1,
+        "replay: images of '0', which is none of the 5 classes of this run's data: choose old data by replay.data",
+    )
+    assert train(*others).code == 0
+    assert set(summary(tmp_path / "run")["start"]["after"]["old"].values()) == {None}
+
+
 def test_fewer_classes_cannot_be_asked_about_the_old_ones(train, tmp_path, reference):
     assert train(FIVE_CLASSES, f"start_from={reference}").code == 0
     started = summary(tmp_path / "run")["start"]
@@ -209,6 +243,58 @@ def test_two_processes_replay_as_one(tmp_path, five, reference):
     found, expected = weights(tmp_path / "two"), weights(tmp_path / "one")
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-5)
+
+
+# --- validation images ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def validated(tmp_path_factory):
+    """The tiny network, trained on all but 60 of the digits."""
+    folder = tmp_path_factory.mktemp("validated") / "run"
+    with one_thread():
+        assert main(train_arguments(folder, "data.validation=60")) == 0
+    return folder
+
+
+HELD_OUT, VERIFIED = "data.validation=60", "verification.split=validation"
+OLD_DIGITS = ["replay.share=0.25", "replay.data.name=digits"]
+OTHERS = ["data.name=npz", "data.path={others}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        (["start_from={validated}", HELD_OUT, VERIFIED], None),
+        (["start_from={validated}", HELD_OUT, "data.classes=[2,1,0]"], None),
+        (["start_from={validated}", "seed=1"], None),
+        (["start_from={validated}", HELD_OUT, "seed=1"], "start_from"),
+        (["start_from={validated}", HELD_OUT, VERIFIED, "seed=1"], "start_from"),
+        (["start_from={validated}", "data.validation=50"], "start_from"),
+        (["start_from={reference}", HELD_OUT], "start_from"),
+        (["start_from={reference}", HELD_OUT, *OTHERS], None),
+        ([*OLD_DIGITS, HELD_OUT], "replay.data"),
+        ([*OLD_DIGITS, HELD_OUT, "replay.data.validation=60"], None),
+        ([*OLD_DIGITS, HELD_OUT, VERIFIED, *OTHERS], None),
+    ],
+)
+def test_nothing_that_is_held_out_has_been_trained_on(tmp_path, reference, validated, arguments, refused):
+    """Nor do old images need a validation split of their own."""
+    digits = load_dataset("digits")
+    for name in ("train", "test"):
+        split = getattr(digits, name)
+        np.savez(tmp_path / f"{name}.npz", images=split.images[:, 0].numpy(), labels=split.labels.numpy())
+    places = {"reference": reference, "validated": validated, "others": tmp_path}
+    config = load_config("digits", [argument.format(**places) for argument in (*TINY, *arguments)])
+    start = None if config.start_from is None else find_start(config.start_from, tmp_path / "run")
+    if refused is None:
+        data, _ = load_with_old_data(config, start)
+        assert torch.equal(data.test.images, load_data(config).test.images)
+        return
+    with pytest.raises(
+        UsageError, match=rf"^{refused}: trained on images that this run would hold out.* make them the"
+    ):
+        load_with_old_data(config, start)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
+from certtrain.bounds.margins import merged_margins
 from certtrain.runtime.precision import full_precision, training_precision
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
@@ -37,17 +39,37 @@ def test_full_precision_turns_autocast_off():
             assert (a @ a).dtype is torch.float32
 
 
-def test_bf16_rounds_products_alone():
-    """Everything between them, the radii too, stays float32, and the bounds move by no more than products do."""
+class Products(nn.Module):
+    """Of constants and of values, none of them by a layer; what ends it is an affine map of three calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix, self.last = nn.Parameter(torch.randn(16, 6)), nn.Linear(48 * 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.relu(torch.einsum("bij,jk->bik", x.flatten(1, 2), self.matrix))
+        rows = torch.softmax(rows @ rows.transpose(1, 2), -1) @ torch.relu(rows)
+        return 2 * self.last(rows.flatten(1))
+
+
+@pytest.mark.parametrize("network", [narrow_cnn7, pooling_network, Products])
+def test_bf16_rounds_products_alone(network):
+    """Everything between them, radii and margins too, stays float32, and bounds move by no more than products do."""
     torch.manual_seed(0)
-    model, images = narrow_cnn7().train(), torch.rand(8, 3, 16, 16)
+    model, images, labels = network().train(), torch.rand(8, 3, 16, 16), torch.arange(8) % 3
     net, box = BoundedModel(model, images), linf_box(images, 1 / 255)
-    exact = net.ibp(box, clean=images)
+
+    def passed() -> tuple[Bounds, Box]:
+        bounds = net.ibp(box, clean=images, record=True)
+        return bounds, merged_margins(bounds.tail, bounds.before_tail, labels)
+
+    exact, exact_margins = passed()
     with training_precision("bf16", torch.device("cpu")):
-        rounded = net.ibp(box, clean=images)
+        rounded, margins = passed()
+    for each in (*rounded.record.boxes.values(), *rounded.relu_inputs, margins):
+        assert {each.lower.dtype, each.upper.dtype, each.center.dtype, each.radius.dtype} == {torch.float32}
     assert rounded.clean.dtype is torch.float32
-    for found, expected in zip(rounded.relu_inputs, exact.relu_inputs, strict=True):
-        assert found.radius.dtype is torch.float32
+    for found, expected in zip((*rounded.relu_inputs, margins), (*exact.relu_inputs, exact_margins), strict=True):
         assert not torch.equal(found.radius, expected.radius)
         torch.testing.assert_close(found.radius.mean(), expected.radius.mean(), rtol=0.02, atol=0)
 

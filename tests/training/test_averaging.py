@@ -85,6 +85,21 @@ def test_the_averaged_network_has_statistics_of_its_own(train, tmp_path):
     assert found[AVERAGED] < 1e-6 < 1e-3 < found[RAW]
 
 
+@pytest.mark.parametrize("option", ["batch_norm.population=true", "averaging={name: ema, decay: 0.9}"])
+def test_statistics_are_those_of_what_is_drawn_old_images_included(train, tmp_path, option):
+    """22 of 87 in an epoch, in batches none of which BatchNorm refuses: 65 images by 32 would leave one alone."""
+    replay = "replay={share: 0.25, data: {name: digits, classes: [0, 1, 2], limit: 22}}"
+    outcome = train(f"training.{option}", replay, "data.limit=65", "data.flip=true", "data.crop=2")
+    assert outcome.code == 0, outcome.err
+    new, old = (load_dataset("digits", classes=classes).train for classes in (None, [0, 1, 2]))
+    model = certtrain.load_model(tmp_path / "run" / AVERAGED)
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    seen: list[Tensor] = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model(to_float(torch.cat([new.images[:65], old.images[:22]])))
+    torch.testing.assert_close(norm.running_mean, seen[0].mean((0, 2, 3)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "step"), [("{name: ema, decay: 0.8}", 5), ("{name: swa, start_epoch: 1}", STEPS_PER_EPOCH)]
 )

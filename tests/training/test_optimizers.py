@@ -7,7 +7,9 @@ import signal
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from certtrain.config import load_config
 from certtrain.config.schema import OptimizerSection
@@ -63,6 +65,38 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest():
         else:
             expected = before[key] * (1 - 0.01 * lr) - lr * value.grad.sign()
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-4 * lr)
+
+
+class Reversed(nn.Module):
+    """Its layers are registered from the last to the first, and a matrix that no layer multiplies by at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier, self.body = nn.Linear(6, 3), nn.Linear(5, 6)
+        self.weight, self.scale = nn.Parameter(torch.rand(5, 4)), nn.Parameter(torch.rand(1, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.body(torch.relu(F.linear(x, self.weight))))
+        return self.classifier(hidden * self.scale)
+
+
+@MUON_ONLY
+@pytest.mark.parametrize(
+    ("model", "hidden"),
+    [
+        (Reversed(), {"weight", "body.weight"}),
+        (nn.Sequential(nn.Linear(4, 5), nn.ReLU(), weight_norm(nn.Linear(5, 5)), nn.Linear(5, 2)), {"0.weight"}),
+        (
+            nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0), nn.Flatten(), nn.Linear(8, 2)),
+            {f"0.{name}weight" for name in ("self_attn.in_proj_", "self_attn.out_proj.", "linear1.", "linear2.")},
+        ),
+    ],
+    ids=["reversed", "parametrized", "attention"],
+)
+def test_hidden_matrices_are_what_layers_before_the_classifier_multiply_by(model, hidden):
+    groups = build_optimizer(OptimizerSection(name="Muon"), model).param_groups
+    taken = {id(parameter) for group in groups if group["optimizer"] == "Muon" for parameter in group["params"]}
+    assert {name for name, parameter in model.named_parameters() if id(parameter) in taken} == hidden
 
 
 @MUON_ONLY

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from certtrain.bounds import BoundedModel, bounded_model, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
@@ -20,7 +21,7 @@ from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Method, Phase, scheduled
-from certtrain.training.methods import IBP, Adversarial, CrownIBP, Natural
+from certtrain.training.methods import IBP, SABR, Adversarial, CrownIBP, Natural
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import Batch, GradientStep
 from tests.networks import narrow_cnn7, randomized, residual_network
@@ -80,6 +81,76 @@ def test_loss_and_gradient_equal_the_published_objective(phase, method):
     for (name, parameter), expected_parameter in zip(model.named_parameters(), twin.parameters(), strict=True):
         scale = expected_parameter.grad.abs().max().clamp(min=1e-12)
         assert ((parameter.grad - expected_parameter.grad).abs().max() / scale).item() < 1e-6, name
+
+
+@pytest.mark.parametrize("method", [IBP(), SABR(attack={"steps": 1})], ids=["ibp", "sabr"])
+@pytest.mark.parametrize("eps", [1e-12, 1e-9, 2e-8, 1e-7])
+def test_tightness_at_the_beginning_of_the_ramp_is_that_of_a_radius_that_float32_can_hold(eps, method):
+    """Of boxes so small it does not depend on the radius, as float64 says."""
+    images, labels = batch()
+    net, twin = BoundedModel(network().float(), images.float()), LirpaModel(network(), images)
+    trained = GradientStep(net, method, Regularization(1.0, tolerance=0.3))
+    found = trained.backward(images.float(), labels, scheduled(eps, 0.0), Phase.WARMUP)["tightness_loss"]
+    bounds = twin.ibp(linf_box(images, 1e-6), clean=images)
+    expected = tightness_loss(bounds.relu_inputs, bounds.affine_input, 0.3)
+    assert 0.1 < expected < 0.9
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+class Functional(nn.Module):
+    """No module has its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.matrix = nn.Parameter(torch.randn(2, 1, 3, 3)), nn.Parameter(torch.randn(3, 2 * 6 * 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(F.conv2d(x, self.kernel)).flatten(1), self.matrix)
+
+
+class Attending(nn.Module):
+    """Rows of an image attend to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(1, 2)
+        return self.last(self.attention(rows, rows, rows, need_weights=False)[0].flatten(1))
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
+    model[3].weight = model[1].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        (Functional(), lambda model: [model.kernel, model.matrix]),
+        (Attending(), lambda m: [m.attention.in_proj_weight, m.attention.out_proj.weight, m.last.weight]),
+        (tied(), lambda model: [model[1].weight, model[5].weight]),
+        (
+            nn.Sequential(nn.Flatten(), weight_norm(nn.Linear(64, 4)), nn.ReLU(), nn.Linear(4, 3)),
+            lambda model: [model[1].weight, model[3].weight],
+        ),
+    ],
+    ids=["functional", "attention", "tied", "parametrized"],
+)
+def test_l1_is_of_each_weight_that_a_layer_multiplies_by_once(model, weights):
+    images, labels = torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    trained = GradientStep(BoundedModel(model, images), Natural(), l1=0.5)
+    found = trained.backward(images, labels, scheduled(0.0, 0.0, like=images), Phase.NATURAL)["l1_loss"]
+    expected = 0.5 * sum(weight.double().abs().sum().item() for weight in weights(model))
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_l1_of_a_network_without_affine_layers_is_refused():
+    net = BoundedModel(nn.Sequential(nn.Flatten(), nn.ReLU()), torch.rand(1, 1, 2, 2))
+    with pytest.raises(UsageError, match=r"regularizers\.l1: the network has no weight of an affine layer"):
+        GradientStep(net, Natural(), l1=0.5)
 
 
 def test_loss_fusion_bounds_the_cross_entropy_itself():
