@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 
 from certtrain.errors import CheckpointError, FolderInUse, UsageError
-from certtrain.runs.directory import RUN_FILES, write_results
+from certtrain.runs.directory import RUN_FILES, clear, write_results
 from certtrain.runs.lock import LOCK, claimed
 from tests.commands import contents
 
@@ -210,13 +210,58 @@ def test_what_cannot_be_read_is_kept_too(tmp_path):
     assert write_results(file, {"number": 2, "seconds": 5}) is None
 
 
-def test_a_new_run_clears_the_kept_results(train, run):
-    (run / "verify-1.json").touch()
-    (run / "radius-12.json").touch()
-    (run / "verify-me.txt").touch()
+def test_a_new_run_clears_what_the_program_has_named_and_nothing_else(train, run):
+    own = {"verify-1.json", "radius-12.json", "verify-3-epochs.json", "verify-2-3-epochs.json", "model-3-epochs.onnx"}
+    others = {"verify-me.txt", "verify-final.json", "radius-x-epochs.json", "model-of-3-epochs.onnx", "verify-1.json~"}
+    for name in own | others:
+        (run / name).touch()
     assert train("--overwrite", "seed=1").code == 0
-    assert not {"verify-1.json", "radius-12.json"} & set(contents(run))
-    assert (run / "verify-me.txt").exists()
+    assert (own | others) & set(contents(run)) == others
+
+
+def test_a_run_that_is_killed_while_it_replaces_another_can_be_repeated(train, run, monkeypatch):
+    def killed(folder):
+        clear(folder)
+        raise KeyboardInterrupt
+
+    for again in ("--overwrite", "--resume"):
+        with monkeypatch.context() as patch:
+            patch.setattr("certtrain.runs.train.clear", killed)
+            assert train("--overwrite").code == 130
+        assert set(contents(run)) == {"config.yaml"}
+        assert train(again).code == 0
+
+
+# --- where nothing can be written -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_only(run, monkeypatch):
+    """The run in a folder that may not be written to, as the system says of those who are not root."""
+    run.chmod(0o555)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode << 6 & ~os.stat(path).st_mode)
+    yield run
+    run.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["verify", "verify --radius", "verify --certificates RUN/c", "export --onnx", "export --onnx RUN/x.onnx", "report"],
+)
+def test_it_is_said_before_the_work(cli, read_only, monkeypatch, words):
+    monkeypatch.setattr("certtrain.cli.commands.open_network", lambda *args: pytest.fail("too late"))
+    command, *options = words.replace("RUN", str(read_only)).split()
+    outcome = cli(command, read_only, *options)
+    assert (outcome.code, f"nothing can be written to {read_only}" in outcome.error) == (2, True)
+
+
+def test_results_that_go_elsewhere_do_not_need_the_folder(cli, read_only, tmp_path):
+    before = contents(read_only)
+    outcome = cli("verify", read_only, "--limit", 2, "--json", tmp_path / "results.json")
+    assert outcome.code == 0
+    assert "its verdicts.json does not have these images' verdicts" in outcome.out
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 2
+    assert contents(read_only) == before
 
 
 # --- continuing -------------------------------------------------------------------------------------------------------
