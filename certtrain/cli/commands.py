@@ -85,7 +85,7 @@ def _check_training(options: argparse.Namespace) -> None:
     assert asked is not None  # a request without either is refused
     require_data(asked)
     if stored is None and asked.start_from is not None:
-        path = Path(asked.start_from.path).expanduser()
+        path = asked.start_from.place
         if not path.exists():
             raise CheckpointError(f"start_from: there is no run directory or file {path}")
 

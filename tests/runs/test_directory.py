@@ -15,7 +15,7 @@ import pytest
 from certtrain.errors import CheckpointError, FolderInUse, UsageError
 from certtrain.runs.directory import RUN_FILES, clear, write_results
 from certtrain.runs.lock import LOCK, claimed
-from tests.commands import contents
+from tests.commands import contents, train_arguments
 
 
 def forked(work):
@@ -267,12 +267,14 @@ def test_results_that_go_elsewhere_do_not_need_the_folder(cli, read_only, tmp_pa
 # --- continuing -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_continued_without_its_config_or_overrides(cli, run, reference):
+def test_a_run_is_continued_without_its_config_or_overrides(cli, run, reference, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     before = (run / "model.safetensors").read_bytes()
     for words in (
         ["train", run, "--resume"],
         ["train", "--resume", run],
         ["train", "--resume", "--out", run],
+        ["train", "--resume", run / "config.yaml"],
         ["train", "digits", "--resume", "--out", run],
         ["train", run / ".", "--resume", "optimizer.lr=0.002", "--out", run],
         ["train", "--resume", "--out", run, "optimizer.lr=2e-3", "model.options={width: 2, linear_width: 8}"],
@@ -283,6 +285,15 @@ def test_a_run_is_continued_without_its_config_or_overrides(cli, run, reference)
         assert f"resuming {run} after step 9 of 9" in outcome.out
         assert (run / "model.safetensors").read_bytes() == before
     assert (run / "config.yaml").read_bytes() == (reference / "config.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.yaml", "configs/digits.yaml"])
+def test_a_shipped_config_has_the_same_names_whether_a_run_is_started_or_continued(cli, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    _, _, *options = train_arguments(tmp_path / "run")
+    for more in ([], ["--resume"]):
+        outcome = cli("train", name, *options, *more)
+        assert (outcome.code, outcome.err) == (0, "")
 
 
 def test_a_shipped_config_is_meant_where_a_folder_has_its_name(cli, run, tmp_path, monkeypatch):
