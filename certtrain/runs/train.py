@@ -109,7 +109,12 @@ def train(
         if not finished:
             ranks.barrier()  # torchrun ends all as soon as one has ended
             return Run(prepared.folder, prepared.model, None, interrupted_by=observer.signal)
-        return Run(prepared.folder, prepared.model, _evaluate(prepared, observer, ranks))
+        try:
+            summary = _evaluate(prepared, observer, ranks)
+        except KeyboardInterrupt:
+            _tell(console, f"{prepared.folder} is trained, but not verified; continue with --resume")
+            raise
+        return Run(prepared.folder, prepared.model, summary)
 
 
 @dataclass(frozen=True)

@@ -485,6 +485,17 @@ def test_killed_at_random_moments_and_resumed_the_run_is_the_same(cli, tmp_path)
     check_same_run(run, tmp_path / "uninterrupted")
 
 
+def test_ctrl_c_while_the_network_is_verified_says_how_to_go_on(train, tmp_path, reference, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("certtrain.runs.train.verify_run", lambda *args, **more: signal.raise_signal(signal.SIGINT))
+        outcome = train()
+    assert outcome.code == 130
+    assert outcome.out.splitlines()[-1] == f"{run} is trained, but not verified; continue with --resume"
+    assert train("--resume").code == 0
+    check_same_run(run, reference)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_from_outside_ends_the_run_with_its_code(tmp_path, sent):
