@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import certtrain
 from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.models.own import modules_from
@@ -58,6 +59,21 @@ def test_it_is_found_and_the_path_is_as_before(cli, network, tmp_path, monkeypat
     assert cli("verify", tmp_path / "run", "--limit", 5, "--certificates", file, "--trust-model").code == 0
     assert str(folder).encode() not in file.read_bytes(), "certificates do not tell where things lie"
     assert sys.path == before
+
+
+@pytest.mark.parametrize("again", ["the mapping", "the folder", "the file"])
+def test_a_run_of_it_that_python_started_is_resumed(cli, network, tmp_path, monkeypatch, again):
+    name = network(PLAIN)
+    monkeypatch.chdir(tmp_path)
+    config = {"base": "digits", "model": {"name": f"{name}:plain", "options": {}}}
+    certtrain.train(config, "runs/x", device="cpu", overrides=OWN)
+    (tmp_path / "runs" / "x" / "model.safetensors").unlink()
+    if again == "the mapping":
+        certtrain.train(config, "runs/x", device="cpu", overrides=OWN, resume=True)
+    else:
+        named = ["runs/x"] if again == "the folder" else ["own.yaml", *OWN, "--out", "runs/x"]
+        assert cli("train", *named, "--resume", "--trust-model", "--device", "cpu").code == 0
+    certtrain.load_model("runs/x", trust=True)
 
 
 RAISES = {

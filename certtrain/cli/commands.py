@@ -85,7 +85,7 @@ def _check_training(options: argparse.Namespace) -> None:
     assert asked is not None  # a request without either is refused
     require_data(asked)
     if stored is None and asked.start_from is not None:
-        path = Path(asked.start_from.path).expanduser()
+        path = asked.start_from.place
         if not path.exists():
             raise CheckpointError(f"start_from: there is no run directory or file {path}")
 
@@ -122,11 +122,11 @@ def verify_command(options: argparse.Namespace) -> int:
 
     from certtrain.models.own import modules_from
     from certtrain.runs.build import load_data
-    from certtrain.runs.directory import check_output, write_results
+    from certtrain.runs.directory import check_output, is_writable, write_results
     from certtrain.runs.evaluation import verify_run
     from certtrain.runs.progress import Output, VerificationDisplay
-    from certtrain.runs.provenance import versions
-    from certtrain.runs.verdicts import read_verdicts, verdicts_of, write_verdicts
+    from certtrain.runs.provenance import made_with, versions
+    from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
     from certtrain.runtime.distributed import process_group
     from certtrain.runtime.files import write_json
     from certtrain.verification.certificates import write_certificates
@@ -136,14 +136,18 @@ def verify_command(options: argparse.Namespace) -> int:
             used = options.model_weights or options.run
             if ranks.is_first and options.certificates:
                 check_output(options.certificates, used)
-            if ranks.is_first and options.json:
-                check_output(options.json, used, *filter(None, [options.certificates]), own="verify.json")
+            file = options.json or (None if elsewhere else folder / "verify.json")
+            if ranks.is_first and file is not None:
+                check_output(file, used, *filter(None, [options.certificates]), own="verify.json")
             if ranks.is_first and options.results:
                 check_output(options.results, used, *filter(None, [options.certificates, options.json]))
             config = config_of(options, options.run, _verification_changes(options))
             if options.certificates:
                 _require_certifiable(weights, config)
             opened = None if elsewhere else open_network(options, config, ranks)
+            handed_out = not elsewhere and weights.name == "model.safetensors"  # not a checkpoint on the way
+            if ranks.is_first and handed_out:
+                read_verdicts(folder)  # can be added to
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
         with ranks.together():
             model = opened or open_weights(options, config, dataset, ranks)
@@ -169,13 +173,16 @@ def verify_command(options: argparse.Namespace) -> int:
         write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     split = config.verification.split
-    content = {**summaries[0], "split": split, "model": str(used), "radii": summaries, "versions": versions()}
+    about = made_with(config, model, dataset.test)
+    content = {**summaries[0], "split": split, "model": str(used), "radii": summaries, **about}
     if options.json:
         write_json(options.json, content)
-    elif not elsewhere and (kept := write_results(folder / "verify.json", content)):
+    elif file is not None and (kept := write_results(file, content)):
         print(f"the earlier results, which were others, are kept in {kept}")
-    if not elsewhere and weights.name == "model.safetensors":  # not of a checkpoint on the way
-        write_verdicts(folder, [*read_verdicts(folder), *verdicts_of(split, dataset.test, results)])
+    if handed_out and is_writable(folder):
+        add_verdicts(folder, verdicts_of(split, dataset.test, results))
+    elif handed_out:
+        print(f"nothing can be written to {folder}: its verdicts.json does not have these images' verdicts")
     return 0
 
 
@@ -251,9 +258,9 @@ def _verify_radii(options: argparse.Namespace) -> int:
 
     from certtrain.report.plots import errors_over_eps_png
     from certtrain.runs.build import load_data
-    from certtrain.runs.directory import write_results
+    from certtrain.runs.directory import check_output, write_results
     from certtrain.runs.evaluation import radii_of
-    from certtrain.runs.provenance import versions
+    from certtrain.runs.provenance import made_with
     from certtrain.runtime.files import write_atomically
 
     optional_module("matplotlib", "report")  # known now rather than after all proofs
@@ -261,9 +268,12 @@ def _verify_radii(options: argparse.Namespace) -> int:
     largest = 2 * max(config.test_radii) if options.radius is True else options.radius
     if largest <= 0:
         raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
-    model = open_network(options, config)
-    content = radii_of(config, model, load_data(config), largest, limit=options.limit).summary()
-    kept = write_results(folder / "radius.json", {**content, "model": str(options.run), "versions": versions()})
+    for name in ("radius.json", "radius.png"):
+        check_output(folder / name, options.run, own=name)
+    model, dataset = open_network(options, config), load_data(config)
+    content = radii_of(config, model, dataset, largest, limit=options.limit).summary()
+    about = made_with(config, model, dataset.test)
+    kept = write_results(folder / "radius.json", {**content, "model": str(options.run), **about})
     curves = {
         "pgd": (content["pgd_eps"], content["pgd_error"]),
         "verified": (content["eps"], content["verified_error"]),
@@ -339,11 +349,11 @@ def export_command(options: argparse.Namespace) -> int:
     from certtrain.runs.directory import check_output
 
     folder = folder_of(options.run)
-    if isinstance(options.onnx, Path):
-        check_output(options.onnx, options.run, own="model.onnx")
+    file = folder / "model.onnx" if options.onnx is True else options.onnx
+    if file is not None:
+        check_output(file, options.run, own="model.onnx")
     model = open_network(options, config)
-    if options.onnx is not None:
-        file = folder / "model.onnx" if options.onnx is True else options.onnx
+    if file is not None:
         export_onnx(model, load_architecture(folder)["image_shape"], file)
         print(f"wrote {file}")
     if options.vnnlib is not None:
@@ -365,10 +375,9 @@ def report_command(options: argparse.Namespace) -> int:
     from certtrain.runs.build import load_data
     from certtrain.runs.directory import check_output
 
-    if options.out:
-        check_output(options.out, options.run, own="report.html")
-    model = open_network(options, config)
     file = options.out or folder_of(options.run) / "report.html"
+    check_output(file, options.run, own="report.html")
+    model = open_network(options, config)
     write_report(folder_of(options.run), config, model, load_data(config), file, options.limit)
     print(f"wrote {file}")
     return 0

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import certtrain
 from certtrain.cli import commands, completion, scaling, studies, terminal
-from certtrain.errors import CerttrainError, ProcessLost, lines_of, shortened, shown
+from certtrain.errors import CerttrainError, ProcessLost, is_out_of_memory, lines_of, shortened, shown
 from certtrain.runtime.launch import is_first_process
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
@@ -38,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_first_process() or isinstance(error, ProcessLost):  # it may be the first that was lost
             print(f"error: {lines_of(error)}", file=sys.stderr)
         return error.exit_code if isinstance(error, CerttrainError) else 1
+    except (MemoryError, RuntimeError) as error:
+        if options.debug or not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({shortened(str(error) or 'MemoryError', 100)}): choose a smaller "
+            "verification.batch_size or training.batch_size, or keep the latter with training.accumulation or "
+            "training.activation_checkpointing",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -39,7 +39,8 @@ def load_config(
             section by section, a text replaces what stands at its key.
         folder: where a mapping stands; None: in the working directory.
 
-    A network of one's own, `model.name` "module:callable", is looked for in the folder of the file (`model.path`).
+    A network of one's own, `model.name` "module:callable", is looked for in the folder of the file (`model.path`),
+    wherever what is returned is written and read again.
 
     Raises:
         UsageError: one line per thing that is wrong, each naming the key, and the file where that is a base.
@@ -86,9 +87,7 @@ def _with_model_path(config: Config, layers: Sequence[Layer], folder: Path | Non
         return config
     named_in = [file for file, values in layers if _at(("model", "name"), values) == config.model.name]
     file = named_in[-1] if named_in else layers[-1][0]
-    place = folder if file is None else file.parent
-    if place is None or place == Path():
-        return config
+    place = (folder or Path()) if file is None else file.parent
     return config.model_copy(update={"model": config.model.model_copy(update={"path": str(place)})})
 
 
@@ -130,6 +129,15 @@ def runnable_configs() -> list[str]:
 def config_path(name: str | Path) -> Path:
     """The file `name`, or else the configuration of that name that certtrain ships."""
     return Path(name) if os.path.isfile(name) else _shipped(Path(name))  # false too of a name that no file can have
+
+
+def is_config(name: str | Path) -> bool:
+    """Whether `config_path` knows it."""
+    try:
+        config_path(name)
+    except UsageError:
+        return False
+    return True
 
 
 def _place_of(file: Path) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -177,6 +179,11 @@ class StartSection(Section):
     """Warmup of the radius from 0, from that run's last radius, or none."""
     evaluate_every: Count | None = 1
     """Epochs between two looks at that run's setting and at this one; 0: before and after; null: never."""
+
+    @property
+    def place(self) -> Path:
+        """`path`, with the home folder in the place of ~; ~nobody stays as it is."""
+        return Path(os.path.expanduser(self.path))
 
 
 class ModelSection(Section):

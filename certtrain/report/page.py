@@ -19,6 +19,7 @@ from certtrain.report import plots
 from certtrain.report.examples import Example, judge
 from certtrain.report.forgetting import forgetting_table
 from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
+from certtrain.runs.directory import are_of_run
 from certtrain.runs.metrics import read_records
 from certtrain.runtime.files import parse_json, write_text
 
@@ -80,15 +81,15 @@ def template(name: str) -> Any:
 
 def error_curves(run: Path, summary: Mapping[str, Any]) -> tuple[float, dict[str, Curve]]:
     """Natural error, and PGD and verified error over epsilon: of radius.json, else verify.json, else the summary."""
-    if (run / "radius.json").exists():
-        radius = _read(Radii, run / "radius.json")
+    radius = _read_own(Radii, run / "radius.json", summary)
+    if radius is not None:
         natural = radius["natural_error"]
         curves = {
             "pgd": (radius["pgd_eps"], radius["pgd_error"]),
             "verified": (radius["eps"], radius["verified_error"]),
         }
     else:
-        source = _read(Verified, run / "verify.json") if (run / "verify.json").exists() else summary
+        source = _read_own(Verified, run / "verify.json", summary) or summary
         radii = sorted(source["radii"], key=lambda result: result["eps"])
         natural, eps = radii[0]["natural_error"], [result["eps"] for result in radii]
         curves = {key: (eps, [result[f"{key}_error"] for result in radii]) for key in ("pgd", "verified")}
@@ -103,6 +104,12 @@ def _read_summary(run: Path) -> dict[str, Any]:
     if not (run / "summary.json").is_file():
         raise CheckpointError(f"{run} holds no finished run (it has no summary.json): continue it with train --resume")
     return _read(Summary, run / "summary.json")
+
+
+def _read_own(kind: type[Record], file: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the file says, where it is there and about the run's own network and images."""
+    content = _read(kind, file) if file.exists() else None
+    return content if content is not None and are_of_run(content, summary) else None
 
 
 def _read(kind: type[Record], file: Path) -> dict[str, Any]:

@@ -83,7 +83,14 @@ class Start(Record):
         return self
 
 
-class Summary(Result):
+class Subject(Record):
+    """What a file of results says they are about."""
+
+    weights_sha256: str | None = None
+    split_sha256: str | None = None
+
+
+class Summary(Result, Subject):
     """Of summary.json."""
 
     start: Start | None = None
@@ -95,13 +102,13 @@ class Summary(Result):
     images_per_second: FiniteFloat
 
 
-class Verified(Record):
+class Verified(Subject):
     """Of verify.json."""
 
     radii: list[Errors] = Field(min_length=1)
 
 
-class Radii(Record):
+class Radii(Subject):
     """Of radius.json: errors over epsilon."""
 
     natural_error: Share

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,14 @@ OF_A_FINISHED_RUN = (  # files that say something of its network
     "model-raw.safetensors",
     "summary.json",
     "verify.json",
+    "verdicts.json",
     "radius.json",
     "radius.png",
     "model.onnx",
     "report.html",
 )
+RESULTS = ("verify.json", "radius.json")  # written by `write_results`
+SUBJECT = ("weights_sha256", "split_sha256")  # in them and in the summary: what network they are about, what images
 TENSORBOARD = "tensorboard"
 
 
@@ -146,10 +150,11 @@ def extended(stored: Config, asked: Config) -> Config:
 
 
 def clear(folder: Path) -> None:
-    """Remove a run's own files; anything else that lies there stays."""
+    """Remove a run's own files but config.yaml, which makes it one; anything else that lies there stays."""
     for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
-    for kept in {*_kept_results(folder), *_set_aside(folder)}:
+        if name != "config.yaml":
+            (folder / name).unlink(missing_ok=True)
+    for kept in (*_kept_results(folder), *_set_aside(folder)):
         kept.unlink()
     for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
         events.unlink()
@@ -158,7 +163,7 @@ def clear(folder: Path) -> None:
 def set_aside(folder: Path, epochs: int) -> list[str]:
     """Rename what is said of the network after so many epochs, since training it goes on; the new names."""
     renamed = []
-    for file in (folder / name for name in OF_A_FINISHED_RUN):
+    for file in (*(folder / name for name in OF_A_FINISHED_RUN), *_kept_results(folder)):
         if file.is_file():
             renamed.append(f"{file.stem}-{epochs}-epochs{file.suffix}")
             file.replace(folder / renamed[-1])
@@ -166,8 +171,14 @@ def set_aside(folder: Path, epochs: int) -> list[str]:
 
 
 def _set_aside(folder: Path) -> list[Path]:
-    names = (Path(name) for name in OF_A_FINISHED_RUN)
-    return [file for name in names for file in folder.glob(f"{name.stem}-*-epochs{name.suffix}")]
+    return [*_named(folder, OF_A_FINISHED_RUN, "-N-epochs"), *_named(folder, RESULTS, "-N-N-epochs")]
+
+
+def _named(folder: Path, names: Sequence[str], ending: str) -> list[Path]:
+    """Files in `folder` called as one of `names`, with an ending before the suffix, in which N is any number."""
+    number = ending.replace("N", "[0-9]+")
+    pattern = "|".join(f"{re.escape(name.stem)}{number}{re.escape(name.suffix)}" for name in map(Path, names))
+    return [file for file in folder.iterdir() if re.fullmatch(pattern, file.name)]
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -188,22 +199,30 @@ def check_output(path: Path, *used: Path, own: str | None = None) -> None:
         own: the name of the run's file that the command writes by itself, and so may replace.
 
     Raises:
-        UsageError: it is a run's own file, one of `used`, or no file (`replaceable`), or there is no such folder.
+        UsageError: it is a run's own file, one of `used`, or no file (`replaceable`), or there is no such folder, or
+            one that cannot be written to.
     """
     target = replaceable(path)
     if not target.parent.is_dir():
         raise UsageError(f"{path} cannot be written: there is no folder {target.parent}")
+    if not is_writable(target.parent):
+        raise UsageError(f"{path} cannot be written: nothing can be written to {target.parent}, name another place")
     for file in used:
         if target == file.resolve() or (target.exists() and _same(target, file)):
             raise UsageError(f"{path} is a file that is read or written here already: name another")
     for folder in {target.parent, *(_folder_of(file) for file in used)}:
         if not (folder / "config.yaml").is_file():
             continue
-        for owned in (*(folder / name for name in RUN_FILES), *_set_aside(folder)):
+        for owned in (*(folder / name for name in RUN_FILES), *_kept_results(folder), *_set_aside(folder)):
             if owned.name != own and (target == owned.resolve() or (target.exists() and _same(target, owned))):
                 raise UsageError(f"{path} is {owned.name} of the run in {folder}: name another file")
     if target.parent.name == TENSORBOARD and (target.parent.parent / "config.yaml").is_file():
         raise UsageError(f"{path} is among the TensorBoard files of a run: name another file")
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, and renamed."""
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def _folder_of(file: Path) -> Path:
@@ -230,8 +249,23 @@ def write_results(file: Path, content: Mapping[str, Any]) -> Path | None:
     return kept
 
 
+def results_in(folder: Path, name: str) -> list[Path]:
+    """The file `name` of those that `write_results` writes, and those it has kept; the newest first."""
+    kept = _named(folder, [name], "-N")
+    kept.sort(key=lambda file: int(file.stem.rpartition("-")[2]), reverse=True)
+    return [file for file in (folder / name, *kept) if file.is_file()]
+
+
 def _kept_results(folder: Path) -> list[Path]:
-    return [path for stem in ("verify", "radius") for path in folder.glob(f"{stem}-*.json")]
+    return _named(folder, RESULTS, "-N")
+
+
+def are_of_run(results: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
+    """Whether `results` are about the network that a run handed out, and the images of its summary.
+
+    `verify` is asked about its other weights, and about other images, too. Summaries of earlier versions do not say.
+    """
+    return all(summary.get(key) in (None, results.get(key)) for key in SUBJECT)
 
 
 def _say_the_same(file: Path, content: Mapping[str, Any]) -> bool:

@@ -14,7 +14,6 @@ from certtrain.config.schema import SearchSection, VerificationSection
 from certtrain.data import Dataset, Split
 from certtrain.errors import DataError
 from certtrain.runs.build import output_shape
-from certtrain.runs.provenance import versions
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.verification.attacks import APGD, PGD, Attack, Ensemble, TargetedAPGD
 from certtrain.verification.branch_and_bound import Search
@@ -115,8 +114,5 @@ def summarize(config: Config, results: Sequence[Verification]) -> dict[str, Any]
         **chosen.summary(),
         "split": config.verification.split,
         "verify_seconds": round(sum(r.seconds for r in results), 2),
-        "seed": config.seed,
         "radii": [r.summary() for r in results],
-        "versions": versions(),
-        "config": config.model_dump(mode="json"),
     }

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 import platform
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 import certtrain
+from certtrain.config import Config
+from certtrain.runs.tensor_file import digest
+from certtrain.verification.digests import split_digest
+
+if TYPE_CHECKING:
+    from certtrain.data import Split
+
+
+def made_with(config: Config, model: nn.Module, split: Split) -> dict[str, Any]:
+    """What JSON files of results say of them, beside the numbers.
+
+    Args:
+        split: all the images that they are about, or begin with; `split_sha256` is its `split_digest`.
+    """
+    return {
+        "seed": config.seed,
+        "weights_sha256": digest(model.state_dict()),
+        "split_sha256": split_digest(split.images.cpu().numpy(), split.labels.cpu().numpy()),
+        "versions": versions(),
+        "config": config.model_dump(mode="json"),
+    }
 
 
 def versions() -> dict[str, str]:

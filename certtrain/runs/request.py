@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from certtrain.config import Config, load_config
-from certtrain.config.loading import Overrides, shipped_configs
+from certtrain.config.loading import Overrides, is_config, shipped_configs
 from certtrain.errors import UsageError, shown
 from certtrain.runs.directory import default_folder, extended, is_named, is_run, require_agreement, run_to_continue
 from certtrain.runs.lock import claimed
@@ -54,12 +54,14 @@ class Request:
         overrides: Overrides,
     ) -> Request:
         file = Path(config) if isinstance(config, str | Path) else None
+        if resume and out is None and file is not None and file.name == "config.yaml" and is_run(file.parent):
+            file = file.parent  # rather than a new run of its configuration
         run = file if file is not None and file.is_dir() and str(config) not in shipped_configs() else None
         if run is not None and not resume:
             raise UsageError(f"{run} is a folder: to continue the run in it say --resume, to train anew name a config")
         if run is not None and out is not None and run.resolve() != Path(out).resolve():
             raise UsageError(f"the run in {run} is continued where it is, not in {out}")
-        if resume and file is not None and not file.exists() and str(config) not in shipped_configs():
+        if resume and file is not None and run is None and not is_config(file):
             raise UsageError(f"there is no run directory {shown(str(file), 200)} to resume, nor a config of that name")
         if config is None and not (resume and out):
             raise UsageError("name a config, or with --resume the run directory to continue")

@@ -94,7 +94,7 @@ def find_start(section: StartSection, folder: Path) -> Start:
     Raises:
         UsageError, CheckpointError: there is none, it lacks what is to be kept, or lies in `folder`, the run's own.
     """
-    file = _file_of(Path(section.path).expanduser(), section.keep)
+    file = _file_of(section.place, section.keep)
     beside = file.parent
     if beside.resolve() == folder.resolve():
         raise UsageError(f"start_from: {file} lies in the folder of this very run: name another --out")

@@ -30,10 +30,11 @@ from certtrain.runs.forgetting import Forgetting, forgetting_of, load_with_old_d
 from certtrain.runs.meters import Meter, OptimizerMeter
 from certtrain.runs.metrics import MetricsFile, read_records
 from certtrain.runs.progress import Output, ProgressDisplay
+from certtrain.runs.provenance import made_with
 from certtrain.runs.request import Request, Stored
 from certtrain.runs.start import Start, Taken, find_start, original_network, save_start, stored_start, take
 from certtrain.runs.state import check_state, continue_from
-from certtrain.runs.verdicts import verdicts_of, write_verdicts
+from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
 from certtrain.runtime.compilation import announced
 from certtrain.runtime.distributed import Ranks, process_group
 from certtrain.runtime.files import write_json, write_text
@@ -108,7 +109,12 @@ def train(
         if not finished:
             ranks.barrier()  # torchrun ends all as soon as one has ended
             return Run(prepared.folder, prepared.model, None, interrupted_by=observer.signal)
-        return Run(prepared.folder, prepared.model, _evaluate(prepared, observer, ranks))
+        try:
+            summary = _evaluate(prepared, observer, ranks)
+        except KeyboardInterrupt:
+            _tell(console, f"{prepared.folder} is trained, but not verified; continue with --resume")
+            raise
+        return Run(prepared.folder, prepared.model, summary)
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,7 @@ def _prepare(
         if ranks.is_first:
             if resumed is None and request.overwrite:
                 clear(folder)
+            read_verdicts(folder)  # can be added to
             remove_temporaries(folder)
             if shorter is not None:
                 extend(folder, shorter, config, trainer.step, trainer.steps_per_epoch, partial(_tell, console))
@@ -251,6 +258,7 @@ def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Obse
 
 def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]:
     """Hand out the network, the averaged one if there is one, verify it, and write the summary."""
+    seconds = observer.seconds if isinstance(observer, Recorder) else 0.0  # of a clock that goes on
     average, population = run.trainer.average, run.config.training.batch_norm.population
     networks: dict[str, Results] = {}
     if average is not None:
@@ -261,16 +269,17 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
     if isinstance(observer, Recorder):
         summary = {
             **summarize(run.config, results.test),
+            **made_with(run.config, run.model, run.dataset.test),
             "validation": results.summary()["validation"],
             **({} if average is None else {"networks": {name: found.summary() for name, found in networks.items()}}),
-            "train_seconds": round(observer.seconds, 2),
+            "train_seconds": round(seconds, 2),
             "images_per_second": round(observer.images_per_second, 1),
             "steps": run.trainer.step,
             "processes": ranks.world_size,
         }
         if run.start is not None:
             summary["start"] = _started(run, run.start)
-        write_verdicts(run.folder, verdicts_of(run.config.verification.split, run.dataset.test, results.test))
+        add_verdicts(run.folder, verdicts_of(run.config.verification.split, run.dataset.test, results.test))
         write_json(run.folder / "summary.json", summary)
     return ranks.broadcast(summary)
 

@@ -59,9 +59,13 @@ def verdicts_of(split: str, data: Split, results: Sequence[Verification]) -> lis
     ]
 
 
-def write_verdicts(folder: Path, verdicts: Sequence[Verdicts]) -> None:
-    """Write those of the run in `folder`; of two answers to one question the later."""
-    answered = {answer.question: answer for answer in verdicts}
+def add_verdicts(folder: Path, verdicts: Sequence[Verdicts]) -> None:
+    """Write those of the run in `folder` beside those it has; of two answers to one question the later stays.
+
+    Raises:
+        CheckpointError: the file that is there is corrupt.
+    """
+    answered = {answer.question: answer for answer in (*read_verdicts(folder), *verdicts)}
     write_json(folder / FILE, [answer.model_dump() for answer in answered.values()])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from certtrain.config import Config
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.report.records import Result, checked
-from certtrain.runs.directory import stored_config
+from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.metrics import read_records
 from certtrain.runs.verdicts import LETTERS, Verdicts, read_verdicts
 from certtrain.runtime.files import parse_json
@@ -74,8 +74,9 @@ def read_finished(folder: Path, eps: float | None, method: str | None) -> Finish
     config = stored_config(folder)
     summary = _json(folder / "summary.json")
     results = [*_results(folder / "summary.json", summary, config)]
-    if (folder / "verify.json").is_file():
-        results += _results(folder / "verify.json", _json(folder / "verify.json"), config)
+    for file in results_in(folder, "verify.json"):
+        if are_of_run(content := _json(file), summary):
+            results += _results(file, content, config)
     at = summary.get("eps") if eps is None else eps
     asked = [
         result
@@ -97,6 +98,7 @@ def read_finished(folder: Path, eps: float | None, method: str | None) -> Finish
         entry
         for entry in read_verdicts(folder)
         if (entry.split, entry.eps, entry.method, entry.arithmetic, len(entry.images)) == question
+        and summary.get("split_sha256") in (None, entry.sha256)
     ]
     epochs = read_records(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     return FinishedRun(folder, config, result, numbers, verdicts[0] if verdicts else None, epochs)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import certtrain
@@ -249,6 +251,40 @@ def test_verify_of_what_is_no_run(cli, tmp_path):
 def test_results_that_cannot_be_written(cli, run, tmp_path):
     outcome = cli("verify", run, "--limit", 2, "--json", tmp_path / "nowhere" / "results.json")
     assert (outcome.code, "there is no folder" in outcome.error) == (2, True)
+
+
+def failed(error):
+    raise error
+
+
+NO_MEMORY = {
+    "numpy": lambda: np.empty(2**62, dtype=np.uint8),
+    "torch": lambda: torch.empty(2**62, dtype=torch.uint8),
+    "a list": lambda: [0] * 2**62,
+    "a GPU": lambda: failed(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")),
+    "cuBLAS": lambda: failed(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")),
+}
+
+
+@pytest.mark.parametrize("library", NO_MEMORY)
+def test_too_little_memory_is_one_line_that_says_what_takes_less(cli, monkeypatch, library):
+    monkeypatch.setattr("certtrain.cli.commands.models_command", lambda options: NO_MEMORY[library]())
+    outcome = cli("models")
+    assert outcome.code == 1
+    assert outcome.error.startswith("out of memory (")
+    assert len(outcome.error) <= 300
+    named = re.findall(r"(training|verification)\.(\w+)", outcome.error)
+    assert named
+    for section, key in named:
+        assert key in getattr(load_config("digits"), section).model_dump()
+    with pytest.raises((MemoryError, RuntimeError)):
+        cli("models", "--debug")
+
+
+def test_another_error_of_torch_is_a_mistake_of_the_program(cli, monkeypatch):
+    monkeypatch.setattr("certtrain.cli.commands.models_command", lambda options: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError):
+        cli("models")
 
 
 def test_debug_shows_the_traceback(train):

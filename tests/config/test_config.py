@@ -518,7 +518,24 @@ def test_the_folder_of_the_file_that_names_a_network_is_kept(write, tmp_path, mo
     assert load_config(file, ["model.name=net:plain", "model.path=elsewhere"]).model.path == "elsewhere"
     assert load_config(file).model.path is None
     monkeypatch.chdir(tmp_path)
-    assert load_config("own.yaml").model.path is None, "the working directory is looked through anyway"
-    resolved = tmp_path / "config.yaml"
-    resolved.write_text(load_config(tmp_path / "own.yaml").to_yaml())
-    assert load_config(resolved).model.path == str(tmp_path)
+    assert load_config("own.yaml").model.path == "."
+
+
+@pytest.mark.parametrize("source", ["mapping", "mapping in a folder", "file", "file in a folder", "override", "Config"])
+def test_a_configuration_is_the_same_when_a_run_has_stored_it(write, tmp_path, monkeypatch, source):
+    """Wherever the run lies: a network of one's own is not looked for there."""
+    monkeypatch.chdir(tmp_path)
+    file = write(own="base: digits\nmodel: {name: 'net:plain'}\n")
+    mapping = {"base": "digits", "model": {"name": "net:plain"}}
+    config = {
+        "mapping": lambda: load_config(mapping),
+        "mapping in a folder": lambda: load_config(mapping, folder=tmp_path / "configs"),
+        "file": lambda: load_config(file.name),
+        "file in a folder": lambda: load_config(file),
+        "override": lambda: load_config("digits", ["model={name: 'net:plain'}"]),
+        "Config": lambda: load_config(load_config(mapping)),
+    }[source]()
+    stored = tmp_path / "runs" / "x" / "config.yaml"
+    stored.parent.mkdir(parents=True)
+    stored.write_text(config.to_yaml())
+    assert load_config(stored) == config

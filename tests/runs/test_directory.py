@@ -13,9 +13,9 @@ from contextlib import suppress
 import pytest
 
 from certtrain.errors import CheckpointError, FolderInUse, UsageError
-from certtrain.runs.directory import RUN_FILES, write_results
+from certtrain.runs.directory import RUN_FILES, clear, write_results
 from certtrain.runs.lock import LOCK, claimed
-from tests.commands import contents
+from tests.commands import contents, train_arguments
 
 
 def forked(work):
@@ -210,24 +210,71 @@ def test_what_cannot_be_read_is_kept_too(tmp_path):
     assert write_results(file, {"number": 2, "seconds": 5}) is None
 
 
-def test_a_new_run_clears_the_kept_results(train, run):
-    (run / "verify-1.json").touch()
-    (run / "radius-12.json").touch()
-    (run / "verify-me.txt").touch()
+def test_a_new_run_clears_what_the_program_has_named_and_nothing_else(train, run):
+    own = {"verify-1.json", "radius-12.json", "verify-3-epochs.json", "verify-2-3-epochs.json", "model-3-epochs.onnx"}
+    others = {"verify-me.txt", "verify-final.json", "radius-x-epochs.json", "model-of-3-epochs.onnx", "verify-1.json~"}
+    for name in own | others:
+        (run / name).touch()
     assert train("--overwrite", "seed=1").code == 0
-    assert not {"verify-1.json", "radius-12.json"} & set(contents(run))
-    assert (run / "verify-me.txt").exists()
+    assert (own | others) & set(contents(run)) == others
+
+
+def test_a_run_that_is_killed_while_it_replaces_another_can_be_repeated(train, run, monkeypatch):
+    def killed(folder):
+        clear(folder)
+        raise KeyboardInterrupt
+
+    for again in ("--overwrite", "--resume"):
+        with monkeypatch.context() as patch:
+            patch.setattr("certtrain.runs.train.clear", killed)
+            assert train("--overwrite").code == 130
+        assert set(contents(run)) == {"config.yaml"}
+        assert train(again).code == 0
+
+
+# --- where nothing can be written -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_only(run, monkeypatch):
+    """The run in a folder that may not be written to, as the system says of those who are not root."""
+    run.chmod(0o555)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode << 6 & ~os.stat(path).st_mode)
+    yield run
+    run.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["verify", "verify --radius", "verify --certificates RUN/c", "export --onnx", "export --onnx RUN/x.onnx", "report"],
+)
+def test_it_is_said_before_the_work(cli, read_only, monkeypatch, words):
+    monkeypatch.setattr("certtrain.cli.commands.open_network", lambda *args: pytest.fail("too late"))
+    command, *options = words.replace("RUN", str(read_only)).split()
+    outcome = cli(command, read_only, *options)
+    assert (outcome.code, f"nothing can be written to {read_only}" in outcome.error) == (2, True)
+
+
+def test_results_that_go_elsewhere_do_not_need_the_folder(cli, read_only, tmp_path):
+    before = contents(read_only)
+    outcome = cli("verify", read_only, "--limit", 2, "--json", tmp_path / "results.json")
+    assert outcome.code == 0
+    assert "its verdicts.json does not have these images' verdicts" in outcome.out
+    assert json.loads((tmp_path / "results.json").read_text())["images"] == 2
+    assert contents(read_only) == before
 
 
 # --- continuing -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_continued_without_its_config_or_overrides(cli, run, reference):
+def test_a_run_is_continued_without_its_config_or_overrides(cli, run, reference, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     before = (run / "model.safetensors").read_bytes()
     for words in (
         ["train", run, "--resume"],
         ["train", "--resume", run],
         ["train", "--resume", "--out", run],
+        ["train", "--resume", run / "config.yaml"],
         ["train", "digits", "--resume", "--out", run],
         ["train", run / ".", "--resume", "optimizer.lr=0.002", "--out", run],
         ["train", "--resume", "--out", run, "optimizer.lr=2e-3", "model.options={width: 2, linear_width: 8}"],
@@ -238,6 +285,15 @@ def test_a_run_is_continued_without_its_config_or_overrides(cli, run, reference)
         assert f"resuming {run} after step 9 of 9" in outcome.out
         assert (run / "model.safetensors").read_bytes() == before
     assert (run / "config.yaml").read_bytes() == (reference / "config.yaml").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.yaml", "configs/digits.yaml"])
+def test_a_shipped_config_has_the_same_names_whether_a_run_is_started_or_continued(cli, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    _, _, *options = train_arguments(tmp_path / "run")
+    for more in ([], ["--resume"]):
+        outcome = cli("train", name, *options, *more)
+        assert (outcome.code, outcome.err) == (0, "")
 
 
 def test_a_shipped_config_is_meant_where_a_folder_has_its_name(cli, run, tmp_path, monkeypatch):

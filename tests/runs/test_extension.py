@@ -121,8 +121,10 @@ def test_a_step_stays_compiled_or_not_as_it_was(resume, run, monkeypatch):
 
 
 def test_what_there_is_of_the_shorter_run_is_kept_until_all_is_replaced(cli, train, resume, run, tmp_path, monkeypatch):
-    assert cli("verify", run, "--limit", 5).code == 0
-    of_three = {name: (run / name).read_bytes() for name in ("model.safetensors", "summary.json", "verify.json")}
+    for limit in (4, 5):
+        assert cli("verify", run, "--limit", limit).code == 0
+    of_network = ("model.safetensors", "summary.json", "verify.json", "verify-1.json", "verdicts.json")
+    of_three = {name: (run / name).read_bytes() for name in of_network}
     interrupted(resume, monkeypatch, 11, "training.epochs=5")
     assert not any((run / name).exists() for name in of_three), "the run is not finished"
     kept = {name: run / f"{name.replace('.', '-3-epochs.')}" for name in of_three}

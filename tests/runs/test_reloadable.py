@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import certtrain
 from certtrain.errors import CheckpointError
+from certtrain.models import build_model
+from certtrain.runs.checkpoint import require_reloadable
 from tests.commands import TINY, contents
 
 HIDDEN = 6
@@ -138,6 +140,21 @@ class RandomConstant(Flat):
         return x + self.shift
 
 
+class Overflowing(Flat):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return torch.cat([logits[:, :1] + 1e38 * 1e38, logits[:, 1:]], dim=1)
+
+
+class NotANumber(Flat):
+    def hidden(self, x):
+        return x * torch.nan
+
+
+class RandomAndOverflowing(Overflowing, RandomConstant):
+    """One logit is always the same; the others are compared all the same."""
+
+
 class RandomShape(Flat):
     sizes = iter(range(5, 100))
 
@@ -154,6 +171,7 @@ REFUSED = {
     Complex: r"cannot be saved: network\.phase is a tensor of torch\.complex64",
     Sparse: r"cannot be saved: network\.pattern is a tensor of .* torch\.sparse_coo",
     RandomConstant: r"could not be loaded once it is trained: it would return other logits",
+    RandomAndOverflowing: r"could not be loaded once it is trained: it would return other logits",
     RandomShape: r"could not be loaded once it is trained: what was saved is of another architecture",
 }
 ARGUMENTS = [value for value in TINY if not value.startswith("model.")]
@@ -194,6 +212,14 @@ def test_a_network_that_cannot_be_handed_out_is_refused_before_the_first_step(cl
     assert outcome.code == 2
     assert re.search(REFUSED[network], outcome.error), outcome.error
     assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("network", [Overflowing, NotANumber])
+def test_a_network_without_finite_logits_can_be_loaded_like_any_other(network):
+    module, architecture = f"{__name__}:{network.__name__}", {"image_shape": [1, 8, 8], "num_classes": 10}
+    model = build_model(module, **architecture, trust=True).eval()
+    assert not model(torch.rand(1, 1, 8, 8)).isfinite().all()
+    require_reloadable(model, {"name": module, **architecture}, trust=True)
 
 
 class Smooth(Flat):

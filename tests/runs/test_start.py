@@ -16,7 +16,7 @@ import certtrain
 from certtrain.cli import main
 from certtrain.config import load_config
 from certtrain.data import Split, load_dataset
-from certtrain.errors import UsageError
+from certtrain.errors import CheckpointError, UsageError
 from certtrain.runs.build import build, load_data
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.forgetting import load_with_old_data
@@ -46,6 +46,25 @@ def five(tmp_path_factory):
     with one_thread():
         assert main(train_arguments(folder, FIVE_CLASSES)) == 0
     return folder
+
+
+# --- where it lies ---------------------------------------------------------------------------------------------------
+
+
+def test_the_home_folder_may_be_written_short(train, tmp_path, reference, monkeypatch):
+    monkeypatch.setenv("HOME", str(reference.parent))
+    assert train("start_from=~/run", NO_TABLE).code == 0
+    assert summary(tmp_path / "run")["start"]["sha256"] == summary(reference)["weights_sha256"]
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/run", "nowhere/run"])
+def test_of_a_home_or_a_run_that_is_not_there_it_is_said(train, tmp_path, path):
+    outcome = train(f"start_from={path}")
+    message = f"start_from: there is no run directory or file {path}"
+    assert (outcome.code, outcome.error) == (1, message)
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        certtrain.train("digits", tmp_path / "run", device="cpu", overrides=[f"start_from={path}"])
+    assert not (tmp_path / "run").exists()
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------

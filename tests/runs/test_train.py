@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import certtrain
 from certtrain.config import load_config
 from certtrain.errors import CheckpointError
+from certtrain.runs import evaluation
 from certtrain.runs.callbacks import Recorder
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.directory import RUN_FILES
@@ -82,6 +84,22 @@ def test_summary(reference):
     assert summary["verify_seconds"] > 0
     assert summary["versions"]["torch"] == torch.__version__
     assert load_config(summary["config"]) == load_config(reference / "config.yaml")
+
+
+def test_the_seconds_of_training_are_not_those_of_verification(train, tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("certtrain.runs.callbacks.time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def wait(seconds, before):
+        clock.now += seconds
+        return before
+
+    verify_run = evaluation.verify_run
+    monkeypatch.setattr(ProgressDisplay, "after_step", lambda self, trainer: wait(1, None))
+    monkeypatch.setattr("certtrain.runs.train.verify_run", lambda *args, **more: wait(1000, verify_run(*args, **more)))
+    assert train("training.averaging={name: ema, decay: 0.5}").code == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["train_seconds"] == EPOCHS * STEPS_PER_EPOCH
 
 
 def test_metrics_have_every_number_of_every_epoch(reference):
@@ -465,6 +483,17 @@ def test_killed_at_random_moments_and_resumed_the_run_is_the_same(cli, tmp_path)
     assert len(codes) > 3
     assert cli(*train_arguments(tmp_path / "uninterrupted", *longer)).code == 0
     check_same_run(run, tmp_path / "uninterrupted")
+
+
+def test_ctrl_c_while_the_network_is_verified_says_how_to_go_on(train, tmp_path, reference, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("certtrain.runs.train.verify_run", lambda *args, **more: signal.raise_signal(signal.SIGINT))
+        outcome = train()
+    assert outcome.code == 130
+    assert outcome.out.splitlines()[-1] == f"{run} is trained, but not verified; continue with --resume"
+    assert train("--resume").code == 0
+    check_same_run(run, reference)
 
 
 @pytest.mark.slow

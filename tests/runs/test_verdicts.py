@@ -38,6 +38,25 @@ def test_verify_adds_answers_and_replaces_those_to_the_same_question(cli, run):
     assert [len(verdicts.images) for verdicts in read_verdicts(run)] == [50, 50, 20]
 
 
+def test_a_finished_run_that_is_resumed_keeps_what_verify_added(cli, train, run):
+    assert cli("verify", run, "--eps", "0.001").code == 0
+    before = (run / "verdicts.json").read_bytes()
+    assert train("--resume").code == 0
+    assert (run / "verdicts.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["verify", "resume"])
+def test_a_corrupt_file_is_found_before_the_work(cli, train, run, monkeypatch, command):
+    """No answer could be added to it."""
+    (run / "verdicts.json").write_text("[{}]")
+    for place in ("evaluation.verify", "train._fit"):
+        monkeypatch.setattr(f"certtrain.runs.{place}", lambda *args, **more: pytest.fail("too late"))
+    before = contents(run)
+    outcome = cli("verify", run) if command == "verify" else train("--resume")
+    assert (outcome.code, "verdicts.json is corrupt" in outcome.error) == (1, True)
+    assert contents(run) == before
+
+
 def test_the_validation_split_in_the_test_set_s_place(train, tmp_path):
     options = ["data.validation=40", "verification.split=validation"]
     outcome = train(*options)

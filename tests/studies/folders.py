@@ -6,7 +6,7 @@ import hashlib
 import json
 
 from certtrain.config import load_config
-from certtrain.runs.verdicts import Verdicts, write_verdicts
+from certtrain.runs.verdicts import Verdicts, add_verdicts
 
 STUDY = """
 base: digits
@@ -43,9 +43,7 @@ def write_run(folder, images, *, seed=0, eps=0.1, test_set="these", epochs=(), e
     summary = {**result, "split": split, "train_seconds": 10.0 + seed, "radii": [result], **(extra or {})}
     (folder / "summary.json").write_text(json.dumps(summary))
     sha256 = hashlib.sha256(test_set.encode()).hexdigest()
-    write_verdicts(
-        folder, [Verdicts(split=split, sha256=sha256, eps=eps, method="ibp", arithmetic=None, images=images)]
-    )
+    add_verdicts(folder, [Verdicts(split=split, sha256=sha256, eps=eps, method="ibp", arithmetic=None, images=images)])
     lines = [json.dumps({"epoch": epoch + 1, "verified_error": error}) for epoch, error in enumerate(epochs)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder
