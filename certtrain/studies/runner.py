@@ -17,7 +17,7 @@ from certtrain.runs.directory import differences, stored_config
 from certtrain.runs.lock import can_lock, holder
 from certtrain.runtime.files import make_folder
 from certtrain.studies.design import PlannedRun
-from certtrain.studies.processes import IN_USE, Deadline, Ended, Processes
+from certtrain.studies.processes import Deadline, Ended, Processes
 from certtrain.studies.progress import Display, is_finished
 
 LOOK_EVERY = 1.0  # seconds
@@ -155,13 +155,10 @@ def _start_what_can_be(
 def _note(ended: Ended, folder: Path, outcome: Outcome, display: Display) -> None:
     if is_finished(folder / ended.name):
         display.tell(f"{ended.name}: finished")
-    elif ended.code in (IN_USE, 128 + signal.SIGTERM, -signal.SIGTERM):
-        pass  # another was quicker; or it was asked to end
-    else:
-        reason = ended.message or (f"ended by signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}")
+    elif not ended.left:
         log = folder / "logs" / f"{ended.name.replace('/', '--')}.log"
-        outcome.failed[ended.name] = reason
-        display.tell(f"{ended.name}: failed: {reason} ({log})")
+        outcome.failed[ended.name] = ended.reason
+        display.tell(f"{ended.name}: failed: {ended.reason} ({log})")
 
 
 @contextmanager
