@@ -67,6 +67,44 @@ def test_differences_are_paired_by_seed_and_by_image(study):
     assert pair["over_images"]["low"] <= -0.2 <= pair["over_images"]["high"]
 
 
+@pytest.mark.parametrize(
+    "path", ["src/seed-{seed}", "src/eps-2/seed-{seed}", "{seed}/eps-2/net{seed}/last.ckpt", "src/seed-20", "10/{seed}"]
+)
+def test_runs_that_start_from_a_network_of_their_own_seed_are_one_configuration(tmp_path, path):
+    """Whatever other numbers the path holds; a second study starts from networks of another name."""
+    for name, changes in (("a", {}), ("b", {"optimizer.lr": 0.5})):
+        for seed in (0, 2, 10):
+            start = path.replace("{seed}", str(seed))
+            write_run(tmp_path / name / f"seed-{seed}", "p" * 5, seed=seed, **{"start_from.path": start}, **changes)
+            write_run(
+                tmp_path / f"{name}x" / f"seed-{seed}",
+                "p" * 5,
+                seed=seed,
+                **{"start_from.path": f"other/{start}"},
+                **changes,
+            )
+    found = compare([tmp_path])
+    assert [(group.name, len(group.runs)) for group in found.groups] == [("a", 3), ("ax", 3), ("b", 3), ("bx", 3)]
+    assert found.settings == {
+        "optimizer.lr": [found.groups[0].runs[0].config.optimizer.lr] * 2 + [0.5] * 2,
+        "start_from.path": [path, f"other/{path}"] * 2,
+    }
+    assert set(compare([tmp_path / "a", tmp_path / "b"]).settings) == {"optimizer.lr"}
+    assert set(compare([tmp_path / "a" / "seed-0", tmp_path / "b" / "seed-2"]).settings) == {"optimizer.lr"}
+
+
+def test_where_data_lie_makes_no_other_configuration(tmp_path):
+    for seed in (0, 1):
+        data = {"name": "mnist", "root": f"/scratch/{seed}", "download": bool(seed)}
+        write_run(
+            tmp_path / f"seed-{seed}",
+            "p",
+            seed=seed,
+            **{"replay": {"share": 0.5, "data": data}, "start_from.path": "a"},
+        )
+    assert len(compare([tmp_path / "seed-0", tmp_path / "seed-1"]).groups) == 1
+
+
 def test_only_what_differs_is_shown_and_the_baseline_can_be_chosen(study):
     found = compare([study], baseline="b_50%")
     assert found.settings == {"optimizer.lr": [0.002, 0.001]}
@@ -296,6 +334,14 @@ def test_a_terminal_shows_every_word_whole_in_as_few_tables_as_fit(rows, columns
     fewest = min(math.ceil(others / beside) for others in (columns - 1, rows))
     assert text.count("┏") == fewest
     assert text.count("what") == 1
+
+
+def test_brackets_are_shown_as_they_are():
+    text = "exp[lr][bold]"
+    console = Console(width=200, file=io.StringIO())
+    show(console, [Sheet(text, ["", "a[lr]", "b"], [["c[lr]", "d", "wider than the title"]], note=text)])
+    shown = console.file.getvalue()
+    assert (shown.count(text), shown.count("a[lr]"), shown.count("c[lr]")) == (2, 1, 1)
 
 
 def test_a_word_wider_than_the_terminal_is_folded():

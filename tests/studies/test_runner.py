@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 
@@ -54,7 +57,24 @@ def test_a_lock_that_a_killed_process_has_left_holds_nobody_out(tmp_path):
     with claimed(tmp_path):
         assert f"process {os.getpid()}" in holder(tmp_path)
     assert holder(tmp_path) is None
-    assert can_lock(tmp_path)
+
+
+@pytest.mark.parametrize("reason", [None, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_locks_no_files_is_told(tmp_path, monkeypatch, reason):
+    """Such as NFS without locks: of folders it may say otherwise."""
+    lock = fcntl.flock
+
+    def flock(file, operation):
+        if reason is not None and stat.S_ISREG(os.fstat(file if isinstance(file, int) else file.fileno()).st_mode):
+            raise OSError(reason, os.strerror(reason))
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert can_lock(tmp_path) == (reason is None)
+    output = io.StringIO()
+    train_all([], tmp_path, console=Console(file=output, width=200))
+    assert ("is on a file system without locks" in output.getvalue()) == (reason is not None)
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
 def test_no_time_leaves_everything_for_the_next_call(study_file, tmp_path):
