@@ -52,7 +52,8 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 
 def subtitle(comparison: Comparison) -> str:
     runs = sum(len(group.runs) for group in comparison.groups)
-    return f"{runs} runs, {comparison.images} {comparison.split} images, epsilon {comparison.eps:.5f}"
+    images = f"{comparison.images} {comparison.split} images"
+    return f"{runs} runs, {images}, epsilon {comparison.eps:.5f}, bounds by {comparison.bounds}"
 
 
 def _means(comparison: Comparison) -> Sheet:

@@ -233,6 +233,20 @@ def test_a_result_of_other_bounds_can_be_asked_for(study):
     found = compare([study], method="ibp,crown")
     assert found.groups[0].values("verified_error") == [0.2] * 3
     assert found.paired[0].tests == {}  # those verdicts are of ibp
+    assert "bounds by ibp,crown" in sheets(found)[0].title
+
+
+def test_bounds_are_those_of_the_first_run_wherever_the_others_have_them(study):
+    """In its verify.json, with an arithmetic or without."""
+    ibp = {"eps": 0.1, "method": "ibp", "images": 10, "natural_error": 0.1, "pgd_error": 0.1, "verified_error": 0.3}
+    last = study / "b_50%" / "seed-2"
+    (last / "summary.json").write_text((last / "summary.json").read_text().replace('"ibp"', '"ibp,crown"'))
+    (last / "verify.json").write_text(
+        json.dumps({"split": "test", "radii": [{**ibp, "arithmetic": "float64", "verified_error": 0.4}, ibp]})
+    )
+    found = compare([study])
+    assert found.groups[1].values("verified_error") == pytest.approx([0.2, 0.2, 0.3])
+    assert sheets(found)[0].title.endswith("bounds by ibp")
 
 
 # --- what cannot be compared ------------------------------------------------------------------------------------------
@@ -250,7 +264,9 @@ def test_a_metric_that_no_run_reports(study):
         ({"test_set": "others"}, "the images, or their labels, are others"),
         ({"data.classes": [0, 1]}, "other classes of the data set"),
         ({"data.name": "mnist"}, "data set digits, and mnist"),
-        ({"eps": 0.2}, "was not verified at epsilon 0.1, but at 0.2"),
+        ({"eps": 0.2}, "was not verified at epsilon 0.1 by ibp, as {first} was, but at 0.2 (ibp)"),
+        ({"method": "ibp,crown"}, "was not verified at epsilon 0.1 by ibp, as {first} was, but at 0.1 (ibp,crown)"),
+        ({"arithmetic": "float32"}, "by ibp, as {first} was, but at 0.1 (ibp, sound in float32)"),
         (
             {"verification.split": "validation", "data.validation": 0.1},
             "verified on the test split, and on the validation",
@@ -262,8 +278,8 @@ def test_runs_on_other_images_or_at_another_radius(study, tmp_path, change, prob
     other = write_run(tmp_path / "other", **{"images": A[0], "seed": 0, **change})
     with pytest.raises(UsageError) as error:
         compare([study, other])
-    assert problem in str(error.value)
-    assert len(str(error.value)) <= 300 + 2 * len(str(tmp_path))
+    assert problem.format(first=study / "a" / "seed-0") in str(error.value)
+    assert len(str(error.value)) <= 300 + 3 * len(str(tmp_path))
 
 
 def test_validation_images_of_one_seed_are_the_same(tmp_path):
