@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -55,6 +56,13 @@ class UnsupportedOperation(CerttrainError, NotImplementedError):
 
 class MissingDependency(CerttrainError, ImportError):
     """An optional library is needed and not installed."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory, of the GPU or of the machine, as Python or torch says it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and re.search("can't allocate memory|ALLOC_FAILED", str(error)) is not None
 
 
 MOST_LINES = 20  # of a message: a long list of things that are wrong has one cause

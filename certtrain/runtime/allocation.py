@@ -1,4 +1,4 @@
-"""Memory: how the C library keeps it between the steps of a training run on a CPU, and what says that it is short."""
+"""How the C library keeps memory between the steps of a training run on a CPU."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ import sys
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST = 2**31 - 1
 _LARGEST_TENSOR = 2**30
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the machine or its GPU has too little memory."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, by name: without torch
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's on a CPU
 
 
 def keep_freed_memory() -> None:

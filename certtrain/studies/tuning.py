@@ -19,13 +19,13 @@ from certtrain.errors import (
     DivergedError,
     UnsupportedOperation,
     UsageError,
+    is_out_of_memory,
     lines_of,
     optional_module,
     shortened,
 )
 from certtrain.runs.directory import differences, leaves, stored_config
 from certtrain.runs.lock import claimed, holder
-from certtrain.runtime.allocation import is_out_of_memory
 from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.design import Cell, PlannedRun, planned
 from certtrain.studies.processes import Deadline, Ended, Processes
