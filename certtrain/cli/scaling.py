@@ -41,7 +41,8 @@ def scale_command(options: argparse.Namespace) -> int:
     optional_module("matplotlib", "report")  # known now rather than after a night
     console = Console()
     given = {"jobs": options.jobs, "budget": options.budget, "device": options.device}
-    scaled = scale(plan, folder, console=console, train=not (options.show or options.fit), **given)
+    given |= {"train": not (options.show or options.fit), "save": not options.show}
+    scaled = scale(plan, folder, console=console, **given)
     if options.show:
         _show_grid(console, "tuning", scaled.tuning)
         _show_grid(console, "grid", scaled.grid)

@@ -16,7 +16,8 @@ import torch
 
 from certtrain.data.dataset import Dataset, Split
 from certtrain.data.decoding import decode_images
-from certtrain.errors import DataError
+from certtrain.errors import CheckpointError, DataError
+from certtrain.runtime.files import write_atomically
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -92,8 +93,9 @@ def _read(part: str, files: Sequence[Path], labels: Sequence[int], root: Path) -
     if images is None:
         images = decode_images(files, f"Decoding TinyImageNet {part}")
         try:
-            _write_cache(cache, images)
-        except OSError as error:
+            cache.parent.mkdir(exist_ok=True)
+            write_atomically(cache, lambda file: np.save(file, images))
+        except (OSError, CheckpointError) as error:
             warnings.warn(f"TinyImageNet will be decoded again next time, no cache written: {error}", stacklevel=2)
         else:
             for stale in cache.parent.glob(f"{part}-*.npy"):
@@ -111,21 +113,6 @@ def _read_cache(cache: Path, count: int) -> np.ndarray | None:
     except (OSError, ValueError, EOFError):  # unreadable; damaged; truncated
         return None
     return images if images.dtype == np.uint8 and images.ndim == 4 and len(images) == count else None
-
-
-def _write_cache(cache: Path, images: np.ndarray) -> None:
-    """Write under a temporary name, flush, rename: a kill at any moment leaves no half file under the cache's name."""
-    cache.parent.mkdir(exist_ok=True)
-    temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, images)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, cache)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _install(root: Path, download: bool) -> None:

@@ -21,6 +21,7 @@ RUN_FILES = (
     "steps.jsonl",
     "start.json",
     "last.ckpt",
+    "diverged.json",
     "model.safetensors",
     "model-raw.safetensors",
     "model.json",

@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ except ImportError:  # Windows: nobody is kept out
     fcntl = None  # type: ignore[assignment] # a module in every other case
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot lock
 
 
 @contextmanager
@@ -95,7 +97,7 @@ def _lock(descriptor: int, folder: Path) -> None:
             "with --out"
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # file systems that cannot lock
+        if error.errno not in NO_LOCKS:
             raise CheckpointError(f"{folder} cannot be locked: {error.strerror}") from error
 
 
@@ -119,18 +121,22 @@ def holder(folder: Path) -> str | None:
 
 
 def can_lock(folder: Path) -> bool:
-    """Whether the file system of `folder`, which exists, knows locks; some that machines share do not."""
+    """Whether the file system of `folder`, which exists, knows locks; some that machines share do not.
+
+    Asked of a file as those that are locked: of a folder, a file system may answer otherwise.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
     if fcntl is None:
         return False
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pass
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise CheckpointError(f"{folder} cannot be written to: {error.strerror}") from error
     return True
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from certtrain.errors import UsageError, shown
-from certtrain.studies.finished import FinishedRun, digest, read_finished, require_same_images, runs_in
+from certtrain.studies.finished import FinishedRun, bounds_of, digest, read_finished, require_same_images, runs_in
 from certtrain.studies.groups import Group, differing_settings, grouped, in_a_grid, with_baselines
 from certtrain.studies.progress import is_finished
 from certtrain.studies.statistics import Interval, McNemar, image_interval, mcnemar, mean_interval
@@ -77,14 +77,15 @@ class Paired:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups at one radius on the same images.
+    """Groups at one radius, verified by the same bounds on the same images.
 
-    axes: of the grid that the groups are in, () without one; baseline: a group's name, or the choice along which groups
-    are paired; settings: of each key in which the groups' configurations differ, the value in each group; unfinished:
-    folders of runs that have no result yet.
+    bounds: the method, and the arithmetic that it is sound in; axes: of the grid that the groups are in, () without
+    one; baseline: a group's name, or the choice along which groups are paired; settings: of each key in which the
+    groups' configurations differ, the value in each group; unfinished: folders of runs that have no result yet.
     """
 
     eps: float
+    bounds: str
     split: str
     images: int
     confidence: float
@@ -110,6 +111,7 @@ class Comparison:
         """For a JSON file."""
         return {
             "eps": self.eps,
+            "bounds": self.bounds,
             "split": self.split,
             "images": self.images,
             "confidence": self.confidence,
@@ -149,14 +151,16 @@ def compare(
     Args:
         folders: run directories, or folders of them such as studies.
         eps: the radius; None: the one that the first run's summary is about.
-        method: the bounds, a cascade as "ibp,crown", of results that `verify` added; None: those of the summary first.
+        method: the bounds, a cascade as "ibp,crown", of results that `verify` added; None: those of the first run's
+            summary.
         metrics: of summary.json, besides the errors at `eps`; () for the errors and seconds.
         baseline: the group that the others are paired with, None for the first; or one choice of a study, such as
             "ibp" in a grid of methods and networks: each group is paired with that which differs in this choice alone.
 
     Raises:
         UsageError: there is no finished run; a metric that none reports; a baseline that is none of the groups, and no
-            choice, or one of two axes; runs that were not verified on the same images, or at `eps`.
+            choice, or one of two axes; runs that were not verified on the same images, at `eps`, by the same bounds
+            in the same arithmetic.
         CheckpointError: a file is missing or corrupt.
     """
     found = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
@@ -165,7 +169,7 @@ def compare(
         raise UsageError(f"none of the {len(found)} runs is finished: there is nothing to compare")
     runs: list[FinishedRun] = []
     for folder in finished:
-        runs.append(read_finished(folder, eps if eps is not None or not runs else runs[0].result["eps"], method))
+        runs.append(read_finished(folder, eps, method, like=runs[0] if runs else None))
     require_same_images(runs)
     axes, groups = in_a_grid(grouped(runs))
     baseline = groups[0].name if baseline is None else baseline
@@ -174,6 +178,7 @@ def compare(
     chosen_metrics = _chosen_metrics(runs, metrics)
     return Comparison(
         eps=runs[0].result["eps"],
+        bounds=bounds_of(runs[0].result),
         split=runs[0].split,
         images=runs[0].result["images"],
         confidence=confidence,

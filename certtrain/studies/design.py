@@ -184,7 +184,7 @@ def labels(keys: Sequence[str]) -> list[str]:
 def value_name(value: Any) -> str:
     """A value as part of a folder's name."""
     if isinstance(value, Mapping):
-        parts = [str(value["name"])] * ("name" in value)
+        parts = [str(value["name"])] if "name" in value else []
         return ",".join([*parts, *(f"{key}={value_name(inner)}" for key, inner in value.items() if key != "name")])
     if isinstance(value, list):
         return "+".join(map(value_name, value))

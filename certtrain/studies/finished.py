@@ -64,13 +64,18 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def read_finished(folder: Path, eps: float | None, method: str | None) -> FinishedRun:
+def read_finished(folder: Path, eps: float | None, method: str | None, like: FinishedRun | None = None) -> FinishedRun:
     """The run in `folder`, with its result at `eps` (None: the summary's) by `method` (None: any, the summary's first).
+
+    Args:
+        like: a run whose radius, bounds and arithmetic are asked for instead.
 
     Raises:
         UsageError: it has no such result.
         CheckpointError: a file is missing or corrupt.
     """
+    if like is not None:
+        eps, method = like.result["eps"], like.result["method"]
     config = stored_config(folder)
     summary = _json(folder / "summary.json")
     results = [*_results(folder / "summary.json", summary, config)]
@@ -84,12 +89,13 @@ def read_finished(folder: Path, eps: float | None, method: str | None) -> Finish
         if isinstance(at, int | float)
         and abs(result["eps"] - at) <= SAME_RADIUS
         and method in (None, result.get("method"))
+        and (like is None or result.get("arithmetic") == like.result.get("arithmetic"))
     ]
     if not asked:
-        there = ", ".join(sorted({f"{result['eps']:.5g} ({result['method']})" for result in results}))
-        wanted = f"epsilon {at}" + (f" by {method}" if method else "")
+        there = ", ".join(sorted({f"{result['eps']:.5g} ({bounds_of(result)})" for result in results}))
+        by = f" by {bounds_of(like.result)}, as {like.folder} was" if like else f" by {method}" if method else ""
         raise UsageError(
-            f"{folder} was not verified at {wanted}, but at {there}: certtrain verify {folder} --eps adds it"
+            f"{folder} was not verified at epsilon {at}{by}, but at {there}: certtrain verify {folder} --eps adds it"
         )
     result = asked[0]
     numbers = {key: float(value) for key, value in {**summary, **result}.items() if _is_number(value)}
@@ -102,6 +108,12 @@ def read_finished(folder: Path, eps: float | None, method: str | None) -> Finish
     ]
     epochs = read_records(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
     return FinishedRun(folder, config, result, numbers, verdicts[0] if verdicts else None, epochs)
+
+
+def bounds_of(result: Mapping[str, Any]) -> str:
+    """What verified it, in words: the method, and the arithmetic that it is sound in."""
+    arithmetic = result.get("arithmetic")
+    return f"{result['method']}, sound in {arithmetic}" if arithmetic else str(result["method"])
 
 
 def _results(file: Path, content: Mapping[str, Any], config: Config) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +15,13 @@ from certtrain.runs.directory import leaves
 from certtrain.studies.finished import FinishedRun
 from certtrain.studies.grid import Grid, read_grid
 
-MACHINE = (
+PLACES = ("root", "path", "download")  # of data
+MACHINE = {  # of a configuration, that do not make it another
     "seed",
-    "data.root",
-    "data.path",
-    "data.download",
     "model.path",
-)  # of a configuration, that do not make it another
+    *(f"{section}.{key}" for section in ("data", "replay.data") for key in PLACES),
+}
+START = "start_from.path"  # which may follow the seed
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,43 @@ class Group:
 
 
 def grouped(runs: Sequence[FinishedRun]) -> list[Group]:
-    members: dict[Any, list[FinishedRun]] = {}
+    groups: list[list[FinishedRun]] = []
+    alike: dict[Any, list[list[FinishedRun]]] = defaultdict(list)  # but for what they start from
     for run in runs:
         key = tuple((name, repr(value)) for name, value in _flat(run.config).items())
-        members.setdefault(key, []).append(run)
-    names = _names([group[0].folder for group in members.values()])
-    for group in members.values():
+        group = next((group for group in alike[key] if _start([*group, run]) is not None), None)
+        if group is None:
+            group = []
+            alike[key].append(group)
+            groups.append(group)
+        group.append(run)
+    names = _names([group[0].folder for group in groups])
+    for group in groups:
         seeds = [run.seed for run in group]
         if len(set(seeds)) < len(seeds):
             twice = [run.folder for run in group if seeds.count(run.seed) > 1]
             raise UsageError(f"{twice[0]} and {twice[1]} are the same configuration and seed: name one of them")
-    return [Group(name, group) for name, group in zip(names, members.values(), strict=True)]
+    return [Group(name, group) for name, group in zip(names, groups, strict=True)]
 
 
 def _flat(config: Config) -> dict[str, Any]:
     """The configuration, but for where things are and for the seed."""
     values = dict(leaves(config.model_dump(mode="json")))
-    return {key: value for key, value in values.items() if key not in MACHINE}
+    return {key: value for key, value in values.items() if key not in MACHINE and key != START}
+
+
+def _start(runs: Sequence[FinishedRun]) -> str | None:
+    """The one path that all start from, {seed} for each one's own; "" if they start anew, None if there is no such."""
+    starts = [run.config.start_from for run in runs]
+    paths = [re.split(r"([0-9]+)", "" if start is None else start.path) for start in starts]
+    if len({len(path) for path in paths}) > 1:
+        return None
+    seeds, found = tuple(str(run.seed) for run in runs), ""
+    for parts in zip(*paths, strict=True):
+        if len(set(parts)) > 1 and parts != seeds:
+            return None
+        found += parts[0] if len(set(parts)) == 1 else "{seed}"
+    return found
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -65,6 +87,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
     flat = [_flat(group.runs[0].config) for group in groups]
+    if _start([run for group in groups for run in group.runs]) is None:
+        flat = [values | {START: _start(group.runs) or None} for values, group in zip(flat, groups, strict=True)]
     keys = dict.fromkeys(key for values in flat for key in values)
     columns = {key: [values.get(key) for values in flat] for key in keys}
     return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}

@@ -55,11 +55,35 @@ class Deadline:
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that is over: its exit code, 0 if all went well and minus a signal's number, and what it has to say."""
+    """A process that is over: its exit code, 0 if all went well and minus a signal's number, and what it has to say.
+
+    asked: it ended after `Processes.end` had asked it to.
+    """
 
     name: str
     code: int
     message: str
+    asked: bool = False
+
+    @property
+    def left(self) -> bool:
+        """What it worked on is left as it is: it was to end, by this process or by a signal, or another is at it."""
+        asking = (signal.SIGTERM, signal.SIGINT)
+        return self.code == IN_USE or self._signal in asking or (self.asked and self._signal is not None)
+
+    @property
+    def crashed(self) -> bool:
+        """A signal ended it that does not ask: a fault of the memory, or whoever kills."""
+        return self.code < 0 and not self.left
+
+    @property
+    def reason(self) -> str:
+        """Why it did not go well, in words."""
+        return self.message or (f"ended by signal {-self.code}" if self.code < 0 else f"exit code {self.code}")
+
+    @property
+    def _signal(self) -> int | None:
+        return -self.code if self.code < 0 else self.code - 128 if self.code > 128 else None
 
 
 @dataclass
@@ -67,6 +91,7 @@ class _Started:
     process: Any  # of the chosen context
     slot: int
     messages: Connection
+    asked: bool = False  # to end
 
 
 class Processes:
@@ -118,6 +143,7 @@ class Processes:
     def end(self) -> list[Ended]:
         """Ask all to end, and kill those that have not after `kill_after` seconds."""
         for started in self._running.values():
+            started.asked = True
             started.process.terminate()
         until, ended = time.monotonic() + self._kill_after, []
         while self._running and time.monotonic() < until:
@@ -136,7 +162,7 @@ class Processes:
         except (EOFError, OSError):  # it was killed
             message = ""
         started.messages.close()
-        return Ended(name, started.process.exitcode, message)
+        return Ended(name, started.process.exitcode, message, started.asked)
 
 
 def threads_each(jobs: int) -> int:

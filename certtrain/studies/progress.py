@@ -17,6 +17,7 @@ from certtrain.runs.lock import LOCK
 from certtrain.runtime.files import parse_json
 from certtrain.studies.design import PlannedRun, cells_of
 
+DIVERGED = "diverged.json"  # in a run's folder: at which epsilon
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl in which the last epoch's record is looked for
 REFRESH = 2.0  # seconds between two looks
 
@@ -54,6 +55,11 @@ def look_at(run: PlannedRun, folder: Path) -> Progress:
 def is_finished(folder: Path) -> bool:
     """The summary is what a run writes last."""
     return (folder / "summary.json").is_file()
+
+
+def has_diverged(folder: Path) -> bool:
+    """Whether the loss became NaN or infinite when the run was trained last."""
+    return (folder / DIVERGED).is_file() and not is_finished(folder)
 
 
 def time_left(progress: Sequence[Progress], jobs: int) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +12,13 @@ from pathlib import Path
 from rich.console import Console
 
 from certtrain.config import Config
-from certtrain.errors import CheckpointError, UsageError, lines_of
+from certtrain.errors import CheckpointError, DivergedError, UsageError, lines_of
 from certtrain.runs.directory import differences, stored_config
 from certtrain.runs.lock import can_lock, holder
-from certtrain.runtime.files import make_folder
+from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.design import PlannedRun
-from certtrain.studies.processes import IN_USE, Deadline, Ended, Processes
-from certtrain.studies.progress import Display, is_finished
+from certtrain.studies.processes import Deadline, Ended, Processes
+from certtrain.studies.progress import DIVERGED, Display, is_finished
 
 LOOK_EVERY = 1.0  # seconds
 
@@ -45,8 +45,11 @@ class Outcome:
         return 128 + signal.SIGINT if self.interrupted else os.EX_TEMPFAIL if self.left or self.elsewhere else 0
 
 
-def require_fit(runs: Sequence[PlannedRun], folder: Path) -> list[str]:
+def require_fit(runs: Sequence[PlannedRun], folder: Path, free: Collection[str] = ()) -> list[str]:
     """What was trained before must be what the study says now.
+
+    Args:
+        free: keys that may differ.
 
     Returns:
         The folders of finished or unfinished runs that the study no longer names.
@@ -59,12 +62,12 @@ def require_fit(runs: Sequence[PlannedRun], folder: Path) -> list[str]:
         if not (folder / run.name / "config.yaml").exists():
             continue
         try:
-            different = differences(stored_config(folder / run.name), run.config)
+            found = differences(stored_config(folder / run.name), run.config)
         except CheckpointError as error:
             wrong.append(str(error))
             continue
-        if different:
-            wrong.append(f"{folder / run.name} no longer fits the study: {'; '.join(different.values())}")
+        if different := [text for key, text in found.items() if key not in free]:
+            wrong.append(f"{folder / run.name} no longer fits the study: {'; '.join(different)}")
     if wrong:
         remedy = f"{len(wrong)} of {len(runs)} runs: undo the change, move these folders away, or name another --out"
         raise UsageError(lines_of("\n".join([*wrong[:15], remedy])))
@@ -155,13 +158,10 @@ def _start_what_can_be(
 def _note(ended: Ended, folder: Path, outcome: Outcome, display: Display) -> None:
     if is_finished(folder / ended.name):
         display.tell(f"{ended.name}: finished")
-    elif ended.code in (IN_USE, 128 + signal.SIGTERM, -signal.SIGTERM):
-        pass  # another was quicker; or it was asked to end
-    else:
-        reason = ended.message or (f"ended by signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}")
+    elif not ended.left:
         log = folder / "logs" / f"{ended.name.replace('/', '--')}.log"
-        outcome.failed[ended.name] = reason
-        display.tell(f"{ended.name}: failed: {reason} ({log})")
+        outcome.failed[ended.name] = ended.reason
+        display.tell(f"{ended.name}: failed: {ended.reason} ({log})")
 
 
 @contextmanager
@@ -178,8 +178,17 @@ def interruptible() -> Iterator[None]:
 
 
 def train_run(config: Config, folder: Path, device: str) -> int:
-    """In a process of its own: train the run, or go on with it; the exit code."""
+    """In a process of its own: train the run, or go on with it; the exit code.
+
+    Raises:
+        DivergedError: the folder says so, too.
+    """
     from certtrain.runs.train import train
 
-    run = train(config, folder, resume=True, device=device, console=Console(width=120))
+    (folder / DIVERGED).unlink(missing_ok=True)
+    try:
+        run = train(config, folder, resume=True, device=device, console=Console(width=120))
+    except DivergedError as error:
+        write_json(folder / DIVERGED, {"eps": error.eps, "message": str(error)})
+        raise
     return 0 if run.summary is not None else 128 + (run.interrupted_by or 0)

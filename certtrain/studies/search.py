@@ -18,6 +18,8 @@ from certtrain.studies.design import Bases, Seeds, value_name
 from certtrain.studies.reading import list_or_mapping, read_section
 
 OBJECTIVES = ("natural_error", "pgd_error", "verified_error", "train_seconds", "verify_seconds")
+RADII = "verification.eps"  # or what it is where it is null
+OF_TRAINING = ("data.flip", "data.crop", "data.mean", "data.std")
 Objective = Annotated[str, AfterValidator(OneOf("objective", OBJECTIVES))]
 
 
@@ -104,12 +106,25 @@ class Tuning:
         Raises:
             UsageError: the changes do not go together.
         """
-        held_out = {"data.validation": self.file.validation, "verification.split": "validation"}
-        return self._config(changes, held_out)
+        return self._config(changes, self._held_out)
 
     def final_config(self, changes: Mapping[str, Any]) -> Config:
         """Trained on all training images, and tested."""
         return self._config(changes, {"data.validation": 0, "verification.split": "test"})
+
+    def asked_by(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """What a configuration with these changes is asked, which must be the same of all that are compared.
+
+        That is the images, the seed, the radii and how they are verified, each under its key.
+        """
+        config = self._config(self._held_out, changes)  # which would have the last word
+        values = dict(leaves(config.model_dump(mode="json")))
+        asked = {
+            key: value
+            for key, value in values.items()
+            if key == "seed" or (key.startswith(("data.", "verification.")) and key not in OF_TRAINING)
+        }
+        return asked | {RADII: config.test_radii}
 
     def base_settings(self) -> dict[str, Any] | None:
         """What `base` has at the keys that are searched, as Optuna knows it; None where that is not in the search."""
@@ -129,6 +144,10 @@ class Tuning:
                 settings[key] = same[0]
         return settings
 
+    @property
+    def _held_out(self) -> dict[str, Any]:
+        return {"data.validation": self.file.validation, "verification.split": "validation"}
+
     def _config(self, changes: Mapping[str, Any], last: Mapping[str, Any]) -> Config:
         source = {"base": list(self.file.base)}
         return load_config(source, [dict(self.file.overrides), *self.overrides, dict(changes), dict(last)], self.folder)
@@ -144,15 +163,21 @@ def load_tuning(path: Path, overrides: Sequence[str] = ()) -> Tuning:
     """Read a tuning file, and check every end and every choice of its search alone.
 
     Raises:
-        UsageError: one line per thing that is wrong.
+        UsageError: one line per thing that is wrong; among these are keys that decide what trials are judged by.
     """
     file = read_section(TuningFile, path)
     tuning = Tuning(file, path.parent, overrides)
-    wrong = []
+    wrong: list[str] = []
+    asked: dict[str, Any] = {}
     for key, value in [("", None), *_corners(file)]:
+        changes = {key: value} if key else {}
         try:
-            tuning.trial_config({key: value} if key else {})
-            tuning.final_config({key: value} if key else {})
+            tuning.trial_config(changes)
+            tuning.final_config(changes)
+            question = tuning.asked_by(changes)
+            asked = asked or question
+            if changed := [name for name in (*asked, *question) if question.get(name) != asked.get(name)]:
+                wrong.append(f"{path}: search.{key}: {_not_to_be_chosen(key, changed[0])}")
         except UsageError as error:
             wrong += [f"{path}: {key and f'search {key}={shown(value)}: '}{line}" for line in str(error).splitlines()]
             if not key:
@@ -163,6 +188,13 @@ def load_tuning(path: Path, overrides: Sequence[str] = ()) -> Tuning:
     if wrong:
         raise UsageError(lines_of("\n".join(dict.fromkeys(wrong))))
     return tuning
+
+
+def _not_to_be_chosen(key: str, asked: str) -> str:
+    reason = f"{asked} is part of what all trials are asked, and must be the same for all"
+    if asked == RADII and key.startswith("epsilon"):
+        return f"{reason}; not set, it is epsilon.max: set it, or search epsilon.train_factor"
+    return reason
 
 
 def _corners(file: TuningFile) -> list[tuple[str, Any]]:

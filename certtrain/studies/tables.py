@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from certtrain.studies.compare import Comparison, Paired, Spread, is_error
 from certtrain.studies.groups import Group
@@ -51,7 +52,8 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 
 def subtitle(comparison: Comparison) -> str:
     runs = sum(len(group.runs) for group in comparison.groups)
-    return f"{runs} runs, {comparison.images} {comparison.split} images, epsilon {comparison.eps:.5f}"
+    images = f"{comparison.images} {comparison.split} images"
+    return f"{runs} runs, {images}, epsilon {comparison.eps:.5f}, bounds by {comparison.bounds}"
 
 
 def _means(comparison: Comparison) -> Sheet:
@@ -199,7 +201,7 @@ def _of_columns(sheet: Sheet, columns: Sequence[int]) -> Sheet:
 def _width(console: Console, sheet: Sheet) -> int:
     """Of the columns, in characters, if there were room for all; title and note are wrapped."""
     table = _rich_table(replace(sheet, title="", note=""))
-    return console.measure(table, options=console.options.update_width(10_000)).maximum
+    return console.measure(table, options=console.options.update(width=10_000, markup=False)).maximum
 
 
 def _turned(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
@@ -209,7 +211,9 @@ def _turned(sheet: Sheet) -> tuple[list[str], list[list[str]]]:
 
 
 def _rich_table(sheet: Sheet) -> Table:
-    table = Table(title=sheet.title, caption=sheet.note or None, caption_justify="left")
+    # a print's markup=False reaches columns and cells, but not title and caption
+    title, note = Text(sheet.title, "table.title"), Text(sheet.note, "table.caption")
+    table = Table(title=title, caption=note if sheet.note else None, caption_justify="left")
     for number, column in enumerate(sheet.columns):
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     for cells in sheet.rows:

@@ -5,6 +5,7 @@ The test set is looked at once: by what was chosen, trained anew on the whole tr
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,21 @@ import numpy as np
 from rich.console import Console
 
 from certtrain.config import Config
-from certtrain.errors import CerttrainError, UsageError, optional_module, shortened
+from certtrain.errors import (
+    CerttrainError,
+    DivergedError,
+    UnsupportedOperation,
+    UsageError,
+    is_out_of_memory,
+    lines_of,
+    optional_module,
+    shortened,
+)
 from certtrain.runs.directory import differences, leaves, stored_config
-from certtrain.runs.lock import holder
+from certtrain.runs.lock import claimed, holder
 from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.design import Cell, PlannedRun, planned
-from certtrain.studies.processes import BROKEN, IN_USE, Deadline, Ended, Processes
+from certtrain.studies.processes import Deadline, Ended, Processes
 from certtrain.studies.runner import interruptible, train_all
 from certtrain.studies.search import Range, Tuning
 from certtrain.studies.trials import RECORD, Trial, Tuned, choose, tested_trials
@@ -26,7 +36,8 @@ from certtrain.studies.trials import RECORD, Trial, Tuned, choose, tested_trials
 STORAGE = "optuna.db"
 STUDY = "certtrain"  # its name in the storage
 SETTINGS = "settings"  # user attribute of a trial: the keys it changes, and to what
-PRUNED = 3  # exit code
+ERROR = "error"  # user attribute: why it has failed
+CRASHED = "crashed"  # user attribute: how a process that trained it has died
 BASE = "base"  # the cell of the settings that were there before
 LOOK_EVERY = 1.0  # seconds
 
@@ -162,9 +173,12 @@ def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) 
     optuna = optional_module("optuna", "tune")
     for begun in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         place = folder / trial_name(begun.number)
-        if trial_name(begun.number) in names or holder(place) is not None:
+        if trial_name(begun.number) in names or holder(_claim(folder, begun.number)) or holder(place):
             continue
-        config = _propose(tuning, study, optuna.trial.Trial(study, begun._trial_id))
+        try:
+            config = _propose(tuning, study, optuna.trial.Trial(study, begun._trial_id))
+        except optuna.exceptions.UpdateFinishedTrialError:
+            continue  # another has finished it since
         if config is None:
             continue
         if (place / "config.yaml").exists() and (different := differences(stored_config(place), config)):
@@ -179,16 +193,19 @@ def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) 
 
 def _propose(tuning: Tuning, study: Any, trial: Any) -> Config | None:
     """The configuration of a trial, which keeps what it was given before; None, and it has failed, if there is none."""
-    optuna = optional_module("optuna", "tune")
     study.sampler = _sampler(tuning, trial.number)
     settings = {key: _suggest(trial, key, tuning) for key in tuning.file.search}
     trial.set_user_attr(SETTINGS, settings)
     try:
         return tuning.trial_config(settings)
     except UsageError as error:  # each value is possible, but not all of them together
-        trial.set_user_attr("error", str(error))
-        study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        _fail(study, trial, error)
         return None
+
+
+def _fail(study: Any, trial: Any, reason: object) -> None:
+    trial.set_user_attr(ERROR, lines_of(reason))
+    study.tell(trial, state=optional_module("optuna", "tune").trial.TrialState.FAIL)
 
 
 def _sampler(tuning: Tuning, number: int) -> Any:
@@ -211,22 +228,31 @@ def _suggest(trial: Any, key: str, tuning: Tuning) -> Any:
 
 
 def _note(study: Any, ended: Ended, tell: Any) -> None:
+    """Tell what has become of a trial; one that is not over is tried again, but not where processes crash on it.
+
+    Raises:
+        CerttrainError: what went wrong is not for its settings, and the next trial would meet it, too.
+    """
     optuna = optional_module("optuna", "tune")
     number = int(ended.name.rpartition("/")[2])
-    if ended.code == 0:
-        tell(f"trial {number}: {', '.join(f'{value:.4f}' for value in study.trials[number].values)}")
-    elif ended.code == PRUNED:
-        tell(f"trial {number}: pruned")
-    elif ended.code == IN_USE or ended.code < 0 or ended.code > 128:
-        pass  # another was quicker; or it was ended, and goes on another time
-    elif ended.code == BROKEN or not ended.message:  # which the next trial would meet, too
-        raise CerttrainError(
-            f"the search stops at trial {number}, which the same command tries again: "
-            f"{ended.message or f'exit code {ended.code}'}"
-        )
-    else:
-        study.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-        tell(f"trial {number}: failed: {ended.message}")
+    trial = study.trials[number]
+    if not trial.state.is_finished() and ended.crashed:
+        begun = optuna.trial.Trial(study, trial._trial_id)
+        if CRASHED in trial.user_attrs:
+            _fail(study, begun, f"{ended.reason}, for the second time")
+            trial = study.trials[number]
+        else:
+            begun.set_user_attr(CRASHED, ended.reason)
+            tell(f"trial {number}: {ended.reason}: once more")
+    elif not trial.state.is_finished() and not ended.left:
+        raise CerttrainError(f"the search stops at trial {number}, which the same command tries again: {ended.reason}")
+    match trial.state.name:
+        case "COMPLETE":
+            tell(f"trial {number}: {', '.join(f'{value:.4f}' for value in trial.values)}")
+        case "PRUNED":
+            tell(f"trial {number}: pruned")
+        case "FAIL":
+            tell(f"trial {number}: failed: {trial.user_attrs[ERROR]}")
 
 
 def _shown(settings: Mapping[str, Any]) -> str:
@@ -236,23 +262,44 @@ def _shown(settings: Mapping[str, Any]) -> str:
 
 
 def train_trial(tuning: Tuning, folder: Path, number: int, config: Config, place: Path, device: str) -> int:
-    """In a process of its own: train a trial, report its epochs to the pruner, and tell the storage what came out."""
+    """In a process of its own: train a trial, report its epochs to the pruner, and tell the storage what came out.
+
+    What its settings lead to, a loss that is not finite or too little memory, is the trial's failure. Other errors are
+    faults of the machine: the trial stays to be tried again.
+    """
     optuna = optional_module("optuna", "tune")
+    from certtrain.runs.build import resolve_device
     from certtrain.runs.train import train
     from certtrain.studies.pruning import Pruner
 
+    resolve_device(device)  # or there is none, which no trial is to blame for
     study = open_study(tuning, folder)
-    trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
-    pruner = Pruner(trial, config)
-    callbacks = [] if tuning.file.pruning is None else [pruner]
-    run = train(config, place, resume=True, device=device, console=Console(width=120), callbacks=callbacks)
-    if pruner.pruned:
-        study.tell(number, state=optuna.trial.TrialState.PRUNED, skip_if_finished=True)
-        return PRUNED
-    if run.summary is None:
-        return 128 + (run.interrupted_by or 0)
-    study.tell(number, [run.summary[name] for name in tuning.file.objectives], skip_if_finished=True)
+    with claimed(_claim(folder, number)):
+        if study.trials[number].state.is_finished():  # by another, since it was proposed here
+            return 0
+        trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
+        pruner = None if tuning.file.pruning is None else Pruner(trial, config)
+        callbacks = [] if pruner is None else [pruner]
+        try:
+            run = train(config, place, resume=True, device=device, console=Console(width=120), callbacks=callbacks)
+        except Exception as error:
+            if not isinstance(error, DivergedError | UsageError | UnsupportedOperation) and not is_out_of_memory(error):
+                raise
+            traceback.print_exc()
+            _fail(study, trial, error)
+            return 0
+        if pruner is not None and pruner.pruned:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        elif run.summary is None:
+            return 128 + (run.interrupted_by or 0)
+        else:
+            study.tell(trial, [run.summary[name] for name in tuning.file.objectives])
     return 0
+
+
+def _claim(folder: Path, number: int) -> Path:
+    """A folder that is held by whoever trains a trial until the storage knows what came out: longer than the run's."""
+    return folder / "claims" / f"{number:04}"
 
 
 def _trials(study: Any) -> list[Trial]:

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given
 
 from certtrain.errors import CheckpointError, UsageError
-from certtrain.runtime.files import parse_json, write_text
+from certtrain.runs.directory import RUN_FILES, remove_temporaries
+from certtrain.runtime.files import parse_json, write_atomically, write_text
 from tests.commands import contents
 
 
@@ -50,6 +51,24 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path, monkeypatch, kind, th
     with pytest.raises(UsageError, match=f"is {kind}, not a file"):
         write_text(Path("link" if through_a_link else "there"), "text")
     assert seen(tmp_path) == before
+
+
+def test_two_who_write_one_file_at_once_both_succeed(tmp_path):
+    """As two machines with processes of one id may: the second begins, and ends, while the first writes."""
+
+    def write(file):
+        file.write(b"first")
+        write_text(tmp_path / "file", "second")
+        assert (tmp_path / "file").read_text() == "second"
+
+    write_atomically(tmp_path / "file", write)
+    assert contents(tmp_path) == {"file": b"first"}
+
+
+def test_what_a_killed_writer_has_left_is_found_by_its_name(tmp_path):
+    with pytest.raises(CheckpointError):  # it is gone
+        write_atomically(tmp_path / RUN_FILES[0], lambda _: remove_temporaries(tmp_path))
+    assert contents(tmp_path) == {}
 
 
 def test_behind_a_link_the_file_is_replaced_and_the_link_stays(tmp_path):

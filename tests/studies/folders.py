@@ -23,7 +23,19 @@ grid:
 """
 
 
-def write_run(folder, images, *, seed=0, eps=0.1, test_set="these", epochs=(), extra=None, **overrides):
+def write_run(
+    folder,
+    images,
+    *,
+    seed=0,
+    eps=0.1,
+    method="ibp",
+    arithmetic=None,
+    test_set="these",
+    epochs=(),
+    extra=None,
+    **overrides,
+):
     """A finished run whose images met the fates that the letters of `images` say, of `test_set`."""
     folder.mkdir(parents=True)
     config = load_config("digits", {"seed": seed, **overrides})
@@ -32,8 +44,8 @@ def write_run(folder, images, *, seed=0, eps=0.1, test_set="these", epochs=(), e
     proved, attacked, wrong = (images.count(letter) for letter in "pam")
     result = {
         "eps": eps,
-        "method": "ibp",
-        "arithmetic": None,
+        "method": method,
+        "arithmetic": arithmetic,
         "images": count,
         "natural_error": wrong / count,
         "pgd_error": (wrong + attacked) / count,
@@ -43,7 +55,9 @@ def write_run(folder, images, *, seed=0, eps=0.1, test_set="these", epochs=(), e
     summary = {**result, "split": split, "train_seconds": 10.0 + seed, "radii": [result], **(extra or {})}
     (folder / "summary.json").write_text(json.dumps(summary))
     sha256 = hashlib.sha256(test_set.encode()).hexdigest()
-    add_verdicts(folder, [Verdicts(split=split, sha256=sha256, eps=eps, method="ibp", arithmetic=None, images=images)])
+    add_verdicts(
+        folder, [Verdicts(split=split, sha256=sha256, eps=eps, method=method, arithmetic=arithmetic, images=images)]
+    )
     lines = [json.dumps({"epoch": epoch + 1, "verified_error": error}) for epoch, error in enumerate(epochs)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder

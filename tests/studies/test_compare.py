@@ -67,6 +67,44 @@ def test_differences_are_paired_by_seed_and_by_image(study):
     assert pair["over_images"]["low"] <= -0.2 <= pair["over_images"]["high"]
 
 
+@pytest.mark.parametrize(
+    "path", ["src/seed-{seed}", "src/eps-2/seed-{seed}", "{seed}/eps-2/net{seed}/last.ckpt", "src/seed-20", "10/{seed}"]
+)
+def test_runs_that_start_from_a_network_of_their_own_seed_are_one_configuration(tmp_path, path):
+    """Whatever other numbers the path holds; a second study starts from networks of another name."""
+    for name, changes in (("a", {}), ("b", {"optimizer.lr": 0.5})):
+        for seed in (0, 2, 10):
+            start = path.replace("{seed}", str(seed))
+            write_run(tmp_path / name / f"seed-{seed}", "p" * 5, seed=seed, **{"start_from.path": start}, **changes)
+            write_run(
+                tmp_path / f"{name}x" / f"seed-{seed}",
+                "p" * 5,
+                seed=seed,
+                **{"start_from.path": f"other/{start}"},
+                **changes,
+            )
+    found = compare([tmp_path])
+    assert [(group.name, len(group.runs)) for group in found.groups] == [("a", 3), ("ax", 3), ("b", 3), ("bx", 3)]
+    assert found.settings == {
+        "optimizer.lr": [found.groups[0].runs[0].config.optimizer.lr] * 2 + [0.5] * 2,
+        "start_from.path": [path, f"other/{path}"] * 2,
+    }
+    assert set(compare([tmp_path / "a", tmp_path / "b"]).settings) == {"optimizer.lr"}
+    assert set(compare([tmp_path / "a" / "seed-0", tmp_path / "b" / "seed-2"]).settings) == {"optimizer.lr"}
+
+
+def test_where_data_lie_makes_no_other_configuration(tmp_path):
+    for seed in (0, 1):
+        data = {"name": "mnist", "root": f"/scratch/{seed}", "download": bool(seed)}
+        write_run(
+            tmp_path / f"seed-{seed}",
+            "p",
+            seed=seed,
+            **{"replay": {"share": 0.5, "data": data}, "start_from.path": "a"},
+        )
+    assert len(compare([tmp_path / "seed-0", tmp_path / "seed-1"]).groups) == 1
+
+
 def test_only_what_differs_is_shown_and_the_baseline_can_be_chosen(study):
     found = compare([study], baseline="b_50%")
     assert found.settings == {"optimizer.lr": [0.002, 0.001]}
@@ -195,6 +233,20 @@ def test_a_result_of_other_bounds_can_be_asked_for(study):
     found = compare([study], method="ibp,crown")
     assert found.groups[0].values("verified_error") == [0.2] * 3
     assert found.paired[0].tests == {}  # those verdicts are of ibp
+    assert "bounds by ibp,crown" in sheets(found)[0].title
+
+
+def test_bounds_are_those_of_the_first_run_wherever_the_others_have_them(study):
+    """In its verify.json, with an arithmetic or without."""
+    ibp = {"eps": 0.1, "method": "ibp", "images": 10, "natural_error": 0.1, "pgd_error": 0.1, "verified_error": 0.3}
+    last = study / "b_50%" / "seed-2"
+    (last / "summary.json").write_text((last / "summary.json").read_text().replace('"ibp"', '"ibp,crown"'))
+    (last / "verify.json").write_text(
+        json.dumps({"split": "test", "radii": [{**ibp, "arithmetic": "float64", "verified_error": 0.4}, ibp]})
+    )
+    found = compare([study])
+    assert found.groups[1].values("verified_error") == pytest.approx([0.2, 0.2, 0.3])
+    assert sheets(found)[0].title.endswith("bounds by ibp")
 
 
 # --- what cannot be compared ------------------------------------------------------------------------------------------
@@ -212,7 +264,9 @@ def test_a_metric_that_no_run_reports(study):
         ({"test_set": "others"}, "the images, or their labels, are others"),
         ({"data.classes": [0, 1]}, "other classes of the data set"),
         ({"data.name": "mnist"}, "data set digits, and mnist"),
-        ({"eps": 0.2}, "was not verified at epsilon 0.1, but at 0.2"),
+        ({"eps": 0.2}, "was not verified at epsilon 0.1 by ibp, as {first} was, but at 0.2 (ibp)"),
+        ({"method": "ibp,crown"}, "was not verified at epsilon 0.1 by ibp, as {first} was, but at 0.1 (ibp,crown)"),
+        ({"arithmetic": "float32"}, "by ibp, as {first} was, but at 0.1 (ibp, sound in float32)"),
         (
             {"verification.split": "validation", "data.validation": 0.1},
             "verified on the test split, and on the validation",
@@ -224,8 +278,8 @@ def test_runs_on_other_images_or_at_another_radius(study, tmp_path, change, prob
     other = write_run(tmp_path / "other", **{"images": A[0], "seed": 0, **change})
     with pytest.raises(UsageError) as error:
         compare([study, other])
-    assert problem in str(error.value)
-    assert len(str(error.value)) <= 300 + 2 * len(str(tmp_path))
+    assert problem.format(first=study / "a" / "seed-0") in str(error.value)
+    assert len(str(error.value)) <= 300 + 3 * len(str(tmp_path))
 
 
 def test_validation_images_of_one_seed_are_the_same(tmp_path):
@@ -296,6 +350,14 @@ def test_a_terminal_shows_every_word_whole_in_as_few_tables_as_fit(rows, columns
     fewest = min(math.ceil(others / beside) for others in (columns - 1, rows))
     assert text.count("┏") == fewest
     assert text.count("what") == 1
+
+
+def test_brackets_are_shown_as_they_are():
+    text = "exp[lr][bold]"
+    console = Console(width=200, file=io.StringIO())
+    show(console, [Sheet(text, ["", "a[lr]", "b"], [["c[lr]", "d", "wider than the title"]], note=text)])
+    shown = console.file.getvalue()
+    assert (shown.count(text), shown.count("a[lr]"), shown.count("c[lr]")) == (2, 1, 1)
 
 
 def test_a_word_wider_than_the_terminal_is_folded():

@@ -146,6 +146,46 @@ def test_a_wrong_search_is_explained(written, text, message):
     assert message in str(error.value)
 
 
+ASKED = {  # which key is named, where several change
+    "seed: {low: 1, high: 3}": "seed",
+    "data.limit: [100, 200]": "data.limit",
+    "data.validation: [0.1, 0.2]": "data.validation",
+    "data.name: [digits, mnist]": "data.name",
+    "data.classes: [[0, 1], [0, 2]]": "data.classes",
+    "verification.pgd_steps: {low: 1, high: 9}": "verification.pgd_steps",
+    "verification.method: [ibp, crown-ibp]": "verification.method",
+    "verification.eps: [0.1, 0.2]": "verification.eps",
+    "verification: [{limit: 10}, {limit: 20}]": "verification.limit",
+    "epsilon: [{max: 0.1}, {max: 0.2}]": "verification.eps",
+    "epsilon.max: {low: 0.1, high: 0.2}": "verification.eps",
+}
+
+
+@pytest.mark.parametrize("space", ASKED)
+def test_what_trials_are_judged_by_is_not_searched(written, space):
+    with pytest.raises(UsageError) as error:
+        load_tuning(written(TUNING.replace("search:", f"search:\n  {space}")))
+    assert f": search.{space.partition(':')[0]}: {ASKED[space]} is part of what all trials are asked" in str(
+        error.value
+    )
+    assert ("set it, or search epsilon.train_factor" in str(error.value)) == ("max" in space)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        "epsilon.max: {low: 0.1, high: 0.2}",
+        "epsilon.train_factor: {low: 0.8, high: 1.2}",
+        "data.flip: [false, true]",
+        "data.crop: {low: 0, high: 2}",
+    ],
+)
+def test_what_is_trained_at_and_on_is_searched(written, space):
+    overrides = "overrides: {verification.eps: 0.1, verification.split: validation}"  # as a trial's is in any case
+    text = TUNING.replace("search:", f"search:\n  {space}") + overrides
+    assert space.partition(":")[0] in load_tuning(written(text)).file.search
+
+
 def test_trials_cannot_reach_the_test_set_and_what_is_tested_has_all_training_images(written):
     tuning = load_tuning(written(TUNING + "overrides: {verification.split: test, data.validation: 7}"))
     trial, final = tuning.trial_config({"optimizer.lr": 0.005}), tuning.final_config({"optimizer.lr": 0.005})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
+
 from certtrain.errors import FolderInUse, UsageError
-from certtrain.studies.processes import BROKEN, IN_USE, Processes
+from certtrain.studies.processes import BROKEN, IN_USE, Ended, Processes
 
 
 def succeed(device):
@@ -53,6 +55,38 @@ def test_each_says_how_it_ended(tmp_path):
     }
     assert (tmp_path / "logs" / "a--good.log").read_text() == "on cpu\n"
     assert (tmp_path / "logs" / "wrong.log").read_text() == "error: this is wrong\n"
+
+
+def turn_a_deaf_ear(ready, device):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.touch()
+    wait_for_ever(device)
+
+
+def test_what_is_killed_because_it_did_not_end_when_asked_has_not_failed(tmp_path):
+    with Processes(1, "cpu", tmp_path, kill_after=0.0) as processes:
+        processes.start("deaf", turn_a_deaf_ear, tmp_path / "ready")
+        while not (tmp_path / "ready").exists():
+            assert processes.wait(0.1) == []
+        (ended,) = processes.end()
+    assert (ended.code, ended.left, ended.crashed) == (-signal.SIGKILL, True, False)
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "left", "crashed"),
+    [
+        (0, True, False, False),
+        (1, True, False, False),
+        (IN_USE, False, True, False),
+        (-signal.SIGTERM, False, True, False),
+        (128 + signal.SIGINT, False, True, False),
+        (-signal.SIGSEGV, True, True, False),
+        (-signal.SIGSEGV, False, False, True),
+    ],
+)
+def test_what_ended_by_itself_is_told_from_what_was_left(code, asked, left, crashed):
+    ended = Ended("a", code, "", asked)
+    assert (ended.left, ended.crashed) == (left, crashed)
 
 
 def test_those_that_are_at_work_are_asked_to_end(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
 import random
 import re
 import signal
+import stat
 import subprocess
 import sys
 
@@ -18,8 +21,9 @@ from certtrain.errors import UsageError
 from certtrain.runs.lock import LOCK, can_lock, claimed, holder
 from certtrain.studies.compare import ERRORS, compare
 from certtrain.studies.design import load_study
-from certtrain.studies.progress import Display, Progress, look_at, time_left
-from certtrain.studies.runner import require_fit, train_all
+from certtrain.studies.processes import Ended
+from certtrain.studies.progress import Display, Progress, has_diverged, look_at, time_left
+from certtrain.studies.runner import Outcome, _note, require_fit, train_all
 from tests.commands import wait_until
 from tests.studies.folders import STUDY, pretend_finished
 
@@ -54,7 +58,24 @@ def test_a_lock_that_a_killed_process_has_left_holds_nobody_out(tmp_path):
     with claimed(tmp_path):
         assert f"process {os.getpid()}" in holder(tmp_path)
     assert holder(tmp_path) is None
-    assert can_lock(tmp_path)
+
+
+@pytest.mark.parametrize("reason", [None, errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_locks_no_files_is_told(tmp_path, monkeypatch, reason):
+    """Such as NFS without locks: of folders it may say otherwise."""
+    lock = fcntl.flock
+
+    def flock(file, operation):
+        if reason is not None and stat.S_ISREG(os.fstat(file if isinstance(file, int) else file.fileno()).st_mode):
+            raise OSError(reason, os.strerror(reason))
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert can_lock(tmp_path) == (reason is None)
+    output = io.StringIO()
+    train_all([], tmp_path, console=Console(file=output, width=200))
+    assert ("is on a file system without locks" in output.getvalue()) == (reason is not None)
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
 def test_no_time_leaves_everything_for_the_next_call(study_file, tmp_path):
@@ -62,6 +83,21 @@ def test_no_time_leaves_everything_for_the_next_call(study_file, tmp_path):
     outcome = train_all(study.runs, tmp_path / "out", budget=1e-9, console=QUIET)
     assert outcome.left == [run.name for run in study.runs]
     assert outcome.exit_code == os.EX_TEMPFAIL
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "failed"),
+    [
+        (-signal.SIGKILL, True, {}),  # by us, when the time was up
+        (-signal.SIGTERM, False, {}),
+        (-signal.SIGKILL, False, {"a/seed-0": "ended by signal 9"}),
+        (1, True, {"a/seed-0": "exit code 1"}),
+    ],
+)
+def test_what_was_ended_for_want_of_time_has_not_failed(tmp_path, code, asked, failed):
+    outcome = Outcome()
+    _note(Ended("a/seed-0", code, "", asked), tmp_path, outcome, Display(QUIET, [], tmp_path, jobs=1))
+    assert outcome.failed == failed
 
 
 def test_a_study_that_was_changed_says_which_runs_no_longer_fit(study_file, tmp_path):
@@ -173,5 +209,6 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(study_file, tmp_path):
     assert outcome.exit_code == 1
     assert outcome.finished == ["lr=0.03/seed-0"]
     assert "the loss is not finite" in outcome.failed["lr=1e+30/seed-0"]
+    assert [has_diverged(tmp_path / "out" / run.name) for run in study.runs] == [True, False]
     assert "the loss is not finite" in (tmp_path / "out" / "logs" / "lr=1e+30--seed-0.log").read_text()
     assert json.loads((tmp_path / "out" / "lr=0.03" / "seed-0" / "summary.json").read_text())["seed"] == 0

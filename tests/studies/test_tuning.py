@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
 from rich.console import Console
 
 from certtrain.config import load_config
-from certtrain.errors import CerttrainError, CheckpointError, UsageError
+from certtrain.errors import (
+    CerttrainError,
+    CheckpointError,
+    DataError,
+    DivergedError,
+    MissingDependency,
+    ProcessLost,
+    UnsupportedOperation,
+    UsageError,
+    lines_of,
+)
 from certtrain.runs.train import train
-from certtrain.studies.processes import BROKEN, Ended
+from certtrain.studies.processes import BROKEN, IN_USE, Ended
 from certtrain.studies.pruning import Pruner
 from certtrain.studies.search import load_tuning
 from certtrain.studies.trials import Trial, Tuned, choose, drawn, page_of
-from certtrain.studies.tuning import SETTINGS, _note, _propose, open_study
+from certtrain.studies.tuning import SETTINGS, _next_trial, _note, _propose, open_study, train_trial, trial_name
 from tests.commands import TINY, one_thread
 from tests.studies.folders import write_run
 
@@ -131,17 +146,111 @@ def test_a_storage_that_cannot_be_used_is_one_line(cli, tmp_path, storage):
 def test_a_trial_that_cannot_go_well_has_failed_and_what_is_broken_stops_the_search(tmp_path):
     (tmp_path / "search.yaml").write_text(SEARCH)
     study = open_study(load_tuning(tmp_path / "search.yaml"), tmp_path)
+    for number, (code, message) in enumerate(
+        [(BROKEN, "ImportError: no such module"), (1, "the disk is full"), (1, "")]
+    ):
+        study.ask()
+        with pytest.raises(CerttrainError, match=f"the search stops at trial {number}, .*: {message or 'exit code 1'}"):
+            _note(study, Ended(f"trials/{number:04}", code, message), print)
+    assert [trial.state.name for trial in study.get_trials()] == ["RUNNING"] * 3
+
+
+def allocating(elements):
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(elements)
+    return error.value
+
+
+OF_THE_SETTINGS = [
+    DivergedError("the loss is not finite", 0.1),
+    UsageError("the images are too small for the network"),
+    UnsupportedOperation("no rule for Softmax"),
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    allocating(2**50),
+]
+OF_THE_MACHINE = [
+    CheckpointError("could not write last.ckpt: no space left on device"),
+    DataError("CIFAR-10 is not in data"),
+    MissingDependency("no torchvision"),
+    ProcessLost("rank 1"),
+    OSError(errno.EIO, "input/output error"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+]
+
+
+def test_a_trial_fails_by_its_settings_and_is_left_by_a_fault_of_the_machine(tmp_path, monkeypatch):
+    tuning = load_tuning(written(tmp_path / "search.yaml", SEARCH))
+    study, config, told = open_study(tuning, tmp_path), tuning.trial_config({}), []
+    for number, error in enumerate([*OF_THE_SETTINGS, *OF_THE_MACHINE]):
+        study.ask()
+        monkeypatch.setattr("certtrain.runs.train.train", raising(error))
+        with pytest.raises(type(error)) if error in OF_THE_MACHINE else nullcontext():
+            assert train_trial(tuning, tmp_path, number, config, tmp_path / "run", "cpu") == 0
+            _note(study, Ended(trial_name(number), 0, ""), told.append)
+    assert told == [f"trial {number}: failed: {lines_of(error)}" for number, error in enumerate(OF_THE_SETTINGS)]
+    states = [trial.state.name for trial in study.get_trials()]
+    assert states == ["FAIL"] * len(OF_THE_SETTINGS) + ["RUNNING"] * len(OF_THE_MACHINE)
+    with pytest.raises(UsageError, match="is not to be had here"):
+        train_trial(tuning, tmp_path, len(states) - 1, config, tmp_path / "run", "cuda:99")
+    assert study.trials[-1].state.name == "RUNNING"
+
+
+def raising(error):
+    def train(*_, **__):
+        raise error
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("codes", "state"),
+    [
+        ([-signal.SIGKILL], "RUNNING"),
+        ([-signal.SIGKILL, -signal.SIGSEGV], "FAIL"),
+        ([-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT, IN_USE], "RUNNING"),
+    ],
+)
+def test_a_trial_on_which_processes_crash_is_not_tried_for_ever(tmp_path, codes, state):
+    study = open_study(load_tuning(written(tmp_path / "search.yaml", SEARCH)), tmp_path)
+    study.ask()
     told = []
-    for number in range(2):
-        study.ask()
-        _note(study, Ended(f"trials/{number:04}", 1, "the loss is not finite"), told.append)
-    assert [trial.state.name for trial in study.get_trials()] == ["FAIL", "FAIL"]
-    assert told == [f"trial {number}: failed: the loss is not finite" for number in range(2)]
-    for code, message in ((BROKEN, "ImportError: no such module"), (1, "")):
-        study.ask()
-        with pytest.raises(CerttrainError, match="the search stops at trial"):
-            _note(study, Ended(f"trials/{len(study.trials) - 1:04}", code, message), told.append)
-    assert [trial.state.name for trial in study.get_trials()[2:]] == ["RUNNING", "RUNNING"]
+    for code in codes:
+        _note(study, Ended(trial_name(0), code, ""), told.append)
+    assert study.trials[0].state.name == state
+    crashes = [
+        f"trial 0: {end}" for end in ("ended by signal 9: once more", "failed: ended by signal 11, for the second time")
+    ]
+    assert told == [
+        line for line, code in zip(crashes, codes, strict=False) if code in (-signal.SIGKILL, -signal.SIGSEGV)
+    ]
+
+
+def test_a_trial_belongs_to_one_process_until_the_storage_knows_what_came_out(tmp_path, monkeypatch):
+    """Between the end of the run and the news of it, and after, others do not train it again."""
+    tuning = load_tuning(written(tmp_path / "search.yaml", SEARCH.replace("trials: 2", "trials: 1")))
+    study = open_study(tuning, tmp_path)
+    number, config = _next_trial(tuning, study, tmp_path, [])
+    assert _next_trial(tuning, study, tmp_path, [])[0] == number  # nobody is at work in it
+    begun, tell, offered = study.get_trials(), optuna.study.Study.tell, []
+
+    def told_late(self, *arguments, **options):
+        offered.append(_next_trial(tuning, study, tmp_path, []))
+        return tell(self, *arguments, **options)
+
+    def trained(*_, **__):
+        return SimpleNamespace(summary={"verified_error": 0.25})
+
+    monkeypatch.setattr(optuna.study.Study, "tell", told_late)
+    monkeypatch.setattr("certtrain.runs.train.train", trained)
+    assert train_trial(tuning, tmp_path, number, config, tmp_path / "run", "cpu") == 0
+    assert offered == [None]
+    monkeypatch.setattr("certtrain.runs.train.train", raising(AssertionError("trained twice")))
+    assert train_trial(tuning, tmp_path, number, config, tmp_path / "run", "cpu") == 0
+    with monkeypatch.context() as patch:  # another was told that it had begun just before it was over
+        patch.setattr(study, "get_trials", lambda **_: begun)
+        assert _next_trial(tuning, study, tmp_path, []) is None
+    assert study.trials[number].values == [0.25]
 
 
 class Recorded:

@@ -10,7 +10,7 @@ from typing import Any
 
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.runtime.files import parse_json
-from certtrain.studies.progress import is_finished
+from certtrain.studies.progress import has_diverged, is_finished
 from certtrain.studies.scaling.design import Plan, Planned, require_comparable
 from certtrain.studies.scaling.fits import ISOFLOP, Approach, Foretold, Laws, Point, Resampled, bootstrap, foretold
 from certtrain.studies.scaling.joint import JOINT
@@ -20,7 +20,7 @@ APPROACHES: Mapping[str, Approach] = {"isoflop": ISOFLOP, "joint": JOINT}
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell, and the errors of its finished runs on `images` validation images, by seed."""
+    """A cell, and the errors of its finished runs on `images` validation images, by seed; 0 where all have diverged."""
 
     cell: Planned
     by_seed: Mapping[int, float]
@@ -35,8 +35,11 @@ class Measured:
         return sum(self.errors) / len(self.errors)
 
 
-def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path) -> list[Measured]:
+def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path, diverged: bool = False) -> list[Measured]:
     """The cells of which runs are finished, be it of one seed: a grid is of use before its last seed is trained.
+
+    Args:
+        diverged: whether runs that have diverged count, as ones that prove no image.
 
     Raises:
         CheckpointError: a summary is corrupt.
@@ -45,9 +48,12 @@ def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path) -> li
     for cell in cells:
         runs = {seed: folder / run.name for seed in seeds for run in cell.runs([seed])}
         summaries = {seed: _summary(run / "summary.json") for seed, run in runs.items() if is_finished(run)}
-        if summaries:
-            errors = {seed: summary["verified_error"] for seed, summary in summaries.items()}
-            found.append(Measured(cell, errors, next(iter(summaries.values()))["images"]))
+        errors = {seed: summary["verified_error"] for seed, summary in summaries.items()}
+        if diverged:
+            errors |= {seed: 1.0 for seed, run in runs.items() if has_diverged(run)}
+        if errors:
+            images = next((summary["images"] for summary in summaries.values()), 0)
+            found.append(Measured(cell, dict(sorted(errors.items())), images))
     return found
 
 

@@ -13,7 +13,9 @@ from rich.console import Console
 from certtrain.runs.build import load_data
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import make_folder, write_json
-from certtrain.studies.runner import Outcome, train_all
+from certtrain.studies.groups import MACHINE
+from certtrain.studies.progress import has_diverged, is_finished
+from certtrain.studies.runner import Outcome, require_fit, train_all
 from certtrain.studies.scaling.contrasts import Contrast, contrasts
 from certtrain.studies.scaling.cost import Counter
 from certtrain.studies.scaling.design import TUNING, Grid, Plan, Planned
@@ -53,15 +55,17 @@ def scale(
     device: str = "auto",
     console: Console | None = None,
     train: bool = True,
+    save: bool = True,
 ) -> Scaled:
     """Train the runs of a plan that are not finished, by `jobs` at a time, and write scaling.json to `folder`.
 
     Each cell is a folder of run directories, as a study's; a call that was ended goes on where it was. What is to be
-    tuned comes first, since the grid follows from it.
+    tuned comes first, since the grid follows from it; settings that diverge have been tried, with an error of 1.
 
     Args:
         budget: seconds, as of `certtrain.studies.runner.train_all`.
         train: False to fit to what is there.
+        save: False to write no scaling.json.
 
     Raises:
         UsageError: the plan cannot be carried out, or `folder` holds other runs.
@@ -70,17 +74,24 @@ def scale(
     count, seeds, outcome = counter_of(plan), plan.file.seeds, Outcome()
     plan.grid(count, None)  # what is wrong with it is said first
 
-    def finished(cells: Sequence[Planned], place: Path) -> list[Measured]:
-        """The cells that are, after they were trained as far as the time goes."""
+    def finished(cells: Sequence[Planned], place: Path, tries: bool = False) -> list[Measured]:
+        """The cells that are, after they were trained as far as the time goes; tries may also diverge."""
         nonlocal outcome
-        if train and cells and outcome.exit_code == 0:
+        runs = [run for seed in seeds for cell in cells for run in cell.runs([seed])]
+        require_fit(runs, place, free=MACHINE)
+        places = [place / run.name for run in runs]
+        over = all(is_finished(run) or (tries and has_diverged(run)) for run in places)
+        if train and not over and not (outcome.left or outcome.elsewhere or outcome.interrupted):
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            runs = [run for seed in seeds for cell in cells for run in cell.runs([seed])]
+            failed = outcome.failed
             outcome = train_all(runs, place, jobs=jobs, budget=left, device=device, console=console)
-        return measured(cells, seeds, place)
+            outcome.failed = failed | {
+                name: why for name, why in outcome.failed.items() if not (tries and has_diverged(place / name))
+            }
+        return measured(cells, seeds, place, diverged=tries)
 
     tuning = plan.tuning_cells(count)
-    tried = finished(tuning.cells, folder / TUNING)
+    tried = finished(tuning.cells, folder / TUNING, tries=True)
     all_tried = bool(tried) and finished_runs(tried) == len(tuning.cells) * len(seeds)
     rule = tuned_rule(tried) if all_tried else None
     grid = plan.grid(count, rule)
@@ -89,7 +100,7 @@ def scale(
     fits = [fitted for protocol in protocols for fitted in fit(plan, results, protocol)]
     differ = contrasts(results, plan.file.resamples)
     content = record(plan, count, rule, tried, results, fits, differ, grid.left_out, versions())
-    if results or tried:
+    if save and (results or tried):
         make_folder(folder)
         write_json(folder / RECORD, content)
     return Scaled(outcome, tuning, grid, tried, results, rule, fits, differ, content)

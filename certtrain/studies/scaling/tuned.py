@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from certtrain.errors import UsageError
 from certtrain.studies.scaling.design import Settings
 from certtrain.studies.scaling.fits import PowerLaw, power_law
 from certtrain.studies.scaling.results import Measured
@@ -36,13 +37,20 @@ class TunedRule:
 
 
 def tuned_rule(results: Sequence[Measured]) -> TunedRule:
-    """The rule of `TuningSection`, from its runs."""
+    """The rule of `TuningSection`, from its runs.
+
+    Raises:
+        UsageError: none of a width proves an image, as where all have diverged.
+    """
     best: dict[int, Measured] = {}
     for result in results:
         width = result.cell.width
         if width not in best or result.error < best[width].error:
             best[width] = result
     widths = sorted(best)
+    for width in widths:
+        if best[width].error >= 1:
+            raise UsageError(f"tuning: no run of width {width} proves an image: change lr, batch_size or budget there")
     chosen = {width: _tried(best[width]) for width in widths}
     tried = [_tried(result) for result in results]
     return TunedRule(

@@ -9,10 +9,14 @@ import shutil
 import numpy as np
 import pytest
 
+from certtrain.errors import CheckpointError, DivergedError, UsageError
+from certtrain.studies.progress import is_finished
+from certtrain.studies.runner import Outcome, train_run
 from certtrain.studies.scaling import recommend as recommendations
 from certtrain.studies.scaling import run as running
 from certtrain.studies.scaling.design import load_plan
 from certtrain.studies.scaling.run import scale
+from tests.commands import contents
 from tests.studies.scaling.test_design import written
 
 IMAGES, HELD_OUT = 1000, 500
@@ -181,6 +185,98 @@ def test_the_tuning_is_finished_with_its_last_seed(plan, scaled, folder):
     """Or the grid's settings would change while it is trained."""
     (folder / "tuning" / scaled.tried[-1].cell.name / "seed-1" / "summary.json").unlink()
     assert scale(plan, folder, train=False).rule is None
+
+
+class Trained:
+    """Stands for train_all: runs are finished at once, but for the combinations that `fate` says something else of."""
+
+    def __init__(self, fate):
+        self.fate, self.runs = fate, []
+
+    def __call__(self, runs, place, **_):
+        outcome = Outcome()
+        for run in runs:
+            if is_finished(place / run.name):
+                continue
+            self.runs.append(run.name)
+            end = self.fate(run)
+            if end is None:
+                pretend(place, run, error_of(run.config.model.options["width"], run.config.training.epochs))
+            elif isinstance(end, Exception):
+                (place / run.name).mkdir(parents=True, exist_ok=True)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr("certtrain.runs.train.train", raising(end))
+                    with pytest.raises(type(end)):
+                        train_run(run.config, place / run.name, "cpu")
+                outcome.failed[run.name] = str(end)
+            else:
+                getattr(outcome, end).append(run.name)
+        return outcome
+
+
+def raising(error):
+    def train(*_, **__):
+        raise error
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("end", "goes_on", "tuned"),
+    [
+        (None, True, True),
+        (DivergedError("the loss is not finite", 0.1), True, True),
+        (CheckpointError("the disk is full"), True, False),
+        ("left", False, False),
+    ],
+)
+def test_a_combination_that_diverges_has_been_tried(tmp_path, monkeypatch, end, goes_on, tuned):
+    """With an error of 1; a run that failed otherwise, or is left, has not."""
+    plan = load_plan(written(tmp_path, PLAN.replace("budgets: 4", "budgets: 1")))
+    bad = 4e-3
+    train_all = Trained(lambda run: end if run.name.startswith("tuning") and run.config.optimizer.lr == bad else None)
+    monkeypatch.setattr(running, "train_all", train_all)
+    scaled = scale(plan, tmp_path / "out")
+    assert any(name.startswith("kaplan") for name in train_all.runs) == goes_on
+    assert (scaled.rule is not None) == any(name.startswith("corrected") for name in train_all.runs) == tuned
+    assert (scaled.outcome.exit_code == 0) == tuned
+    if tuned and end is not None:
+        assert {settings.lr for settings in scaled.rule.best.values()} == {1e-3}
+        assert {error for each in scaled.tried if each.cell.tried.lr == bad for error in each.errors} == {1.0}
+    train_all.runs.clear()
+    assert (scale(plan, tmp_path / "out").rule is not None) == tuned
+    assert (train_all.runs == []) == tuned  # what has diverged is not tried again
+    assert (scale(plan, tmp_path / "out", train=False).rule is not None) == tuned
+
+
+def test_a_width_of_which_all_combinations_diverge_is_told(plan, tmp_path, monkeypatch):
+    diverged = DivergedError("the loss is not finite", 0.1)
+    monkeypatch.setattr(running, "train_all", Trained(lambda run: diverged if "w16" in run.name else None))
+    with pytest.raises(UsageError, match="no run of width 16 proves an image"):
+        scale(plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", ["--fit", "--show"])
+def test_runs_of_another_plan_are_neither_fitted_to_nor_shown(cli, folder, tmp_path, option):
+    written(tmp_path, PLAN.replace("milestones: []", "milestones: [1]"))
+    before = contents(folder)
+    outcome = cli("scale", tmp_path / "plan.yaml", "--out", folder, option)
+    assert (outcome.code, "no longer fits the study: optimizer.milestones is [] there" in outcome.err) == (2, True)
+    assert contents(folder) == before
+
+
+def test_runs_that_were_trained_where_data_lie_elsewhere_are_fitted_to(cli, folder, tmp_path):
+    written(tmp_path, PLAN.replace("resamples: 20", "resamples: 1"))
+    assert cli("scale", tmp_path / "plan.yaml", "--out", folder, "--fit", "data.root=/elsewhere").code == 0
+
+
+def test_to_show_a_plan_writes_nothing(cli, folder, tmp_path):
+    written(tmp_path, PLAN.replace("resamples: 20", "resamples: 1"))
+    (folder / "scaling.json").write_text("of another time")
+    before = contents(folder)
+    outcome = cli("scale", tmp_path / "plan.yaml", "--out", folder, "--show")
+    assert (outcome.code, "cells for each seed" in outcome.out) == (0, True)
+    assert contents(folder) == before
 
 
 def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
