@@ -55,9 +55,6 @@ def test_it_is_found_and_the_path_is_as_before(cli, network, tmp_path, monkeypat
     outcome = cli("verify", tmp_path / "run", "--limit", 5, "--trust-model")
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads((tmp_path / "run" / "verify.json").read_text())["images"] == 5
-    file = tmp_path / "certificates.parquet"
-    assert cli("verify", tmp_path / "run", "--limit", 5, "--certificates", file, "--trust-model").code == 0
-    assert str(folder).encode() not in file.read_bytes(), "certificates do not tell where things lie"
     assert sys.path == before
 
 

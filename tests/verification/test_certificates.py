@@ -62,6 +62,13 @@ def test_every_certificate_holds_and_the_counts_are_the_verifiers(cli, certified
     assert "PARTIAL" not in outcome.out
 
 
+def test_certificates_do_not_tell_where_things_lie(certified):
+    """Neither of the machine's folders nor of the run's."""
+    run, file = certified
+    assert str(run.parent).encode() not in file.read_bytes()
+    assert not {"root", "path"} & read_certificates(file).header.config["data"].keys()
+
+
 def test_attacks_are_within_the_radius_and_misclassified(certified):
     run, file = certified
     model = certtrain.load_model(run)
