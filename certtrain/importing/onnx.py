@@ -1,9 +1,13 @@
-"""Networks in ONNX as torch modules that bounds can follow. onnx2torch knows the operators; shapes are settled here."""
+"""Networks in ONNX as torch modules that bounds can follow. onnx2torch knows the operators; shapes are settled here.
+
+onnx2torch overlooks attributes that it does not know: what it makes is held against the file, as a runtime computes it.
+"""
 
 from __future__ import annotations
 
 import gzip
 import importlib
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,19 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from certtrain.bounds.recording import agree, probes
 from certtrain.errors import DataError, MissingDependency, UnsupportedOperation, optional_module
 
 EXTRA = "onnx"
 NEWEST = 17  # version of the operators
+FLOAT = 1  # ONNX's number of float32
 
 
 @dataclass(frozen=True, eq=False)
 class OnnxNetwork:
-    """module: takes (B, *input_shape), in eval mode; run: outputs of one input by onnxruntime, None without it."""
+    """module: takes (B, *input_shape), in eval mode; run: outputs (1, ...) of one input (1, *input_shape) by
+    onnxruntime, without which by the slow reference that comes with onnx."""
 
     module: nn.Module
     input_shape: tuple[int, ...]
-    run: Callable[[Tensor], Tensor] | None
+    run: Callable[[Tensor], Tensor]
 
 
 def import_onnx(file: Path) -> OnnxNetwork:
@@ -34,8 +41,9 @@ def import_onnx(file: Path) -> OnnxNetwork:
 
     Raises:
         MissingDependency: onnx or onnx2torch is not installed.
-        DataError: the file cannot be read, or is no network of that kind.
-        UnsupportedOperation: it has operators that cannot be imported; names them.
+        DataError: the file cannot be read, or is no network of that kind, in float32.
+        UnsupportedOperation: it has operators that cannot be imported, and are named, or as a module computes
+            something else.
     """
     onnx, onnx2torch = optional_module("onnx", EXTRA), optional_module("onnx2torch", EXTRA)
     try:
@@ -46,27 +54,42 @@ def import_onnx(file: Path) -> OnnxNetwork:
         raise DataError(f"{file} cannot be read: {_one_line(error)}") from error
     except Exception as error:  # protobuf's and onnx's own, which depend on its version
         raise DataError(f"{file} is no network in ONNX: {_one_line(error)}") from error
-    shape = _input_shape(model, file)
+    name, shape = _input(model, file)
     network, model = model, _in_known_version(_with_plain_constants(model))
     _require_known_operators(model, file)
     try:
         module = _settled(onnx2torch.convert(model).eval().float(), shape)
-    except Exception as error:  # of onnx2torch, for a network that it did not foresee: of any type
+        run = _evaluator(network, name)
+        same = _computes_the_same(module, run, shape)
+    except Exception as error:  # of onnx2torch or a runtime, for a network that it did not foresee: of any type
         raise UnsupportedOperation(f"{file} cannot be imported: {_one_line(error)}") from error
-    return OnnxNetwork(module, shape, _onnxruntime(network))
+    if not same:
+        raise UnsupportedOperation(
+            f"{file} cannot be imported: onnx2torch makes a network of it that computes otherwise"
+        )
+    return OnnxNetwork(module, shape, run)
 
 
-def _input_shape(model: Any, file: Path) -> tuple[int, ...]:
-    """That of one input, without the batch axis."""
+def _input(model: Any, file: Path) -> tuple[str, tuple[int, ...]]:
+    """The name of the one input, and its shape without the batch axis."""
     constants = {constant.name for constant in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1 or len(model.graph.output) != 1:
         raise DataError(f"{file} has {len(inputs)} inputs and {len(model.graph.output)} outputs, not one of each")
+    for value in (inputs[0], model.graph.output[0]):
+        kind = value.type.tensor_type.elem_type
+        if kind != FLOAT:
+            raise DataError(f"{file}: {value.name} is {_type_name(kind)}: only networks in float32 can be imported")
     batch, *sizes = [axis.dim_value for axis in inputs[0].type.tensor_type.shape.dim] or [0]
     if batch > 1 or not sizes or not all(size > 0 for size in sizes):
         shown = "x".join(str(size or "?") for size in (batch, *sizes))
         raise DataError(f"{file} takes an input of shape {shown}: expected a batch axis, of 1 or any size, and others")
-    return tuple(sizes)
+    return inputs[0].name, tuple(sizes)
+
+
+def _type_name(kind: int) -> str:
+    name: str = importlib.import_module("onnx").TensorProto.DataType.Name(kind)
+    return name.lower()
 
 
 def _with_plain_constants(model: Any) -> Any:
@@ -161,19 +184,28 @@ def _settled(module: fx.GraphModule, input_shape: Sequence[int]) -> nn.Module:
     return settled.eval()
 
 
-def _onnxruntime(model: Any) -> Callable[[Tensor], Tensor] | None:
+def _evaluator(model: Any, name: str) -> Callable[[Tensor], Tensor]:
     try:
         onnxruntime = optional_module("onnxruntime", EXTRA)
     except MissingDependency:
-        return None
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+        session = importlib.import_module("onnx.reference").ReferenceEvaluator(model)
+    else:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:
         (output,) = session.run(None, {name: np.ascontiguousarray(x.detach().cpu().float().numpy())})
         return torch.from_numpy(np.array(output))
 
     return run
+
+
+@torch.no_grad()
+def _computes_the_same(module: nn.Module, run: Callable[[Tensor], Tensor], input_shape: Sequence[int]) -> bool:
+    """As the file, on single images of either sign: both in float32, whose sums are taken in other orders."""
+    example = torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape)
+    images = probes(example).split(1)
+    found, expected = (torch.cat([compute(image) for image in images]) for compute in (module, run))
+    return agree(found, expected, relative=1e-4, absolute=1e-5)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import gzip
+import sys
 
 import numpy as np
 import onnx
+import onnx2torch
 import onnxruntime
 import pytest
 import torch
@@ -37,13 +39,13 @@ def test_a_network_that_was_exported_comes_back(build, tmp_path):
         torch.testing.assert_close(margins, expected, rtol=1e-4, atol=1e-4)
 
 
-def network(nodes, shape, constants, opset, output=(1, 3)):
+def network(nodes, shape, constants, opset, output=(1, 3), kind=TensorProto.FLOAT):
     """An ONNX model of `nodes`, whose last result is the output."""
     graph = helper.make_graph(
         nodes,
         "graph",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, output)],
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_tensor_value_info(nodes[-1].output[0], kind, output)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
@@ -102,6 +104,70 @@ def test_networks_as_others_write_them(spelling, opset, tmp_path):
     for _ in range(20):
         logits = found.module(box.lower + torch.rand_like(images) * (box.upper - box.lower))
         assert (logits.gather(1, labels[:, None]) - logits >= margins - 1e-5).all()
+
+
+RUNTIMES = pytest.mark.parametrize("runtime", ["onnxruntime", "the reference of onnx"])
+
+
+def choose(runtime, monkeypatch):
+    if runtime != "onnxruntime":
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+
+@RUNTIMES
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_what_runs_is_what_the_file_says_whatever_runs_it(spelling, runtime, tmp_path, monkeypatch):
+    nodes, constants = SPELLINGS[spelling]
+    model, image = network(nodes, (1, 3, 2, 2), constants, 13), torch.rand(1, 3, 2, 2)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    (expected,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": image.numpy()})
+    choose(runtime, monkeypatch)
+    np.testing.assert_allclose(import_onnx(tmp_path / "m.onnx").run(image).numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "attributes"), [(9, {}), (8, {"output_shape": [8, 8]})])
+def test_an_attribute_that_onnx2torch_overlooks_is_noticed(size, attributes, tmp_path):
+    nodes = [node("ConvTranspose", ["x", "k"], "y", strides=[2, 2], **attributes)]
+    kernel, file = RANDOM.standard_normal((3, 2, 3, 3), np.float32), tmp_path / "m.onnx"
+    file.write_bytes(network(nodes, (1, 3, 4, 4), {"k": kernel}, 13, (1, 2, size, size)).SerializeToString())
+    if not attributes:
+        assert import_onnx(file).module(torch.rand(1, 3, 4, 4)).shape == (1, 2, size, size)
+        return
+    with pytest.raises(UnsupportedOperation, match=r"m\.onnx cannot be imported: .* computes otherwise"):
+        import_onnx(file)
+
+
+@RUNTIMES
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_any_weight_that_is_another_one_is_noticed(spelling, runtime, tmp_path, monkeypatch):
+    """By a hundredth of the largest in its tensor, whichever tensor that is."""
+    nodes, constants = SPELLINGS[spelling]
+    (tmp_path / "m.onnx").write_bytes(network(nodes, (1, 3, 2, 2), constants, 13).SerializeToString())
+    choose(runtime, monkeypatch)
+    convert = onnx2torch.convert
+
+    def tampered(which):
+        def converted(model):
+            module = convert(model)
+            weights = [t for t in module.state_dict().values() if t.is_floating_point()]
+            weights[which].add_(0.01 * weights[which].abs().max())
+            return module
+
+        return converted
+
+    floats = [t for t in convert(onnx.load(tmp_path / "m.onnx")).state_dict().values() if t.is_floating_point()]
+    for which in range(len(floats)):
+        monkeypatch.setattr(onnx2torch, "convert", tampered(which))
+        with pytest.raises(UnsupportedOperation, match="computes otherwise"):
+            import_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", [TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.INT64])
+def test_networks_of_other_precisions_are_refused_by_name(kind, tmp_path):
+    model = network([node("Relu", ["x"], "y")], (1, 3), {}, 14, kind=kind)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(DataError, match=f"x is {TensorProto.DataType.Name(kind).lower()}: only networks in float32"):
+        import_onnx(tmp_path / "m.onnx")
 
 
 def test_operators_that_cannot_be_imported_are_named_all_at_once(tmp_path):
