@@ -34,7 +34,8 @@ def load_weights(model: nn.Module, file: Path) -> None:
         file: .safetensors, or what torch.save wrote, of which only tensors are read.
 
     Raises:
-        CheckpointError: the file cannot be read, or its layers are not those of `model`; says which.
+        CheckpointError: the file cannot be read, does not tell the order of its layers, or they are not those of
+            `model`; says which.
     """
     weights = _without_prefix(_read(file))
     own = model.state_dict()
@@ -92,6 +93,7 @@ def _by_position(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
     given, wanted = _layers(weights), _layers(model.state_dict())
     _require_same_normalization(given, wanted, file)
     given, wanted = ({name: of for name, of in layers.items() if not _normalizes(of)} for layers in (given, wanted))
+    given = _in_order(given, file)
     if len(given) != len(wanted):
         raise CheckpointError(f"{file} has {len(given)} layers with weights, the model has {len(wanted)}")
     for (source, layer), (target, own) in zip(_without_cancelled_biases(given).items(), wanted.items(), strict=True):
@@ -109,13 +111,26 @@ def _in_type_of(own: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _layers(weights: Mapping[str, Tensor]) -> dict[str, Layer]:
-    """What belongs together: by position where names are positions, else in the order of the file."""
+    """What belongs together, in the order of the file."""
     layers: dict[str, Layer] = {}
     for name, tensor in weights.items():
         owner, _, last = name.rpartition(".")
         layers.setdefault(owner, {})[last] = tensor
-    positions = {name: [int(number) for number in re.findall(r"\d+", name)] for name in layers}
-    return dict(sorted(layers.items(), key=lambda item: positions[item[0]])) if all(positions.values()) else layers
+    return layers
+
+
+def _in_order(layers: Mapping[str, Layer], file: Path) -> dict[str, Layer]:
+    """By position where names differ by that alone, else as the program that wrote the file has listed them."""
+    alike = {re.sub(r"\d+", "0", name): name for name in layers}
+    if len(alike) == 1:
+        return dict(sorted(layers.items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])]))
+    if alike and file.suffix == ".safetensors":  # sorted by name
+        named = " and ".join(f"{name:.60}" for name in list(alike.values())[:2])
+        raise CheckpointError(
+            f"{file} does not tell whether {named} comes first: safetensors keep no order, "
+            "save the state dict by torch.save"
+        )
+    return dict(layers)
 
 
 def _normalizes(layer: Layer) -> bool:

@@ -60,6 +60,37 @@ PROGRAMS = {
 }
 
 
+class Named(nn.Module):
+    """Layers under several names, one after the other."""
+
+    def __init__(self, layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+def numbered(layers):
+    """conv1, bn1, relu1, conv2, ..., fc2: each kind counted on its own."""
+    kinds = {nn.Conv2d: "conv", nn.BatchNorm2d: "bn", nn.BatchNorm1d: "norm", nn.Linear: "fc"}
+    names = [kinds.get(type(layer), type(layer).__name__.lower()) for layer in layers]
+    return Named({f"{name}{1 + names[:i].count(name)}": layers[i] for i, name in enumerate(names)})
+
+
+SEVERAL_NAMES = {
+    "features and classifier": lambda layers: Named(
+        {"features": nn.Sequential(*layers[:-4]), "classifier": nn.Sequential(*layers[-4:])}
+    ),
+    "body and a head before it by name": lambda layers: Named({"body": nn.Sequential(*layers[:-1]), "a": layers[-1]}),
+    "blocks, and layers behind them": lambda layers: nn.Sequential(nn.Sequential(*layers[:5]), *layers[5:]),
+    "numbered by kind": numbered,
+}
+
+
 def own(size: int = 16, **options) -> nn.Module:
     """The same network of certtrain."""
     options = {"width": 3, "linear_width": 16} | options
@@ -86,6 +117,25 @@ def test_a_network_of_another_program_computes_the_same_here(program, suffix, si
     model = own(size, batch_norm=batch_norm)
     load_weights(model, file)
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("names", SEVERAL_NAMES)
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_layers_under_several_names_are_in_the_order_of_the_file_or_refused(names, suffix, batch_norm, tmp_path):
+    torch.manual_seed(0)
+    options = {"width": 3, "linear_width": 18}
+    other = randomized(SEVERAL_NAMES[names](published(linear=18, classes=18, batch_norm=batch_norm))).eval()
+    model = build_model("cnn7", (3, 16, 16), 18, options={**options, "batch_norm": batch_norm}).eval()
+    images, file = torch.rand(4, 3, 16, 16), tmp_path / f"net{suffix}"
+    if suffix == ".pth":
+        torch.save(other.state_dict(), file)
+        load_weights(model, file)
+        torch.testing.assert_close(model(images), other(images), rtol=1e-4, atol=1e-4)
+        return
+    safetensors.torch.save_file(other.state_dict(), file)
+    with pytest.raises(CheckpointError, match=r"does not tell whether .* comes first: .* by torch\.save"):
+        load_weights(model, file)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
