@@ -168,6 +168,7 @@ class _Image:
     label: int
     lower: Tensor  # (K,), of the classes without a tree
     undecided: Tensor  # neurons, positions
+    roots: list[_Domain] = field(default_factory=list)  # those that are not bounded yet, of classes without a proof
     waiting: list[_Domain] = field(default_factory=list)
     leaves: list[_Domain] = field(default_factory=list)
     slopes: _Slopes = field(default_factory=_Slopes)  # of the undecided neurons, of these domains
@@ -184,7 +185,7 @@ class _Image:
         self.forget()
 
     def forget(self) -> None:
-        self.waiting, self.leaves, self.slopes = [], [], _Slopes()
+        self.roots, self.waiting, self.leaves, self.slopes = [], [], [], _Slopes()
 
 
 def branch_and_bound(
@@ -216,7 +217,7 @@ def settle(
 ) -> Iterator[tuple[int, Outcome]]:
     """`branch_and_bound`, of which each image's outcome comes, with its position, as soon as it is known."""
     points = record.boxes[0] if points is None else points
-    return _Run(model, record.detach(), labels, margins.detach(), search, points).outcomes()
+    return _Run(model, record.detach(), labels, no_nan(margins.detach(), labels), search, points).outcomes()
 
 
 @torch.no_grad()
@@ -241,42 +242,30 @@ class _Run:
         self.images = [
             _Image(i, int(labels[i]), margins[i].clone(), undecided[i].nonzero()[:, 0]) for i in range(len(labels))
         ]
-        self.roots: list[Node] = []
-        unproved = (margins <= 0).scatter(1, labels[:, None], False).nonzero().tolist()
-        if not unproved:
-            return
+        unproved = (margins <= 0).scatter(1, labels[:, None], False)
         empty = np.zeros(0, margins.cpu().numpy().dtype)
-        for i, j in unproved:
-            root = _Domain(float(margins[i, j]), next(self.counter), j, (), 0, empty)
-            self.roots.append((self.images[i], root))
-        slopes = self._batch(self.roots).initial_slopes()
-        for (image, root), start in zip(self.roots, slopes, strict=True):
-            root.slopes = image.slopes.put(start[image.undecided])
-            image.waiting.append(root)
-        if self._bytes() > search.max_memory:
-            raise UsageError(
-                f"max_memory: the first domains of {len(labels)} images take {self._bytes():,} bytes already"
-            )
-        for image in self.images:
-            image.waiting.clear()
+        for i, j in unproved.nonzero().tolist():
+            self.images[i].roots.append(_Domain(float(margins[i, j]), next(self.counter), j, (), 0, empty))
+        needed = sum(len(image.roots) * self._domain_bytes(image) for image in self.images)
+        if needed > search.max_memory:
+            raise UsageError(f"max_memory: the first domains of {len(labels)} images take {needed:,} bytes already")
+        asked = [(image, image.roots[0]) for image in self.images if image.roots]
+        slopes = self._batch(asked).initial_slopes() if asked else ()
+        self.initial = {image.position: start[image.undecided] for (image, _), start in zip(asked, slopes, strict=True)}
 
     def outcomes(self) -> Iterator[tuple[int, Outcome]]:
-        size = self.search.domains
-        for start in range(0, len(self.roots), size):
-            self._timed(self._bound_roots, self.roots[start : start + size])
         searched = list(self.images)
         while searched:
+            self._end_some(searched)
             for image in searched:
-                if image.verdict is None and not image.waiting:
-                    image.verdict = Verdict.PROVED
                 if image.verdict is not None:
                     yield image.position, self._outcome(image)
                     image.forget()
             searched = [image for image in searched if image.verdict is None]
-            chosen = self._chosen()
-            if chosen:
-                self._timed(self._round, chosen)
-                self._stop_some()
+            if roots := self._next_roots(searched):
+                self._timed(self._bound_roots, roots)
+            elif searched:
+                self._timed(self._round, self._chosen(searched))
 
     def _timed(self, step: Callable[[Sequence[Node]], None], nodes: Sequence[Node]) -> None:
         """The time of a step is shared by the images of its domains."""
@@ -286,10 +275,18 @@ class _Run:
         for image, _ in nodes:
             image.seconds += seconds
 
-    def _chosen(self) -> list[Node]:
+    def _next_roots(self, searched: Sequence[_Image]) -> list[Node]:
+        roots: list[Node] = []
+        for image in searched:
+            count = self.search.domains - len(roots)
+            roots += [(image, root) for root in image.roots[:count]]
+            image.roots = image.roots[count:]
+        return roots
+
+    def _chosen(self, searched: Sequence[_Image]) -> list[Node]:
         """The worst domain of each image, in turn, until there are enough."""
         chosen: list[Node] = []
-        active = [image for image in self.images if image.verdict is None and image.waiting]
+        active = list(searched)
         while active and len(chosen) < self.search.domains:
             for image in active:
                 if len(chosen) < self.search.domains:
@@ -362,6 +359,8 @@ class _Run:
         ]
 
     def _bound_roots(self, roots: Sequence[Node]) -> None:
+        for image, root in roots:
+            root.slopes = image.slopes.put(self.initial[image.position])
         self._bound(roots)
         self._release(roots)
 
@@ -452,23 +451,28 @@ class _Run:
         """Of the undecided neurons -> of all; those of the others have no effect."""
         return slopes.new_zeros(self.neurons.total).scatter(0, image.undecided, slopes)
 
-    def _stop_some(self) -> None:
-        """Give up images whose time is over, and the one that keeps most domains while there are too many."""
-        for image in self.images:
-            if image.verdict is None and image.waiting and image.seconds > self.search.timeout:
+    def _end_some(self, searched: Sequence[_Image]) -> None:
+        """Those that are proved, or whose time is over; and of the others the largest, while there is too much."""
+        for image in searched:
+            if image.verdict is None and not image.roots and not image.waiting:
+                image.verdict = Verdict.PROVED
+            elif image.verdict is None and image.seconds > self.search.timeout:
                 image.verdict = Verdict.TIMEOUT
-            if image.verdict is not None:
+        kept = {image.position: self._bytes(image) for image in searched if image.verdict is None}
+        while sum(kept.values()) > self.search.max_memory:
+            largest = max(kept, key=kept.__getitem__)
+            self.images[largest].verdict = Verdict.MEMORY
+            del kept[largest]
+        for image in searched:
+            if image.verdict not in (None, Verdict.PROVED):
                 image.give_up()
-        while self._bytes() > self.search.max_memory:
-            largest = max(self.images, key=lambda image: len(image.waiting))
-            largest.verdict = Verdict.MEMORY
-            largest.give_up()
 
-    def _bytes(self) -> int:
-        """What waiting domains take, and leaves that are kept."""
-        size = self.record.boxes[0].like.element_size()
-        kept = ((len(image.waiting) + len(image.leaves), len(image.undecided)) for image in self.images)
-        return sum(domains * (undecided * size + OVERHEAD) for domains, undecided in kept)
+    def _bytes(self, image: _Image) -> int:
+        """What its waiting domains take, and leaves that are kept."""
+        return (len(image.waiting) + len(image.leaves)) * self._domain_bytes(image)
+
+    def _domain_bytes(self, image: _Image) -> int:
+        return len(image.undecided) * self.record.boxes[0].like.element_size() + OVERHEAD
 
     def _outcome(self, image: _Image) -> Outcome:
         assert image.verdict is not None

@@ -19,6 +19,7 @@ from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.verification import branch_and_bound as module
 from certtrain.verification.branch_and_bound import Leaf, Outcome, Search, Verdict, branch_and_bound
 
 
@@ -132,10 +133,10 @@ def domains_of(leaf: Leaf, record: Record, label: int, classes: int) -> DomainBa
 def neurons_at(network: nn.Sequential, points: Tensor) -> Tensor:
     """(P, N): what enters the activations."""
     found = []
-    for module in network:
-        if not isinstance(module, nn.Linear):
+    for layer in network:
+        if not isinstance(layer, nn.Linear):
             found.append(points)
-        points = module(points)
+        points = layer(points)
     return torch.cat(found, 1)
 
 
@@ -236,8 +237,6 @@ def test_without_splits_the_bounds_are_crowns_and_alpha_crowns(activation):
 
 def test_bounds_rise_along_every_branch(monkeypatch):
     """No domain's bound is below that of the domain it was split from, nor the root's below CROWN's."""
-    from certtrain.verification import branch_and_bound as module
-
     seen = []
     bound = module._Run._bound
 
@@ -262,6 +261,85 @@ def test_a_memory_bound_that_does_not_hold_the_roots_is_refused():
     asked = question(network, box, int(network(box.center).argmax()))
     with pytest.raises(UsageError, match="max_memory: the first domains of 1 images take"):
         branch_and_bound(*asked, Search(max_memory=10))
+
+
+def several(count: int, widths: tuple[int, ...], radius: float) -> tuple:
+    """`question` of boxes around random points, with their own labels."""
+    network = small_network(2, widths)
+    centers = torch.rand(count, widths[0], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    labels, box, net = (
+        network(centers).argmax(1),
+        Box(centers - radius, centers + radius),
+        BoundedModel(network, centers),
+    )
+    with torch.no_grad():
+        bounds = net.ibp(box, record=True)
+        return network, bounds.recorded, labels, net.margins_of(bounds, labels)
+
+
+SEVERAL = several(3, (3, 6, 6, 3), 0.35)
+
+
+@given(kept=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=3), limit=st.integers(0, 30))
+@example(kept=[(0, 0), (0, 9), (1, 25)], limit=20)
+@example(kept=[(0, 9), (0, 15), (0, 0)], limit=20)
+@settings(deadline=None)
+def test_given_up_for_memory_is_the_largest_of_those_still_searched(kept, limit):
+    """Whatever domains wait and leaves are kept; whoever has nothing left to search is proved."""
+    network, record, labels, margins = SEVERAL
+    run = module._Run(network, record, labels, margins, Search(timeout=torch.inf), record.boxes[0])
+    domain = module._Domain(-1.0, 0, 1, (), 0, np.zeros(0))
+    for image, (waiting, leaves) in zip(run.images, kept, strict=True):
+        image.roots, image.waiting, image.leaves = [], [domain] * waiting, [domain] * leaves
+        image.undecided = run.images[0].undecided
+    each = run._domain_bytes(run.images[0])
+    run.search = replace(run.search, max_memory=limit * each)
+    run._end_some(run.images)
+    expected = {i: sum(pair) for i, pair in enumerate(kept) if pair[0]}
+    while sum(expected.values()) > limit:
+        del expected[max(expected, key=expected.__getitem__)]
+    for i, image in enumerate(run.images):
+        remains = None if i in expected else Verdict.MEMORY
+        assert image.verdict == (remains if kept[i][0] else Verdict.PROVED)
+        assert len(image.leaves) == (0 if image.verdict == Verdict.MEMORY else kept[i][1])
+
+
+def test_roots_are_bounded_in_parts_as_other_domains_are(monkeypatch):
+    """Never more at once than was asked for, however many classes there are; and time is looked at between parts."""
+    sizes = []
+
+    class Counted(DomainBatch):
+        def __init__(self, record, neurons, image, *rest):
+            sizes.append(len(image))
+            super().__init__(record, neurons, image, *rest)
+
+    monkeypatch.setattr(module, "DomainBatch", Counted)
+    images, classes, domains = 3, 40, 5
+    asked = several(images, (3, 6, classes), 0.5)
+    network, record, labels, margins = asked
+    assert (margins <= 0).sum() > 2 * images * domains
+    outcomes = branch_and_bound(*asked, Search(timeout=0, domains=domains, candidates=1, ascent=Ascent(steps=1)))
+    assert max(sizes) <= 2 * domains
+    box = record.boxes[0]
+    points = box.lower[:, None] + 2 * box.radius[:, None] * torch.rand(images, 500, 3, dtype=torch.float64)
+    for i, outcome in enumerate(outcomes):
+        assert outcome.verdict == Verdict.TIMEOUT
+        assert outcome.domains <= 2 * domains
+        logits = network(points[i])
+        assert (outcome.lower >= margins[i]).all()
+        assert (outcome.lower <= (logits[:, labels[i], None] - logits).amin(0) + 1e-9).all()
+
+
+def test_margins_that_are_no_numbers_prove_nothing():
+    network, record, labels, margins = SEVERAL
+    search = Search(timeout=0, ascent=Ascent(steps=2))
+    unknown = torch.full_like(margins, torch.nan)
+    nothing = torch.full_like(margins, -torch.inf).scatter(1, labels[:, None], 0.0)
+    for found, expected in zip(
+        *(branch_and_bound(network, record, labels, known, search) for known in (unknown, nothing)), strict=True
+    ):
+        assert found.verdict == expected.verdict
+        torch.testing.assert_close(found.lower, expected.lower)
 
 
 def test_an_operation_without_a_split_is_refused_by_name():
