@@ -29,7 +29,7 @@ from certtrain.bounds.margins import no_nan
 from certtrain.errors import UsageError
 from certtrain.verification.attacks import logits_of
 from certtrain.verification.leaf import exact_leaf
-from certtrain.verification.trees import Trees
+from certtrain.verification.trees import MOST_BYTES, Trees
 
 CHECKABLE = 1e-7  # least bound of a leaf that is kept: another program, rounding otherwise, is to find it above 0 too
 OVERHEAD = 1600  # bytes that a domain takes beside its slopes: multipliers, splits, and what Python adds; measured
@@ -171,6 +171,7 @@ class _Image:
     roots: list[_Domain] = field(default_factory=list)  # those that are not bounded yet, of classes without a proof
     waiting: list[_Domain] = field(default_factory=list)
     leaves: list[_Domain] = field(default_factory=list)
+    splits: int = 0  # of those leaves, together
     slopes: _Slopes = field(default_factory=_Slopes)  # of the undecided neurons, of these domains
     worst: dict[int, float] = field(default_factory=dict)  # by class, of its leaves
     domains: int = 0
@@ -417,6 +418,7 @@ class _Run:
         image.worst[domain.target] = min(domain.lower, image.worst.get(domain.target, torch.inf))
         if self.search.keep_leaves:
             image.leaves.append(replace(domain, slopes=image.slopes.put(slopes)))
+            image.splits += len(domain.splits)
 
     def _batch(self, nodes: Sequence[Node]) -> DomainBatch:
         like = self.images[0].lower
@@ -452,9 +454,12 @@ class _Run:
         return slopes.new_zeros(self.neurons.total).scatter(0, image.undecided, slopes)
 
     def _end_some(self, searched: Sequence[_Image]) -> None:
-        """Those that are proved, or whose time is over; and of the others the largest, while there is too much."""
+        """Those that are proved, or whose time is over, or whose trees nobody would read; and of the others the
+        largest, while there is too much."""
         for image in searched:
-            if image.verdict is None and not image.roots and not image.waiting:
+            if image.verdict is None and self._tree_bytes(image) > MOST_BYTES:
+                image.verdict = Verdict.MEMORY
+            elif image.verdict is None and not image.roots and not image.waiting:
                 image.verdict = Verdict.PROVED
             elif image.verdict is None and image.seconds > self.search.timeout:
                 image.verdict = Verdict.TIMEOUT
@@ -470,6 +475,9 @@ class _Run:
     def _bytes(self, image: _Image) -> int:
         """What its waiting domains take, and leaves that are kept."""
         return (len(image.waiting) + len(image.leaves)) * self._domain_bytes(image)
+
+    def _tree_bytes(self, image: _Image) -> int:
+        return Trees.most_bytes(len(image.undecided), len(image.leaves), image.splits) if image.leaves else 0
 
     def _domain_bytes(self, image: _Image) -> int:
         return len(image.undecided) * self.record.boxes[0].like.element_size() + OVERHEAD

@@ -45,6 +45,7 @@ from typing import IO, TYPE_CHECKING, Any
 from certtrain.errors import CertificateError, UsageError
 from certtrain.runtime.files import parse_json
 from certtrain.verification.digests import digest, split_digest
+from certtrain.verification.trees import MOST_PACKED
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,8 +61,7 @@ CHECKED_METHODS = ("ibp", "crown-ibp", "crown", "branch-and-bound")  # whose pro
 MOST_ROWS = 10_000_000
 MOST_HEADER_BYTES = 2**22
 MOST_ROW_BYTES = 1024  # of one value, but for adversarial points, on average and uncompressed
-MOST_TREE_BYTES = 2**24  # of one tree, on average
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 16  # so that their trees, however large, are less than the 2 GiB of an array in Parquet
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ class Certificates:
             for position in range(metadata.num_columns):
                 column = metadata.row_group(group).column(position)
                 listed = column.path_in_schema.startswith("adversarial")
-                most_bytes = MOST_TREE_BYTES if column.path_in_schema == "tree" else MOST_ROW_BYTES
+                most_bytes = MOST_PACKED if column.path_in_schema == "tree" else MOST_ROW_BYTES
                 values, size = rows * (pixels if listed else 1), most_bytes + listed * 8 * pixels
                 if column.num_values > values or column.total_uncompressed_size > 2**16 + rows * size:
                     raise CertificateError(f"column {column.path_in_schema} is larger than {rows} rows can be")

@@ -17,7 +17,8 @@ import numpy as np
 from certtrain.errors import CertificateError
 
 Array = np.ndarray
-MOST_BYTES = 2**28  # of one tree, uncompressed
+MOST_BYTES = 2**26  # of one image's trees, uncompressed: no search keeps more, and more is not read
+MOST_PACKED = MOST_BYTES + 2**16  # of the same as `to_bytes` returns them: zlib may add a little
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Trees:
     above: Array
     multiplier: Array
     slopes: Array
+
+    @staticmethod
+    def most_bytes(undecided: int, leaves: int, splits: int) -> int:
+        """What trees of so many neurons, leaves and splits take uncompressed, at most."""
+        return 1024 + 8 * undecided + (16 + 8 * undecided) * leaves + (8 + 1 + 8) * splits
 
     def to_bytes(self) -> bytes:
         from safetensors.numpy import save
