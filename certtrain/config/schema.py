@@ -353,7 +353,7 @@ class VerificationSection(Section):
     pgd_steps: Count = 40
     """Steps of pgd."""
     pgd_restarts: Count = 2
-    """How often it starts at a random point."""
+    """Its attempts, the first from the image itself, the others from random points; 0: pgd is left out."""
     pgd_step_size: float = Field(0.25, gt=0)
     """As a share of the radius."""
     apgd_steps: Positive = 100

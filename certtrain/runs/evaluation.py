@@ -84,7 +84,8 @@ def build_search(section: SearchSection) -> Search:
     )
 
 
-def build_attack(section: VerificationSection) -> Attack:
+def build_attack(section: VerificationSection) -> Attack | None:
+    """Those that are asked for; None where that is PGD alone, without an attempt."""
     steps, restarts = section.apgd_steps, section.apgd_restarts
     attacks: list[Attack] = [
         PGD(section.pgd_steps, section.pgd_restarts, section.pgd_step_size),
@@ -93,7 +94,8 @@ def build_attack(section: VerificationSection) -> Attack:
         TargetedAPGD(steps, restarts, section.apgd_targets),
     ]
     known = {attack.name: attack for attack in attacks}
-    return Ensemble(tuple(known[name] for name in section.attack))
+    members = tuple(known[name] for name in section.attack if name != PGD.name or section.pgd_restarts > 0)
+    return Ensemble(members) if members else None
 
 
 class Results(NamedTuple):

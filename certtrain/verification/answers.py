@@ -95,7 +95,7 @@ class Answers:
         with evaluating(self.model), full_precision():
             part = self.data.take(torch.tensor(positions))
             images, labels = to_float(part.images), part.labels
-            prediction = predictions(self.net.model, images)
+            prediction = predictions(self.model, images)
             correct = prediction == labels
             box = perturbation_box(part.images, eps, self.question.arithmetic)
             cheap, dear = around_attack(self.question.methods)
@@ -105,7 +105,7 @@ class Answers:
                 left = correct & ~proved(margins) if i > 0 else torch.ones_like(correct)
                 margins, seconds = self._bounded(method, box, labels, left, margins, seconds)
             left = correct & ~proved(margins)
-            attacked, points = self._attacks(self.net.model, images, labels, eps, left, positions)
+            attacked, points = self._attacks(images, labels, eps, left, positions)
             for method in dear:
                 left = correct & ~attacked & ~proved(margins)
                 margins, seconds = self._bounded(method, box, labels, left, margins, seconds)
@@ -156,20 +156,22 @@ class Answers:
 
     def _attacks(
         self,
-        model: nn.Module,
         images: Tensor,
         labels: Tensor,
         eps: float,
         left: Tensor,
         positions: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """(B,) bool, and the points found; an image's attack follows from the seed and its own position alone."""
+        """(B,) bool, and the points found, in the network as it is deployed, whose BatchNorms are not folded.
+
+        An image's attack follows from the seed and its own position alone.
+        """
         attacked, points = torch.zeros_like(left), images[:0]
         chosen = left.nonzero()[:, 0]
         attack = self.question.attack
         if attack is not None and len(chosen) > 0:
             generators = [generator(self.question.seed, positions[i]) for i in chosen.tolist()]
-            points, broken = attack(model, images[chosen], labels[chosen], eps, generators)
+            points, broken = attack(self.model, images[chosen], labels[chosen], eps, generators)
             attacked[chosen], points = broken, points[broken]
         return attacked, points
 

@@ -25,6 +25,7 @@ from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound, root_margins
 from certtrain.verification.cascade import BRANCH_AND_BOUND, check_cascade
+from certtrain.verification.verify import device_of
 
 Replay = Callable[[Tensor], Tensor]
 
@@ -88,7 +89,7 @@ def decide(
             and has to.
     """
     check_cascade(methods)
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     undecided: list[Literal["timeout", "unknown"]] = []
     with evaluating(model), full_precision():
         _check_sizes(model, cases, torch.zeros(1, *input_shape, device=device))

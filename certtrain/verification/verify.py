@@ -320,7 +320,8 @@ def checked_radii(eps: float | Sequence[float]) -> list[float]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    """That of its parameters or, where it has none, of its buffers."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def check_fit(model: nn.Module, data: Split) -> None:

@@ -213,6 +213,7 @@ def test_every_image_has_the_fate_that_is_known():
 
 def test_without_an_attack_images_are_unknown_and_only_the_first_are_shown():
     result, examples = threshold_images(restarts=0, most=1)
+    assert result.attack is None
     assert result.fates["unknown"].tolist() == [False, True, False, True]
     assert [example.index for example in examples["unknown"]] == [1]
     result, _ = threshold_images(restarts=0, limit=1)

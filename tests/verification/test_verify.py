@@ -9,9 +9,10 @@ from certtrain.data import Split
 from certtrain.data.seeding import generator
 from certtrain.errors import DataError, UnsupportedOperation, UsageError
 from certtrain.report.layer_statistics import layer_statistics
+from certtrain.verification import answers
 from certtrain.verification.attacks import PGD
 from certtrain.verification.radius import certified_radii
-from certtrain.verification.verify import verify
+from certtrain.verification.verify import device_of, verify
 from tests.networks import Threshold, narrow_cnn7, randomized
 
 
@@ -45,6 +46,45 @@ def test_margins_are_the_given_networks_whatever_is_folded_on_the_way():
     expected = margins.scatter(1, labels[:, None], torch.inf).amin(1)
     torch.testing.assert_close(result.margin.double(), expected, rtol=1e-4, atol=1e-4)
     assert result.natural_error == 0
+
+
+def test_what_is_predicted_and_attacked_is_the_given_network(monkeypatch):
+    """Folding rounds: here it makes another network of it, of which bounds alone may be."""
+
+    class Otherwise(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return -self.network(x)
+
+    monkeypatch.setattr(answers, "fold_batch_norm", lambda model, example: Otherwise(model).eval())
+    torch.manual_seed(0)
+    model, images = randomized(narrow_cnn7()).eval(), torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    labels = model(images / 255).argmax(1)
+    (result,) = verify(model, Split(images, labels), 16 / 255, attack=PGD(5, 1))
+    assert result.natural_error == 0
+    assert result.attacked.any()
+    with torch.no_grad():
+        assert (model(result.adversarial).argmax(1) != labels[result.attacked]).all()
+
+
+class Constants(nn.Module):
+    """A network whose numbers are `kind`, on the meta device."""
+
+    def __init__(self, kind):
+        super().__init__()
+        value = torch.zeros(1, device="meta")
+        if kind == "parameters":
+            self.value = nn.Parameter(value)
+        if kind == "buffers":
+            self.register_buffer("value", value)
+
+
+@pytest.mark.parametrize(("kind", "device"), [("parameters", "meta"), ("buffers", "meta"), ("none", "cpu")])
+def test_the_device_is_that_of_whatever_tensors_a_network_has(kind, device):
+    assert device_of(Constants(kind)).type == device
 
 
 def test_the_order_of_errors_and_the_limit():
