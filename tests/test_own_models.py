@@ -55,6 +55,12 @@ def test_it_is_found_and_the_path_is_as_before(cli, network, tmp_path, monkeypat
     outcome = cli("verify", tmp_path / "run", "--limit", 5, "--trust-model")
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads((tmp_path / "run" / "verify.json").read_text())["images"] == 5
+    sys.modules.pop(name)
+    inputs = "".join(f"(declare-const X_{i} Real)(assert (>= X_{i} 0))(assert (<= X_{i} 0))" for i in range(64))
+    outputs = "".join(f"(declare-const Y_{j} Real)" for j in range(10))
+    (tmp_path / "p.vnnlib").write_text(f"{inputs}{outputs}(assert (<= Y_0 -1e30))")
+    outcome = cli("verify", tmp_path / "run", "--vnnlib", tmp_path / "p.vnnlib", "--trust-model")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "unsat\n", "")
     assert sys.path == before
 
 

@@ -155,7 +155,7 @@ def verify_command(options: argparse.Namespace) -> int:
         try:
             with display, modules_from(config.model.path):  # workers look for the network's modules where this does
                 results = verify_run(
-                    config, model, dataset, options.limit, ranks, options.workers, options.results, display.add
+                    config, model, dataset, options.limit, ranks, options.workers or 1, options.results, display.add
                 )
         except KeyboardInterrupt:
             if options.results and ranks.is_first:
@@ -201,30 +201,32 @@ def _require_certifiable(weights: Path, config: Config) -> None:
 
 
 def _decide_property(options: argparse.Namespace) -> int:
-    _refuse(options, "--vnnlib", "eps", "limit", "sound", "certificates", "radius", "json", "model_weights", "results")
+    unused = ["eps", "limit", "sound", "certificates", "radius", "json", "model_weights", "results", "workers"]
+    _refuse(options, "--vnnlib", *unused)
     check_device_name(options.device)
+    run = None if _is_onnx(options.run) else config_of(options, options.run)
 
     from certtrain.config.loading import load_verification
 
     thorough = {"verification": {"method": list(STAGES), "attack": ["pgd", "apgd-ce", "apgd-t"]}}
-    section = load_verification([thorough, *options.overrides, _verification_changes(options)])
+    overrides = [text for text in options.overrides if run is None or not text.startswith("model.path=")]
+    section = load_verification([thorough, *overrides, _verification_changes(options)])
 
     from certtrain.importing.onnx import import_onnx
     from certtrain.importing.vnnlib import counterexample, read_property
     from certtrain.runs.build import resolve_device
-    from certtrain.runs.checkpoint import load_architecture, load_model
+    from certtrain.runs.checkpoint import load_architecture
     from certtrain.runs.evaluation import build_attack, build_search
     from certtrain.runtime.distributed import ALONE
     from certtrain.verification.properties import decide
 
     cases = read_property(options.vnnlib)
-    device = resolve_device(options.device, ALONE)
-    if _is_onnx(options.run):
-        network = import_onnx(options.run)
+    if run is None:
+        network, device = import_onnx(options.run), resolve_device(options.device, ALONE)
         model, shape, replay = network.module.to(device), network.input_shape, network.run
     else:
-        model = load_model(options.run, device, trust=options.trust_model)
-        shape, replay = load_architecture(folder_of(options.run))["image_shape"], None
+        model, replay = open_network(options, run), None
+        shape = load_architecture(folder_of(options.run))["image_shape"]
     asked = (section.method, build_attack(section))
     decision = decide(model, cases, shape, *asked, search=build_search(section.search), replay=replay)
     print(decision.verdict)
@@ -251,7 +253,15 @@ def _verification_changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify_radii(options: argparse.Namespace) -> int:
-    unused = ["certificates", "json", "method", "timeout", "results", *([] if options.radius is True else ["eps"])]
+    unused = [
+        "certificates",
+        "json",
+        "method",
+        "timeout",
+        "results",
+        "workers",
+        *([] if options.radius is True else ["eps"]),
+    ]
     _refuse(options, "--radius", *unused)
     config = config_of(options, options.run, _verification_changes(options))
     require_data(config)

@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of branch and bound, for each image, or for the property (default: 100)",
     )
     verify.add_argument(
-        "--workers", type=_positive, default=1, metavar="N", help="processes that share images and CPUs (default: 1)"
+        "--workers", type=_positive, metavar="N", help="processes that share images and CPUs (default: 1)"
     )
     verify.add_argument(
         "--results", type=_path, metavar="FILE", help="where images that are finished stand; go on from there"

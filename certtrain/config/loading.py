@@ -20,6 +20,7 @@ from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
 
 MOST_FILES = 32  # that one configuration is read from, bases of bases among them
 MOST_PARTS = 16  # of an override's key
+OF_PROPERTIES = ("method", "attack", "pgd_", "apgd_", "search")  # how keys begin that say how a property is decided
 STUDIES = "studies"  # the folder among the shipped configurations that holds studies
 
 Overrides = Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
@@ -60,19 +61,22 @@ def load_config(
 
 
 def load_verification(overrides: Overrides) -> VerificationSection:
-    """The section `verification` alone, of overrides as of `load_config`: for networks that are no run's.
+    """The section `verification` alone, of overrides as of `load_config`: how a property is decided.
 
     Raises:
-        UsageError: as of `load_config`, or for a key of another section.
+        UsageError: as of `load_config`, or for a key of another section, or one that is about images.
     """
     values = _overruled({}, overrides)
     if others := [key for key in values if key != "verification"]:
         raise UsageError(f"{shortened(others[0])}: only the section verification means anything here")
     try:
-        return VerificationSection.model_validate(values.get("verification", {}))
+        section = VerificationSection.model_validate(values.get("verification", {}))
     except ValidationError as error:
         problems = [{**problem, "loc": ("verification", *problem["loc"])} for problem in error.errors()]
         raise UsageError(lines_of("\n".join(map(_describe, problems)))) from error
+    if unused := [key for key in section.model_fields_set if not key.startswith(OF_PROPERTIES)]:
+        raise UsageError(f"verification.{min(unused)}: a property is decided without it")
+    return section
 
 
 def _overruled(values: dict[str, Any], overrides: Overrides) -> dict[str, Any]:

@@ -12,12 +12,16 @@ import pytest
 import safetensors.torch
 import torch
 
+from certtrain.config.schema import VerificationSection
 from certtrain.data import load_dataset
 from certtrain.importing.vnnlib import read_property
 from certtrain.runs.checkpoint import load_model
 from certtrain.verification.verify import verify
 from tests.commands import TINY, contents
 
+OF_IMAGES = {"eps": 0.1, "arithmetic": "float32", "limit": 3, "batch_size": 2, "split": "test"}
+OF_PROPERTIES = {"method": "ibp", "attack": "pgd", "pgd_steps": 3, "pgd_restarts": 1, "pgd_step_size": 0.1,
+                 "apgd_steps": 3, "apgd_restarts": 1, "apgd_targets": 1, "search.timeout": 1}  # fmt: skip
 MODEL = [text for text in TINY if text.startswith("model.")]
 
 
@@ -61,6 +65,15 @@ def test_weights_beside_a_config_are_verified_as_in_their_run(cli, run, tmp_path
         (["net.onnx", "--vnnlib", "good.vnnlib", "--method", "corwn"], 2, "did you mean crown"),
         (["net.onnx", "--vnnlib", "good.vnnlib", "data.name=mnist"], 2, "data: only the section verification means"),
         (["net.onnx", "--vnnlib", "good.vnnlib", "verification.pgd_steps=x"], 2, "verification.pgd_steps"),
+        (["net.onnx", "--vnnlib", "good.vnnlib", "--workers", "2"], 2, "--workers cannot be combined with --vnnlib"),
+        *[
+            (["net.onnx", "--vnnlib", "good.vnnlib", f"verification.{key}={value}"], 2, f"{key}: a property is decided")
+            for key, value in OF_IMAGES.items()
+        ],
+        *[
+            (["net.onnx", "--vnnlib", "good.vnnlib", f"verification.{key}={value}"], 1, "net.onnx cannot be read")
+            for key, value in OF_PROPERTIES.items()
+        ],
     ],
 )
 def test_what_is_written_wrong(cli, run, tmp_path, monkeypatch, arguments, code, message):
@@ -104,6 +117,12 @@ def test_properties_of_a_run_are_decided_as_its_images_are(cli, run, tmp_path):
     assert "sat" in verdicts.values()
     again = cli("verify", run, "--vnnlib", folder / rows[0][1], "--device", "cpu").out
     assert again.partition("\n")[0] == verdicts[int(re.findall(r"\d+", rows[0][1])[0])]
+
+
+def test_every_key_of_verification_is_used_for_a_property_or_refused():
+    keys = {key.partition(".")[0] for key in OF_PROPERTIES}
+    assert keys | OF_IMAGES.keys() == VerificationSection.model_fields.keys()
+    assert not keys & OF_IMAGES.keys()
 
 
 def test_without_onnx2torch_the_way_out_is_named(cli, tmp_path, monkeypatch):
