@@ -26,6 +26,7 @@ from certtrain.verification.properties import Case
 
 MOST_CASES = 10_000  # that a property may fall apart into
 MOST_DEPTH = 50  # of brackets within brackets
+MOST, LEAST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny  # of a coefficient's size, and a number's
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 VARIABLE = re.compile(r"([XY])_(0|[1-9][0-9]{0,8})")
 
@@ -172,6 +173,8 @@ def _constraint(small: Form, large: Form, term: object) -> Form:
         raise _Located(number, f"{_written(term)} is about {both}: not a box with linear output constraints")
     if kinds == {"X"} and len(form.coefficients) > 1:
         raise _Located(number, f"{_written(term)} relates inputs to each other: the inputs are no box")
+    if kinds == {"Y"} and not all(LEAST <= abs(value) <= MOST for value in form.coefficients.values()):
+        raise _Located(number, f"{_written(term)} has a coefficient that is beyond the range of float32")
     return form
 
 
@@ -284,7 +287,7 @@ def _box(low: Ends, high: Ends, inputs: int, declared: dict[str, int]) -> Box | 
 
 
 def _rounded(exact: Fraction, towards: float) -> float:
-    if abs(exact) > torch.finfo(torch.float32).max:
+    if abs(exact) > MOST:
         raise _Problem(f"{float(exact) if abs(exact) < 10**300 else 'a number'} is beyond the range of float32")
     nearest = float(exact)
     beyond = Fraction(nearest) < exact if towards > 0 else Fraction(nearest) > exact

@@ -118,6 +118,15 @@ def test_ends_and_limits_are_rounded_outward(text):
     assert upper - lower <= abs(exact) * Fraction(2) ** -51
 
 
+@pytest.mark.parametrize("size", ["1e38", "1e-37", "-1e38"])
+def test_coefficients_as_large_and_small_as_float32_are_read(size):
+    """Also where they come of others that are not."""
+    for text in (size, f"(* 1e200 {size} 1e-200)"):
+        (case,) = parse_property(f"{DECLARED}{UNIT}(assert (<= (* {text} Y_0) (+ Y_1 (- Y_1 (* 1e400 (- Y_2 Y_2))))))")
+        assert case.rows[0].tolist() == [float(size), -2, 0]
+        assert case.rows.float()[0, 0].abs() > 0
+
+
 def test_a_box_that_is_empty_has_no_counterexample():
     assert parse_property(DECLARED + UNIT + "(assert (>= X_0 2))\n(assert (<= Y_0 0))\n") == []
 
@@ -135,6 +144,17 @@ WRONG = {
     "(assert (<= Y_0 0x10))": "no linear term",
     "(assert (<= Y_0 1e9999))": "no linear term",
     "(assert (<= Y_0 1e999))": "beyond the range of float32",
+    **{
+        f"(assert {term})": "has a coefficient that is beyond the range of float32"
+        for term in (
+            "(<= (* 1e400 Y_0) 1)",
+            "(<= (* 1e-400 Y_0) 1)",
+            "(>= (* -1e39 Y_0) Y_1)",
+            "(<= (* 1e-39 Y_0) 0)",
+            "(or (<= Y_0 1) (<= (+ Y_1 (* 1e200 1e200 Y_0)) 1))",
+            "(<= Y_1 (* 1e-30 1e-30 Y_0))",
+        )
+    },
     "(assert (<= Y_0 nan))": "no linear term",
     "(assert (<= Y_0 inf))": "no linear term",
     "(assert (<= Y_7 0))": "Y_7 is not declared",
