@@ -22,7 +22,7 @@ from certtrain.bounds.recording import agree, probes
 from certtrain.errors import DataError, MissingDependency, UnsupportedOperation, optional_module
 
 EXTRA = "onnx"
-NEWEST = 17  # version of the operators
+OLDEST, NEWEST = 9, 17  # versions of ONNX's operators that onnx2torch knows all of
 FLOAT = 1  # ONNX's number of float32
 
 
@@ -118,9 +118,9 @@ def _with_plain_constants(model: Any) -> Any:
 
 
 def _in_known_version(model: Any) -> Any:
-    """In the newest version of ONNX's operators that onnx2torch knows all of, where the file is in a newer one."""
+    """In the newest version of ONNX's operators that onnx2torch knows all of, where the file is in none of them."""
     version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if version <= NEWEST:
+    if OLDEST <= version <= NEWEST:
         return model
     try:
         return importlib.import_module("onnx.version_converter").convert_version(model, NEWEST)

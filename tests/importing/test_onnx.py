@@ -87,7 +87,7 @@ SPELLINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("opset", [11, 13, 17, 20])
+@pytest.mark.parametrize("opset", [7, 8, 11, 13, 17, 20])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_networks_as_others_write_them(spelling, opset, tmp_path):
     nodes, constants = SPELLINGS[spelling]
