@@ -21,7 +21,7 @@ def fill() -> None:
 
 
 def shown(lines: Sequence[str]) -> str:
-    return "\n".join(["```text", *lines, "```"])
+    return "\n".join(["```text", *map(str.rstrip, lines), "```"])
 
 
 def course(lines: Sequence[str]) -> list[str]:

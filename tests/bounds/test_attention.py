@@ -346,7 +346,7 @@ def test_raw_lines_hold_where_a_backward_pass_takes_a_mean_of_squares_for_negati
             model.skip.weight[1, 2:] = sign * 0.03 / n
         net, label = BoundedModel(model, lower), torch.tensor([0])
         found = net.margins(Box(lower, upper), label, method, intersect=False)[0, 1]
-        points = lower + (upper - lower) * torch.rand(4000, n, dtype=torch.float64).round()
+        points = lower + (upper - lower) * torch.rand(1000, n, dtype=torch.float64).round()
         points = torch.cat([points, lower + (upper - lower) * torch.linspace(0, 1, 200, dtype=torch.float64)[:, None]])
         with torch.no_grad():
             logits = model(points)

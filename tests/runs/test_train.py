@@ -8,6 +8,7 @@ import shutil
 import signal
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import safetensors.torch
@@ -488,7 +489,7 @@ def test_killed_at_random_moments_and_resumed_the_run_is_the_same(cli, tmp_path)
 def test_ctrl_c_while_the_network_is_verified_says_how_to_go_on(train, tmp_path, reference, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("certtrain.runs.train.verify_run", lambda *args, **more: signal.raise_signal(signal.SIGINT))
+        patch.setattr("certtrain.runs.train.verify_run", Mock(side_effect=KeyboardInterrupt))
         outcome = train()
     assert outcome.code == 130
     assert outcome.out.splitlines()[-1] == f"{run} is trained, but not verified; continue with --resume"

@@ -56,7 +56,7 @@ def extreme(folder, kind, seed):
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_what_the_checker_proves_is_so_and_the_verifier_proves_it_too(kind, tmp_path):
     proofs = 0
-    for seed in range(60 if kind == "mlp" else 24):
+    for seed in range(30 if kind == "mlp" else 10):
         model, network = extreme(tmp_path, kind, seed)
         generator = torch.Generator().manual_seed(seed)
         image, eps = torch.rand(1, 3, 8, 8, generator=generator), (0.0, 0.01, 1.0)[seed % 3]
@@ -75,7 +75,7 @@ def test_what_the_checker_proves_is_so_and_the_verifier_proves_it_too(kind, tmp_
                 proofs += 1
                 assert logits.isfinite().all(), seed
                 assert (logits[:, label, None] > logits[:, other]).all(), seed
-    assert proofs > 5
+    assert proofs > 2
 
 
 @pytest.mark.parametrize("method", ["by intervals", "going back"])
