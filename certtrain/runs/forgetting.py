@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -161,7 +162,7 @@ def _replayed(config: Config) -> DataSection | None:
 
 def _source(data: DataSection) -> tuple[str, Path | None]:
     """Where the images come from that are divided into those that are trained on and those held out."""
-    return data.name, None if data.path is None else Path(data.path).expanduser().resolve()
+    return data.name, None if data.path is None else Path(os.path.expanduser(data.path)).resolve()
 
 
 def _asked_as(run: Config, config: Config) -> Config:

@@ -16,7 +16,7 @@ import certtrain
 from certtrain.cli import main
 from certtrain.config import load_config
 from certtrain.data import Split, load_dataset
-from certtrain.errors import CheckpointError, UsageError
+from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.runs.build import build, load_data
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.forgetting import load_with_old_data
@@ -314,6 +314,14 @@ def test_nothing_that_is_held_out_has_been_trained_on(tmp_path, reference, valid
         UsageError, match=rf"^{refused}: trained on images that this run would hold out.* make them the"
     ):
         load_with_old_data(config, start)
+
+
+def test_data_of_a_user_that_there_is_not_is_said_to_be_missing():
+    """~nosuch stays as it is, wherever data are looked for or compared."""
+    places = ["data.name=npz", "data.path=~nosuch/x", "replay.data.name=npz", "replay.data.path=~nosuch/y"]
+    config = load_config("digits", [*TINY, *places, "replay.share=0.25", HELD_OUT])
+    with pytest.raises(DataError, match="~nosuch/x"):
+        load_with_old_data(config, None)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------
