@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
@@ -39,19 +40,25 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(match[1], match[2], match[3], content.count("\n", 0, match.start()) + 1)
 
 
-def run(page: Path, folder: Path) -> int:
-    """Returns the exit code of the first block that fails, or 0."""
-    commands = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+def commands(page: Path, folder: Path) -> Iterator[tuple[Block, dict[str, Any]]]:
+    """The blocks to run, each with the arguments of `subprocess.run`; the page's files are written on the way."""
+    kinds = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
     programs = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for block in blocks(page):
         if block.title is not None:
             (folder / block.title).write_text(block.text)
-        elif block.language in commands:
-            print(f"--- {page}:{block.line}\n{block.text}", flush=True)
-            code = subprocess.run([*commands[block.language], block.text], cwd=folder, env=programs).returncode
-            if code != 0:
-                print(f"{page}:{block.line}: exit code {code}", file=sys.stderr)
-                return code
+        elif block.language in kinds:
+            yield block, {"args": [*kinds[block.language], block.text], "cwd": folder, "env": programs}
+
+
+def run(page: Path, folder: Path) -> int:
+    """Returns the exit code of the first block that fails, or 0."""
+    for block, command in commands(page, folder):
+        print(f"--- {page}:{block.line}\n{block.text}", flush=True)
+        code = subprocess.run(**command).returncode
+        if code != 0:
+            print(f"{page}:{block.line}: exit code {code}", file=sys.stderr)
+            return code
     return 0
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from pages.common import RESULTS
-from run_page import blocks
+from run_page import commands
 
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
@@ -27,18 +26,13 @@ SHOWN = {
 
 def printed() -> dict[str, list[str]]:
     """The lines that each of the shown commands printed, all commands run in the page's order, in one empty folder."""
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": programs, "COLUMNS": "100"}
     lines: dict[str, list[str]] = {}
+    os.environ["COLUMNS"] = "100"  # as wide as the page
     with tempfile.TemporaryDirectory() as folder:
-        for block in blocks(PAGE):
-            if block.title is not None:
-                (Path(folder) / block.title).write_text(block.text)
-            elif block.language == "sh":
-                command = ["bash", "-euo", "pipefail", "-c", block.text]
-                done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
-                print(done.stdout)
-                lines |= {name: done.stdout.splitlines() for name, command in SHOWN.items() if command in block.text}
+        for block, command in commands(PAGE, Path(folder)):
+            done = subprocess.run(**command, check=True, capture_output=True, text=True)
+            print(done.stdout)
+            lines |= {name: done.stdout.splitlines() for name, shown in SHOWN.items() if shown in block.text}
     return lines
 
 

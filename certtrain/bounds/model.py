@@ -34,6 +34,7 @@ from certtrain.errors import UnsupportedOperation, UsageError, unknown
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
 BACKENDS = ("native", "lirpa")
 DEFAULT_ALPHA = AlphaOptions()
+CPU = torch.device("cpu")
 COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; a test counts them
 CACHE = 2**22  # bytes: arrays of coefficients that are no larger stay in a CPU's cache from one operation to the next
 
@@ -93,7 +94,7 @@ class BoundedModel:
         self._example = example_input.detach()[:1].clone()
         self._graphs: dict[bool, tuple[Any, Graph[Any]]] = {}
         with evaluating(model):
-            self._sizes = _sizes_of(self.graph, _beside(self._example, model))
+            self._sizes = _sizes_of(self.graph, self._example.to(device_of(model, self._example.device)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied or pickled without the recordings, which read the very modules they were made of."""
@@ -109,7 +110,7 @@ class BoundedModel:
         if mode not in self._graphs or self._graphs[mode][0] != structure:
             graph = trace(self.model, self._batch_sum)
             _require_rules(graph)
-            check_recording(self.model, _beside(self._example, self.model))
+            check_recording(self.model, self._example.to(device_of(self.model, self._example.device)))
             self._graphs[mode] = structure, graph
         return self._graphs[mode][1]
 
@@ -408,10 +409,9 @@ def _sizes_of(graph: Graph[Any], image: Tensor) -> _Sizes:
     return _Sizes(max(clean.largest, entering), clean.total + entering, output.shape[1:])
 
 
-def _beside(example: Tensor, model: nn.Module) -> Tensor:
-    """On the device of the model, which may have moved since the example was given."""
-    tensor = next(chain(model.parameters(), model.buffers()), example)
-    return example.to(tensor.device)
+def device_of(model: nn.Module, default: torch.device = CPU) -> torch.device:
+    """That of its parameters or, where it has none, of its buffers, or else `default`."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), default)
 
 
 @contextmanager

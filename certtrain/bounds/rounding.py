@@ -369,10 +369,8 @@ def _batch_norm(
             bias=behind.bias * most + parameters.amax(),
             done=behind.done + 1,
         )
-        # Weight and bias may meet the BatchNorm's weight before they meet the root of its variance.
-        on_the_way = LARGEST_FACTOR * (behind.weight + behind.bias + mean.abs().amax() + bias.abs().amax())
-        losses = _per_image(_folding_losses(a, folded), x.like)
-        losses = torch.where(2 * on_the_way <= a.largest, losses, torch.inf)
+        met = behind.weight + behind.bias + mean.abs().amax() + bias.abs().amax()
+        losses = _per_image(_folding_losses(a, folded, met), x.like)
     channelwise = (1, -1, *[1] * (x.like.dim() - 2))
     scale, shift, parameters = scale.view(channelwise), shift.view(channelwise), parameters.view(channelwise)
     moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
@@ -385,11 +383,14 @@ def _batch_norm(
     return widened(moved, sum_error(a, terms, foldings), parameters, a, losses=losses), folded
 
 
-def _folding_losses(a: Arithmetic, folded: Sum) -> Tensor:
-    """(B,): what underflows of folded weights cost, met by the inputs; infinite where a folded sum may overflow."""
+def _folding_losses(a: Arithmetic, folded: Sum, met: Tensor) -> Tensor:
+    """(B,): what underflows of folded weights cost, met by the inputs; infinite where a folded sum may overflow.
+
+    met: no less than what meets the BatchNorm's weight as it is folded, perhaps before the root of its variance.
+    """
     lost = 8 * folded.terms * LARGEST_FACTOR**folded.done * a.tiny * (1 + folded.largest)
-    fits = 2 * (folded.weight * (1 + folded.largest) + folded.bias) <= a.largest
-    return torch.where(fits, lost, torch.inf)
+    largest = torch.maximum(folded.weight * (1 + folded.largest) + folded.bias, LARGEST_FACTOR * met)
+    return torch.where(2 * largest <= a.largest, lost, torch.inf)
 
 
 def _is_harmless(*values: Tensor) -> bool:

@@ -126,18 +126,17 @@ class Propagation:
         moved = self.widened(moved, self.sum_error(terms), parameters)
         if x.sums is None:
             return moved
-        met = x.sums.weight + x.sums.bias + np.abs(mean).max() + np.abs(bias).max()  # by the weight, before the root
-        folded = self._folded(moved, x.sums, np.abs(scale).max(), parameters.max())
-        if 2 * LARGEST_SCALE * met > LARGEST[self.arithmetic]:
-            return folded._replace(radius=np.full_like(folded.radius, np.inf))
-        return folded
+        met = x.sums.weight + x.sums.bias + np.abs(mean).max() + np.abs(bias).max()
+        return self._folded(moved, x.sums, np.abs(scale).max(), parameters.max(), met)
 
-    def _folded(self, x: Interval, sums: Sums, scale: float, parameters: float) -> Interval:
-        """With what underflows of folded weights cost; everything, where a folded sum may overflow."""
+    def _folded(self, x: Interval, sums: Sums, scale: float, parameters: float, met: float) -> Interval:
+        """With what underflows of folded weights cost; everything, where a folded sum may overflow.
+
+        met: no less than what meets the BatchNorm's weight as it is folded, perhaps before the root of its variance.
+        """
         lost = 8 * sums.terms * LARGEST_SCALE * TINY[self.arithmetic] * (1 + sums.largest)
-        fits = (
-            2 * (sums.weight * scale * (1 + sums.largest) + sums.bias * scale + parameters) <= LARGEST[self.arithmetic]
-        )
+        folded = sums.weight * scale * (1 + sums.largest) + sums.bias * scale + parameters
+        fits = 2 * max(folded, LARGEST_SCALE * met) <= LARGEST[self.arithmetic]
         radius = (x.radius + lost) * (1 + 2.0**-40) if fits else np.full_like(x.radius, np.inf)
         return Interval(x.center, radius, sums._replace(normalized=True))
 

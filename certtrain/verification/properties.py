@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box
-from certtrain.bounds.model import evaluating
+from certtrain.bounds.model import device_of, evaluating
 from certtrain.bounds.rounding import nearest_above, nearest_below
 from certtrain.data.seeding import generator
 from certtrain.errors import UsageError
@@ -25,7 +25,6 @@ from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound, root_margins
 from certtrain.verification.cascade import BRANCH_AND_BOUND, check_cascade
-from certtrain.verification.verify import device_of
 
 Replay = Callable[[Tensor], Tensor]
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.margins import proved
-from certtrain.bounds.model import evaluating
+from certtrain.bounds.model import device_of, evaluating
 from certtrain.data import Split, to_float
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.answers import predictions
 from certtrain.verification.attacks import Attack
 from certtrain.verification.pixels import perturbation_box
-from certtrain.verification.verify import check_fit, checked_radii, device_of, parts_of, verify
+from certtrain.verification.verify import check_fit, checked_radii, parts_of, verify
 
 CURVE_POINTS = 101
 ATTACKED_POINTS = 9

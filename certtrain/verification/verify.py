@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds.model import evaluating
+from certtrain.bounds.model import device_of, evaluating
 from certtrain.bounds.rounding import arithmetic_named
 from certtrain.data import Split, to_float
 from certtrain.errors import DataError, UsageError
@@ -317,11 +317,6 @@ def checked_radii(eps: float | Sequence[float]) -> list[float]:
         if not (math.isfinite(radius) and radius >= 0):
             raise UsageError(f"eps: a radius is a finite number and not negative, not {radius}")
     return radii
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """That of its parameters or, where it has none, of its buffers."""
-    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def check_fit(model: nn.Module, data: Split) -> None:

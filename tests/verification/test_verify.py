@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.model import device_of
 from certtrain.data import Split
 from certtrain.data.seeding import generator
 from certtrain.errors import DataError, UnsupportedOperation, UsageError
@@ -12,7 +13,7 @@ from certtrain.report.layer_statistics import layer_statistics
 from certtrain.verification import answers
 from certtrain.verification.attacks import PGD
 from certtrain.verification.radius import certified_radii
-from certtrain.verification.verify import device_of, verify
+from certtrain.verification.verify import verify
 from tests.networks import Threshold, narrow_cnn7, randomized
 
 
