@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,10 @@ from certtrain.bounds.recording import check_recording
 from certtrain.bounds.segments import propagate_in_segments
 from certtrain.bounds.tracing import structure_of, trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
+from certtrain.verification.cascade import BRANCH_AND_BOUND
+
+if TYPE_CHECKING:
+    from certtrain.verification.branch_and_bound import Search
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
 BACKENDS = ("native", "lirpa")
@@ -226,6 +230,7 @@ class BoundedModel:
         alpha: AlphaOptions = DEFAULT_ALPHA,
         arithmetic: str | None = None,
         early_stop: bool = False,
+        search: Search | None = None,
     ) -> Tensor:
         """Lower bounds of z_y - z_j over the box.
 
@@ -233,7 +238,8 @@ class BoundedModel:
             box: (B, ...) inputs.
             labels: (B,) int64, the classes y.
             method: by price, "ibp"; "crown-ibp", one backward pass on IBP's boxes; "crown", backward passes for the
-                boxes too; "alpha-crown", slopes optimised for each image (no gradient).
+                boxes too; "alpha-crown", slopes optimised for each image (no gradient); "branch-and-bound", a search
+                on top of it that ends where an image is proved, or shown to be misclassified somewhere (no gradient).
             clean: see `ibp`.
             intersect: take the better of this bound and the cheaper ones, so that a dearer method is never looser.
             max_memory: bytes that coefficients of backward passes may take; the work is cut accordingly. Default:
@@ -243,7 +249,9 @@ class BoundedModel:
             arithmetic: see `ibp`; the margins are then those of the computed logits, in float64.
             early_stop: an image whose margins are all positive is spared what is left to do for it; between the layers
                 of "crown" that is looked at. Its margins are then those that prove it, not the method's best. For
-                networks in eval mode, with `intersect`.
+                networks in eval mode, with `intersect`. Of "branch-and-bound" it spares the methods before the search.
+            search: how "branch-and-bound" searches, which is for networks in eval mode, with `intersect`; by default
+                for at most 100 seconds an image.
 
         Returns:
             (B, K), 0 in column y; an image whose other entries are all positive is proved. -inf where values overflow,
@@ -251,16 +259,23 @@ class BoundedModel:
 
         Raises:
             UsageError: unknown method, a box that is empty or not of float32 or float64, labels outside the classes, a
-                memory bound that does not suffice for one image, or `early_stop` where it cannot be.
-            UnsupportedOperation: an operation has no linear relaxation, or none that covers rounding.
+                memory bound that does not suffice for one image, or `early_stop` or a search where it cannot be.
+            UnsupportedOperation: an operation has no linear relaxation, or none that covers rounding; or it cannot be
+                split.
         """
-        if method not in METHODS:
-            raise unknown("bound method", method, METHODS)
+        if method not in (*METHODS, BRANCH_AND_BOUND):
+            raise unknown("bound method", method, (*METHODS, BRANCH_AND_BOUND))
         if len(self._sizes.output) != 1:
             raise UsageError(f"margins are of logits (B, K): this network returns {tuple(self._sizes.output)} an image")
         check_question(box, labels, self.classes)
         if early_stop and (self.model.training or not intersect):
             raise UsageError("early_stop is for networks in eval mode, and for bounds that are intersected")
+        if method == BRANCH_AND_BOUND:
+            if self.model.training or not intersect:
+                raise UsageError(f"{method} is for networks in eval mode, and for bounds that are intersected")
+            options: dict[str, Any] = {"max_memory": max_memory, "arithmetic": arithmetic}
+            known = self.margins(box, labels, METHODS[-1], alpha=alpha, early_stop=early_stop, **options)
+            return self._searched_margins(box, labels, known, search, **options)
         if method == "ibp":
             bounds = self.ibp(box, clean, arithmetic=arithmetic)
             return no_nan(self._interval_margins(bounds, labels, arithmetic), labels)
@@ -278,6 +293,14 @@ class BoundedModel:
                 cheaper = [self._interval_margins(bounds, labels[part], arithmetic)] if intersect else []
                 found.append(self._backward_margins(bounds, labels[part], method, cheaper, rows, alpha))
         return no_nan(torch.cat(found), labels)
+
+    def _searched_margins(
+        self, box: Box, labels: Tensor, known: Tensor, search: Search | None, **options: Any
+    ) -> Tensor:
+        from certtrain.verification.branch_and_bound import Search, searched_margins  # where bounds are imported
+
+        points = box.map(lambda end: end.to(self._example.dtype))
+        return searched_margins(self, box, labels, known, search or Search(), points, **options)
 
     def tightened(self, box: Box, arithmetic: str | None = None, max_memory: int | None = None) -> Record:
         """Every value's box, as tight as CROWN makes them, for searches on top (`branch_and_bound`).

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from certtrain.bounds.recording import agree, probes
 from certtrain.errors import DataError, MissingDependency, UnsupportedOperation, optional_module
@@ -24,6 +25,7 @@ from certtrain.errors import DataError, MissingDependency, UnsupportedOperation,
 EXTRA = "onnx"
 OLDEST, NEWEST = 9, 17  # versions of ONNX's operators that onnx2torch knows all of
 FLOAT = 1  # ONNX's number of float32
+PRELU = "OnnxPReLU"  # onnx2torch's module
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +57,7 @@ def import_onnx(file: Path) -> OnnxNetwork:
     except Exception as error:  # protobuf's and onnx's own, which depend on its version
         raise DataError(f"{file} is no network in ONNX: {_one_line(error)}") from error
     name, shape = _input(model, file)
-    network, model = model, _in_known_version(_with_plain_constants(model))
+    network, model = model, _with_plain_shapes(_in_known_version(_with_plain_constants(model)), shape)
     _require_known_operators(model, file)
     try:
         module = _settled(onnx2torch.convert(model).eval().float(), shape)
@@ -117,6 +119,33 @@ def _with_plain_constants(model: Any) -> Any:
     return plain
 
 
+def _with_plain_shapes(model: Any, input_shape: Sequence[int]) -> Any:
+    """Without the 0 in a reshaping, ONNX's word for an axis as it is, wherever the sizes of one input are known."""
+    onnx, single = importlib.import_module("onnx"), type(model)()
+    single.CopyFrom(model)
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in single.graph.initializer}
+    (entry,) = (value for value in single.graph.input if value.name not in constants)
+    for axis, size in zip(entry.type.tensor_type.shape.dim, (1, *input_shape), strict=True):
+        axis.dim_value = size
+    known = onnx.shape_inference.infer_shapes(single).graph
+    sizes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in (*known.input, *known.value_info)
+    }
+    for i, node in enumerate(single.graph.node):
+        keeps = node.op_type == "Reshape" and not any(part.name == "allowzero" and part.i for part in node.attribute)
+        asked = constants.get(node.input[1]) if keeps else None
+        before = sizes.get(node.input[0])
+        if asked is None or before is None or not (asked == 0).any():
+            continue
+        plain = np.array([before[axis] if size == 0 else size for axis, size in enumerate(asked.tolist())], np.int64)
+        if (plain != 0).all():
+            name = f"{node.output[0]}/plain_shape_{i}"
+            single.graph.initializer.append(onnx.numpy_helper.from_array(plain, name))
+            node.input[1] = name
+    return single
+
+
 def _in_known_version(model: Any) -> Any:
     """In the newest version of ONNX's operators that onnx2torch knows all of, where the file is in none of them."""
     version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
@@ -145,7 +174,13 @@ def _require_known_operators(model: Any, file: Path) -> None:
 
 
 class _Settling(fx.Tracer):
-    """Walks through onnx2torch's modules with the file's constants as values, so that shapes are plain numbers."""
+    """Walks through onnx2torch's modules with the file's constants as values, so that shapes are plain numbers.
+
+    PRelu's, which asks for the shape of its input, is left as it is.
+    """
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m).__name__ == PRELU or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if obj.node.target == "is_floating_point":  # whether a division is one of integers
@@ -180,8 +215,25 @@ def _settled(module: fx.GraphModule, input_shape: Sequence[int]) -> nn.Module:
             before, after = shapes.of[node.args[0]], shapes.of[node]
             if before[:1] == after[:1] == (1,):
                 node.args = (node.args[0], (-1, *after[1:]))
+        elif node.op == "call_module" and type(settled.get_submodule(node.target)).__name__ == PRELU:
+            x, slope = node.args
+            if not _is_by_channel(shapes.of[slope], shapes.of[x]):
+                raise UnsupportedOperation(
+                    f"PRelu has slopes {shapes.of[slope]}: one, or one a channel, can be followed"
+                )
+            with settled.graph.inserting_before(node):
+                flat = settled.graph.call_function(torch.reshape, (slope, (-1,)))
+                rectified = settled.graph.call_function(functional.prelu, (x, flat))
+            node.replace_all_uses_with(rectified)
+            settled.graph.erase_node(node)
     settled.recompile()
     return settled.eval()
+
+
+def _is_by_channel(slope: Sequence[int], x: Sequence[int]) -> bool:
+    """Whether slopes of this shape, stretched as ONNX does, differ along the second axis of an input alone."""
+    stretched = (*(1 for _ in x[len(slope) :]), *slope)
+    return all(size == 1 or axis == 1 for axis, size in enumerate(stretched))
 
 
 def _evaluator(model: Any, name: str) -> Callable[[Tensor], Tensor]:

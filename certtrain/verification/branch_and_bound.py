@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,11 +26,14 @@ from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.bounds.linear.crown import lower_bounds, margin_rows
 from certtrain.bounds.linear.patches import Coefficients, dense
-from certtrain.bounds.margins import no_nan
+from certtrain.bounds.margins import no_nan, proved
 from certtrain.errors import UsageError
 from certtrain.verification.attacks import logits_of
 from certtrain.verification.leaf import exact_leaf
 from certtrain.verification.trees import MOST_BYTES, Trees
+
+if TYPE_CHECKING:
+    from certtrain.bounds.model import BoundedModel
 
 CHECKABLE = 1e-7  # least bound of a leaf that is kept: another program, rounding otherwise, is to find it above 0 too
 OVERHEAD = 1600  # bytes that a domain takes beside its slopes: multipliers, splits, and what Python adds; measured
@@ -226,6 +230,36 @@ def root_margins(record: Record, labels: Tensor, known: Tensor) -> Tensor:
     """Margins (B, K) as `known`, or by a backward pass on the record's boxes where that is better; none is NaN."""
     rows = margin_rows(labels, known.shape[1], known)
     return no_nan(torch.fmax(known, lower_bounds(record, record.output, rows)), labels)
+
+
+def searched_margins(
+    net: BoundedModel,
+    box: Box,
+    labels: Tensor,
+    known: Tensor,
+    search: Search,
+    points: Box,
+    arithmetic: str | None = None,
+    max_memory: int | None = None,
+) -> Tensor:
+    """Margins (B, K) as `known`, or as the search leaves them where those do not prove an image.
+
+    Args:
+        net: in eval mode.
+        box: (B, ...); labels: (B,).
+        points: as of `branch_and_bound`; arithmetic, max_memory: as of `BoundedModel.margins`.
+
+    Raises:
+        As `branch_and_bound`.
+    """
+    found = known.clone()
+    unproved = (~proved(known)).nonzero()[:, 0]
+    for left in (unproved[start : start + search.images] for start in range(0, len(unproved), search.images)):
+        record = net.tightened(box.take(left), arithmetic, max_memory)
+        margins = root_margins(record, labels[left], known[left])
+        outcomes = branch_and_bound(net.model, record, labels[left], margins, search, points.take(left))
+        found[left] = torch.stack([outcome.lower for outcome in outcomes])
+    return found
 
 
 Node = tuple[_Image, _Domain]

@@ -139,15 +139,13 @@ def _check_sizes(model: nn.Module, cases: Sequence[Case], example: Tensor) -> No
 
 
 class _Constraints(nn.Module):
-    """The network, and behind it 0 and limits - rows·y for every constraint of every case: (B, 1 + S)."""
+    """The network, and behind it 0 and limits - rows·y for every constraint: (B, 1 + S)."""
 
-    def __init__(self, network: nn.Module, cases: Sequence[Case]) -> None:
+    def __init__(self, network: nn.Module, rows: Tensor, limits: Tensor) -> None:
         super().__init__()
-        rows, limits = torch.cat([case.rows for case in cases]), torch.cat([case.limits for case in cases])
         self.network, self.flatten, self.left = network, nn.Flatten(), nn.Linear(rows.shape[1], 1 + len(rows))
         with torch.no_grad():
             self.left.weight.copy_(torch.cat([torch.zeros_like(rows[:1]), -rows]))
-            limits = nearest_above(limits, torch.float32)  # met by all that is met
             self.left.bias.copy_(torch.cat([torch.zeros_like(limits[:1]), limits]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +214,6 @@ class _Question:
     ) -> None:
         self.cases, self.replay = cases, replay
         self.sizes = [len(case.limits) for case in cases]
-        self.constraints = _Constraints(model, cases).to(device)
         self.label = torch.zeros(1, dtype=torch.int64, device=device)
 
         def shaped(part: Tensor) -> Tensor:
@@ -226,6 +223,7 @@ class _Question:
             shaped
         )
         self.points = _float32_points(box).map(shaped)
+        self.constraints = _Constraints(model, *_in_float32(model, self.enclosing, cases)).to(device)
 
     def least(self) -> nn.Module:
         """Class 1 + i is predicted where case i holds."""
@@ -260,6 +258,18 @@ class _Question:
         with torch.no_grad():
             outputs = self.replay(point[None]).flatten().cpu()
         return (point.cpu(), outputs) if any(case.holds(outputs) for case in self.cases) else None
+
+
+@torch.no_grad()
+def _in_float32(model: nn.Module, box: Box, cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
+    """All rows (S, K) and limits (S,) in float32, such that outputs on the box that meet the given ones meet these."""
+    rows, limits = torch.cat([case.rows for case in cases]), torch.cat([case.limits for case in cases])
+    lost = (rows - rows.float().double()).abs()
+    if lost.any():
+        outputs = BoundedModel(model, box.lower).ibp(box).output
+        largest = torch.maximum(outputs.lower.abs(), outputs.upper.abs()).flatten().double().cpu()
+        limits = limits + torch.where(lost > 0, lost * largest, 0).sum(1)
+    return rows.float(), nearest_above(limits, torch.float32)
 
 
 def _float32_points(box: Box) -> Box:

@@ -84,6 +84,16 @@ SPELLINGS = {
          node("MatMul", ["d", "v"], "y")],
         LINEAR,
     ),
+    "reshaped with axes that stay as they are": (
+        [node("Reshape", ["x", "halves"], "t"), node("Reshape", ["t", "shape"], "flat"),
+         node("MatMul", ["flat", "w"], "a"), node("Relu", ["a"], "d"), node("MatMul", ["d", "v"], "y")],
+        {**LINEAR, "halves": np.array([0, 0, -1]), "shape": np.array([0, -1])},
+    ),
+    "slopes of a channel, and one slope": (
+        [node("PRelu", ["x", "slopes"], "t"), node("Flatten", ["t"], "flat"), node("MatMul", ["flat", "w"], "a"),
+         node("PRelu", ["a", "slope"], "d"), node("MatMul", ["d", "v"], "y")],
+        {**LINEAR, "slopes": np.array([[[0.3]], [[0.1]], [[0.7]]], np.float32), "slope": np.array([0.2], np.float32)},
+    ),
 }  # fmt: skip
 
 
@@ -104,6 +114,15 @@ def test_networks_as_others_write_them(spelling, opset, tmp_path):
     for _ in range(20):
         logits = found.module(box.lower + torch.rand_like(images) * (box.upper - box.lower))
         assert (logits.gather(1, labels[:, None]) - logits >= margins - 1e-5).all()
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 2), (3, 2, 2), (3, 1, 2)])
+def test_slopes_of_single_elements_are_refused(shape, tmp_path):
+    nodes = [node("PRelu", ["x", "slopes"], "y")]
+    model = network(nodes, (1, 3, 2, 2), {"slopes": np.full(shape, 0.5, np.float32)}, 13, output=(1, 3, 2, 2))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedOperation, match="one a channel"):
+        import_onnx(tmp_path / "m.onnx")
 
 
 RUNTIMES = pytest.mark.parametrize("runtime", ["onnxruntime", "the reference of onnx"])

@@ -18,6 +18,7 @@ from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
+from certtrain.bounds.margins import proved
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification import branch_and_bound as module
 from certtrain.verification.branch_and_bound import Leaf, Outcome, Search, Verdict, branch_and_bound
@@ -56,7 +57,8 @@ def least_margins(network: nn.Sequential, box: Box, label: int) -> np.ndarray:
             matrix, offset = active[:, None] * matrix, active * offset
         matrix, offset = affine[-1][0] @ matrix, affine[-1][0] @ offset + affine[-1][1]
         for j in range(len(least)):
-            found = linprog(matrix[label] - matrix[j], np.concatenate(rows), np.concatenate(limits), bounds=bounds)
+            constraints = (np.concatenate(rows), np.concatenate(limits)) if rows else ()
+            found = linprog(matrix[label] - matrix[j], *constraints, bounds=bounds)
             if found.status == 2:
                 break
             least[j] = min(least[j], found.fun + offset[label] - offset[j])
@@ -72,9 +74,11 @@ def question(network: nn.Module, box: Box, label: int) -> tuple:
     return network, record, labels, margins
 
 
-@given(seed=st.integers(0, 10**6), widths=st.sampled_from([(2, 4, 3), (3, 6, 2), (2, 3, 3, 3), (2, 4, 2, 2)]))
+@given(seed=st.integers(0, 10**6), widths=st.sampled_from([(2, 4, 3), (3, 6, 2), (2, 3, 3, 3), (2, 4, 2, 2), (2, 3)]))
 @example(seed=164, widths=(2, 3, 3, 3))  # attacked, with domains neither proved nor waiting
 @example(seed=364, widths=(3, 6, 2))
+@example(seed=0, widths=(2, 3))  # affine, with nothing to split: proved
+@example(seed=3, widths=(2, 3))  # and attacked
 @settings(max_examples=25, deadline=None)
 def test_verdicts_equal_enumeration(seed, widths):
     network = small_network(seed, widths)
@@ -95,6 +99,43 @@ def test_verdicts_equal_enumeration(seed, widths):
         assert (outcome.point >= box.lower[0]).all()
         assert (outcome.point <= box.upper[0]).all()
         assert int(network(outcome.point[None]).argmax()) != label
+
+
+@given(seed=st.integers(0, 10**6), arithmetic=st.sampled_from([None, "float64", "float32"]))
+@settings(max_examples=6, deadline=None)
+def test_margins_by_search_are_below_the_minima_and_prove_what_is_true(seed, arithmetic):
+    """Of three boxes, searched two at a time: the exact minima, and the bounds that the search begins with."""
+    network = small_network(seed, (2, 4, 3, 3))
+    random = torch.Generator().manual_seed(seed)
+    center = torch.rand(3, 2, generator=random, dtype=torch.float64)
+    radius = torch.tensor([0.05, 0.2, 0.4], dtype=torch.float64)[:, None]
+    box, labels = Box(center - radius, center + radius), network(center).argmax(1)
+    exact = torch.from_numpy(
+        np.stack([least_margins(network, box.take(slice(i, i + 1)), int(y)) for i, y in enumerate(labels)])
+    )
+    if arithmetic == "float32":
+        network = network.float()  # and the box stays in float64
+    net = BoundedModel(network, center.to(next(network.parameters())))
+    search = Search(images=2, ascent=Ascent(steps=3))
+    found = net.margins(box, labels, "branch-and-bound", arithmetic=arithmetic, search=search)
+    tolerance = 1e-9 if arithmetic is None else 1e-5  # float32's weights are not quite those of `exact`
+    assert not found.requires_grad
+    assert (found <= exact + tolerance).all()
+    assert (found >= net.margins(box, labels, "alpha-crown", arithmetic=arithmetic) - 1e-12).all()
+    assert (found.gather(1, labels[:, None]) == 0).all()
+    least = exact.scatter(1, labels[:, None], torch.inf).amin(1)
+    decided = least.abs() > 1e-4
+    assert (proved(found) == (least > 0))[decided].all()
+
+
+def test_margins_by_search_are_for_networks_in_eval_mode_and_intersected():
+    network, x = small_network(0, (2, 3, 2)), torch.zeros(1, 2, dtype=torch.float64)
+    net, box, labels = BoundedModel(network, x), Box(x, x), torch.tensor([0])
+    with pytest.raises(UsageError, match="intersected"):
+        net.margins(box, labels, "branch-and-bound", intersect=False)
+    network.train()
+    with pytest.raises(UsageError, match="eval mode"):
+        net.margins(box, labels, "branch-and-bound")
 
 
 # --- what holds of every tree, whatever is split ----------------------------------------------------------------------

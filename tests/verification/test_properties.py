@@ -85,6 +85,26 @@ def test_verdicts_are_those_of_linear_programs(radius):
     assert {"unsat", "sat"} <= set(verdicts)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("methods", [*([method] for method in METHODS), [BRANCH_AND_BOUND]])
+def test_coefficients_that_float32_does_not_have_refute_nothing_that_holds(methods, seed):
+    """The first output, twice, by coefficients that float32 cannot tell apart: their difference alone decides."""
+    generator = torch.Generator().manual_seed(seed)
+    rounded, size = torch.rand(1, generator=generator).double(), 10.0 ** (5 + seed % 3)
+    rows = torch.tensor([[float(rounded) - 1e-9 * float(rounded), -float(rounded)]], dtype=torch.float64)
+    assert torch.equal(rows[0, 0].float(), -rows[0, 1].float())
+    model = nn.Linear(1, 2)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.bias.zero_()
+    point = torch.tensor([size], dtype=torch.float64)
+    holds = Case(Box(point, point), rows, 0.5 * (rows @ point.expand(2)))  # half of a negative difference is above it
+    assert holds.holds(model(point.float())), "the witness: float64"
+    assert decide(model, [holds], [1], methods).verdict != "unsat"
+    refutable = Case(Box(point, point), rows, rows @ point.expand(2) - 0.01 * size)
+    assert decide(model, [refutable], [1], methods).verdict == "unsat"
+
+
 @pytest.mark.parametrize("sizes", [[1], [2], [3, 1], [1, 5, 2, 8, 4]])
 def test_the_least_of_neighbours(sizes):
     values = torch.randn(20, sum(sizes), generator=torch.Generator().manual_seed(0))

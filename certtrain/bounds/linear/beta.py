@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -65,21 +65,24 @@ class Neurons:
             index: part.unflatten(1, shape) for index, part, shape in zip(self.values, parts, self.shapes, strict=True)
         }
 
-    def flat(self, parts: Mapping[int, Tensor]) -> Tensor:
-        """By value (B, ...) -> (B, N)."""
-        return torch.cat([parts[index].flatten(1) for index in self.values], 1)
+    def flat(self, parts: Mapping[int, Tensor], like: Tensor) -> Tensor:
+        """By value (B, ...) -> (B, N), of the type of `like` (B, ...): an affine network has no neurons."""
+        return torch.cat([like.new_empty(len(like), 0), *(parts[index].flatten(1) for index in self.values)], 1)
 
     def boxes(self, record: Record) -> Box:
         """(B, N)."""
-        boxes = [record.boxes[index].map(partial(torch.flatten, start_dim=1)) for index in self.values]
-        return Box(torch.cat([box.lower for box in boxes], 1), torch.cat([box.upper for box in boxes], 1))
+        boxes, like = {index: record.boxes[index] for index in self.values}, record.boxes[0].like
+        return Box(
+            self.flat({index: box.lower for index, box in boxes.items()}, like),
+            self.flat({index: box.upper for index, box in boxes.items()}, like),
+        )
 
     def thresholds(self, box: Box) -> tuple[Tensor, Tensor]:
         """Where each neuron of `box` (B, N) may be split: (B, N), and whether that helps: (B, N) bool.
 
         A kink inside the interval, after which each side is linear; of other functions the middle.
         """
-        at, useful = [], []
+        at, useful = {}, {}
         lower, upper = self.parts(box.lower), self.parts(box.upper)
         for index in self.values:
             low, high = lower[index], upper[index]
@@ -97,9 +100,8 @@ class Neurons:
                 for point in candidates:
                     helps = (low < point) & (point < high) & ~inside
                     chosen, inside = torch.where(helps, point, chosen), inside | helps
-            at.append(chosen.flatten(1))
-            useful.append(inside.flatten(1))
-        return torch.cat(at, 1), torch.cat(useful, 1)
+            at[index], useful[index] = chosen, inside
+        return self.flat(at, box.lower), self.flat(useful, box.lower).bool()
 
 
 def _entering(call: Call) -> int:
@@ -205,7 +207,7 @@ class DomainBatch:
             if _slope_range(call):
                 entering = _entering(call)
                 found[entering] = RELAXATIONS[call.function](self.record.boxes[entering], *call.args[1:]).lower_slope
-        return self.neurons.flat(found)
+        return self.neurons.flat(found, self.functions)
 
     def slope_ends(self) -> tuple[Tensor, Tensor]:
         """(N,) each: between which slopes a relaxation stays sound."""
@@ -216,7 +218,7 @@ class DomainBatch:
             like = self.record.boxes[index].like[:1]
             low[index] = torch.full_like(like, max((end[0] for end in allowed), default=0.0))
             high[index] = torch.full_like(like, min((end[1] for end in allowed), default=0.0))
-        return self.neurons.flat(low)[0], self.neurons.flat(high)[0]
+        return self.neurons.flat(low, self.functions[:1])[0], self.neurons.flat(high, self.functions[:1])[0]
 
     def gaps(self, behind: Mapping[int, Tensor]) -> Tensor:
         """(D, N): what the relaxation of each neuron may cost the bound.
@@ -241,7 +243,7 @@ class DomainBatch:
             above = [lines.above(x) - y for x, y in zip(points, values, strict=True)]
             gap = torch.where(a > 0, reduce(torch.maximum, below), reduce(torch.maximum, above))
             found[entering] = found[entering] + a.abs() * gap
-        return self.neurons.flat(found)
+        return self.neurons.flat(found, self.functions)
 
     def optimized(self, slopes: Tensor, multipliers: Tensor, ascent: Ascent) -> DomainBounds:
         """The best bounds met by gradient ascent from these slopes and multipliers; it ends when all are positive."""
