@@ -39,8 +39,9 @@ def ibp_init_(model: nn.Module) -> nn.Module:
     (Shi et al. 2021, section 3.1.)
 
     fan_in is the number of inputs that reach one output: for a transposed convolution, the mean over outputs. A layer
-    is a module, or a call such as F.linear(x, self.weight). Of a parametrized layer the effective weight is set
-    (weight_norm); one that cannot take it (spectral_norm, orthogonal) keeps its own, and a warning names it.
+    is a module, or a call such as F.linear(x, self.weight) or x @ self.weight. Of a parametrized layer the effective
+    weight is set (weight_norm); one that cannot take it (spectral_norm, orthogonal) keeps its own, and a warning names
+    it.
 
     Layers and sums are found by torch.fx; where a network cannot be traced, modules are taken in the order they were
     registered, none is halved, and a warning says so.
@@ -220,6 +221,9 @@ def _weights_of(node: fx.Node, modules: dict[str, nn.Module]) -> list[_AffineWei
     if node.op == "call_function" and node.target in _FUNCTIONS:
         weight = _of_call(node, modules)
         return [] if weight is None else [weight]
+    if node.op != "call_module" and node.target in _MATRIX_PRODUCTS:
+        weight = _of_product(node, modules)
+        return [] if weight is None else [weight]
     module, path = modules.get(str(node.target)), str(node.target)
     if node.op != "call_module" or module is None:
         return []
@@ -252,6 +256,7 @@ def _of_module(path: str, module: nn.Module) -> _AffineWeight:
     return _AffineWeight(weight, module, "weight")
 
 
+_MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm", "__matmul__"}
 _TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 _FUNCTIONS = {F.linear, F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED_CONVOLUTIONS}
 
@@ -271,6 +276,30 @@ def _of_call(node: fx.Node, modules: dict[str, nn.Module]) -> _AffineWeight | No
     groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
     stride: Any = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
     return _AffineWeight(*place, True, groups, (stride,) * dimensions if isinstance(stride, int) else tuple(stride))
+
+
+def _of_product(node: fx.Node, modules: dict[str, nn.Module]) -> _AffineWeight | None:
+    """Of x @ weight, or x @ weight.T, where weight (in, out) or (out, in) is a parameter of a module, or computed."""
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    x, source = node.args
+    if not isinstance(x, fx.Node) or not isinstance(source, fx.Node) or _values(node) != [x]:
+        return None
+    flipped = _is_transposition(source)
+    matrix = source.all_input_nodes[0] if flipped else source
+    if matrix.op != "get_attr":
+        parameters = _parameters_behind(source)
+        return _AffineWeight(f"what is computed from {', '.join(parameters)}", None, "") if parameters else None
+    path, _, name = str(matrix.target).rpartition(".")
+    weight = modules[path]._parameters.get(name)
+    if weight is None or weight.dim() != 2:  # a constant, such as a fixed transform
+        return None
+    return _AffineWeight(str(matrix.target), modules[path], name, transposed=not flipped)
+
+
+def _is_transposition(node: fx.Node) -> bool:
+    """Of a matrix, in any of the ways that leave nothing to choose."""
+    return node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT"))
 
 
 def _parameters_behind(node: fx.Node) -> list[str]:
@@ -304,7 +333,7 @@ class _Residual:
         return source.target in _ADDITIONS and len(set(source.all_input_nodes)) == 2
 
 
-_PRODUCTS = {operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm", "__matmul__", torch.einsum}
+_PRODUCTS = _MATRIX_PRODUCTS | {torch.bmm, "bmm", torch.einsum}
 _RECTIFIERS = _RELUS | {F.gelu, F.silu}
 _RECTIFYING_MODULES = (nn.ReLU, nn.GELU, nn.SiLU)
 _ATTENTION_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrizations
 import certtrain.models
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.errors import UsageError
-from certtrain.initialization import AFFINE_MODULES, ibp_init_, initialize_
+from certtrain.initialization import AFFINE_MODULES, affine_weights, classifier_tensors, ibp_init_, initialize_
 from certtrain.models import build_model
 from tests.networks import Block
 
@@ -354,6 +355,63 @@ def test_a_weight_that_cannot_be_set_is_named_and_kept(layer, name):
         ibp_init_(model)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
     assert changed == {"first.weight"}
+
+
+class Product(nn.Module):
+    """A layer that is written as a product; `weight` (out, in) is what it multiplies by."""
+
+    def __init__(self, inputs: int, outputs: int, product: Callable[[Tensor, Tensor], Tensor], flipped: bool) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.rand((outputs, inputs) if flipped else (inputs, outputs)))
+        self.fixed = nn.Parameter(torch.ones(outputs), requires_grad=False)
+        self.product, self.flipped = product, flipped
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix if self.flipped else self.matrix.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.matrix) + self.fixed
+
+
+PRODUCTS = {
+    "x @ w": (lambda x, w: x @ w, False),
+    "x.matmul(w)": (lambda x, w: x.matmul(w), False),
+    "torch.mm(x, w)": (torch.mm, False),
+    "x @ w.T": (lambda x, w: x @ w.T, True),
+    "x @ w.mT": (lambda x, w: x @ w.mT, True),
+    "torch.matmul(x, w.t())": (lambda x, w: torch.matmul(x, w.t()), True),
+}
+
+
+@pytest.mark.parametrize("spelling", PRODUCTS)
+def test_a_layer_that_is_written_as_a_product_is_one(spelling):
+    product, flipped = PRODUCTS[spelling]
+    torch.manual_seed(0)
+    hidden, last = Product(400, 300, product, flipped), Product(300, 10, product, flipped)
+    model = nn.Sequential(hidden, nn.ReLU(), last)
+    assert affine_weights(model) == [(hidden, "matrix"), (last, "matrix")]
+    before = last.weight.clone()
+    ibp_init_(model)
+    assert hidden.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / 400, rel=0.02)
+    assert abs(hidden.weight.mean().item()) < 1e-4
+    assert torch.equal(last.weight, before)
+    assert classifier_tensors(model) == ["2.matrix"]
+
+
+def test_products_with_constants_and_of_two_values_are_no_layers():
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("transform", torch.eye(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.transform + x @ torch.ones(6, 6)
+
+    first, last = nn.Linear(6, 6), nn.Linear(6, 2)
+    model = nn.Sequential(first, Mixing(), nn.ReLU(), last)
+    assert affine_weights(model) == [(first, "weight"), (last, "weight")]
+    assert torch.equal(ibp_init_(model)[1].transform, torch.eye(6))
 
 
 def test_the_last_layer_is_the_classifier_even_if_it_is_a_call():
