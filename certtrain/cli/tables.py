@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from certtrain.report.forgetting import forgetting_table
 from certtrain.verification.cascade import GAVE_UP
@@ -58,7 +59,7 @@ def _show_stages(console: Console, results: Sequence[dict]) -> None:
 def show_forgetting(console: Console, start: Mapping[str, Any]) -> None:
     """What the network was on the setting it comes from and on the present one, before, along the way and after."""
     head, rows = forgetting_table(start)
-    table = Table(title=f"on the way from {start['file']}")
+    table = Table(title=Text(f"on the way from {start['file']}", "table.title"))  # whose brackets are no markup
     for column in head:
         table.add_column(column, justify="right")
     for row in rows:

@@ -136,15 +136,17 @@ def load_with_old_data(config: Config, start: Start | None) -> tuple[Dataset, Da
 
 
 def _require_held_out(config: Config, start: Start | None) -> None:
-    """What this run holds out must not be trained on: as old images, or by the run that it begins with.
+    """What this run holds out must not be trained on: as old images, or by the runs that it begins with.
 
     Raises:
         UsageError: the same images are divided otherwise there.
     """
     there = {"replay.data": (_replayed(config), config.seed)}
-    if start is not None and start.config is not None:
-        run = start.config
-        there |= {"start_from": (run.data, run.seed), "replay.data of start_from": (_replayed(run), run.seed)}
+    name = "start_from"
+    for run in () if start is None else (start.config, *start.earlier):
+        if run is not None:
+            there |= {name: (run.data, run.seed), f"replay.data of {name}": (_replayed(run), run.seed)}
+        name = f"start_from of {name}"
     here = config.data
     for name, (data, seed) in there.items():
         if data is None or not here.validation or _source(data) != _source(here):

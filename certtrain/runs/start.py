@@ -45,6 +45,7 @@ class Start(BaseModel):
 
     file: the weights that were taken; sha256: of names, types, shapes and values; keep: what else was.
     architecture, config: those of its run, None where only a file was left.
+    earlier: configs of the runs that its run began with in turn, the latest first, as far as they are known.
     eps: the radius that it was last trained at.
     reinitialized: tensors that were not taken.
     before: errors before training, on the setting of that run ("old") and of this one ("new").
@@ -57,6 +58,7 @@ class Start(BaseModel):
     sha256: str = ""
     architecture: Architecture | None = None
     config: Config | None = None
+    earlier: list[Config] = []
     eps: float = Field(0.0, ge=0, le=1)
     reinitialized: list[str] = []
     before: dict[str, Errors] = {}
@@ -101,10 +103,25 @@ def find_start(section: StartSection, folder: Path) -> Start:
     architecture = Architecture(**load_architecture(beside)) if (beside / "model.json").is_file() else None
     config = _config_in(beside)
     eps = _last_radius(beside, config)
-    start = Start(file=str(file), keep=section.keep, architecture=architecture, config=config, eps=eps)
+    start = Start(
+        file=str(file),
+        keep=section.keep,
+        architecture=architecture,
+        config=config,
+        earlier=_runs_before(beside),
+        eps=eps,
+    )
     if section.peak is not None or section.epsilon == "end":
         _ = start.run_config
     return start
+
+
+def _runs_before(folder: Path) -> list[Config]:
+    """Those that the run in `folder` began with, one with the next, the latest first."""
+    if not (folder / START).is_file():
+        return []
+    start = stored_start(folder)
+    return [config for config in (start.config, *start.earlier) if config is not None]
 
 
 def _config_in(folder: Path) -> Config | None:

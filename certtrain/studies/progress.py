@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from certtrain.runs.lock import LOCK
 from certtrain.runtime.files import parse_json
@@ -127,7 +128,7 @@ class Display:
             errors = [run.summary["verified_error"] for run in of_cell if run.summary]
             done, epochs = sum(run.epochs_done for run in of_cell), sum(run.epochs for run in of_cell)
             table.add_row(
-                name,
+                Text(name),
                 f"{sum(run.finished for run in of_cell)}/{len(of_cell)}",
                 str(sum(run.name in running or (run.held and not run.finished) for run in of_cell)),
                 f"{done}/{epochs}",

@@ -115,14 +115,14 @@ class Tuning:
     def asked_by(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What a configuration with these changes is asked, which must be the same of all that are compared.
 
-        That is the images, the seed, the radii and how they are verified, each under its key.
+        That is the images, the seed, the radii and how and by whom they are verified, each under its key.
         """
         config = self._config(self._held_out, changes)  # which would have the last word
         values = dict(leaves(config.model_dump(mode="json")))
         asked = {
             key: value
             for key, value in values.items()
-            if key == "seed" or (key.startswith(("data.", "verification.")) and key not in OF_TRAINING)
+            if key in ("seed", "backend") or (key.startswith(("data.", "verification.")) and key not in OF_TRAINING)
         }
         return asked | {RADII: config.test_radii}
 

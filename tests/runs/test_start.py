@@ -276,6 +276,15 @@ def validated(tmp_path_factory):
     return folder
 
 
+def digits_elsewhere(folder):
+    """The digits as files of one's own."""
+    digits = load_dataset("digits")
+    for name in ("train", "test"):
+        split = getattr(digits, name)
+        np.savez(folder / f"{name}.npz", images=split.images[:, 0].numpy(), labels=split.labels.numpy())
+    return folder
+
+
 HELD_OUT, VERIFIED = "data.validation=60", "verification.split=validation"
 OLD_DIGITS = ["replay.share=0.25", "replay.data.name=digits"]
 OTHERS = ["data.name=npz", "data.path={others}"]
@@ -299,11 +308,7 @@ OTHERS = ["data.name=npz", "data.path={others}"]
 )
 def test_nothing_that_is_held_out_has_been_trained_on(tmp_path, reference, validated, arguments, refused):
     """Nor do old images need a validation split of their own."""
-    digits = load_dataset("digits")
-    for name in ("train", "test"):
-        split = getattr(digits, name)
-        np.savez(tmp_path / f"{name}.npz", images=split.images[:, 0].numpy(), labels=split.labels.numpy())
-    places = {"reference": reference, "validated": validated, "others": tmp_path}
+    places = {"reference": reference, "validated": validated, "others": digits_elsewhere(tmp_path)}
     config = load_config("digits", [argument.format(**places) for argument in (*TINY, *arguments)])
     start = None if config.start_from is None else find_start(config.start_from, tmp_path / "run")
     if refused is None:
@@ -313,6 +318,25 @@ def test_nothing_that_is_held_out_has_been_trained_on(tmp_path, reference, valid
     with pytest.raises(
         UsageError, match=rf"^{refused}: trained on images that this run would hold out.* make them the"
     ):
+        load_with_old_data(config, start)
+
+
+@pytest.mark.parametrize("between", ["reference", "validated"])
+def test_what_is_held_out_was_trained_on_by_no_run_before(tmp_path, reference, validated, between):
+    """A run that begins with one, on other images, and this one on its; however many there are between."""
+    first = {"reference": reference, "validated": validated}[between]
+    others = digits_elsewhere(tmp_path)
+    for place, begins_with in (("second", first), ("third", tmp_path / "second")):
+        changes = ["data.name=npz", f"data.path={others}", NO_TABLE, f"start_from.path={begins_with}"]
+        with one_thread():
+            assert main(train_arguments(tmp_path / place, *changes)) == 0
+    config = load_config("digits", [*TINY, HELD_OUT, f"start_from={tmp_path / 'third'}", NO_TABLE])
+    start = find_start(config.start_from, tmp_path / "run")
+    assert [run.data.name for run in (start.config, *start.earlier)] == ["npz", "npz", "digits"]
+    if between == "validated":
+        load_with_old_data(config, start)
+        return
+    with pytest.raises(UsageError, match=r"^start_from of start_from of start_from: trained on images"):
         load_with_old_data(config, start)
 
 

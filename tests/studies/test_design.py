@@ -148,6 +148,7 @@ def test_a_wrong_search_is_explained(written, text, message):
 
 ASKED = {  # which key is named, where several change
     "seed: {low: 1, high: 3}": "seed",
+    "backend: [native, lirpa]": "backend",
     "data.limit: [100, 200]": "data.limit",
     "data.validation: [0.1, 0.2]": "data.validation",
     "data.name: [digits, mnist]": "data.name",
