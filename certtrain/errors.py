@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 import re
 import reprlib
+import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
 from types import ModuleType
+
+READER_LEFT: int = getattr(signal, "SIGPIPE", 13)  # the signal of a pipe that nobody reads, which Windows does not name
+NOT_OVER = 75  # exit code where the same command goes on: EX_TEMPFAIL, which Windows does not name either
 
 
 class CerttrainError(Exception):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import certtrain
+from certtrain.errors import NOT_OVER
 
 # PyTorch, behind the other modules, is imported where it is needed: when the budget already counts.
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if ended_by is not None:
                 reason = "interrupted" if ended_by == signal.SIGINT else "out of time"
                 print(f"{reason}: run the same command again to continue {folder}")
-                return 130 if ended_by == signal.SIGINT else os.EX_TEMPFAIL
+                return 130 if ended_by == signal.SIGINT else NOT_OVER
     return 0
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from certtrain.cli.named_run import config_of, folder_of, open_network, open_wei
 from certtrain.cli.studies import holds_runs, is_run_folder, report_study
 from certtrain.cli.tables import hints, show_forgetting, show_results
 from certtrain.config.names import STAGES
-from certtrain.errors import CheckpointError, UsageError, optional_module
+from certtrain.errors import READER_LEFT, CheckpointError, UsageError, optional_module
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
 from certtrain.verification.certificates import require_checkable
@@ -54,7 +53,7 @@ def train_command(options: argparse.Namespace) -> int:
         trust=options.trust_model,
         console=console,
     )
-    if run.interrupted_by == signal.SIGPIPE:
+    if run.interrupted_by == READER_LEFT:
         raise BrokenPipeError
     if run.summary is None:
         return 128 + (run.interrupted_by or 0)

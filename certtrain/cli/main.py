@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import NoReturn
 
 import certtrain
 from certtrain.cli import commands, completion, scaling, studies, terminal
-from certtrain.errors import CerttrainError, ProcessLost, is_out_of_memory, lines_of, shortened, shown
+from certtrain.errors import READER_LEFT, CerttrainError, ProcessLost, is_out_of_memory, lines_of, shortened, shown
 from certtrain.runtime.launch import is_first_process
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.command(options)
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 128 + READER_LEFT
     except (CerttrainError, OSError) as error:
         if options.debug:
             raise

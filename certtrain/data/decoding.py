@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 
 from certtrain.errors import DataError, shortened
 
@@ -74,7 +75,7 @@ def require_memory(size: int, what: str) -> None:
     Raises:
         DataError: it is larger than all memory.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = psutil.virtual_memory().total
     if size > memory:
         raise DataError(f"{what} take {size / 2**30:.1f} GiB; this machine has {memory / 2**30:.1f}")
 

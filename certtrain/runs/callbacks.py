@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from certtrain.errors import DivergedError
+from certtrain.errors import READER_LEFT, DivergedError
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runs.checkpoint import save_checkpoint
 from certtrain.runs.meters import Meter
@@ -126,7 +126,7 @@ class Recorder(Follower):
         try:
             show(what)
         except (BrokenPipeError, SystemExit):  # the latter is what rich's own consoles raise
-            self._noted = signal.SIGPIPE
+            self._noted = READER_LEFT
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
         self.images_per_second = report.images_per_second

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -20,6 +19,7 @@ from certtrain.config import Config
 from certtrain.config.loading import Overrides
 from certtrain.config.schema import MetricsSection
 from certtrain.data import Dataset
+from certtrain.errors import READER_LEFT
 from certtrain.runs.build import assemble, build, compiles, layout_of, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
@@ -249,7 +249,7 @@ def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Obse
         observer.save(trainer)
     if not finished:
         saved = f"saved {run.folder} at step {trainer.step}; continue with --resume"
-        if observer.signal == signal.SIGPIPE:
+        if observer.signal == READER_LEFT:
             _tell_the_error_stream(ranks, f"nobody reads the output any more: {saved}")
         else:
             _tell(console, saved)

@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from certtrain.errors import CerttrainError, FolderInUse, lines_of
+from certtrain.errors import NOT_OVER, CerttrainError, FolderInUse, lines_of
 from certtrain.runtime.files import make_folder
 
-IN_USE = os.EX_TEMPFAIL  # exit code: another process is at work in the run's folder
-BROKEN = os.EX_SOFTWARE  # exit code: an error that certtrain does not explain
+IN_USE = NOT_OVER  # exit code: another process is at work in the run's folder
+BROKEN = 70  # EX_SOFTWARE, exit code: an error that certtrain does not explain
 PRELOADED = [  # once, by the process that the others are copies of
     "certtrain.studies.processes",
     "certtrain.runs.train",
@@ -186,7 +186,8 @@ def _run(
     log: Path,
     messages: Connection,
 ) -> None:
-    os.setpgid(0, 0)  # Ctrl-C is for the process that shows the table
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # Ctrl-C is for the process that shows the table
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     _write_to(log)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from certtrain.config import Config
-from certtrain.errors import CheckpointError, DivergedError, UsageError, lines_of
+from certtrain.errors import NOT_OVER, CheckpointError, DivergedError, UsageError, lines_of
 from certtrain.runs.directory import differences, stored_config
 from certtrain.runs.lock import can_lock, holder
 from certtrain.runtime.files import make_folder, write_json
@@ -42,7 +41,7 @@ class Outcome:
         """0 where all are finished, 1 where one failed, 130 after Ctrl-C, 75 where the same command may go on."""
         if self.failed:
             return 1
-        return 128 + signal.SIGINT if self.interrupted else os.EX_TEMPFAIL if self.left or self.elsewhere else 0
+        return 128 + signal.SIGINT if self.interrupted else NOT_OVER if self.left or self.elsewhere else 0
 
 
 def require_fit(runs: Sequence[PlannedRun], folder: Path, free: Collection[str] = ()) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from certtrain.errors import CheckpointError
+from certtrain.errors import NOT_OVER, CheckpointError
 from certtrain.runtime.files import parse_json
 from certtrain.studies.compare import compare
 from certtrain.studies.design import labels
@@ -51,7 +50,7 @@ class Tuned:
         """As of `Outcome`: 75 while the search is not over."""
         if self.final is not None:
             return self.final.exit_code
-        return 128 + signal.SIGINT if self.interrupted else os.EX_TEMPFAIL
+        return 128 + signal.SIGINT if self.interrupted else NOT_OVER
 
     def sheets(self) -> list[Sheet]:
         return [*_search_sheets(self.summary()), *(sheets(compare([self.folder / "final"])) if self._tested else [])]

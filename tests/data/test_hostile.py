@@ -6,6 +6,7 @@ import os
 import struct
 import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,7 +136,7 @@ def test_a_file_that_claims_too_many_pixels_is_refused_before_it_is_decoded(fold
         )
         assert "0.png cannot be decoded" in refused(folder)
     assert not recwarn.list
-    monkeypatch.setattr(decoding.os, "sysconf", lambda name: 8)
+    monkeypatch.setattr(decoding.psutil, "virtual_memory", lambda: SimpleNamespace(total=64))
     (folder / "train" / "ape" / "0.png").unlink()
     assert "this machine has" in refused(folder)
 
@@ -289,7 +290,7 @@ def test_arrays_that_are_traps_are_refused(tmp_path, monkeypatch, images):
 def test_an_archive_larger_than_all_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     write_npz(tmp_path, images=npy(np.zeros((500, 8, 8), np.uint8)), labels=npy(np.arange(500) % 2))
     assert len(load_dataset("npz", path=tmp_path).train) == 500
-    monkeypatch.setattr(decoding.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(decoding.psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
     with pytest.raises(DataError, match=r"train\.npz: its arrays take .* this machine has"):
         load_dataset("npz", path=tmp_path)
 
