@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from certtrain.runs.directory import are_of_run
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
@@ -36,7 +37,10 @@ def row_of(run: Path) -> Row:
     row = {"name": run.parent.name, "seed": summary["seed"], "eps": summary["eps"], "images": summary["images"],
            "train_seconds": summary["train_seconds"], **{key: summary[key] for key in ERRORS}}  # fmt: skip
     if (run / "verify.json").is_file():
-        row["searched"] = searched(json.loads((run / "verify.json").read_text())["radii"][0])
+        results = json.loads((run / "verify.json").read_text())
+        if not are_of_run(results, summary):
+            raise SystemExit(f"{run / 'verify.json'} is about another network or other images than its run")
+        row["searched"] = searched(results["radii"][0])
     return row
 
 

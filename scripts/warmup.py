@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from pages.warmup import WARMUPS
 from certtrain.runs.metrics import read_records
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_atomically, write_json
+from certtrain.studies.progress import DIVERGED
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 OF_STEPS = (
@@ -36,7 +36,6 @@ OF_STEPS = (
 )
 OF_RUNS = ("natural_error", "pgd_error", "verified_error", "split", "images", "steps", "train_seconds")
 OF_STARTS = ("before", "along", "after", "forgetting", "learned")
-DIVERGED = re.compile(r"the loss is not finite in epoch \d+, step .*? at epsilon ([0-9.e-]+)")
 
 
 def runs_of(study: Path) -> Iterator[tuple[str, int, Path]]:
@@ -48,10 +47,10 @@ def runs_of(study: Path) -> Iterator[tuple[str, int, Path]]:
 
 def rows_of(study: Path) -> list[dict[str, Any]]:
     """A row for each run that is finished or has diverged."""
-    return [row for cell, seed, run in runs_of(study) if (row := row_of(study, cell, seed, run)) is not None]
+    return [row for cell, seed, run in runs_of(study) if (row := row_of(cell, seed, run)) is not None]
 
 
-def row_of(study: Path, cell: str, seed: int, run: Path) -> dict[str, Any] | None:
+def row_of(cell: str, seed: int, run: Path) -> dict[str, Any] | None:
     row: dict[str, Any] = {"cell": cell, "seed": seed, "diverged_at": None}
     if (run / "summary.json").is_file():
         summary = json.loads((run / "summary.json").read_text())
@@ -61,14 +60,9 @@ def row_of(study: Path, cell: str, seed: int, run: Path) -> dict[str, Any] | Non
         layers = read_records(run / "metrics.jsonl")[-1]["layers"]
         row["dead_relus"] = statistics.fmean(layer["dead"] for layer in layers)
         return row
-    row["diverged_at"] = diverged_at(study / "logs" / f"{cell}--{run.name}.log")
-    return None if row["diverged_at"] is None else row
-
-
-def diverged_at(log: Path) -> float | None:
-    """The radius at which the loss was no longer finite, if that ended the run."""
-    match = DIVERGED.search(log.read_text(errors="replace")) if log.is_file() else None
-    return float(match[1]) if match else None
+    if not (run / DIVERGED).is_file():
+        return None
+    return row | {"diverged_at": json.loads((run / DIVERGED).read_text())["eps"]}
 
 
 # --- the first steps --------------------------------------------------------------------------------------------------

@@ -114,9 +114,7 @@ def warmup_study(tmp_path, monkeypatch):
             (run / "steps.jsonl").write_text("\n".join(lines))
             if verdicts is None:
                 (run / "summary.json").unlink()
-    log = study / "logs" / "sgd_short--seed-2.log"
-    log.parent.mkdir()
-    log.write_text("error: the loss is not finite in epoch 1, step 2 of 3, at epsilon 0.031 (step 1 of the run)")
+    (study / "sgd_short" / "seed-2" / "diverged.json").write_text(json.dumps({"eps": 0.031, "message": "not finite"}))
     write_run(study / "sgd_none" / "seed-0", "p")
     (study / "sgd_none" / "seed-0" / "summary.json").unlink()
     return study
