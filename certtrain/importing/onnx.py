@@ -57,10 +57,10 @@ def import_onnx(file: Path) -> OnnxNetwork:
     except Exception as error:  # protobuf's and onnx's own, which depend on its version
         raise DataError(f"{file} is no network in ONNX: {_one_line(error)}") from error
     name, shape = _input(model, file)
-    network, model = model, _with_plain_shapes(_in_known_version(_with_plain_constants(model)), shape)
+    network, model = model, _in_known_version(_with_plain_constants(model))
     _require_known_operators(model, file)
     try:
-        module = _settled(onnx2torch.convert(model).eval().float(), shape)
+        module = _settled(onnx2torch.convert(_with_plain_shapes(model, shape)).eval().float(), shape)
         run = _evaluator(network, name)
         same = _computes_the_same(module, run, shape)
     except Exception as error:  # of onnx2torch or a runtime, for a network that it did not foresee: of any type
@@ -121,29 +121,39 @@ def _with_plain_constants(model: Any) -> Any:
 
 def _with_plain_shapes(model: Any, input_shape: Sequence[int]) -> Any:
     """Without the 0 in a reshaping, ONNX's word for an axis as it is, wherever the sizes of one input are known."""
-    onnx, single = importlib.import_module("onnx"), type(model)()
+    onnx = importlib.import_module("onnx")
+    asked = {node.input[1] for node in model.graph.node if _keeps_axes(node)}
+    shapes = {
+        tensor.name: onnx.numpy_helper.to_array(tensor).tolist()
+        for tensor in model.graph.initializer
+        if tensor.name in asked
+    }
+    if not any(0 in shape for shape in shapes.values()):
+        return model
+    single = type(model)()
     single.CopyFrom(model)
-    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in single.graph.initializer}
+    constants = {tensor.name for tensor in model.graph.initializer}
     (entry,) = (value for value in single.graph.input if value.name not in constants)
     for axis, size in zip(entry.type.tensor_type.shape.dim, (1, *input_shape), strict=True):
         axis.dim_value = size
-    known = onnx.shape_inference.infer_shapes(single).graph
+    inferred = onnx.shape_inference.infer_shapes(single).graph
     sizes = {
         value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in (*known.input, *known.value_info)
+        for value in (*inferred.input, *inferred.value_info)
     }
-    for i, node in enumerate(single.graph.node):
-        keeps = node.op_type == "Reshape" and not any(part.name == "allowzero" and part.i for part in node.attribute)
-        asked = constants.get(node.input[1]) if keeps else None
-        before = sizes.get(node.input[0])
-        if asked is None or before is None or not (asked == 0).any():
-            continue
-        plain = np.array([before[axis] if size == 0 else size for axis, size in enumerate(asked.tolist())], np.int64)
-        if (plain != 0).all():
-            name = f"{node.output[0]}/plain_shape_{i}"
+    for number, node in enumerate(single.graph.node):
+        shape, before = shapes.get(node.input[1], []) if _keeps_axes(node) else [], sizes.get(node.input[0], [])
+        if 0 in shape and len(before) >= len(shape) - shape[::-1].index(0):
+            plain = np.array([size or before[axis] for axis, size in enumerate(shape)], np.int64)
+            name = f"shape of node {number}"
             single.graph.initializer.append(onnx.numpy_helper.from_array(plain, name))
             node.input[1] = name
     return single
+
+
+def _keeps_axes(node: Any) -> bool:
+    """Whether 0 in the shape that a node asks for is an axis as it is."""
+    return node.op_type == "Reshape" and not any(part.name == "allowzero" and part.i for part in node.attribute)
 
 
 def _in_known_version(model: Any) -> Any:
