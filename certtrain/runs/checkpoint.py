@@ -201,7 +201,7 @@ def load_architecture(folder: Path) -> dict[str, Any]:
     try:
         if description.stat().st_size > LARGEST_DESCRIPTION:
             raise CheckpointError(f"{description} is no description of a network: it is too long")
-        return Architecture.model_validate(parse_json(description.read_text())["model"]).model_dump()
+        return Architecture.model_validate(parse_json(description.read_bytes())["model"]).model_dump()
     except ValidationError as error:
         problem = error.errors()[0]
         reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")

@@ -271,7 +271,7 @@ def are_of_run(results: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:
 
 def _say_the_same(file: Path, content: Mapping[str, Any]) -> bool:
     try:
-        before = parse_json(file.read_text())
+        before = parse_json(file.read_bytes())
     except (OSError, ValueError):
         return False
     return _without_times(before) == _without_times(json.loads(json.dumps(content)))

@@ -285,7 +285,7 @@ def write_certificates(
     header = Header(
         format=FORMAT,
         model_sha256=digest(model.read_bytes()),
-        model=parse_json((model.parent / "model.json").read_text())["model"],
+        model=parse_json((model.parent / "model.json").read_bytes())["model"],
         data=ImageSet(
             config["data"]["name"], len(data), split_digest(data.images.cpu().numpy(), data.labels.cpu().numpy())
         ),

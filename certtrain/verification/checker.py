@@ -139,7 +139,7 @@ class SavedNetwork:
 
         try:
             content = file.read_bytes()
-            architecture = parse_json((file.parent / "model.json").read_text())["model"]
+            architecture = parse_json((file.parent / "model.json").read_bytes())["model"]
             stored = load(content)
             name = str(architecture["name"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:

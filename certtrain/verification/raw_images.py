@@ -170,8 +170,8 @@ def _svhn(folder: Path) -> tuple[Array, Array]:
 
 def _tinyimagenet(folder: Path) -> tuple[Array, Array]:
     root = folder / "tiny-imagenet-200"
-    classes = sorted((root / "wnids.txt").read_text().split())
-    lines = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+    classes = sorted((root / "wnids.txt").read_text("utf-8").split())
+    lines = [line.split("\t") for line in (root / "val" / "val_annotations.txt").read_text("utf-8").splitlines()]
     images = _decoded([root / "val" / "images" / line[0] for line in lines])
     return images, np.array([classes.index(line[1]) for line in lines])
 

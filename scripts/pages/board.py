@@ -7,25 +7,27 @@ from typing import Any
 
 from certtrain.studies.design import load_study
 from certtrain.studies.reading import study_path
-from pages.common import RESULTS, put, read
+from pages.common import RESULTS, put, read, read_if_measured
 from pages.studies import paired_table, spreads_table
 
 
 def fill() -> None:
-    board = read("board")
+    board, smaller = read("board"), read_if_measured("board_2_255")
     put(
         RESULTS / "board.md",
-        board=board_table(board["groups"]),
+        board=board_table("board_cifar10_8_255", board["groups"]),
         networks=networks_table(board["groups"]),
         spreads=spreads_table(board),
         paired=paired_table(board),
+        board_2_255=board_table("board_cifar10_2_255", smaller["groups"] if smaller else []),
+        spreads_2_255=spreads_table(smaller) if smaller else "",
     )
 
 
-def board_table(compared: list[dict[str, Any]]) -> str:
+def board_table(study: str, compared: list[dict[str, Any]]) -> str:
     """Networks by recipes: natural and verified error, the mean over seeds, and their number."""
     found = {tuple(group["choices"]): group for group in compared}
-    cells = load_study(study_path("board_cifar10_8_255")).grid.choices.values()
+    cells = load_study(study_path(study)).grid.choices.values()
     recipes, networks = (list(dict.fromkeys(choices)) for choices in zip(*cells, strict=True))
     lines = [f"| network | {' | '.join(recipes)} |", "|---|" + "---:|" * len(recipes)]
     for network in networks:
