@@ -7,20 +7,21 @@ from typing import Any
 
 from certtrain.studies.design import load_study
 from certtrain.studies.reading import study_path
-from pages.common import RESULTS, put, read, read_if_measured
+from pages.common import RESULTS, put, read
 from pages.studies import paired_table, spreads_table
 
 
 def fill() -> None:
-    board, smaller = read("board"), read_if_measured("board_2_255")
+    board, smaller, searched = read("board"), read("board_2_255"), read("board_2_255_searched")
     put(
         RESULTS / "board.md",
         board=board_table("board_cifar10_8_255", board["groups"]),
         networks=networks_table(board["groups"]),
         spreads=spreads_table(board),
         paired=paired_table(board),
-        board_2_255=board_table("board_cifar10_2_255", smaller["groups"] if smaller else []),
-        spreads_2_255=spreads_table(smaller) if smaller else "",
+        board_2_255=board_table("board_cifar10_2_255", smaller["groups"]),
+        spreads_2_255=spreads_table(smaller),
+        searched_2_255=spreads_table(searched),
     )
 
 
