@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
@@ -15,6 +15,9 @@ from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.model import BACKENDS, DEFAULT_ALPHA, BoundedModel, CleanPass, Split
 from certtrain.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from certtrain.verification.branch_and_bound import Search
 
 
 class Bounder(Protocol):
@@ -73,6 +76,7 @@ class Bounder(Protocol):
         alpha: AlphaOptions = DEFAULT_ALPHA,
         arithmetic: str | None = None,
         early_stop: bool = False,
+        search: Search | None = None,
     ) -> Tensor: ...
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor: ...

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.margins import no_nan
 from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split, check_question
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
+
+if TYPE_CHECKING:
+    from certtrain.verification.branch_and_bound import Search
 
 _METHODS = {"ibp": "IBP", "crown-ibp": "CROWN-IBP", "crown": "CROWN", "alpha-crown": "CROWN-Optimized"}
 
@@ -235,6 +238,7 @@ class LirpaModel:
         alpha: AlphaOptions = DEFAULT_ALPHA,
         arithmetic: str | None = None,
         early_stop: bool = False,
+        search: Search | None = None,
     ) -> Tensor:
         """Lower bounds (B, K) of z_y - z_j, 0 at j = y; as `BoundedModel.margins`.
 
@@ -245,13 +249,15 @@ class LirpaModel:
             clean: as in `ibp`.
             intersect: take the better of this bound and the cheaper ones.
             alpha: the steps of alpha-crown, whose bounds carry no gradient; the rates are auto_LiRPA's own.
-            max_memory, arithmetic, early_stop: not supported.
+            max_memory, arithmetic, early_stop, search: not supported.
         """
         _refuse_arithmetic(arithmetic)
         if max_memory is not None:
             raise UsageError("backend lirpa cannot keep to a max_memory: ask about fewer images at once")
         if early_stop:
             raise UsageError("backend lirpa cannot leave out images that are proved: ask without early_stop")
+        if search is not None:
+            raise UsageError("backend lirpa does not search: branch and bound is for backend native")
         if alpha != AlphaOptions(steps=alpha.steps):
             raise UsageError("backend lirpa optimises slopes at rates of its own: alpha can only say how many steps")
         if method not in _METHODS:

@@ -15,6 +15,7 @@ from certtrain.bounds import BoundedModel, Bounder, bounded_model, linf_box
 from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError
+from certtrain.verification.branch_and_bound import Search
 from tests.networks import narrow_cnn7, randomized
 
 
@@ -83,6 +84,15 @@ def test_both_backends_take_the_same_arguments():
         expected = inspect.signature(getattr(Bounder, name))
         assert inspect.signature(getattr(BoundedModel, name)) == expected
         assert inspect.signature(getattr(LirpaModel, name)) == expected
+
+
+def test_the_other_backend_does_not_search():
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 4)
+    net, labels = bounded_model(model, x, "lirpa"), torch.tensor([0])
+    with pytest.raises(UsageError, match="does not search"):
+        net.margins(linf_box(x, 0.1), labels, search=Search())
+    with pytest.raises(UsageError, match="branch-and-bound"):
+        net.margins(linf_box(x, 0.1), labels, "branch-and-bound")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

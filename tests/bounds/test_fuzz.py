@@ -50,6 +50,7 @@ def test_random_networks():
     assert counts.checks["sound, float32"] - counts.refusals["sound, float32"] > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in LAYERS}))
 def test_a_network_of_each_layer(kind):
     for name in [name for k, name in LAYERS if k == kind]:

@@ -114,7 +114,9 @@ def test_a_compiled_step_is_the_eager_one_within_rounding(method):
     check_equal(*found)
 
 
-@pytest.mark.parametrize("method", IN_ALL_PHASES)
+@pytest.mark.parametrize(
+    "method", [n if n == "ibp" else pytest.param(n, marks=pytest.mark.slow) for n in IN_ALL_PHASES]
+)
 def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
     """Epsilon and the regularizers' weight move with every step, the learning rate with some."""
     model, twin = network(), network()
@@ -134,7 +136,8 @@ def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
     assert counters["stats"]["unique_graphs"] == len(phases) + attack
 
 
-@pytest.mark.parametrize("norm_kind", ["layer", pytest.param("batch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("norm_kind", ["layer", "batch"])
 def test_a_transformers_step_is_one_graph_too(norm_kind, only_captured):
     options = {"depth": 1, "width": 8, "heads": 2, "patch": 4, "norm_kind": norm_kind}
     found = []
@@ -175,6 +178,7 @@ def test_perturbed_weights_are_taken_by_the_same_graph(section, only_captured):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_many_networks_may_be_trained_in_one_process(only_captured):
     for width in range(1, 11):
         linear = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 4))

@@ -224,7 +224,7 @@ def test_activation_checkpointing_changes_nothing(make, phase, parts):
     assert_same_step(recomputed, metrics, kept, expected)
 
 
-@pytest.mark.parametrize("phase", [Phase.WARMUP, Phase.FULL])
+@pytest.mark.parametrize("phase", [pytest.param(Phase.WARMUP, marks=pytest.mark.slow), Phase.FULL])
 def test_activation_checkpointing_keeps_less_for_the_way_back(phase):
     model = build_model("cnn7", (3, 32, 32), 10, options={"width": 8, "linear_width": 32}).train()
     images, labels = torch.rand(16, 3, 32, 32), torch.randint(0, 10, (16,))
