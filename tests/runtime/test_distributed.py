@@ -84,9 +84,11 @@ METHODS = {
     "rgs": {"method": SABR(attack={"steps": 2}), "smoothing": RGSSection(std=0.01)},
     "pgpe": {"method": SABR(attack={"steps": 2}), "smoothing": PGPESection(std=0.01, pairs=2)},
 }
-CASES = [(phase, "ibp", parts) for phase in Phase for parts in (1, 4)]
-CASES += [(Phase.WARMUP, method, 2) for method in ("fusion", "checkpointing", "sabr", "exp-ibp")]
-CASES += [(Phase.FULL, method, 2) for method in ("staps", "taps", "mtl-ibp", "rgs")]
+CASES = [(phase, "ibp", parts) for phase in Phase for parts in (1, 2, 4)]
+CASES += [
+    (Phase.WARMUP, method, parts) for method in ("fusion", "checkpointing", "sabr", "exp-ibp") for parts in (1, 2)
+]
+CASES += [(Phase.FULL, method, parts) for method in ("staps", "taps", "mtl-ibp", "rgs") for parts in (1, 2)]
 CASES += [(Phase.FULL, method, 1) for method in ("adversarial", "cc-ibp", "center", "pgpe")]
 CASES += [(Phase.NATURAL, "natural", 1), (Phase.WARMUP, "crown-ibp", 1)]
 BATCH = 10  # not divisible by 4: shares of 2 and 3 images

@@ -444,13 +444,13 @@ def random_start(method: Method) -> Method:
 
 
 @pytest.mark.parametrize("options", [{"accumulation": 3}, {"activation_checkpointing": True}], ids=["parts", "again"])
-@pytest.mark.parametrize("phase", [Phase.WARMUP, Phase.FULL])
+@pytest.mark.parametrize("phase", [Phase.BEFORE, Phase.WARMUP, Phase.FULL])
 @pytest.mark.parametrize("name", METHODS_SHOWN)
 def test_in_parts_or_computed_again_a_step_is_the_same(name, phase, options):
     model, other, method = network(), network(), random_start(METHODS_SHOWN[name])
     cannot = "activation_checkpointing" in options and not method.options.boxes_only
-    if cannot:
-        pytest.skip("refused")
+    if cannot or (name == "adversarial" and phase is Phase.BEFORE):
+        pytest.skip("refused, or without a box before warmup")
     metrics = step(model, method, phase, 0.25, regularization=Regularization(), **options)
     expected = step(other, method, phase, 0.25, regularization=Regularization())
     assert metrics.keys() == expected.keys()

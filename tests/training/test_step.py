@@ -179,7 +179,7 @@ def test_crown_ibp_ends_as_ibp(eps, fusion):
     assert loss(CrownIBP(loss_fusion=fusion)) == pytest.approx(loss(IBP()), rel=1e-9)
 
 
-@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("parts", [2, 4, 5])
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(
     "method",
