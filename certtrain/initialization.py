@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from certtrain.errors import unknown
+from certtrain.per_axis import per_axis
 
 AFFINE_MODULES = (
     nn.Linear,
@@ -39,9 +40,9 @@ def ibp_init_(model: nn.Module) -> nn.Module:
     (Shi et al. 2021, section 3.1.)
 
     fan_in is the number of inputs that reach one output: for a transposed convolution, the mean over outputs. A layer
-    is a module, or a call such as F.linear(x, self.weight) or x @ self.weight. Of a parametrized layer the effective
-    weight is set (weight_norm); one that cannot take it (spectral_norm, orthogonal) keeps its own, and a warning names
-    it.
+    is a module, or a call such as F.linear(x, self.weight), x @ self.weight or an einsum of the two. Of a parametrized
+    layer the effective weight is set (weight_norm); one that cannot take it (spectral_norm, orthogonal) keeps its own,
+    and a warning names it.
 
     Layers and sums are found by torch.fx; where a network cannot be traced, modules are taken in the order they were
     registered, none is halved, and a warning says so.
@@ -221,7 +222,7 @@ def _weights_of(node: fx.Node, modules: dict[str, nn.Module]) -> list[_AffineWei
     if node.op == "call_function" and node.target in _FUNCTIONS:
         weight = _of_call(node, modules)
         return [] if weight is None else [weight]
-    if node.op != "call_module" and node.target in _MATRIX_PRODUCTS:
+    if node.op != "call_module" and node.target in _PRODUCTS:
         weight = _of_product(node, modules)
         return [] if weight is None else [weight]
     module, path = modules.get(str(node.target)), str(node.target)
@@ -252,11 +253,14 @@ def _own_weights(path: str, module: nn.Module) -> list[_AffineWeight]:
 def _of_module(path: str, module: nn.Module) -> _AffineWeight:
     weight = f"{path}.weight" if path else "weight"
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return _AffineWeight(weight, module, "weight", True, module.groups, tuple(module.stride))
+        stride = per_axis(module.stride, module.weight.dim() - 2)
+        return _AffineWeight(weight, module, "weight", True, module.groups, stride)
     return _AffineWeight(weight, module, "weight")
 
 
 _MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm", "__matmul__"}
+_ADDED_PRODUCTS = {torch.addmm, "addmm"}
+_PRODUCTS = _MATRIX_PRODUCTS | _ADDED_PRODUCTS | {torch.bmm, "bmm", torch.einsum}
 _TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 _FUNCTIONS = {F.linear, F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED_CONVOLUTIONS}
 
@@ -272,29 +276,46 @@ def _of_call(node: fx.Node, modules: dict[str, nn.Module]) -> _AffineWeight | No
     place = (str(source.target), modules[path], name)
     if node.target not in _TRANSPOSED_CONVOLUTIONS:  # of all others the weight's shape tells fan_in
         return _AffineWeight(*place)
-    dimensions = _TRANSPOSED_CONVOLUTIONS[node.target]
     groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
     stride: Any = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
-    return _AffineWeight(*place, True, groups, (stride,) * dimensions if isinstance(stride, int) else tuple(stride))
+    return _AffineWeight(*place, True, groups, per_axis(stride, _TRANSPOSED_CONVOLUTIONS[node.target]))
 
 
 def _of_product(node: fx.Node, modules: dict[str, nn.Module]) -> _AffineWeight | None:
     """Of x @ weight, or x @ weight.T, where weight (in, out) or (out, in) is a parameter of a module, or computed."""
-    if len(node.args) != 2 or node.kwargs:
-        return None
-    x, source = node.args
+    x, source, flipped = _factors(node)
     if not isinstance(x, fx.Node) or not isinstance(source, fx.Node) or _values(node) != [x]:
         return None
-    flipped = _is_transposition(source)
-    matrix = source.all_input_nodes[0] if flipped else source
-    if matrix.op != "get_attr":
+    if _is_transposition(source):
+        source, flipped = source.all_input_nodes[0], not flipped
+    if source.op != "get_attr":
         parameters = _parameters_behind(source)
         return _AffineWeight(f"what is computed from {', '.join(parameters)}", None, "") if parameters else None
-    path, _, name = str(matrix.target).rpartition(".")
+    path, _, name = str(source.target).rpartition(".")
     weight = modules[path]._parameters.get(name)
     if weight is None or weight.dim() != 2:  # a constant, such as a fixed transform
         return None
-    return _AffineWeight(str(matrix.target), modules[path], name, transposed=not flipped)
+    return _AffineWeight(str(source.target), modules[path], name, transposed=not flipped)
+
+
+def _factors(node: fx.Node) -> tuple[Any, Any, bool]:
+    """What a product multiplies, by which matrix, and whether by its transpose; Nones where it is no such product."""
+    arguments = () if node.kwargs else node.args
+    if len(arguments) == 3 and node.target in _ADDED_PRODUCTS:
+        arguments = arguments[1:]
+    if len(arguments) == 2:
+        return arguments[0], arguments[1], False
+    if node.target is not torch.einsum or len(arguments) != 3 or str(arguments[0]).count(",") != 1:
+        return None, None, False
+    equation, *operands = arguments
+    terms, _, result = str(equation).replace(" ", "").partition("->")
+    matrix_first = _values(node) == [operands[1]]
+    letters = terms.split(",")[0 if matrix_first else 1]
+    summed = [letter not in result for letter in letters]
+    if sorted(summed) != [False, True]:
+        return None, None, False
+    x, matrix = reversed(operands) if matrix_first else operands
+    return x, matrix, summed[1]
 
 
 def _is_transposition(node: fx.Node) -> bool:
@@ -321,7 +342,7 @@ class _Residual:
     modules: dict[str, nn.Module]
 
     def factor(self, node: fx.Node, weight: _AffineWeight) -> float:
-        return 0.5 if self._is_relu_of_sum(node.all_input_nodes[0]) else 1.0
+        return 0.5 if self._is_relu_of_sum(_values(node)[0]) else 1.0
 
     def _is_relu_of_sum(self, node: fx.Node) -> bool:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -333,7 +354,6 @@ class _Residual:
         return source.target in _ADDITIONS and len(set(source.all_input_nodes)) == 2
 
 
-_PRODUCTS = _MATRIX_PRODUCTS | {torch.bmm, "bmm", torch.einsum}
 _RECTIFIERS = _RELUS | {F.gelu, F.silu}
 _RECTIFYING_MODULES = (nn.ReLU, nn.GELU, nn.SiLU)
 _ATTENTION_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -379,9 +399,7 @@ class _Transformer:
             last = isinstance(module, nn.TransformerEncoderLayer) or self._is_branch_end(node)
             owner = weight.path.rpartition(".")[0].rpartition(".")[2]
             return (1.0 if owner == "linear2" else 0.5) * (ends if last and owner in ("linear2", "out_proj") else 1.0)
-        return (1.0 if self._is_rectified(node.all_input_nodes[0]) else 0.5) * (
-            ends if self._is_branch_end(node) else 1.0
-        )
+        return (1.0 if self._is_rectified(_values(node)[0]) else 0.5) * (ends if self._is_branch_end(node) else 1.0)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None

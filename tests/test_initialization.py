@@ -381,6 +381,12 @@ PRODUCTS = {
     "x @ w.T": (lambda x, w: x @ w.T, True),
     "x @ w.mT": (lambda x, w: x @ w.mT, True),
     "torch.matmul(x, w.t())": (lambda x, w: torch.matmul(x, w.t()), True),
+    "torch.addmm(b, x, w)": (lambda x, w: torch.addmm(torch.ones(w.shape[1]), x, w), False),
+    "b.addmm(x, w.T)": (lambda x, w: torch.ones(w.shape[0]).addmm(x, w.T), True),
+    "einsum(bi,io->bo)": (lambda x, w: torch.einsum("bi,io->bo", x, w), False),
+    "einsum(bi, oi -> bo)": (lambda x, w: torch.einsum("bi, oi -> bo", x, w), True),
+    "einsum(oi,bi->bo)": (lambda x, w: torch.einsum("oi,bi->bo", w, x), True),
+    "einsum(bi,io->bo) of w.T": (lambda x, w: torch.einsum("bi,io->bo", x, w.T), True),
 }
 
 

@@ -268,14 +268,19 @@ class BoundedModel:
         if len(self._sizes.output) != 1:
             raise UsageError(f"margins are of logits (B, K): this network returns {tuple(self._sizes.output)} an image")
         check_question(box, labels, self.classes)
+        if search is not None and method != BRANCH_AND_BOUND:
+            raise UsageError(f"search is how {BRANCH_AND_BOUND} searches: {method} does not")
         if early_stop and (self.model.training or not intersect):
             raise UsageError("early_stop is for networks in eval mode, and for bounds that are intersected")
         if method == BRANCH_AND_BOUND:
             if self.model.training or not intersect:
                 raise UsageError(f"{method} is for networks in eval mode, and for bounds that are intersected")
+            from certtrain.verification.branch_and_bound import Search, searched_margins  # which imports bounds
+
             options: dict[str, Any] = {"max_memory": max_memory, "arithmetic": arithmetic}
             known = self.margins(box, labels, METHODS[-1], alpha=alpha, early_stop=early_stop, **options)
-            return self._searched_margins(box, labels, known, search, **options)
+            points = box.map(lambda end: end.to(self._example.dtype))
+            return searched_margins(self, box, labels, known, search or Search(), points, **options)
         if method == "ibp":
             bounds = self.ibp(box, clean, arithmetic=arithmetic)
             return no_nan(self._interval_margins(bounds, labels, arithmetic), labels)
@@ -293,14 +298,6 @@ class BoundedModel:
                 cheaper = [self._interval_margins(bounds, labels[part], arithmetic)] if intersect else []
                 found.append(self._backward_margins(bounds, labels[part], method, cheaper, rows, alpha))
         return no_nan(torch.cat(found), labels)
-
-    def _searched_margins(
-        self, box: Box, labels: Tensor, known: Tensor, search: Search | None, **options: Any
-    ) -> Tensor:
-        from certtrain.verification.branch_and_bound import Search, searched_margins  # where bounds are imported
-
-        points = box.map(lambda end: end.to(self._example.dtype))
-        return searched_margins(self, box, labels, known, search or Search(), points, **options)
 
     def tightened(self, box: Box, arithmetic: str | None = None, max_memory: int | None = None) -> Record:
         """Every value's box, as tight as CROWN makes them, for searches on top (`branch_and_bound`).

@@ -42,6 +42,7 @@ from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.tracing import Method, record_of
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
+from certtrain.per_axis import per_axis
 
 
 @dataclass(frozen=True)
@@ -524,9 +525,7 @@ def _reduced(x: Tensor, *settings: Any) -> int:
 
 
 def _kernel(x: Tensor, kernel_size: int | tuple[int, ...], *settings: Any) -> int:
-    """PyTorch takes one number, alone or in a tuple, for all axes."""
-    sizes = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-    return math.prod(sizes * (x.dim() - 2) if len(sizes) == 1 else sizes)
+    return math.prod(per_axis(kernel_size, x.dim() - 2))
 
 
 def _adaptive(x: Tensor, output_size: Any) -> int:

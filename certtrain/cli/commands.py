@@ -23,10 +23,12 @@ from certtrain.config.names import STAGES
 from certtrain.errors import READER_LEFT, CheckpointError, UsageError, optional_module
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
+from certtrain.verification.cascade import BRANCH_AND_BOUND
 from certtrain.verification.certificates import require_checkable
 
 if TYPE_CHECKING:
     from certtrain.config import Config
+    from certtrain.config.schema import VerificationSection
     from certtrain.verification.certificates import ImageSet
 
 
@@ -115,6 +117,7 @@ def verify_command(options: argparse.Namespace) -> int:
     weights = folder / "model.safetensors" if options.run.is_dir() else options.run
     if not launched():  # ranks fail together, inside
         asked = config_of(options, options.run, _verification_changes(options))
+        _require_search(options, asked.verification)
         require_data(asked)
         if options.certificates:
             _require_certifiable(weights, asked)
@@ -210,6 +213,7 @@ def _decide_property(options: argparse.Namespace) -> int:
     thorough = {"verification": {"method": list(STAGES), "attack": ["pgd", "apgd-ce", "apgd-t"]}}
     overrides = [text for text in options.overrides if run is None or not text.startswith("model.path=")]
     section = load_verification([thorough, *overrides, _verification_changes(options)])
+    _require_search(options, section)
 
     from certtrain.importing.onnx import import_onnx
     from certtrain.importing.vnnlib import counterexample, read_property
@@ -308,6 +312,14 @@ def _refuse(options: argparse.Namespace, asked: str, *names: str) -> None:
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
     if given:
         raise UsageError(f"{' and '.join(given)} cannot be combined with {asked}")
+
+
+def _require_search(options: argparse.Namespace, section: VerificationSection) -> None:
+    """A time limit is one of a search."""
+    if options.timeout is not None and BRANCH_AND_BOUND not in section.method:
+        raise UsageError(
+            f"--timeout cannot be combined with method {','.join(section.method)}: it is for {BRANCH_AND_BOUND}"
+        )
 
 
 def check_command(options: argparse.Namespace) -> int:

@@ -60,7 +60,7 @@ def import_onnx(file: Path) -> OnnxNetwork:
     network, model = model, _in_known_version(_with_plain_constants(model))
     _require_known_operators(model, file)
     try:
-        module = _settled(onnx2torch.convert(_with_plain_shapes(model, shape)).eval().float(), shape)
+        module = _settled(onnx2torch.convert(_with_plain_shapes(model, name, shape)).eval().float(), shape)
         run = _evaluator(network, name)
         same = _computes_the_same(module, run, shape)
     except Exception as error:  # of onnx2torch or a runtime, for a network that it did not foresee: of any type
@@ -119,7 +119,7 @@ def _with_plain_constants(model: Any) -> Any:
     return plain
 
 
-def _with_plain_shapes(model: Any, input_shape: Sequence[int]) -> Any:
+def _with_plain_shapes(model: Any, name: str, input_shape: Sequence[int]) -> Any:
     """Without the 0 in a reshaping, ONNX's word for an axis as it is, wherever the sizes of one input are known."""
     onnx = importlib.import_module("onnx")
     asked = {node.input[1] for node in model.graph.node if _keeps_axes(node)}
@@ -132,8 +132,7 @@ def _with_plain_shapes(model: Any, input_shape: Sequence[int]) -> Any:
         return model
     single = type(model)()
     single.CopyFrom(model)
-    constants = {tensor.name for tensor in model.graph.initializer}
-    (entry,) = (value for value in single.graph.input if value.name not in constants)
+    (entry,) = (value for value in single.graph.input if value.name == name)
     for axis, size in zip(entry.type.tensor_type.shape.dim, (1, *input_shape), strict=True):
         axis.dim_value = size
     inferred = onnx.shape_inference.infer_shapes(single).graph

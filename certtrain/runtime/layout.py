@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from certtrain.per_axis import per_axis
 from certtrain.runtime.precision import Precision
 
 
@@ -143,10 +144,7 @@ class _Recorder(TorchDispatchMode):
         if function is torch.ops.aten.convolution.default:
             images, weight, _, stride, padding, _, transposed, _, groups = args
             larger: Tensor = result if transposed else images
-            channels, size = larger.shape[1], tuple(larger.shape[2:])
-            self.found.append(
-                Convolution(
-                    channels, size, tuple(weight.shape[2:]), tuple(stride), tuple(padding), groups, images.dtype
-                )
-            )
+            channels, size, kernel = larger.shape[1], tuple(larger.shape[2:]), tuple(weight.shape[2:])
+            stride, padding = per_axis(stride, len(size)), per_axis(padding, len(size))
+            self.found.append(Convolution(channels, size, kernel, stride, padding, groups, images.dtype))
         return result

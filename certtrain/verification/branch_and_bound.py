@@ -24,7 +24,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call
 from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
-from certtrain.bounds.linear.crown import lower_bounds, margin_rows
+from certtrain.bounds.linear.crown import backward_margins
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.margins import no_nan, proved
 from certtrain.errors import UsageError
@@ -228,8 +228,7 @@ def settle(
 @torch.no_grad()
 def root_margins(record: Record, labels: Tensor, known: Tensor) -> Tensor:
     """Margins (B, K) as `known`, or by a backward pass on the record's boxes where that is better; none is NaN."""
-    rows = margin_rows(labels, known.shape[1], known)
-    return no_nan(torch.fmax(known, lower_bounds(record, record.output, rows)), labels)
+    return no_nan(torch.fmax(known, backward_margins(record, labels)), labels)
 
 
 def searched_margins(
@@ -254,7 +253,7 @@ def searched_margins(
     """
     found = known.clone()
     unproved = (~proved(known)).nonzero()[:, 0]
-    for left in (unproved[start : start + search.images] for start in range(0, len(unproved), search.images)):
+    for left in unproved.split(search.images) if len(unproved) else ():
         record = net.tightened(box.take(left), arithmetic, max_memory)
         margins = root_margins(record, labels[left], known[left])
         outcomes = branch_and_bound(net.model, record, labels[left], margins, search, points.take(left))

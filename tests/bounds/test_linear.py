@@ -31,6 +31,7 @@ from certtrain.bounds.model import free_memory
 from certtrain.bounds.operations.record import OPERATIONS, Affine
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.models import build_model
+from certtrain.per_axis import per_axis
 from certtrain.runtime.live_bytes import LiveBytes
 from tests.bounds.test_interval import assert_close
 from tests.bounds.test_properties import attack, networks, points_of, random_box
@@ -411,6 +412,66 @@ def test_margins_of_a_linear_network_are_exact_by_every_method():
     exact = net.margins(box, labels)
     for method in BACKWARD_METHODS:
         torch.testing.assert_close(net.margins(box, labels, method, intersect=False), exact, rtol=1e-12, atol=1e-12)
+
+
+class Convolving(nn.Module):
+    """A convolution by its function, with its settings as they are spelled."""
+
+    def __init__(self, function: Callable[..., Tensor], weight: Tensor, **spelled: object) -> None:
+        super().__init__()
+        self.function, self.weight, self.spelled = function, nn.Parameter(weight), spelled
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, torch.arange(6.0, dtype=x.dtype), **self.spelled)
+
+
+def spelled(number: int) -> st.SearchStrategy[object]:
+    """A setting of a convolution in `number` dimensions, up to 2: a number, one in a list, or one for each axis."""
+    sizes = st.integers(1, 2)
+    return sizes | st.lists(sizes, min_size=1, max_size=1) | st.tuples(*[sizes] * number)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Convolving, Tensor]:
+    """One of 1, 2 or 3 dimensions, transposed or not, however it is spelled, and two images for it."""
+    function, axes = draw(
+        st.sampled_from([(F.conv1d, 1), (F.conv2d, 2), (F.conv3d, 3), (F.conv_transpose1d, 1), (F.conv_transpose2d, 2)])
+    )
+    random, groups = torch.Generator().manual_seed(draw(st.integers(0, 999))), draw(st.sampled_from([1, 2]))
+    stride, dilation = draw(spelled(axes)), draw(spelled(axes))
+    settings_ = {"stride": stride, "dilation": dilation, "groups": groups}
+    if function in (F.conv_transpose1d, F.conv_transpose2d):
+        channels = (4, 6 // groups)
+        most = [max(sizes) - 1 for sizes in zip(per_axis(stride, axes), per_axis(dilation, axes), strict=True)]
+        settings_ |= {"padding": 1, "output_padding": draw(st.tuples(*[st.integers(0, number) for number in most]))}
+    else:
+        channels = (6, 4 // groups)
+        named = ["valid", "same"] if set(per_axis(stride, axes)) == {1} else ["valid"]
+        settings_["padding"] = draw(st.just(0) | spelled(axes) | st.sampled_from(named))
+    kernel, size = draw(st.tuples(*[st.integers(1, 3)] * axes)), draw(st.tuples(*[st.integers(5, 7)] * axes))
+    weight = torch.randn(*channels, *kernel, generator=random, dtype=torch.float64)
+    return Convolving(function, weight, **settings_), torch.randn(2, 4, *size, generator=random, dtype=torch.float64)
+
+
+@given(drawn=convolutions(), channels_last=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_convolution_is_pulled_back_however_it_is_spelled(drawn, channels_last):
+    """As the bounds of an affine function are: its value at the center, less the radius by its derivatives."""
+    model, x = drawn
+    if channels_last and x.dim() == 4:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    box = linf_box(x, 0.1, clip=None)
+    record = recorded(model, box)
+    a = torch.randn(2, 3, *model(x).shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        values = (a * model(x)[:, None]).flatten(2).sum(2)
+    jacobian = torch.autograd.functional.jacobian
+    derivatives = [
+        jacobian(lambda v, rows=rows: (rows * model(v[None])).flatten(1).sum(1), image)
+        for rows, image in zip(a, x, strict=True)
+    ]
+    expected = values - 0.1 * torch.stack(derivatives).abs().flatten(2).sum(2)
+    torch.testing.assert_close(lower_bounds(record, record.output, a), expected, rtol=1e-12, atol=1e-12)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_input
 
 from certtrain.bounds import BoundedModel, LinearRelaxation, linf_box
 from certtrain.bounds.linear import crown, lower_bounds
-from certtrain.bounds.linear.patches import Convolution, Patches, through
+from certtrain.bounds.linear.patches import RULES, Convolution, Patches, through
 from tests.networks import randomized, residual_network
 
 MAP = torch.Size((4, 9, 7))
@@ -46,6 +46,19 @@ def test_pulling_back_through_a_convolution(seed, kernel, stride, padding, dilat
     pulled = units.pulled_through(weight, size, settings_)
     expected = conv2d_input((20, 6, *size), weight, units.dense().flatten(0, 1), *vars(settings_).values())
     torch.testing.assert_close(pulled.dense(), expected.unflatten(0, (2, 10)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("padding", "kernel", "stays"), [("same", 3, True), ("valid", 2, True), ("same", 2, False)])
+def test_windows_stay_windows_where_padding_is_named(padding, kernel, stays):
+    """But for a padding that is larger at one end, as an even kernel's is."""
+    x = torch.rand(2, 3, 9, 7, dtype=torch.float64)
+    record = (
+        BoundedModel(nn.Conv2d(3, 4, kernel, padding=padding).double(), x).ibp(linf_box(x, 0.1), record=True).record
+    )
+    (call,) = (call for call in record.calls if call.function is F.conv2d)
+    units = Patches.one_hot(torch.tensor([[0, 30], [17, 59]]), record.boxes[call.index].shape[1:], x)
+    pulled = RULES[F.conv2d](call, units, record.boxes)
+    assert isinstance(pulled[0][0][1], Patches) if stays else pulled is None
 
 
 @given(seed=st.integers(0, 10_000), windows=st.tuples(PAIRS, PAIRS), apart=st.booleans())

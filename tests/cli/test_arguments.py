@@ -46,6 +46,8 @@ def test_methods_and_arithmetics_are_not_read_as_yaml(cli, run, value):
         ["verify", "--radius", "--json", "x.json"],
         ["verify", "--radius=0.1", "--method", "crown"],
         ["verify", "--radius=0.1", "--eps", "0.1"],
+        ["verify", "--method", "ibp,crown-ibp", "--timeout", "3"],
+        ["verify", "--timeout", "3", "verification.method=crown"],
         ["export", "--onnx", "--eps", "0.1"],
         ["export", "--onnx", "--limit", "3"],
         ["export", "--onnx", "--timeout", "3"],

@@ -19,6 +19,7 @@ from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.bounds.margins import proved
+from certtrain.bounds.model import METHODS
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification import branch_and_bound as module
 from certtrain.verification.branch_and_bound import Leaf, Outcome, Search, Verdict, branch_and_bound
@@ -128,9 +129,12 @@ def test_margins_by_search_are_below_the_minima_and_prove_what_is_true(seed, ari
     assert (proved(found) == (least > 0))[decided].all()
 
 
-def test_margins_by_search_are_for_networks_in_eval_mode_and_intersected():
+def test_a_search_is_for_branch_and_bound_of_networks_in_eval_mode_and_intersected():
     network, x = small_network(0, (2, 3, 2)), torch.zeros(1, 2, dtype=torch.float64)
     net, box, labels = BoundedModel(network, x), Box(x, x), torch.tensor([0])
+    for method in METHODS:
+        with pytest.raises(UsageError, match="does not"):
+            net.margins(box, labels, method, search=Search())
     with pytest.raises(UsageError, match="intersected"):
         net.margins(box, labels, "branch-and-bound", intersect=False)
     network.train()

@@ -37,7 +37,7 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
     if not options.steps or proved(best).all():
         return best
     record = bounds.recorded.detach()
-    slopes, ends = _initial_slopes(record, best.shape[1])
+    slopes, ends = _initial_slopes(record, best.shape[1] - 1)
     if not slopes:
         return best
     free = list(slopes.values())

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv1d_input, conv2d_input
 
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
@@ -34,6 +33,7 @@ from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.patches import (
     Coefficients,
     Contributions,
+    Convolution,
     Patches,
     added,
     constant_map,
@@ -49,6 +49,7 @@ from certtrain.bounds.normalization import normalized
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.movement import cast, differentiable, identity, reshape
 from certtrain.errors import UnsupportedOperation
+from certtrain.per_axis import per_axis
 
 Slopes = Mapping[int, Tensor]  # by call: slope of the line below, or parameter of the planes, (B, 1 or R, ...)
 Lines = dict[int, LinearRelaxation]  # by call
@@ -111,14 +112,31 @@ def _linear(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributi
     return [(x, a @ weight)], (a * bias).flatten(2).sum(2) if bias is not None else a.new_zeros(a.shape[:2])
 
 
-def _conv(input_gradient: Callable[..., Tensor]) -> Callable[..., tuple[Contributions, Tensor]]:
+def _conv(transpose: Callable[..., Tensor]) -> Callable[..., tuple[Contributions, Tensor]]:
+    """By the convolution's transpose as a layer of its own, which has a fast gradient; an input gradient has not."""
+
     def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
-        x, weight, bias, stride, padding, dilation, groups = call.args
-        if isinstance(padding, str):
+        x, weight, bias, *_ = call.args
+        settings = Convolution.of(call)
+        if settings is None:
             return _affine(call, a, boxes)
-        shape = boxes[x.index].shape
+        unread = settings.unread(boxes[x.index].shape[2:], weight.shape[2:])
         rows = a.flatten(0, 1)
-        pulled = input_gradient((len(rows), *shape[1:]), weight, rows, stride, padding, dilation, groups)
+        pulled = transpose(
+            rows, weight, None, settings.stride, settings.padding, unread, settings.groups, settings.dilation
+        )
+        constant = a.new_zeros(a.shape[:2]) if bias is None else a.flatten(3).sum(3) @ bias
+        return [(x, pulled.unflatten(0, a.shape[:2]))], constant
+
+    return rule
+
+
+def _conv_transpose(convolve: Callable[..., Tensor]) -> Callable[..., tuple[Contributions, Tensor]]:
+    def rule(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
+        x, weight, bias, stride, padding, _, groups, dilation = call.args
+        pulled = convolve(a.flatten(0, 1), weight, None, stride, padding, dilation, groups)
+        for axis, size in enumerate(boxes[x.index].shape[2:], 2):  # beyond them lies output padding, of zeros alone
+            pulled = pulled.narrow(axis, 0, size)
         constant = a.new_zeros(a.shape[:2]) if bias is None else a.flatten(3).sum(3) @ bias
         return [(x, pulled.unflatten(0, a.shape[:2]))], constant
 
@@ -132,7 +150,7 @@ def _max_pool(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contribu
     lower, upper = boxes[ref.index].lower, boxes[ref.index].upper
     if call.function is F.max_pool1d:
         lower, upper, a = lower[:, :, None], upper[:, :, None], a[..., None, :]
-        arguments = [(neutral, *_tuple(value, 1)) for value, neutral in zip(arguments, (1, 1, 0, 1), strict=True)]
+        arguments = [(neutral, *per_axis(value, 1)) for value, neutral in zip(arguments, (1, 1, 0, 1), strict=True)]
     kernel, stride, padding, dilation = arguments
     largest, chosen = F.max_pool2d(lower, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
     exceeds = torch.zeros_like(largest, dtype=torch.bool)
@@ -204,13 +222,9 @@ def _extreme(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
     return rule
 
 
-def _tuple(value: Any, length: int) -> tuple[int, ...]:
-    return (value,) * length if isinstance(value, int) else tuple(value)
-
-
 def _largest_other(upper: Tensor, chosen: Tensor, *pooling: Any) -> Tensor:
     """The largest upper bound in each window, the chosen input left out; windows may overlap."""
-    kernel, stride, padding, dilation = (_tuple(value, 2) for value in pooling)
+    kernel, stride, padding, dilation = (per_axis(value, 2) for value in pooling)
 
     def windows(x: Tensor) -> Tensor:
         return F.unfold(x, kernel, dilation, padding, stride).view(*x.shape[:2], -1, *chosen.shape[2:])
@@ -243,8 +257,11 @@ RULES: dict[Callable, Rule] = {
     sub: _sum(-1),
     **{function: _scaling for function in SCALINGS},
     F.linear: _linear,
-    F.conv1d: _conv(conv1d_input),
-    F.conv2d: _conv(conv2d_input),
+    F.conv1d: _conv(F.conv_transpose1d),
+    F.conv2d: _conv(F.conv_transpose2d),
+    F.conv3d: _conv(F.conv_transpose3d),
+    F.conv_transpose1d: _conv_transpose(F.conv1d),
+    F.conv_transpose2d: _conv_transpose(F.conv2d),
     F.max_pool1d: _max_pool,
     F.max_pool2d: _max_pool,
     F.max_pool3d: _pooled(partial(F.max_pool3d, return_indices=True)),

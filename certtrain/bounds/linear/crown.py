@@ -19,17 +19,22 @@ from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
 
 
-def margin_rows(labels: Tensor, classes: int, like: Tensor) -> Tensor:
-    """(B, K, K): row j of image b is z_y - z_j, a row of zeros for j = y."""
-    eye = torch.eye(classes, dtype=like.dtype, device=like.device)
-    return eye[labels][:, None, :] - eye
+def backward_margins(
+    record: Record, labels: Tensor, slopes: Slopes | None = None, lines: Lines | None = None
+) -> Tensor:
+    """Margins (B, K), 0 in column y, by one backward pass on the record's boxes, of a row for each wrong class."""
+    output = record.boxes[record.output]
+    classes = output.shape[1]
+    wrong = torch.arange(classes - 1, device=labels.device)
+    wrong = wrong + (wrong >= labels[:, None])  # (B, K - 1)
+    eye = torch.eye(classes, dtype=output.like.dtype, device=output.like.device)
+    lower = lower_bounds(record, record.output, eye[labels][:, None] - eye[wrong], slopes, lines)
+    return lower.new_zeros(len(labels), classes).scatter(1, wrong, lower)
 
 
 def crown_margins(bounds: Bounds, labels: Tensor, slopes: Slopes | None = None, lines: Lines | None = None) -> Tensor:
-    """Margins (B, K) by one backward pass, on the boxes that `bounds` recorded. (CROWN-IBP if those are IBP's.)"""
-    record = bounds.recorded
-    output = record.boxes[record.output]
-    return lower_bounds(record, record.output, margin_rows(labels, output.shape[1], output.like), slopes, lines)
+    """`backward_margins` on the boxes that `bounds` recorded. (CROWN-IBP if those are IBP's.)"""
+    return backward_margins(bounds.recorded, labels, slopes, lines)
 
 
 def tightened(record: Record, rows_at_once: int, intersect: bool = True) -> Record:

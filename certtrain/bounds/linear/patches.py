@@ -6,9 +6,8 @@ windows is what makes bounds of all of a convolution's neurons affordable. (Xu e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.linear.relaxations import LinearRelaxation
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.movement import cast, identity
+from certtrain.per_axis import per_axis
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,33 @@ class Patches:
 
 @dataclass(frozen=True)
 class Convolution:
-    """How a two-dimensional convolution moves its kernel: pairs, rows first."""
+    """How a convolution moves its kernel: a number for each axis of a map, rows first."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
+
+    @classmethod
+    def of(cls, call: Call) -> Convolution | None:
+        """That of a call; None where the ends of an axis are padded by different numbers, as "same" may do."""
+        _, weight, _, stride, padding, dilation, groups = call.args
+        kernel = weight.shape[2:]
+        stride, dilation = per_axis(stride, len(kernel)), per_axis(dilation, len(kernel))
+        if padding == "valid":
+            padding = 0
+        elif padding == "same":
+            both_ends = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
+            if any(number % 2 for number in both_ends):
+                return None
+            padding = [number // 2 for number in both_ends]
+        return cls(stride, per_axis(padding, len(kernel)), dilation, groups)
+
+    def unread(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """How much of a padded map lies behind the last place of the kernel, along each axis."""
+        padded = [number + 2 * padding for number, padding in zip(size, self.padding, strict=True)]
+        reach = [dilation * (number - 1) + 1 for dilation, number in zip(self.dilation, kernel, strict=True)]
+        return [(whole - part) % step for whole, part, step in zip(padded, reach, self.stride, strict=True)]
 
 
 Coefficients = Tensor | Patches
@@ -179,6 +200,8 @@ def dot(a: Coefficients, values: Tensor | None) -> Tensor:
         return like.new_zeros(like.shape[:2])
     if isinstance(a, Patches):
         return (a.values * a.at(_channels_last(values))).flatten(2).sum(2)
+    if a.dim() > 3 and a.stride(2) == 1:  # channels last: flattened as they lie, or they would have to be copied
+        a, values = a.movedim(2, -1), values.movedim(1, -1)
     return torch.einsum("brn,bn->br", a.flatten(2), values.flatten(1))
 
 
@@ -247,18 +270,14 @@ def constant_map(value: Tensor | float, box: Box) -> Tensor:
 
 
 def _conv2d(call: Call, a: Patches, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor] | None:
-    x, weight, bias, stride, padding, dilation, groups = call.args
-    if isinstance(padding, str):
+    x, weight, bias, *_ = call.args
+    settings = Convolution.of(call)
+    if settings is None:
         return None
-    settings = Convolution(_pair(stride), _pair(padding), _pair(dilation), groups)
     height, width = boxes[x.index].shape[2:]
     pulled = a.pulled_through(weight, (height, width), settings)
     constant = a.values.new_zeros(a.values.shape[:2]) if bias is None else a.values.sum((2, 3)) @ bias
     return [(x, pulled if pulled.is_local else pulled.dense())], constant
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 RULES: dict[Callable, Rule] = {
