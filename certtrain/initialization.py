@@ -342,7 +342,7 @@ class _Residual:
     modules: dict[str, nn.Module]
 
     def factor(self, node: fx.Node, weight: _AffineWeight) -> float:
-        return 0.5 if self._is_relu_of_sum(_values(node)[0]) else 1.0
+        return 0.5 if self._is_relu_of_sum(_input_of(node)) else 1.0
 
     def _is_relu_of_sum(self, node: fx.Node) -> bool:
         module = self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -373,6 +373,11 @@ def _values(node: fx.Node) -> list[fx.Node]:
     return [source for source in dict.fromkeys(node.all_input_nodes) if _depends_on_input(source)]
 
 
+def _input_of(node: fx.Node) -> fx.Node:
+    """Of a layer: what depends on the network's input, or if nothing does, the first."""
+    return next(iter(_values(node)), node.all_input_nodes[0])
+
+
 def _depends_on_input(node: fx.Node) -> bool:
     seen, left = set(), [node]
     while left:
@@ -399,7 +404,7 @@ class _Transformer:
             last = isinstance(module, nn.TransformerEncoderLayer) or self._is_branch_end(node)
             owner = weight.path.rpartition(".")[0].rpartition(".")[2]
             return (1.0 if owner == "linear2" else 0.5) * (ends if last and owner in ("linear2", "out_proj") else 1.0)
-        return (1.0 if self._is_rectified(_values(node)[0]) else 0.5) * (ends if self._is_branch_end(node) else 1.0)
+        return (1.0 if self._is_rectified(_input_of(node)) else 0.5) * (ends if self._is_branch_end(node) else 1.0)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None

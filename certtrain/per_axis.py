@@ -7,5 +7,5 @@ from collections.abc import Iterable
 
 def per_axis(setting: int | Iterable[int], axes: int) -> tuple[int, ...]:
     """A setting with a number for each axis of a map; torch also takes one for all, alone or in a sequence."""
-    numbers = (setting,) if isinstance(setting, int) else tuple(setting)
+    numbers = tuple(setting) if isinstance(setting, Iterable) else (setting,)
     return numbers * axes if len(numbers) == 1 else numbers

@@ -420,6 +420,30 @@ def test_products_with_constants_and_of_two_values_are_no_layers():
     assert torch.equal(ibp_init_(model)[1].transform, torch.eye(6))
 
 
+@pytest.mark.parametrize("layer", [lambda m: m.first(m.tokens), lambda m: F.linear(m.tokens, m.first.weight)])
+@pytest.mark.parametrize("attends", [False, True])
+def test_a_layer_of_what_is_learned_is_one_too(layer, attends):
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.first, self.last = (
+                nn.Parameter(torch.rand(1, 300)),
+                nn.Linear(300, 300),
+                nn.Linear(300, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + layer(self)
+            return self.last((h @ h.mT @ h if attends else h).relu())
+
+    model = Tokens()
+    assert affine_weights(model) == [(model.first, "weight"), (model.last, "weight")]
+    ibp_init_(model)
+    assert model.first.weight.std().item() == pytest.approx(
+        math.sqrt(2 * math.pi) / 300 * (0.5 if attends else 1), rel=0.02
+    )
+
+
 def test_the_last_layer_is_the_classifier_even_if_it_is_a_call():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Functional(nn.Linear(6, 2)))
     before = model[2].weight.detach().clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,7 +33,9 @@ def network(s: Spelling) -> nn.Module:
     ).eval()
 
 
-@pytest.mark.parametrize("spelling", [lambda n: (n,), lambda n: [n], lambda n: torch.Size([n]), lambda n: (n, n)])
+@pytest.mark.parametrize(
+    "spelling", [lambda n: (n,), lambda n: [n], lambda n: torch.Size([n]), lambda n: (n, n), np.int64]
+)
 def test_a_setting_means_the_same_however_it_is_spelled(spelling):
     plain, spelled = network(lambda n: n), network(spelling)
     overruns = [[overruns_a_buffer(call) for call in convolutions_of(m, (3, 8, 8))] for m in (plain, spelled)]
