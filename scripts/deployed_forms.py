@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel
-from certtrain.bounds.rounding import enclosing_linf_box, nearest_above, nearest_below
+from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.export.onnx import export_onnx
 from certtrain.models import build_model
 from certtrain.runs.provenance import versions

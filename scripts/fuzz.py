@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.model import METHODS
-from certtrain.bounds.rounding import enclosing_linf_box, nearest_above, nearest_below
+from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json

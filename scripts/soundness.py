@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import certtrain
 from certtrain.bounds import BoundedModel
-from certtrain.bounds.rounding import ARITHMETICS, nearest_above, nearest_below
+from certtrain.bounds.rounding.arithmetic import ARITHMETICS
+from certtrain.bounds.rounding.boxes import nearest_above, nearest_below
 from certtrain.data import Split, to_float
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json

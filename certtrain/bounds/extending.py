@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from certtrain.bounds import interval, rounding
+from certtrain.bounds import interval
 from certtrain.bounds.linear import free_slopes, relaxations
 from certtrain.bounds.operations.record import Bind, Operation, define
+from certtrain.bounds.rounding import rules as sound
 from certtrain.errors import UsageError
 
 
@@ -17,7 +18,7 @@ def register_operation(
     *,
     interval_rule: interval.Rule | None = None,
     relaxation: relaxations.Relaxation | None = None,
-    sound_rule: rounding.Rule | None = None,
+    sound_rule: sound.Rule | None = None,
     **traits: Any,
 ) -> Operation:
     """Teach certtrain an operation, or another rule for one; for this process, before networks that use it are bounded.
@@ -49,7 +50,7 @@ def register_operation(
         "interval": (interval.RULES, interval_rule or interval.rule_from_traits(operation)),
         "linear": (relaxations.RELAXATIONS, relaxation or relaxations.relaxation_from_traits(operation)),
         "free slopes": (free_slopes.FREE_SLOPES, free_slopes.free_slopes_from_traits(operation)),
-        "sound": (rounding.RULES, sound_rule),
+        "sound": (sound.RULES, sound_rule),
     }
     if rules["interval"][1] is None:
         raise UsageError(

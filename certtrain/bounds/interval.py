@@ -233,8 +233,8 @@ class Joint(NamedTuple):
 class Record:
     """Everything one pass computed: each call in order, and the box of each value by its index (0 is the input).
 
-    slack: of a pass that covers rounding (`rounded`), by call what a coefficient of 1 of each element of its value can
-    lose to rounding, in the deployed network and in a backward pass; None of a pass in real mathematics.
+    slack: of a pass that covers rounding (`rounding.backward`), by call what a coefficient of 1 of each element of its
+    value can lose to rounding, in the deployed network and in a backward pass; None of a pass in real mathematics.
     """
 
     calls: tuple[Call, ...]

@@ -14,12 +14,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import (
-    interval,
-    rounded,
-    rounding,
-    rounding_attention,  # noqa: F401  whose rules stand in rounding.RULES
-)
+from certtrain.bounds import interval
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves
@@ -27,6 +22,8 @@ from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins, no_nan, proved
 from certtrain.bounds.recording import check_recording
+from certtrain.bounds.rounding import propagation as sound
+from certtrain.bounds.rounding.backward import propagate_recorded
 from certtrain.bounds.segments import propagate_in_segments
 from certtrain.bounds.tracing import structure_of, trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
@@ -156,7 +153,7 @@ class BoundedModel:
             coefficients: use these for the BatchNorms (from `clean_pass`) instead of statistics of `clean`.
             record: keep every value's box, for margins by backward passes (`crown_margins`).
             arithmetic: bound what the network computes in this floating-point arithmetic ("float32", "tf32", "bf16",
-                "float64"), in any order of its sums, instead of real mathematics (`rounding.propagate`); box alone.
+                "float64"), in any order of its sums, instead of real mathematics (`rounding.propagation`); box alone.
             from_center: BatchNorm in training mode takes its statistics from the middle of the box instead of `clean`,
                 which then may, but need not, travel along.
             shrink: multiply upper ends behind unstable ReLUs by this (`interval.shrunk`). The result is something to
@@ -167,7 +164,7 @@ class BoundedModel:
         """
         self._refuse_shrinking(shrink)
         if arithmetic is not None:
-            return rounding.propagate(self.graph, box, arithmetic)
+            return sound.propagate(self.graph, box, arithmetic)
         return interval.propagate(self.graph, box, clean, coefficients, record, from_center, shrink)
 
     def ibp_in_segments(
@@ -334,12 +331,10 @@ class BoundedModel:
         """`ibp` with everything recorded that a backward pass needs, also one that covers rounding."""
         if arithmetic is None:
             return self.ibp(box, clean, record=True)
-        return rounded.propagate_recorded(self.graph, box, arithmetic)
+        return propagate_recorded(self.graph, box, arithmetic)
 
     def _interval_margins(self, bounds: Bounds, labels: Tensor, arithmetic: str | None) -> Tensor:
-        return (
-            self.margins_of(bounds, labels) if arithmetic is None else rounding.margins_of(bounds, labels, arithmetic)
-        )
+        return self.margins_of(bounds, labels) if arithmetic is None else sound.margins_of(bounds, labels, arithmetic)
 
     def _backward_margins(
         self, bounds: Bounds, labels: Tensor, method: str, cheaper: list[Tensor], rows: int, alpha: AlphaOptions

@@ -56,7 +56,7 @@ INITIALIZATIONS = Names(
 )
 METHODS = Names("certtrain.bounds.model", "METHODS", ("ibp", "crown-ibp", "crown", "alpha-crown"))
 STAGES = Names("certtrain.verification.cascade", "STAGES", (*METHODS.declared, "branch-and-bound"))
-ARITHMETICS = Names("certtrain.bounds.rounding", "ARITHMETICS", ("float32", "tf32", "bf16", "float64"))
+ARITHMETICS = Names("certtrain.bounds.rounding.arithmetic", "ARITHMETICS", ("float32", "tf32", "bf16", "float64"))
 ATTACKS = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t")
 
 # Of torch.optim; neither LBFGS, whose step needs the loss again, nor SparseAdam, which takes sparse gradients only.

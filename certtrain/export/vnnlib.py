@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from certtrain.bounds.rounding import enclosing_linf_box, nearest_above, nearest_below
+from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
 from certtrain.errors import UsageError, optional_module

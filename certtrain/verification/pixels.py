@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from certtrain.bounds.box import Box, linf_box
-from certtrain.bounds.rounding import OutwardBox
+from certtrain.bounds.rounding.boxes import OutwardBox
 from certtrain.data import to_float
 
 WIDENING = 2.0**-22  # four roundings to float32

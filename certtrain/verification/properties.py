@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.model import device_of, evaluating
-from certtrain.bounds.rounding import nearest_above, nearest_below
+from certtrain.bounds.rounding.boxes import nearest_above, nearest_below
 from certtrain.data.seeding import generator
 from certtrain.errors import UsageError
 from certtrain.runtime.precision import full_precision

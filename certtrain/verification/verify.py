@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.model import device_of, evaluating
-from certtrain.bounds.rounding import arithmetic_named
+from certtrain.bounds.rounding.arithmetic import arithmetic_named
 from certtrain.data import Split, to_float
 from certtrain.errors import DataError, UsageError
 from certtrain.runtime.distributed import ALONE, Ranks

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box
-from certtrain.bounds.rounding import enclosing_linf_box
+from certtrain.bounds.rounding.boxes import enclosing_linf_box
 
 
 def sound_box(model: nn.Module, x: Tensor) -> Box:

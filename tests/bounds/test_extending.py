@@ -19,9 +19,9 @@ from certtrain.bounds import (
     linf_box,
     register_operation,
 )
-from certtrain.bounds import rounding as sound
 from certtrain.bounds.linear import free_slopes, relaxations
 from certtrain.bounds.operations.record import FUNCTIONS, METHODS, MODULES, OPERATIONS
+from certtrain.bounds.rounding.rules import RULES as SOUND
 from certtrain.errors import UnsupportedOperation, UsageError
 from tests.bounds.test_properties import points_of
 
@@ -32,7 +32,7 @@ LABELS = torch.tensor([0, 1, 2])
 @pytest.fixture(autouse=True)
 def _tables_come_back():
     tables = [OPERATIONS, FUNCTIONS, METHODS, MODULES]
-    tables += [interval.RULES, relaxations.RELAXATIONS, free_slopes.FREE_SLOPES, sound.RULES]
+    tables += [interval.RULES, relaxations.RELAXATIONS, free_slopes.FREE_SLOPES, SOUND]
     before = [dict(table) for table in tables]
     yield
     for table, entries in zip(tables, before, strict=True):

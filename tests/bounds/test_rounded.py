@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.model import METHODS
-from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box
+from certtrain.bounds.rounding.arithmetic import ARITHMETICS
+from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.errors import UnsupportedOperation
 from tests.bounds.test_rounding import OrderDetector
 from tests.bounds.test_roundings import MODES, ORDERS, Adversary, ByHand, exactly, spread_

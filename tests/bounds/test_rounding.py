@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.model import METHODS
-from certtrain.bounds.rounding import ARITHMETICS, enclosing_linf_box, nearest_above, nearest_below, sum_error
+from certtrain.bounds.rounding.arithmetic import ARITHMETICS, sum_error
+from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification.folding import fold_batch_norm
 from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network

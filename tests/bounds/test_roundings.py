@@ -1,8 +1,8 @@
 """Every rule's count of roundings, against each operation in rational arithmetic with an adversary's errors.
 
-`BY_HAND` has an operation for each rule of `rounding.RULES`; a rule without one fails here. Every single operation is
-taken exactly and then multiplied by 1 ± u, and the adversary chooses the signs. What it reaches must lie in the sound
-box of a box that is a point.
+`BY_HAND` has an operation for each of `rounding.rules`; a rule without one fails here. Every single operation is taken
+exactly and then multiplied by 1 ± u, and the adversary chooses the signs. What it reaches must lie in the sound box of
+a box that is a point.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat
 from certtrain.bounds.operations.movement import cast
 from certtrain.bounds.operations.products import WEIGHTED, einsum
-from certtrain.bounds.rounding import ARITHMETICS, EXACT, RULES, Arithmetic, OutwardBox, enclosing_linf_box
+from certtrain.bounds.rounding.arithmetic import ARITHMETICS, Arithmetic
+from certtrain.bounds.rounding.boxes import OutwardBox, enclosing_linf_box
+from certtrain.bounds.rounding.rules import EXACT, RULES
 from certtrain.errors import UnsupportedOperation
 
 MODES = ("up", "down", "away from zero", "towards zero", "alternating", "random")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import certtrain.bounds.model
-import certtrain.bounds.rounding
+import certtrain.bounds.rounding.arithmetic
 import certtrain.data
 import certtrain.initialization
 import certtrain.models
@@ -34,7 +34,7 @@ SMALLEST = {
         (names.INITIALIZATIONS, certtrain.initialization.INITIALIZATIONS),
         (names.METHODS, certtrain.bounds.model.METHODS),
         (names.STAGES, certtrain.verification.cascade.STAGES),
-        (names.ARITHMETICS, certtrain.bounds.rounding.ARITHMETICS),
+        (names.ARITHMETICS, certtrain.bounds.rounding.arithmetic.ARITHMETICS),
     ],
     ids=lambda table: getattr(table, "table", ""),
 )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from certtrain.bounds import BoundedModel
-from certtrain.bounds.rounding import enclosing_linf_box
+from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model, save_model
 from certtrain.verification.checker import SavedNetwork

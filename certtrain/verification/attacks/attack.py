@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.rounding import down, nearest_above, nearest_below, up
+from certtrain.bounds.rounding.boxes import down, nearest_above, nearest_below, up
 
 Generators = Sequence[torch.Generator] | None
 Attempt = Callable[[Tensor], Tensor]  # positions (L,) of the images that are left -> a point for each of them

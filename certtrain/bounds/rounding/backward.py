@@ -25,18 +25,17 @@ from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.movement import cast
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.operations.record import OPERATIONS
-from certtrain.bounds.rounding import (
+from certtrain.bounds.rounding.arithmetic import (
     BOUND_ARITHMETIC,
-    EXACT,
     SPARE_ROUNDINGS,
     Arithmetic,
-    OutwardBox,
-    SoundPass,
     arithmetic_named,
     compound,
-    propagate_by,
     rounded_up,
 )
+from certtrain.bounds.rounding.boxes import OutwardBox
+from certtrain.bounds.rounding.propagation import SoundPass, propagate_by
+from certtrain.bounds.rounding.rules import EXACT
 from certtrain.errors import UnsupportedOperation
 
 LINEAR = {

@@ -1,4 +1,4 @@
-"""Rules of `rounding.py` for what attention and normalization consist of; docs/soundness.md, (13) to (16).
+"""Rules for what attention and normalization consist of; docs/soundness.md, (13) to (16).
 
 Products of two values, softmax, averages by softmax, deviations from a mean and their division by the root of a mean
 square. A box of real numbers comes from the rules of real mathematics, taken in float64; what the deployed network's
@@ -25,21 +25,17 @@ from certtrain.bounds.normalization import (
     normalized_box,
 )
 from certtrain.bounds.operations.products import einsum
-from certtrain.bounds.rounding import (
+from certtrain.bounds.rounding.arithmetic import (
     ARITHMETICS,
     BOUND_ARITHMETIC,
     COEFFICIENT_ROUNDINGS,
-    RULES,
     Arithmetic,
-    OutwardBox,
-    einsum_terms,
     elementwise_error,
     inflation,
-    matmul_terms,
-    stored,
     sum_error,
-    widened,
 )
+from certtrain.bounds.rounding.boxes import OutwardBox, widened
+from certtrain.bounds.rounding.rules import RULES, einsum_terms, matmul_terms, stored
 from certtrain.bounds.softmax import softmax
 from certtrain.errors import UnsupportedOperation
 

@@ -1,0 +1,416 @@
+"""One rule per operation: what comes out of it in a deployed arithmetic, of any values in a box. docs/soundness.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from certtrain.bounds import interval
+from certtrain.bounds.box import Box
+from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.joining import cat
+from certtrain.bounds.operations.movement import cast
+from certtrain.bounds.operations.pooling import COPYING
+from certtrain.bounds.operations.products import WEIGHTED, einsum
+from certtrain.bounds.operations.record import OPERATIONS
+from certtrain.bounds.rounding.arithmetic import (
+    ARITHMETICS,
+    COEFFICIENT_ROUNDINGS,
+    LARGEST_FACTOR,
+    PLACE_ERROR,
+    Arithmetic,
+    elementwise_error,
+    inflation,
+    sum_error,
+)
+from certtrain.bounds.rounding.boxes import OutwardBox, unbounded, widened
+from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.per_axis import per_axis
+
+Rule = Callable[..., OutwardBox]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sums of products behind a value, as far as a BatchNorm that is folded into them must know.
+
+    terms: products in each; foldings: BatchNorms behind it in all; largest: (B,) no less than |x| of any of its inputs;
+    weight: no less than Σ|w| of any sum, and bias than |b|, the BatchNorms so far included; done: how many those are.
+    """
+
+    terms: int
+    foldings: int
+    largest: Tensor
+    weight: Tensor
+    bias: Tensor
+    done: int = 0
+
+
+def _weighted(function: Callable[..., Tensor]) -> Rule:
+    def rule(
+        a: Arithmetic, x: OutwardBox, weight: Tensor, bias: Tensor | None, *settings: Any, foldings: int = 1
+    ) -> OutwardBox:
+        terms = terms_of(function, weight)
+        error, magnitude = sum_error(a, terms, foldings), x.magnitude
+        if bias is None:
+            bias = weight.new_zeros(_out_channels(function, weight, settings))
+        underflow, fits = sum_range(a, terms, weight.abs().sum(), bias, magnitude)
+        center = function(x.center, weight, bias, *settings)
+        slack = error * bias.abs() + underflow
+        radius = function(x.radius + error * magnitude, weight.abs(), slack, *settings) * inflation(terms)
+        return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
+
+    return rule
+
+
+def matmul_terms(x: Any, y: Any) -> int:
+    """Products in one sum."""
+    return int(x.shape[-1])
+
+
+def einsum_terms(x: Any, y: Any, equation: str) -> int:
+    """Products in one sum, where letters are summed over that one operand alone has, too."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, part in zip(inputs.split(","), (x, y), strict=True):
+        sizes |= zip(term, part.shape, strict=True)
+    return math.prod(size for letter, size in sizes.items() if letter not in output)
+
+
+def _product(function: Callable[..., Tensor], terms_of: Callable[..., int]) -> Rule:
+    """A matrix product with a constant, on either side."""
+
+    def rule(a: Arithmetic, x: Any, y: Any, *settings: Any) -> OutwardBox:
+        box, matrix = (x, y) if isinstance(x, OutwardBox) else (y, x)
+
+        def with_matrix(part: Tensor, factor: Tensor) -> Tensor:
+            return function(*((part, factor) if box is x else (factor, part)), *settings)
+
+        terms, sizes, magnitude = terms_of(x, y, *settings), matrix.abs(), box.magnitude
+        error = sum_error(a, terms)
+        underflow, fits = sum_range(a, terms, terms * sizes.amax(), matrix.new_zeros(1), magnitude)
+        center = with_matrix(box.center, matrix)
+        radius = (with_matrix(box.radius + error * magnitude, sizes) + underflow) * inflation(terms)
+        return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
+
+    return rule
+
+
+def sum_range(a: Arithmetic, terms: int, norm: Tensor, bias: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
+    """What underflows can cost any of the sums, and (B,) whether no part of any sum of an image can overflow.
+
+    norm: no less than Σ|w| of any of them.
+    """
+    largest = magnitude.flatten(1).amax(1)
+    underflow = 8 * a.tiny * (2 * terms + 2 + norm + terms * largest.amax())
+    return underflow, 2 * (norm * largest + bias.abs().amax()) <= a.largest
+
+
+def terms_of(function: Callable[..., Tensor], weight: Tensor) -> int:
+    """Products in one sum of a linear map."""
+    if function in (F.conv_transpose1d, F.conv_transpose2d):
+        return weight.shape[0] * math.prod(weight.shape[2:])
+    return math.prod(weight.shape[1:])
+
+
+def _out_channels(function: Callable[..., Tensor], weight: Tensor, settings: tuple[Any, ...]) -> int:
+    if function not in (F.conv_transpose1d, F.conv_transpose2d):
+        return weight.shape[0]
+    return weight.shape[1] * settings[3]
+
+
+def _per_image(flags: Tensor, like: Tensor) -> Tensor:
+    return flags.view(-1, *[1] * (like.dim() - 1))
+
+
+def _batch_norm(
+    a: Arithmetic,
+    x: OutwardBox,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    behind: Sum | None,
+) -> tuple[OutwardBox, Sum | None]:
+    """Eq. 7: in any of the usual orders, or folded into the sums behind it.
+
+    Returns the box, and those sums with this BatchNorm folded into them.
+    """
+    if training:
+        raise UsageError("sound bounds are those of a network in eval mode: call model.eval()")
+    weight = torch.ones_like(variance) if weight is None else weight
+    scale = torch.rsqrt(variance + eps) * weight
+    bias = torch.zeros_like(mean) if bias is None else bias
+    shift = bias - mean * scale
+    if not (_is_harmless(variance + eps, scale, weight) and _is_small(mean, bias)):
+        return unbounded(x.center), None
+    parameters = mean.abs() * scale.abs() + bias.abs()
+    losses: Tensor | float = 0.0
+    folded = None
+    if behind is not None:
+        most = scale.abs().amax()
+        folded = replace(
+            behind,
+            weight=behind.weight * most,
+            bias=behind.bias * most + parameters.amax(),
+            done=behind.done + 1,
+        )
+        met = behind.weight + behind.bias + mean.abs().amax() + bias.abs().amax()
+        losses = _per_image(_folding_losses(a, folded, met), x.like)
+    channelwise = (1, -1, *[1] * (x.like.dim() - 2))
+    scale, shift, parameters = scale.view(channelwise), shift.view(channelwise), parameters.view(channelwise)
+    moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
+    magnitude = scale.abs() * x.magnitude + parameters
+    # What is centred first meets the weight, or the reciprocal of the root, before it meets the other.
+    fits = 2 * LARGEST_FACTOR * (x.magnitude + mean.abs().view(channelwise)) <= a.largest
+    moved = OutwardBox.around(moved.center, torch.where(fits, moved.radius, torch.inf))
+    moved = widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a)
+    terms, foldings = (1, 1) if behind is None else (behind.terms, behind.foldings)
+    return widened(moved, sum_error(a, terms, foldings), parameters, a, losses=losses), folded
+
+
+def _folding_losses(a: Arithmetic, folded: Sum, met: Tensor) -> Tensor:
+    """(B,): what underflows of folded weights cost, met by the inputs; infinite where a folded sum may overflow.
+
+    met: no less than what meets the BatchNorm's weight as it is folded, perhaps before the root of its variance.
+    """
+    lost = 8 * folded.terms * LARGEST_FACTOR**folded.done * a.tiny * (1 + folded.largest)
+    largest = torch.maximum(folded.weight * (1 + folded.largest) + folded.bias, LARGEST_FACTOR * met)
+    return torch.where(2 * largest <= a.largest, lost, torch.inf)
+
+
+def _is_harmless(*values: Tensor) -> bool:
+    """Far enough from underflow and overflow that products and quotients of them are normal numbers; zero is."""
+    sizes = torch.cat([value.abs().flatten() for value in values])
+    return bool(((sizes == 0) | ((sizes > 1 / LARGEST_FACTOR) & (sizes < LARGEST_FACTOR))).all())
+
+
+def _is_small(*values: Tensor) -> bool:
+    return all(bool((value.abs() < LARGEST_FACTOR).all()) for value in values)
+
+
+def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardBox:
+    if not 0 <= negative_slope <= 1:
+        raise UnsupportedOperation(f"LeakyReLU with negative_slope={negative_slope} has no sound rule")
+    ends = OutwardBox(F.leaky_relu(x.lower, negative_slope), F.leaky_relu(x.upper, negative_slope))
+    return widened(ends, elementwise_error(a, 2), x.magnitude, a)
+
+
+def _prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
+    channelwise = weight.view(1, -1, *[1] * (x.like.dim() - 2))
+    center, sizes = interval.RULES[F.prelu](x, weight), channelwise.abs().clamp(min=1)
+    if not _is_harmless(weight):
+        return unbounded(center.center)
+    return widened(OutwardBox(center.lower, center.upper), elementwise_error(a, 4), x.magnitude * sizes, a)
+
+
+def _clamped(function: Callable[..., Tensor]) -> Rule:
+    """Between two ends, each of which is rounded as it is stored."""
+
+    def rule(a: Arithmetic, x: OutwardBox, lower: float | None, upper: float | None) -> OutwardBox:
+        ends = _monotone(function)(a, x, lower, upper)
+        most = max(abs(end) for end in (lower, upper) if end is not None)
+        return widened(ends, elementwise_error(a, 1), torch.full_like(ends.center, most), a)
+
+    return rule
+
+
+def _abs(a: Arithmetic, x: OutwardBox) -> OutwardBox:
+    ends = interval.RULES[torch.abs](x)
+    return OutwardBox(ends.lower, ends.upper)
+
+
+def _extremum(function: Callable[..., Tensor]) -> Rule:
+    def rule(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
+        x, y = (value if isinstance(value, Box) else stored(a, value) for value in (x, y))
+        return OutwardBox(function(x.lower, y.lower), function(x.upper, y.upper))
+
+    return rule
+
+
+def _interpolate(
+    a: Arithmetic,
+    x: OutwardBox,
+    size: Any,
+    scale_factor: Any,
+    mode: str,
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+) -> OutwardBox:
+    """Copies, of one of two neighbours where the place of the nearest is itself rounded."""
+    if mode not in COPYING:
+        raise UnsupportedOperation(f"mode={mode!r} has no sound rule: its rounding errors are not known")
+    settings = (size, scale_factor, mode, align_corners, recompute_scale_factor)
+    sizes = F.interpolate(x.like, *settings).shape[2:]
+    factors = scale_factor if isinstance(scale_factor, tuple | list) else [scale_factor] * len(sizes)
+    lower, upper = x.lower, x.upper
+    for axis, (after, factor) in enumerate(zip(sizes, factors, strict=True), start=2):
+        before = lower.shape[axis]
+        step = before / after if factor is None or recompute_scale_factor else 1 / factor
+        places = torch.arange(after, dtype=torch.float64, device=lower.device) + (mode == "nearest-exact") / 2
+        near, far = (
+            (places * step * (1 + error)).floor().long().clamp(0, before - 1) for error in (-PLACE_ERROR, PLACE_ERROR)
+        )
+        lower = torch.minimum(lower.index_select(axis, near), lower.index_select(axis, far))
+        upper = torch.maximum(upper.index_select(axis, near), upper.index_select(axis, far))
+    return OutwardBox(lower, upper)
+
+
+def _add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
+    """A constant is rounded as it is stored, and so is alpha; then come its product and the sum."""
+    if not _is_harmless(torch.tensor(float(alpha), dtype=torch.float64)):
+        raise UnsupportedOperation(f"alpha={alpha} has no sound rule")
+    boxes = [(value, factor) for value, factor in ((x, 1.0), (y, abs(alpha))) if isinstance(value, Box)]
+    center = _center(x) + alpha * _center(y)
+    radius = reduce(torch.add, [factor * box.radius for box, factor in boxes]).expand_as(center)
+    magnitude = _magnitude(x) + abs(alpha) * _magnitude(y)
+    roundings = 2 if alpha == 1 or alpha == -1 else 4
+    return widened(OutwardBox.around(center, radius), elementwise_error(a, roundings), magnitude, a)
+
+
+def _neg(a: Arithmetic, x: OutwardBox) -> OutwardBox:
+    return OutwardBox.around(-x.center, x.radius)
+
+
+def _mul(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
+    box, factor = (x, y) if isinstance(x, OutwardBox) else (y, x)
+    return _scaled(a, box, factor, lambda value, factor: value * factor)
+
+
+def _div(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
+    return _scaled(a, x, y, lambda value, divisor: value / divisor)
+
+
+def _scaled(a: Arithmetic, x: OutwardBox, factor: Any, operation: Callable[[Tensor, Any], Tensor]) -> OutwardBox:
+    sizes = torch.as_tensor(factor, dtype=torch.float64, device=x.like.device)
+    center = operation(x.center, factor)
+    if not _is_harmless(sizes):
+        return unbounded(center)
+    radius, magnitude = operation(x.radius, sizes.abs()), operation(x.magnitude, sizes.abs())
+    return widened(OutwardBox.around(center, radius), elementwise_error(a, 4), magnitude, a)
+
+
+def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> Rule:
+    """Sums and means: products with one constant, of `window(x, *settings)` terms, which may be added first."""
+
+    def rule(a: Arithmetic, x: OutwardBox, *settings: Any) -> OutwardBox:
+        terms = window(x.like, *settings)
+        center, radius = function(x.center, *settings), function(x.radius, *settings)
+        magnitude = function(x.magnitude, *settings) * inflation(terms)
+        moved = OutwardBox.around(center, radius * inflation(terms))
+        moved = widened(moved, sum_error(a, terms + 2), magnitude, a, terms)
+        fits = 2 * terms * x.magnitude.flatten(1).amax(1) <= a.largest
+        return OutwardBox.around(moved.center, torch.where(_per_image(fits, center), moved.radius, torch.inf))
+
+    return rule
+
+
+def _reduced(x: Tensor, *settings: Any) -> int:
+    return x.numel() // max(1, x.sum(*settings).numel())
+
+
+def _kernel(x: Tensor, kernel_size: int | tuple[int, ...], *settings: Any) -> int:
+    return math.prod(per_axis(kernel_size, x.dim() - 2))
+
+
+def _adaptive(x: Tensor, output_size: Any) -> int:
+    """Windows of adaptive pooling overlap; the whole image is no less than any of them."""
+    return math.prod(x.shape[2:])
+
+
+def _exact(function: Callable[..., Tensor]) -> Rule:
+    """Moves elements, or compares them: nothing is rounded."""
+    return lambda a, x, *settings: x.map(lambda part: function(part, *settings))
+
+
+def _monotone(function: Callable[..., Tensor]) -> Rule:
+    return lambda a, x, *settings: OutwardBox(function(x.lower, *settings), function(x.upper, *settings))
+
+
+def _pad(a: Arithmetic, x: OutwardBox, pad: Any, mode: str, value: float | None) -> OutwardBox:
+    if value:
+        raise UnsupportedOperation(f"padding with {value}, which is rounded, has no sound rule; zero has")
+    return _monotone(F.pad)(a, x, pad, mode, value)
+
+
+def _cast(a: Arithmetic, x: OutwardBox, dtype: torch.dtype | None) -> OutwardBox:
+    if dtype is None:
+        return x
+    if a is ARITHMETICS["float64"] and dtype != torch.float64:
+        raise UnsupportedOperation(f"a cast to {dtype} in a network of arithmetic float64 has no sound rule")
+    return widened(x, elementwise_error(a, 1), x.magnitude, a)
+
+
+def _cat(a: Arithmetic, parts: Any, dim: int) -> OutwardBox:
+    return OutwardBox.cat([part if isinstance(part, Box) else stored(a, part) for part in parts], dim)
+
+
+def stored(a: Arithmetic, constant: Tensor) -> OutwardBox:
+    point = OutwardBox.around(constant, torch.zeros_like(constant))
+    return widened(point, elementwise_error(a, 1), constant.abs(), a)
+
+
+def _center(value: Any) -> Any:
+    return value.center if isinstance(value, Box) else value
+
+
+def _magnitude(value: Any) -> Any:
+    return value.magnitude if isinstance(value, OutwardBox) else abs(value)
+
+
+EXACT = {function for function, operation in OPERATIONS.items() if operation.reshaping} - {cast}
+EXACT_METHODS = {"t", "expand", "expand_as", "repeat"}
+"""Of constants; values have no rule for them."""
+
+COMPARING = (
+    F.relu,
+    F.relu6,
+    F.max_pool1d,
+    F.max_pool2d,
+    F.max_pool3d,
+    F.adaptive_max_pool1d,
+    F.adaptive_max_pool2d,
+    torch.amax,
+    torch.amin,
+)
+"""What returns one of its elements, or a constant that every arithmetic has."""
+
+RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's returns the sums behind it as well
+    **{function: _weighted(function) for function in WEIGHTED},
+    torch.matmul: _product(torch.matmul, matmul_terms),
+    einsum: _product(einsum, einsum_terms),
+    **{function: _exact(function) for function in EXACT},
+    **{function: _monotone(function) for function in COMPARING},
+    **{function: _averaging(function, _kernel) for function in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)},
+    **{
+        function: _averaging(function, _adaptive)
+        for function in (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+    },
+    **{function: _averaging(function, _reduced) for function in (torch.Tensor.mean, torch.Tensor.sum)},
+    F.batch_norm: _batch_norm,
+    F.leaky_relu: _leaky_relu,
+    F.prelu: _prelu,
+    **{function: _clamped(function) for function in (torch.clamp, F.hardtanh)},
+    torch.abs: _abs,
+    **{function: _extremum(function) for function in (torch.maximum, torch.minimum)},
+    F.interpolate: _interpolate,
+    F.pad: _pad,
+    cast: _cast,
+    add: _add,
+    sub: lambda a, x, y, alpha=1: _add(a, x, y, -alpha),
+    torch.mul: _mul,
+    torch.div: _div,
+    torch.neg: _neg,
+    cat: _cat,
+}
