@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from certtrain.bounds import BoundedModel, interval, rounding
+from certtrain.bounds import BoundedModel, interval
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES
 from certtrain.bounds.operations.movement import identity
+from certtrain.bounds.rounding import propagation, rules
 from certtrain.errors import UnsupportedOperation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -88,8 +89,8 @@ def test_a_wrong_rule_is_found_shrunk_and_reproduced_from_its_file(monkeypatch, 
 
 
 def test_a_missing_rounding_is_found(monkeypatch):
-    monkeypatch.setattr(rounding, "sum_error", lambda *args: 0.0)
-    monkeypatch.setattr(rounding, "elementwise_error", lambda *args: 0.0)
+    for module, name in ((rules, "sum_error"), (rules, "elementwise_error"), (propagation, "sum_error")):
+        monkeypatch.setattr(module, name, lambda *args: 0.0)
     recipes = [Recipe(seed, (("image", "conv", 0), ("flatten", "flatten", 1), ("end", "linear", 2)))
                for seed in range(0, 40, 4)]  # fmt: skip
     found = [examined(recipe, Counts()) for recipe in recipes]
