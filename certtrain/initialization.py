@@ -222,7 +222,7 @@ def _weights_of(node: fx.Node, modules: dict[str, nn.Module]) -> list[_AffineWei
     if node.op == "call_function" and node.target in _FUNCTIONS:
         weight = _of_call(node, modules)
         return [] if weight is None else [weight]
-    if node.op != "call_module" and node.target in _PRODUCTS:
+    if node.op != "call_module" and node.target in _PRODUCTS | _ADDED_PRODUCTS:
         weight = _of_product(node, modules)
         return [] if weight is None else [weight]
     module, path = modules.get(str(node.target)), str(node.target)
@@ -260,7 +260,7 @@ def _of_module(path: str, module: nn.Module) -> _AffineWeight:
 
 _MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm", "__matmul__"}
 _ADDED_PRODUCTS = {torch.addmm, "addmm"}
-_PRODUCTS = _MATRIX_PRODUCTS | _ADDED_PRODUCTS | {torch.bmm, "bmm", torch.einsum}
+_PRODUCTS = _MATRIX_PRODUCTS | {torch.bmm, "bmm", torch.einsum}
 _TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 _FUNCTIONS = {F.linear, F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED_CONVOLUTIONS}
 
@@ -421,7 +421,8 @@ class _Transformer:
         module = self._module(node)
         if node.op == "placeholder" or node.target in _RECTIFIERS or isinstance(module, _RECTIFYING_MODULES):
             return True
-        opaque = node.target in _PRODUCTS | _FUNCTIONS or isinstance(module, (*AFFINE_MODULES, *_ATTENTION_MODULES))
+        products = _PRODUCTS | _ADDED_PRODUCTS | _FUNCTIONS
+        opaque = node.target in products or isinstance(module, (*AFFINE_MODULES, *_ATTENTION_MODULES))
         sources = _values(node)
         if opaque or len(sources) != 1:
             return False

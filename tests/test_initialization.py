@@ -444,6 +444,22 @@ def test_a_layer_of_what_is_learned_is_one_too(layer, attends):
     )
 
 
+def test_a_product_that_is_added_to_a_value_is_no_attention():
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(300, 300), nn.Linear(300, 300), nn.Linear(300, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.second(self.first(x))
+            return self.last(torch.addmm(h, h.relu(), torch.ones(300, 300)))
+
+    model = Skipping()
+    ibp_init_(model)
+    for layer in (model.first, model.second):  # halved behind no ReLU, if this were a transformer
+        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 * math.pi) / 300, rel=0.02)
+
+
 def test_the_last_layer_is_the_classifier_even_if_it_is_a_call():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Functional(nn.Linear(6, 2)))
     before = model[2].weight.detach().clone()

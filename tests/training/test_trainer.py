@@ -95,7 +95,6 @@ def test_no_step_of_an_epoch_waits_for_the_device(train, observed, options):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_long_run_holds_no_more_than_a_short_one(train, observed):
     """Live tensors and their bytes at the end of epochs of three steps, soon after warmup and much later."""
     held = {}

@@ -125,8 +125,7 @@ def _conv(transpose: Callable[..., Tensor]) -> Callable[..., tuple[Contributions
         pulled = transpose(
             rows, weight, None, settings.stride, settings.padding, unread, settings.groups, settings.dilation
         )
-        constant = a.new_zeros(a.shape[:2]) if bias is None else a.flatten(3).sum(3) @ bias
-        return [(x, pulled.unflatten(0, a.shape[:2]))], constant
+        return [(x, pulled.unflatten(0, a.shape[:2]))], _of_channels(a, bias)
 
     return rule
 
@@ -137,10 +136,14 @@ def _conv_transpose(convolve: Callable[..., Tensor]) -> Callable[..., tuple[Cont
         pulled = convolve(a.flatten(0, 1), weight, None, stride, padding, dilation, groups)
         for axis, size in enumerate(boxes[x.index].shape[2:], 2):  # beyond them lies output padding, of zeros alone
             pulled = pulled.narrow(axis, 0, size)
-        constant = a.new_zeros(a.shape[:2]) if bias is None else a.flatten(3).sum(3) @ bias
-        return [(x, pulled.unflatten(0, a.shape[:2]))], constant
+        return [(x, pulled.unflatten(0, a.shape[:2]))], _of_channels(a, bias)
 
     return rule
+
+
+def _of_channels(a: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, R): what a number for each channel adds."""
+    return a.new_zeros(a.shape[:2]) if bias is None else a.flatten(3).sum(3) @ bias
 
 
 def _max_pool(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:

@@ -98,10 +98,10 @@ def _as_scaling(call: Call, box: OutwardBox) -> Call:
 
 @torch.no_grad()
 def propagate_recorded(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> Bounds:
-    """`rounding.propagate`, with a record whose backward passes cover rounding as well.
+    """`propagation.propagate`, with a record whose backward passes cover rounding as well.
 
     Raises:
-        UnsupportedOperation: as `rounding.propagate`; or an operation that no linear bounds go back through soundly.
+        UnsupportedOperation: as `propagate`; or an operation that no linear bounds go back through soundly.
     """
     a = arithmetic_named(arithmetic)
     walk = _RecordingPass(a, graph)
