@@ -1,7 +1,7 @@
 import os
 import shutil
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; certtrain/cli.py says why
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; certtrain/cli/main.py says why
 
 import pytest
 import torch
@@ -32,6 +32,17 @@ def cli(capsys):
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(params=["alone", "by torchrun"])
+def started(request, monkeypatch):
+    """How the command line is started: as it is, or as the only rank of torchrun."""
+    if request.param == "by torchrun":
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", "0")
+    return request.param
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import certtrain
-from certtrain.cli import commands, completion, scaling, studies, terminal
+from certtrain.cli import commands, completion, scaling, studies, terminal, verification
 from certtrain.errors import READER_LEFT, CerttrainError, ProcessLost, is_out_of_memory, lines_of, shortened, shown
 from certtrain.runtime.launch import is_first_process
 
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     verify = _command(
-        subparsers, "verify", "natural, PGD and verified error of a trained network", commands.verify_command
+        subparsers, "verify", "natural, PGD and verified error of a trained network", verification.verify_command
     )
     _add_run(verify, "; with --vnnlib an ONNX file, with --model-weights a config")
     verify.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
@@ -187,7 +187,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", type=_path, help="where to write the results (default: verify.json in the run)")
 
     check = _command(
-        subparsers, "check", "prove certificates again, by an independent program", commands.check_command, device=False
+        subparsers,
+        "check",
+        "prove certificates again, by an independent program",
+        verification.check_command,
+        device=False,
     )
     check.add_argument("certificates", type=_path, help="a Parquet file that `verify --certificates` wrote")
     check.add_argument("--model", type=_path, required=True, metavar="RUN", help="the run directory they are about")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from certtrain.errors import UsageError
+from certtrain.runtime.console import tell
 from certtrain.runtime.device import check_device_name
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def scale_command(options: argparse.Namespace) -> int:
         _show_grid(console, "tuning", scaled.tuning)
         _show_grid(console, "grid", scaled.grid)
         if scaled.rule is None and scaled.tuning.cells:
-            _tell(console, "cells of tuned protocols follow when the tuning is finished")
+            tell(console, "cells of tuned protocols follow when the tuning is finished")
         return 0
     _show_progress(console, scaled, len(plan.file.seeds), f"certtrain scale {options.study}")
     for fitted in scaled.fits:
@@ -57,7 +58,7 @@ def scale_command(options: argparse.Namespace) -> int:
     if scaled.fits:
         image = picture(scaled.fits, plan.file.forecast)
         write_atomically(folder / "scaling.png", lambda file: file.write(image))
-        _tell(console, f"wrote {folder / 'scaling.json'} and scaling.png")
+        tell(console, f"wrote {folder / 'scaling.json'} and scaling.png")
     return scaled.outcome.exit_code
 
 
@@ -73,10 +74,6 @@ def plan_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tell(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
 def _show_grid(console: Console, title: str, grid: Grid) -> None:
     if not grid.cells:
         return
@@ -90,7 +87,7 @@ def _show_grid(console: Console, title: str, grid: Grid) -> None:
         table.add_row(cell.name, str(cell.width), str(epochs), str(warmup), f"{cell.compute:.3g}")
     console.print(table)
     for line in grid.left_out:
-        _tell(console, f"left out: {line}")
+        tell(console, f"left out: {line}")
 
 
 def _show_progress(console: Console, scaled: Scaled, seeds: int, command: str) -> None:
@@ -98,22 +95,22 @@ def _show_progress(console: Console, scaled: Scaled, seeds: int, command: str) -
 
     outcome = scaled.outcome
     for name, reason in outcome.failed.items():
-        _tell(console, f"failed: {name}: {reason}")
+        tell(console, f"failed: {name}: {reason}")
     stages = {"tuning": (scaled.tried, scaled.tuning), "grid": (scaled.results, scaled.grid)}
     for name, (results, grid) in stages.items():
-        _tell(console, f"{name}: {finished_runs(results)} of {len(grid.cells) * seeds} runs finished")
+        tell(console, f"{name}: {finished_runs(results)} of {len(grid.cells) * seeds} runs finished")
     if outcome.left or outcome.elsewhere:
-        _tell(console, f"{len(outcome.left)} runs are not finished: {command}, with the same options, goes on")
+        tell(console, f"{len(outcome.left)} runs are not finished: {command}, with the same options, goes on")
 
 
 def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
     name = f"{fitted.protocol}, {fitted.approach}"
     laws, resampled = fitted.laws, fitted.resampled
     if laws is None or resampled is None:
-        _tell(console, f"{name}: no laws yet: {fitted.why_not}")
+        tell(console, f"{name}: no laws yet: {fitted.why_not}")
         return
     for line in laws.dropped:
-        _tell(console, f"{name}: dropped: {line}")
+        tell(console, f"{name}: dropped: {line}")
     table = Table(title=f"{name}: 95 % intervals of {len(resampled.laws)} of {resampled.drawn} resamples")
     for column in ("", "exponent", f"at {forecast:.3g} FLOP"):
         table.add_column(column)
@@ -126,11 +123,11 @@ def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
             f"{value:.4g} {_interval(at[quantity], '.4g')}",
         )
     console.print(table)
-    _tell(console, f"noise {fitted.noise}")
+    tell(console, f"noise {fitted.noise}")
     for each in fitted.foretold:
         error, value, interval = each["error"]
         said = f"the budgets below foretell {value:.2%} {_interval(interval, '.2%')}"
-        _tell(console, f"{each.optimum.budget:.3g} FLOP: {said}, measured {error:.2%}")
+        tell(console, f"{each.optimum.budget:.3g} FLOP: {said}, measured {error:.2%}")
     _tell_a_short_range(console, *laws.range)
 
 
@@ -138,20 +135,20 @@ def _show_contrast(console: Console, contrast: Contrast) -> None:
     first, second = contrast.protocols
     name = f"{second} less {first}, {contrast.approach}, {contrast.cells} cells of both"
     if contrast.why_not:
-        _tell(console, f"{name}: no laws yet: {contrast.why_not}")
+        tell(console, f"{name}: no laws yet: {contrast.why_not}")
         return
     values = [
         f"{quantity} {exponent.difference:+.3f} {_interval(exponent.interval, '+.3f')}"
         for quantity, exponent in contrast.exponents.items()
     ]
-    _tell(console, f"{name}, exponents: {', '.join(values)}")
+    tell(console, f"{name}, exponents: {', '.join(values)}")
 
 
 def _tell_a_short_range(console: Console, low: float, high: float) -> None:
     orders = math.log10(high / low)
     if orders < TRUSTED_ORDERS:
         measured = f"{low:.3g} to {high:.3g} FLOP, {orders:.1f} orders of magnitude"
-        _tell(console, f"fitted to {measured}: from less than two, what lies beyond is a guess")
+        tell(console, f"fitted to {measured}: from less than two, what lies beyond is a guess")
 
 
 def _interval(interval: Sequence[float] | None, form: str) -> str:
@@ -178,5 +175,5 @@ def _show_recommendation(console: Console, found: Recommendation, eps: float) ->
     if found.doublings_beyond > 0:
         low, high = found.range
         beyond = f"{found.doublings_beyond:.1f} doublings beyond what was measured"
-        _tell(console, f"extrapolated: {beyond}, {low:.3g} to {high:.3g} FLOP")
+        tell(console, f"extrapolated: {beyond}, {low:.3g} to {high:.3g} FLOP")
         _tell_a_short_range(console, low, high)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from certtrain.errors import UsageError
+from certtrain.runtime.console import tell
 from certtrain.runtime.device import check_device_name
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def study_command(options: argparse.Namespace) -> int:
     outcome = train_all(
         study.runs, folder, jobs=options.jobs, budget=options.budget, device=options.device, console=console
     )
-    _tell(console, outcome, f"certtrain study {options.study}")
+    _tell_outcome(console, outcome, f"certtrain study {options.study}")
     if outcome.finished:
         _show_table(console, [folder / name for name in outcome.finished])
     return outcome.exit_code
@@ -54,16 +55,16 @@ def _show_table(console: Console, runs: Sequence[Path]) -> None:
     try:
         show(console, sheets(compare(runs)))
     except UsageError as error:  # the study may well have several radii, or data sets
-        console.print(f"there is no one table of all runs: {error}", highlight=False, markup=False, soft_wrap=True)
+        tell(console, f"there is no one table of all runs: {error}")
 
 
-def _tell(console: Console, outcome: Outcome, command: str) -> None:
+def _tell_outcome(console: Console, outcome: Outcome, command: str) -> None:
     lines = [f"failed: {name}: {reason}" for name, reason in outcome.failed.items()]
     lines += [f"{name} is trained by another: {who}" for name, who in outcome.elsewhere.items()]
     if outcome.left:
         lines.append(f"{len(outcome.left)} runs are not finished: {command}, with the same options, goes on")
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        tell(console, line)
 
 
 def tune_command(options: argparse.Namespace) -> int:

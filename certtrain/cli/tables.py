@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from certtrain.report.forgetting import forgetting_table
+from certtrain.runtime.console import tell
 from certtrain.verification.cascade import GAVE_UP
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def show_results(
     for result in results:
         undecided = [f"{count} {name}" for name, count in result.get("verdicts", {}).items() if name in GAVE_UP]
         if undecided:
-            line = f"undecided by branch and bound at {result['eps']:.5f}: {', '.join(undecided)}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            tell(console, f"undecided by branch and bound at {result['eps']:.5f}: {', '.join(undecided)}")
 
 
 def _show_stages(console: Console, results: Sequence[dict]) -> None:

@@ -36,6 +36,7 @@ from certtrain.runs.start import Start, Taken, find_start, original_network, sav
 from certtrain.runs.state import check_state, continue_from
 from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
 from certtrain.runtime.compilation import announced
+from certtrain.runtime.console import tell
 from certtrain.runtime.distributed import Ranks, process_group
 from certtrain.runtime.files import write_json, write_text
 from certtrain.runtime.layout import lay_out_, safe_convolutions
@@ -102,7 +103,7 @@ def train(
         with ranks.together():
             request = Request.of(config, out, resume, overwrite, overrides)
             place = resolve_device(device, ranks)
-            stored = request.enter(held, partial(_tell, console)) if ranks.is_first else None
+            stored = request.enter(held, partial(tell, console)) if ranks.is_first else None
         stored = ranks.broadcast(stored)
         prepared = _prepare(request, stored, place, trust, ranks, console, held)
         observer, finished = _fit(prepared, ranks, console, callbacks)
@@ -112,7 +113,7 @@ def train(
         try:
             summary = _evaluate(prepared, observer, ranks)
         except KeyboardInterrupt:
-            _tell(console, f"{prepared.folder} is trained, but not verified; continue with --resume")
+            tell(console, f"{prepared.folder} is trained, but not verified; continue with --resume")
             raise
         return Run(prepared.folder, prepared.model, summary)
 
@@ -166,7 +167,7 @@ def _prepare(
             original = original_network(start, taken, model, trusted)
             before = forgetting.before(model, original) if forgetting and ranks.is_first else {}
         start = taken.recorded_in(start, before)
-        _tell(console, f"starting {start.told}")
+        tell(console, f"starting {start.told}")
         if taken.keep == "step":
             _keep_threads(taken.state["threads"], console, held)
     with ranks.together():
@@ -178,7 +179,7 @@ def _prepare(
             read_verdicts(folder)  # can be added to
             remove_temporaries(folder)
             if shorter is not None:
-                extend(folder, shorter, config, trainer.step, trainer.steps_per_epoch, partial(_tell, console))
+                extend(folder, shorter, config, trainer.step, trainer.steps_per_epoch, partial(tell, console))
             elif resumed is None:
                 write_text(folder / "config.yaml", config.to_yaml())
             if start is not None and taken is not None:
@@ -222,7 +223,7 @@ def _resume(folder: Path, trainer: Trainer, ranks: Ranks, console: Console, held
     if state is None:
         return None
     continue_from(state, trainer, checkpoint)
-    _tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
+    tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
     _keep_threads(state["threads"], console, held)
     return state["seconds"]
 
@@ -252,7 +253,7 @@ def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Obse
         if observer.signal == READER_LEFT:
             _tell_the_error_stream(ranks, f"nobody reads the output any more: {saved}")
         else:
-            _tell(console, saved)
+            tell(console, saved)
     return observer, finished
 
 
@@ -316,15 +317,11 @@ def _keep_threads(saved: int, console: Console, held: ExitStack) -> None:
     if here == saved:
         return
     if "OMP_NUM_THREADS" in os.environ:
-        _tell(console, f"saved with {saved} threads, goes on with {here} (OMP_NUM_THREADS): rounded otherwise")
+        tell(console, f"saved with {saved} threads, goes on with {here} (OMP_NUM_THREADS): rounded otherwise")
         return
-    _tell(console, f"goes on with {saved} threads, as it was saved, instead of {here}: rounded the same")
+    tell(console, f"goes on with {saved} threads, as it was saved, instead of {here}: rounded the same")
     held.callback(torch.set_num_threads, here)
     torch.set_num_threads(saved)
-
-
-def _tell(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _tell_the_error_stream(ranks: Ranks, line: str) -> None:

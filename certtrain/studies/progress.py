@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from certtrain.runs.lock import LOCK
+from certtrain.runtime.console import tell
 from certtrain.runtime.files import parse_json
 from certtrain.studies.design import PlannedRun, cells_of
 
@@ -106,7 +107,7 @@ class Display:
             self._live.stop()
 
     def tell(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        tell(self._console, line)
 
     def show(self, running: Collection[str]) -> None:
         """Look again, if the last look was some seconds ago."""

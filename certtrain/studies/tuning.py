@@ -6,7 +6,8 @@ The test set is looked at once: by what was chosen, trained anew on the whole tr
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from certtrain.errors import (
 )
 from certtrain.runs.directory import differences, leaves, stored_config
 from certtrain.runs.lock import claimed, holder
+from certtrain.runtime.console import tell
 from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.design import Cell, PlannedRun, planned
 from certtrain.studies.processes import Deadline, Ended, Processes
@@ -141,26 +143,23 @@ def _search(
     tuning: Tuning, study: Any, folder: Path, jobs: int, deadline: Deadline, device: str, console: Console
 ) -> bool:
     """Train trials until there are enough, or the time is up; whether somebody ended it."""
-
-    def tell(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
+    say = partial(tell, console)
     with Processes(jobs, device, folder / "logs", deadline.reserve) as processes, interruptible():
         try:
             while not deadline.passed:
                 while processes.free and (trial := _next_trial(tuning, study, folder, processes.names)) is not None:
                     number, config = trial
-                    tell(f"trial {number}: {_shown(study.trials[number].user_attrs[SETTINGS])}")
+                    say(f"trial {number}: {_shown(study.trials[number].user_attrs[SETTINGS])}")
                     processes.start(
                         trial_name(number), train_trial, tuning, folder, number, config, folder / trial_name(number)
                     )
                 if not processes.names:
                     return False
                 for ended in processes.wait(LOOK_EVERY):
-                    _note(study, ended, tell)
+                    _note(study, ended, say)
             return False
         except KeyboardInterrupt:
-            tell("ending: what is under way is being saved")
+            say("ending: what is under way is being saved")
             return True
 
 
@@ -227,7 +226,7 @@ def _suggest(trial: Any, key: str, tuning: Tuning) -> Any:
     return trial.suggest_float(key, space.low, space.high, log=space.log, step=space.step)
 
 
-def _note(study: Any, ended: Ended, tell: Any) -> None:
+def _note(study: Any, ended: Ended, say: Callable[[str], None]) -> None:
     """Tell what has become of a trial; one that is not over is tried again, but not where processes crash on it.
 
     Raises:
@@ -243,16 +242,16 @@ def _note(study: Any, ended: Ended, tell: Any) -> None:
             trial = study.trials[number]
         else:
             begun.set_user_attr(CRASHED, ended.reason)
-            tell(f"trial {number}: {ended.reason}: once more")
+            say(f"trial {number}: {ended.reason}: once more")
     elif not trial.state.is_finished() and not ended.left:
         raise CerttrainError(f"the search stops at trial {number}, which the same command tries again: {ended.reason}")
     match trial.state.name:
         case "COMPLETE":
-            tell(f"trial {number}: {', '.join(f'{value:.4f}' for value in trial.values)}")
+            say(f"trial {number}: {', '.join(f'{value:.4f}' for value in trial.values)}")
         case "PRUNED":
-            tell(f"trial {number}: pruned")
+            say(f"trial {number}: pruned")
         case "FAIL":
-            tell(f"trial {number}: failed: {trial.user_attrs[ERROR]}")
+            say(f"trial {number}: failed: {trial.user_attrs[ERROR]}")
 
 
 def _shown(settings: Mapping[str, Any]) -> str:

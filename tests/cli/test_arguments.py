@@ -46,8 +46,6 @@ def test_methods_and_arithmetics_are_not_read_as_yaml(cli, run, value):
         ["verify", "--radius", "--json", "x.json"],
         ["verify", "--radius=0.1", "--method", "crown"],
         ["verify", "--radius=0.1", "--eps", "0.1"],
-        ["verify", "--method", "ibp,crown-ibp", "--timeout", "3"],
-        ["verify", "--timeout", "3", "verification.method=crown"],
         ["export", "--onnx", "--eps", "0.1"],
         ["export", "--onnx", "--limit", "3"],
         ["export", "--onnx", "--timeout", "3"],
@@ -65,6 +63,26 @@ def test_nothing_that_is_asked_for_is_dropped_silently(cli, run, tmp_path, monke
     outcome = cli(command, run, *rest)
     assert outcome.code == 2
     assert "cannot be combined with" in outcome.error or "training has settled that" in outcome.error
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.usefixtures("started")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--method", "ibp,crown-ibp", "--timeout", "3"],
+        ["--timeout", "3", "verification.method=crown"],
+        ["--model-weights", "RUN/model.safetensors", "--certificates", "c.parquet"],
+        ["--model-weights", "RUN/model.safetensors", "--radius"],
+        ["--radius", "--results", "r.jsonl"],
+    ],
+)
+def test_nor_by_any_rank(cli, run, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    outcome = cli("verify", run, *(word.replace("RUN", str(run)) for word in arguments))
+    assert outcome.code == 2
+    assert "cannot be combined with" in outcome.error
     assert contents(tmp_path) == before
 
 

@@ -249,7 +249,8 @@ def read_only(run, monkeypatch):
     ["verify", "verify --radius", "verify --certificates RUN/c", "export --onnx", "export --onnx RUN/x.onnx", "report"],
 )
 def test_it_is_said_before_the_work(cli, read_only, monkeypatch, words):
-    monkeypatch.setattr("certtrain.cli.commands.open_network", lambda *args: pytest.fail("too late"))
+    for module in ("commands", "verification"):
+        monkeypatch.setattr(f"certtrain.cli.{module}.open_network", lambda *args: pytest.fail("too late"))
     command, *options = words.replace("RUN", str(read_only)).split()
     outcome = cli(command, read_only, *options)
     assert (outcome.code, f"nothing can be written to {read_only}" in outcome.error) == (2, True)

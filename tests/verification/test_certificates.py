@@ -106,18 +106,13 @@ def test_an_altered_weight_is_caught(cli, certified):
     assert "index 0: the margin is" in cli("check", file, "--model", run).error
 
 
-@pytest.mark.parametrize("ranks", ["alone", "by torchrun"])
+@pytest.mark.usefixtures("started")
 @pytest.mark.parametrize(("asked", "reason"), [
     (["--method", "alpha-crown"], "keep no slopes of alpha-crown"),
     (["verification.split=validation", "data.validation=40"], "about a test set"),
     (["data.classes=[1,2]"], "about a whole test set"),
 ])  # fmt: skip
-def test_what_could_not_be_checked_is_refused_by_every_rank(ranks, asked, reason, cli, run, tmp_path, monkeypatch):
-    if ranks != "alone":
-        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-        monkeypatch.setenv("MASTER_PORT", "0")
+def test_what_could_not_be_checked_is_refused_by_every_rank(asked, reason, cli, run, tmp_path):
     file = tmp_path / "certificates.parquet"
     outcome = cli("verify", run, "--certificates", file, "--limit", 1, "--device", "cpu", *asked)
     assert (outcome.code, file.exists()) == (2, False)

@@ -1,0 +1,279 @@
+"""The commands about proofs: of a network's images, of one property, of radii, and the check of certificates.
+
+As in every command, what can be told without torch is told before it is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data
+from certtrain.cli.options import refuse
+from certtrain.cli.tables import show_results
+from certtrain.config.names import STAGES
+from certtrain.errors import UsageError, optional_module
+from certtrain.runtime.console import tell
+from certtrain.runtime.device import check_device_name
+from certtrain.runtime.launch import launched
+from certtrain.verification.cascade import BRANCH_AND_BOUND
+from certtrain.verification.certificates import require_checkable
+
+if TYPE_CHECKING:
+    from certtrain.config import Config
+    from certtrain.config.schema import VerificationSection
+    from certtrain.verification.certificates import ImageSet
+
+
+def verify_command(options: argparse.Namespace) -> int:
+    if options.vnnlib is not None:
+        return _decide_property(options)
+    if _is_onnx(options.run):
+        raise UsageError(f"{options.run} is a network in ONNX: say which property to decide, with --vnnlib FILE")
+    elsewhere = options.model_weights is not None
+    if elsewhere:
+        refuse(options, "--model-weights", "radius", "certificates")
+    if options.radius is not None:
+        return _verify_radii(options)
+    folder = folder_of(options.run)
+    weights = folder / "model.safetensors" if options.run.is_dir() else options.run
+    if not launched():  # ranks fail together, inside
+        require_data(_asked(options, weights))
+
+    from certtrain.models.own import modules_from
+    from certtrain.runs.build import load_data
+    from certtrain.runs.directory import check_output, is_writable, write_results
+    from certtrain.runs.evaluation import verify_run
+    from certtrain.runs.progress import Output, VerificationDisplay
+    from certtrain.runs.provenance import made_with, versions
+    from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
+    from certtrain.runtime.distributed import process_group
+    from certtrain.runtime.files import write_json
+    from certtrain.verification.certificates import write_certificates
+
+    with process_group() as ranks:
+        with ranks.together():
+            used = options.model_weights or options.run
+            if ranks.is_first and options.certificates:
+                check_output(options.certificates, used)
+            file = options.json or (None if elsewhere else folder / "verify.json")
+            if ranks.is_first and file is not None:
+                check_output(file, used, *filter(None, [options.certificates]), own="verify.json")
+            if ranks.is_first and options.results:
+                check_output(options.results, used, *filter(None, [options.certificates, options.json]))
+            config = _asked(options, weights)
+            opened = None if elsewhere else open_network(options, config, ranks)
+            handed_out = not elsewhere and weights.name == "model.safetensors"  # not a checkpoint on the way
+            if ranks.is_first and handed_out:
+                read_verdicts(folder)  # can be added to
+        dataset = ranks.one_per_machine_first(lambda: load_data(config))
+        with ranks.together():
+            model = opened or open_weights(options, config, dataset, ranks)
+        display = VerificationDisplay(Output(quiet=not ranks.is_first))
+        try:
+            with display, modules_from(config.model.path):  # workers look for the network's modules where this does
+                results = verify_run(
+                    config, model, dataset, options.limit, ranks, options.workers or 1, options.results, display.add
+                )
+        except KeyboardInterrupt:
+            if options.results and ranks.is_first:
+                count = f"{display.done} more images are in {options.results}"
+                tell(Output(), f"interrupted: {count}; the same command goes on from there")
+            raise
+        if not ranks.is_first:
+            return 0
+    summaries = [result.summary() for result in results]
+    show_results(Output(), summaries, split=config.verification.split)
+    if options.certificates:
+        folders = {"root", "path"}  # where this machine keeps things
+        hidden: Any = {"data": folders, "model": folders, "start_from": folders, "replay": {"data": folders}}
+        settings = config.model_dump(mode="json", exclude=hidden)
+        write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
+        print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
+    split = config.verification.split
+    about = made_with(config, model, dataset.test)
+    content = {**summaries[0], "split": split, "model": str(used), "radii": summaries, **about}
+    if options.json:
+        write_json(options.json, content)
+    elif file is not None and (kept := write_results(file, content)):
+        print(f"the earlier results, which were others, are kept in {kept}")
+    if handed_out and is_writable(folder):
+        add_verdicts(folder, verdicts_of(split, dataset.test, results))
+    elif handed_out:
+        print(f"nothing can be written to {folder}: its verdicts.json does not have these images' verdicts")
+    return 0
+
+
+def _asked(options: argparse.Namespace, weights: Path) -> Config:
+    """The run's configuration with what the command line changes; raises where that could not be used."""
+    config = config_of(options, options.run, _changes(options))
+    _require_search(options, config.verification)
+    if options.certificates:
+        _require_certifiable(weights, config)
+    return config
+
+
+def _require_certifiable(weights: Path, config: Config) -> None:
+    """Raises where nobody could check the certificates that are asked for."""
+    from certtrain.verification.checker import require_known
+
+    if weights.suffix != ".safetensors":
+        raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
+    require_checkable(config.verification.method)
+    require_known(config.model.name)
+    if config.verification.split != "test":
+        raise UsageError("certificates are about a test set: not with verification.split=validation")
+    if config.data.classes is not None:
+        raise UsageError("certificates are about a whole test set: not with data.classes")
+
+
+def _decide_property(options: argparse.Namespace) -> int:
+    unused = ["eps", "limit", "sound", "certificates", "radius", "json", "model_weights", "results", "workers"]
+    refuse(options, "--vnnlib", *unused)
+    check_device_name(options.device)
+    run = None if _is_onnx(options.run) else config_of(options, options.run)
+
+    from certtrain.config.loading import load_verification
+
+    thorough = {"verification": {"method": list(STAGES), "attack": ["pgd", "apgd-ce", "apgd-t"]}}
+    overrides = [text for text in options.overrides if run is None or not text.startswith("model.path=")]
+    section = load_verification([thorough, *overrides, _changes(options)])
+    _require_search(options, section)
+
+    from certtrain.importing.onnx import import_onnx
+    from certtrain.importing.vnnlib import counterexample, read_property
+    from certtrain.runs.build import resolve_device
+    from certtrain.runs.checkpoint import load_architecture
+    from certtrain.runs.evaluation import build_attack, build_search
+    from certtrain.runtime.distributed import ALONE
+    from certtrain.verification.properties import decide
+
+    cases = read_property(options.vnnlib)
+    if run is None:
+        network, device = import_onnx(options.run), resolve_device(options.device, ALONE)
+        model, shape, replay = network.module.to(device), network.input_shape, network.run
+    else:
+        model, replay = open_network(options, run), None
+        shape = load_architecture(folder_of(options.run))["image_shape"]
+    asked = (section.method, build_attack(section))
+    decision = decide(model, cases, shape, *asked, search=build_search(section.search), replay=replay)
+    print(decision.verdict)
+    if decision.point is not None and decision.outputs is not None:
+        print(counterexample(decision.point, decision.outputs))
+    return 0
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.name.endswith((".onnx", ".onnx.gz"))
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    sound = "float32" if options.sound is None and options.certificates else options.sound
+    search = None if options.timeout is None else {"timeout": options.timeout}
+    named = {
+        "eps": options.eps,
+        "method": options.method,
+        "arithmetic": sound,
+        "attack": options.attack,
+        "search": search,
+    }
+    return {"verification": {key: value for key, value in named.items() if value is not None}}
+
+
+def _verify_radii(options: argparse.Namespace) -> int:
+    unused = [
+        "certificates",
+        "json",
+        "method",
+        "timeout",
+        "results",
+        "workers",
+        *([] if options.radius is True else ["eps"]),
+    ]
+    refuse(options, "--radius", *unused)
+    config = config_of(options, options.run, _changes(options))
+    require_data(config)
+
+    from certtrain.report.plots import errors_over_eps_png
+    from certtrain.runs.build import load_data
+    from certtrain.runs.directory import check_output, write_results
+    from certtrain.runs.evaluation import radii_of
+    from certtrain.runs.provenance import made_with
+    from certtrain.runtime.files import write_atomically
+
+    optional_module("matplotlib", "report")  # known now rather than after all proofs
+    folder = folder_of(options.run)
+    largest = 2 * max(config.test_radii) if options.radius is True else options.radius
+    if largest <= 0:
+        raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
+    for name in ("radius.json", "radius.png"):
+        check_output(folder / name, options.run, own=name)
+    model, dataset = open_network(options, config), load_data(config)
+    content = radii_of(config, model, dataset, largest, limit=options.limit).summary()
+    about = made_with(config, model, dataset.test)
+    kept = write_results(folder / "radius.json", {**content, "model": str(options.run), **about})
+    curves = {
+        "pgd": (content["pgd_eps"], content["pgd_error"]),
+        "verified": (content["eps"], content["verified_error"]),
+    }
+    picture = errors_over_eps_png(content["natural_error"], curves)
+    write_atomically(folder / "radius.png", lambda file: file.write(picture))
+    shares = [f"{share:.0%} of the images: {_quantile(content['radii'], share):.5f}" for share in (0.25, 0.5, 0.75)]
+    print("proved radius of at least " + ", ".join(shares))
+    print(
+        f"wrote {folder / 'radius.json'} and radius.png" + (f"; the earlier radii are kept in {kept}" if kept else "")
+    )
+    return 0
+
+
+def _quantile(radii: Sequence[float], share: float) -> float:
+    """The radius that this share of the images reaches; 0 where fewer are classified right."""
+    ordered = sorted(radii, reverse=True)
+    return max(0.0, ordered[max(0, math.ceil(share * len(ordered)) - 1)])
+
+
+def _require_search(options: argparse.Namespace, section: VerificationSection) -> None:
+    """A time limit is one of a search."""
+    if options.timeout is not None and BRANCH_AND_BOUND not in section.method:
+        raise UsageError(
+            f"--timeout cannot be combined with method {','.join(section.method)}: it is for {BRANCH_AND_BOUND}"
+        )
+
+
+def check_command(options: argparse.Namespace) -> int:
+    """Nothing here comes from the run but its network: which images are asked about, the user says."""
+    from certtrain.verification.certificates import read_certificates
+    from certtrain.verification.checker import SavedNetwork, check
+    from certtrain.verification.raw_images import read_test_set
+
+    certificates = read_certificates(options.certificates)
+    network = SavedNetwork.read(folder_of(options.model) / "model.safetensors")
+    name = options.dataset or certificates.header.data.name
+    images, labels = read_test_set(name, options.data)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    claims = check(certificates, network, name, images, labels, console, options.allow_partial)
+    data = certificates.header.data
+    console.print(f"the test set of {name}: {data.images} images, SHA-256 {data.sha256}, {_provenance(data)}")
+    partial = False
+    for claim in claims:
+        missing = data.images - claim.images
+        partial = partial or missing > 0
+        covered = f"PARTIAL, {claim.images} of {data.images} images" if missing else f"all {data.images} images"
+        counts = f"{claim.proved} proved, {claim.attacked} attacked, {claim.unknown} unknown"
+        console.print(f"{claim}: {covered}: {counts}" + f"; of {missing} images nothing is known" * (missing > 0))
+    total = sum(claim.images for claim in claims)
+    console.print(f"all {total} certificates hold" + ", but they leave images out: PARTIAL" * partial)
+    return 0
+
+
+def _provenance(data: ImageSet) -> str:
+    from certtrain.verification.raw_images import KNOWN_TEST_SETS
+
+    if data.name in KNOWN_TEST_SETS:
+        return "which is the published one"
+    return "which this program does not know: compare it with that of the images you mean"
