@@ -22,6 +22,7 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import DivergedError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
+from certtrain.runs.build import resolve_device
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
@@ -111,7 +112,10 @@ def gather(runs: Path) -> None:
     """One JSON of all the runs' rows."""
     rows = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json"))]
     config = variant_config(Path("CIFAR"), 0)
-    write_json(RESULTS / "ablation.json", {"versions": versions(), "vanilla_config": config, "rows": rows})
+    write_json(
+        RESULTS / "ablation.json",
+        {"versions": versions(resolve_device("auto")), "vanilla_config": config, "rows": rows},
+    )
 
 
 def main() -> None:

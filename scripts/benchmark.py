@@ -346,11 +346,11 @@ def main() -> None:
     if options.methods:
         rows = measure_methods(setting)
         out = options.out or RESULTS / f"benchmark-methods-{device.type}.json"
-        write_json(out, {"versions": versions(), "rows": rows})
+        write_json(out, {"versions": versions(device), "rows": rows})
         show(rows, METHOD_COLUMNS)
         return
     out = options.out or RESULTS / f"benchmark-{device.type}.json"
-    content: dict[str, Any] = {"versions": versions(), "rows": measure(setting), "growth": []}
+    content: dict[str, Any] = {"versions": versions(device), "rows": measure(setting), "growth": []}
     write_json(out, content)
     show(content["rows"])
     if device.type == "cpu" and not options.no_memory:

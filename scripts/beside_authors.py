@@ -369,7 +369,7 @@ def main() -> None:
         beside = programs(options)
         result: dict[str, Any] = {
             "setting": {**asdict(setting), "images": train, "test_images": test},
-            "versions": versions(),
+            "versions": versions(setting.device),
             "programs": {
                 name: {"install": program.install, "written": program.written(setting)}
                 for name, program in beside.items()

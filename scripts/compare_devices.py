@@ -104,7 +104,7 @@ def main() -> None:
     runs = repeated(options.device)
     print("bit for bit: " + ", ".join(f"{name} {same}" for name, same in runs.items()))
     out = options.out or RESULTS / f"devices-{device.type}.json"
-    write_json(out, {"versions": versions(), "device": str(device), "rows": rows, "bit_for_bit": runs})
+    write_json(out, {"versions": versions(device), "device": str(device), "rows": rows, "bit_for_bit": runs})
 
 
 if __name__ == "__main__":

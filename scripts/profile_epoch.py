@@ -27,7 +27,7 @@ from ablation import RESULTS, variant_config
 from torch import nn
 
 import certtrain
-from certtrain.runs.build import epoch_batches
+from certtrain.runs.build import epoch_batches, resolve_device
 from certtrain.runs.callbacks import Recorder
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
@@ -124,7 +124,13 @@ def main() -> None:
     inside = sum(row["share"] for row in rows if row["part"] in STEP)
     sizes = [{"images": size, "seconds_by_epoch": seconds_by_epoch(config, size)} for size in SIZES]
     del config["data"]["path"]
-    content = {"versions": versions(), "config": config, "inside_the_step": inside, "rows": rows, "sizes": sizes}
+    content = {
+        "versions": versions(resolve_device("auto")),
+        "config": config,
+        "inside_the_step": inside,
+        "rows": rows,
+        "sizes": sizes,
+    }
     write_json(options.out, content)
     for row in rows:
         print(f"{row['part']:24} {row['seconds']:8.2f} s {row['share']:7.2%}")

@@ -35,6 +35,7 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import DivergedError
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
+from certtrain.runs.build import resolve_device
 from certtrain.runs.metrics import read_records
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
@@ -144,7 +145,8 @@ def gather(setting: Setting, runs: Path) -> None:
     rows = [json.loads(done.read_text()) for done in sorted(runs.glob("*/row.json"))]
     config = setting.config("pre", 0, EPSILON_WARMUPS[0], 0)
     config["data"] = {key: value for key, value in config["data"].items() if key != "path"}
-    write_json(RESULTS / f"transformers-{setting.name}.json", {"config": config, "versions": versions(), "rows": rows})
+    used = versions(resolve_device("auto"))
+    write_json(RESULTS / f"transformers-{setting.name}.json", {"config": config, "versions": used, "rows": rows})
 
 
 def train_once(config: dict[str, Any], folder: Path) -> dict[str, Any]:

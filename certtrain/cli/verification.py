@@ -93,7 +93,8 @@ def verify_command(options: argparse.Namespace) -> int:
         folders = {"root", "path"}  # where this machine keeps things
         hidden: Any = {"data": folders, "model": folders, "start_from": folders, "replay": {"data": folders}}
         settings = config.model_dump(mode="json", exclude=hidden)
-        write_certificates(options.certificates, results, dataset.test, weights, settings, versions())
+        used_here = versions(next(model.parameters()).device)
+        write_certificates(options.certificates, results, dataset.test, weights, settings, used_here)
         print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
     split = config.verification.split
     about = made_with(config, model, dataset.test)

@@ -27,16 +27,24 @@ def made_with(config: Config, model: nn.Module, split: Split) -> dict[str, Any]:
         "seed": config.seed,
         "weights_sha256": digest(model.state_dict()),
         "split_sha256": split_digest(split.images.cpu().numpy(), split.labels.cpu().numpy()),
-        "versions": versions(),
+        "versions": versions(next(model.parameters()).device),
         "config": config.model_dump(mode="json"),
     }
 
 
-def versions() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+def versions(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Of the programs, and the device that computed: how sums are rounded, and what they cost, hangs on all of them."""
+    threads = "" if torch.device(device).type == "cuda" else f", {torch.get_num_threads()} threads"
     return {
         "certtrain": certtrain.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": device,
+        "device": processor(device) + threads,
     }
+
+
+def processor(device: torch.device | str) -> str:
+    """A GPU by its name; of a CPU the instructions that PyTorch takes there, as "CPU (AVX2)"."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({torch.backends.cpu.get_cpu_capability()})"

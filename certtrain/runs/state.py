@@ -12,6 +12,7 @@ from torch import Tensor
 
 from certtrain.errors import CheckpointError
 from certtrain.runs.checkpoint import require_same_shapes
+from certtrain.runs.provenance import processor
 from certtrain.runs.tensor_file import one_line
 from certtrain.training.trainer import Trainer
 
@@ -26,7 +27,17 @@ class Misfit(Exception):
 
 def run_state(trainer: Trainer, seconds: float) -> dict[str, Any]:
     """The resume point of a run that has trained for so many seconds."""
-    return {"trainer": trainer.state_dict(), "seconds": seconds, "threads": torch.get_num_threads()}
+    return {
+        "trainer": trainer.state_dict(),
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "computed_by": computed_by(trainer),
+    }
+
+
+def computed_by(trainer: Trainer) -> str:
+    """What besides the number of threads decides how its sums are rounded."""
+    return f"PyTorch {torch.__version__} on {processor(next(trainer.model.parameters()).device)}"
 
 
 def check_state(state: Any, trainer: Trainer, source: Path) -> None:
@@ -137,7 +148,8 @@ def _expected(trainer: Trainer) -> Rule:
         ),
         "random": record({"cpu": like(torch.get_rng_state()), "cuda": byte_states}),
     }
-    return record({"trainer": record(fields), "seconds": number(), "threads": whole(1, MOST_THREADS)})
+    run = {"trainer": record(fields), "seconds": number(), "threads": whole(1, MOST_THREADS)}
+    return record(run, absent={"computed_by": text()})
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> Rule:
@@ -188,15 +200,16 @@ def like(template: Any) -> Rule:
     return of_type(type(template))
 
 
-def record(fields: Mapping[Any, Rule], others: Rule | None = None) -> Rule:
-    """A mapping with these keys, and no others unless they have a rule."""
+def record(fields: Mapping[Any, Rule], others: Rule | None = None, absent: Mapping[Any, Rule] | None = None) -> Rule:
+    """A mapping with these keys, and no others unless they have a rule; those of `absent` may be absent."""
+    rules = {**fields, **(absent or {})}
 
     def check(value: Any, where: str) -> None:
         _require(isinstance(value, dict), where, "is not a mapping", value)
         for key in fields:
             _require(key in value, where, f"lacks {key}")
         for key, item in value.items():
-            rule = fields.get(key, others)
+            rule = rules.get(key, others)
             _require(rule is not None, where, f"has an unknown key {key!r:.40}")
             assert rule is not None
             rule(item, f"{where}.{key}".removeprefix("."))
@@ -249,6 +262,13 @@ def tensor(dtype: torch.dtype | None = None, shape: Sequence[int] | None = None,
         _require(right, where, f"is of shape {tuple(value.shape)}, not {tuple(shape or ())}")
         right = dimensions is None or value.dim() == dimensions
         _require(right, where, f"has {value.dim()} dimensions, not {dimensions}")
+
+    return check
+
+
+def text(most: int = 200) -> Rule:
+    def check(value: Any, where: str) -> None:
+        _require(isinstance(value, str) and len(value) <= most, where, f"is not a text of at most {most} letters")
 
     return check
 

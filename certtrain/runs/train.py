@@ -19,7 +19,7 @@ from certtrain.config import Config
 from certtrain.config.loading import Overrides
 from certtrain.config.schema import MetricsSection
 from certtrain.data import Dataset
-from certtrain.errors import READER_LEFT
+from certtrain.errors import READER_LEFT, shown
 from certtrain.runs.build import assemble, build, compiles, layout_of, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
@@ -33,7 +33,7 @@ from certtrain.runs.progress import Output, ProgressDisplay
 from certtrain.runs.provenance import made_with
 from certtrain.runs.request import Request, Stored
 from certtrain.runs.start import Start, Taken, find_start, original_network, save_start, stored_start, take
-from certtrain.runs.state import check_state, continue_from
+from certtrain.runs.state import check_state, computed_by, continue_from
 from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
 from certtrain.runtime.compilation import announced
 from certtrain.runtime.console import tell
@@ -169,7 +169,7 @@ def _prepare(
         start = taken.recorded_in(start, before)
         tell(console, f"starting {start.told}")
         if taken.keep == "step":
-            _keep_threads(taken.state["threads"], console, held)
+            _keep_rounding(taken.state, trainer, console, held)
     with ranks.together():
         if resumed is not None and shorter is not None:
             require_same_past(shorter, config, trainer.step, trainer.steps_per_epoch)
@@ -224,7 +224,7 @@ def _resume(folder: Path, trainer: Trainer, ranks: Ranks, console: Console, held
         return None
     continue_from(state, trainer, checkpoint)
     tell(console, f"resuming {folder} after step {trainer.step} of {trainer.total_steps}")
-    _keep_threads(state["threads"], console, held)
+    _keep_rounding(state, trainer, console, held)
     return state["seconds"]
 
 
@@ -308,12 +308,16 @@ def _started(run: Prepared, start: Start) -> dict[str, Any]:
     return origin | run.forgetting.summary(start, read_records(run.folder / "metrics.jsonl"), run.model)
 
 
-def _keep_threads(saved: int, console: Console, held: ExitStack) -> None:
+def _keep_rounding(state: Mapping[str, Any], trainer: Trainer, console: Console, held: ExitStack) -> None:
     """Sums over other numbers of threads round otherwise: a run goes on with as many as it was saved with.
 
-    Unless the environment names a number. The process's own number comes back when `held` ends.
+    Unless the environment names a number. The process's own number comes back when `held` ends. Another processor, or
+    version of PyTorch, is told: its sums cannot be had here.
     """
-    here = torch.get_num_threads()
+    own = computed_by(trainer)
+    if (other := state.get("computed_by", own)) != own:
+        tell(console, f"saved by {shown(other, 200)}, goes on by {own}: rounded otherwise")
+    saved, here = state["threads"], torch.get_num_threads()
     if here == saved:
         return
     if "OMP_NUM_THREADS" in os.environ:

@@ -94,6 +94,25 @@ def test_a_run_goes_on_with_the_threads_it_was_saved_with(cli, interrupted, monk
     assert "2 threads" in json.loads((interrupted / "summary.json").read_text())["versions"]["device"]
 
 
+@pytest.mark.parametrize(
+    ("saved_by", "told"), [("this one", False), ("another processor", True), ("an older version", False)]
+)
+def test_that_another_processor_goes_on_is_told(cli, interrupted, saved_by, told):
+    state = load_checkpoint(interrupted / "last.ckpt")
+    if saved_by == "another processor":
+        state["computed_by"] = "PyTorch 2.15.0 on CPU (AVX\x1b[31m)"
+    elif saved_by == "an older version":
+        del state["computed_by"]
+    save_checkpoint(interrupted / "last.ckpt", state)
+    outcome = cli("train", "--resume", interrupted, "--device", "cpu")
+    assert outcome.code == 0
+    here = f"PyTorch {torch.__version__} on CPU ({torch.backends.cpu.get_cpu_capability()})"
+    assert (
+        f"saved by 'PyTorch 2.15.0 on CPU (AVX\\x1b[31m)', goes on by {here}: rounded otherwise" in outcome.out
+    ) is told
+    assert ("goes on by" in outcome.out) is told
+
+
 def test_a_number_of_threads_in_the_environment_is_kept_and_told(cli, interrupted, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     used = []

@@ -90,9 +90,9 @@ def copied(value):
 
 
 def is_free(path):
-    """What may be otherwise: settings of the optimizer, which are not taken from the file, and names of metrics."""
+    """What may be otherwise: settings of the optimizer, which are not taken from the file, names of metrics, a text."""
     in_group = path[:3] == ("trainer", "optimizer", "param_groups") and len(path) > 4 and path[4] != "params"
-    return in_group or (path[:2] == ("trainer", "sums") and len(path) > 2)
+    return in_group or path == ("computed_by",) or (path[:2] == ("trainer", "sums") and len(path) > 2)
 
 
 def other_than(value):
@@ -221,6 +221,18 @@ def test_a_step_is_one_of_the_run(saved, wrong):
 def test_threads_are_a_sensible_number(saved, threads):
     state, trainer = saved
     assert refused(copied(state) | {"threads": threads}, trainer)
+
+
+@pytest.mark.parametrize("wrong", [None, 2.15, ["PyTorch"], "x" * 201])
+def test_what_computed_is_named_in_a_few_words(saved, wrong):
+    state, trainer = saved
+    assert refused(copied(state) | {"computed_by": wrong}, trainer)
+
+
+def test_what_an_earlier_version_has_saved_does_not_say_what_computed(saved):
+    state, trainer = copied(saved[0]), saved[1]
+    del state["computed_by"]
+    check_state(state, trainer, SOURCE)
 
 
 def test_random_numbers_that_are_none_are_one_line(saved):
