@@ -34,6 +34,7 @@ from certtrain.runtime.compilation import compiling_pays
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.layout import layout_for
+from certtrain.runtime.precision import warn_if_imitated
 from certtrain.schedules import LearningRate, SmoothedEpsilon
 from certtrain.training.adaptivity import require_measured
 from certtrain.training.averaging import build_average
@@ -166,6 +167,8 @@ def assemble(
     if config.metrics != MetricsSection():
         require_measured(config.optimizer.name)
     _check_shares(config, dataset, sizes, ranks)
+    if ranks.is_first:
+        warn_if_imitated(training.precision, split.images.device)
     batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
     plain_step = GradientStep(
         bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum),

@@ -26,6 +26,23 @@ def training_precision(precision: Precision, device: torch.device) -> Iterator[N
         yield
 
 
+def warn_if_imitated(precision: Precision, device: torch.device) -> None:
+    """Products in bfloat16 are meant to be cheap; where a device only imitates them, they are the dearest of all."""
+    if precision == "bf16" and not takes_bfloat16(device):
+        warnings.warn(
+            "training.precision=bf16: this device has no products in bfloat16, and what imitates them is slow, on CPUs "
+            "tens of times slower than float32",
+            stacklevel=3,
+        )
+
+
+def takes_bfloat16(device: torch.device) -> bool:
+    """Whether there are kernels for such products here: on GPUs from Ampere on, on CPUs with AVX-512 and their like."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Float32 products as such: no TF32, no bfloat16 splits, no autocast, nor NNPACK, whose convolutions are no sums of

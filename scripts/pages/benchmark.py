@@ -8,7 +8,7 @@ from typing import Any
 from pages.common import RESULTS, put, read, read_if_measured, shown, spread
 
 PAGE = RESULTS / "benchmark.md"
-DEVICES = "cpu", "cpu-upstream", "cuda"
+DEVICES = "cpu", "cpu-avx2", "cpu-upstream", "cuda"
 
 
 def fill() -> None:

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import platform
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
 from certtrain.bounds.margins import merged_margins
-from certtrain.runtime.precision import full_precision, training_precision
+from certtrain.runtime import precision as precisions
+from certtrain.runtime.precision import full_precision, takes_bfloat16, training_precision
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
 from tests.networks import narrow_cnn7, pooling_network, residual_network
@@ -108,3 +113,32 @@ def test_channels_last_weights_bring_everything_into_their_layout_and_change_no_
         metrics = GradientStep(net).backward(images, labels, scheduled(0.01, 0.5), Phase.WARMUP)
         found.append([*metrics.values(), *(p.grad for p in model.parameters()), *model.buffers()])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_products_that_a_device_only_imitates_are_warned_of(precision, has_kernels, train, monkeypatch):
+    monkeypatch.setattr(precisions, "takes_bfloat16", lambda device: has_kernels)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert train(f"training.precision={precision}").code == 0
+    told = ["training.precision=bf16" in str(warning.message) for warning in caught]
+    assert any(told) is (precision == "bf16" and not has_kernels)
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="needs an x86 CPU on Linux"
+)
+def test_whether_this_cpu_has_kernels_for_bfloat16():
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    if {"avx512_bf16", "amx_bf16"} & {*flags}:
+        assert takes_bfloat16(torch.device("cpu"))
+    elif not {"avx512bw", "avx_ne_convert"} & {*flags}:
+        assert not takes_bfloat16(torch.device("cpu"))
+
+
+def test_gpus_before_ampere_imitate_bfloat16(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.update(options) or False)
+    assert not takes_bfloat16(torch.device("cuda"))
+    assert asked == {"including_emulation": False}
