@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import certtrain.models
+from certtrain.affine_layers import AFFINE_MODULES, affine_weights, classifier_tensors
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.errors import UsageError
-from certtrain.initialization import AFFINE_MODULES, affine_weights, classifier_tensors, ibp_init_, initialize_
+from certtrain.initialization import ibp_init_, initialize_
 from certtrain.models import build_model
 from tests.networks import Block
 

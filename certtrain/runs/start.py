@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from certtrain.affine_layers import classifier_tensors
 from certtrain.config import Config, load_config
 from certtrain.config.schema import StartSection
 from certtrain.errors import CheckpointError, UsageError, shortened, shown
-from certtrain.initialization import classifier_tensors
 from certtrain.models import all_options, build_model
 from certtrain.runs.checkpoint import (
     Architecture,

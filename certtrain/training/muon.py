@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from certtrain.affine_layers import affine_weights, classifier_tensors
 from certtrain.config.arguments import optimizer_arguments
 from certtrain.errors import UsageError
-from certtrain.initialization import affine_weights, classifier_tensors
 
 Group = dict[str, Any]  # parameters, under "params", and what an optimizer is to do with them
 

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certtrain.affine_layers import affine_weights
 from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.model import CleanPass, evaluating
 from certtrain.errors import UsageError
-from certtrain.initialization import affine_weights
 from certtrain.regularizers import l1_penalty, moments
 from certtrain.runtime.compilation import Compiled
 from certtrain.runtime.distributed import ALONE, Ranks

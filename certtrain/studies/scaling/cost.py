@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from certtrain.affine_layers import classifier_tensors
 from certtrain.bounds import BoundedModel
 from certtrain.config import Config
 from certtrain.config.methods import MethodSection
-from certtrain.initialization import classifier_tensors
 from certtrain.models import build_model
 from certtrain.training.cost import clean_macs, step_macs
 from certtrain.training.method import Phase

@@ -1,0 +1,250 @@
+"""The affine layers of a network: which weights they have, in which order they run, how each uses its weight.
+
+Layers are modules, and calls such as F.linear(x, self.weight), x @ self.weight or an einsum of the two, found by
+torch.fx. Imports nothing of certtrain's bounds: other code can use this file alone.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from certtrain.per_axis import per_axis
+
+AFFINE_MODULES = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def affine_weights(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The weights of the affine layers in the order they run, each a module and the name of its attribute.
+
+    A weight that layers share is there once. What the network computes on its way is no attribute, and left out.
+    """
+    found: dict[Any, tuple[nn.Module, str]] = {}
+    for weight in _affine_weights_of(model):
+        if weight.owner is not None:
+            place = weight.owner, weight.name
+            parameter = weight.owner._parameters.get(weight.name)  # what a parametrization computes is not asked for:
+            found.setdefault(place if parameter is None else parameter, place)  # reading a spectral norm updates it
+    return list(found.values())
+
+
+def classifier_tensors(model: nn.Module) -> list[str]:
+    """The names, in the state dict, of what the last affine layer consists of; none where there is no such layer."""
+    weights = _affine_weights_of(model)
+    if not weights or weights[-1].owner is None:
+        return []
+    last, names = weights[-1], model.state_dict()
+    if not isinstance(last.owner, AFFINE_MODULES):
+        return [name for name in names if name == last.path]
+    return [name for name in names if name.startswith(last.path.removesuffix(last.name))]
+
+
+@dataclass(frozen=True)
+class AffineWeight:
+    """The weight of one affine layer, attribute `name` of `owner`, and how the layer uses it.
+
+    `owner` is None for a weight that the network computes on its way; `path` then names the place.
+    """
+
+    path: str
+    owner: nn.Module | None
+    name: str
+    transposed: bool = False
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A network as torch.fx sees it: its calls in the order they run, and its modules by path."""
+
+    nodes: list[fx.Node]
+    modules: dict[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Trace:
+        """Raises whatever the network's forward raises under tracing."""
+        return cls(list(fx.Tracer().trace(model).nodes), dict(model.named_modules()))
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """The module that `node` calls, if it calls one."""
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
+
+    def layers(self) -> list[tuple[fx.Node, AffineWeight]]:
+        """The weights in the order they are used, each with the first call that uses it."""
+        found: dict[tuple[nn.Module | None, str], tuple[fx.Node, AffineWeight]] = {}
+        for node in self.nodes:
+            for weight in _weights_of(node, self.modules):
+                found.setdefault((weight.owner, weight.name if weight.owner else weight.path), (node, weight))
+        return list(found.values())
+
+
+def registered_weights(model: nn.Module) -> list[AffineWeight]:
+    """Those of modules alone, in the order they were registered: for a network that cannot be traced."""
+    return [weight for path, module in model.named_modules() for weight in _own_weights(path, module)]
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a function or method multiplies: a layer's call, or a product of two values."""
+    return node.target in _PRODUCTS | _ADDED_PRODUCTS | _FUNCTIONS
+
+
+def is_product_of_values(node: fx.Node) -> bool:
+    """Whether both factors depend on the network's input, as in attention."""
+    return node.target in _PRODUCTS and len(values_of(node)) == 2
+
+
+def values_of(node: fx.Node) -> list[fx.Node]:
+    """The inputs that depend on the network's."""
+    return [source for source in dict.fromkeys(node.all_input_nodes) if _depends_on_input(source)]
+
+
+def input_of(node: fx.Node) -> fx.Node:
+    """Of a layer: what depends on the network's input, or if nothing does, the first."""
+    return next(iter(values_of(node)), node.all_input_nodes[0])
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    seen, left = set(), [node]
+    while left:
+        one = left.pop()
+        if one.op == "placeholder":
+            return True
+        fresh = [source for source in one.all_input_nodes if source not in seen]
+        seen.update(fresh)
+        left += fresh
+    return False
+
+
+def _affine_weights_of(model: nn.Module) -> list[AffineWeight]:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # by the network's own code
+            trace = Trace.of(model)
+    except Exception:  # whatever a stranger's forward raises under tracing
+        return registered_weights(model)
+    return [weight for _, weight in trace.layers()]
+
+
+def _weights_of(node: fx.Node, modules: dict[str, nn.Module]) -> list[AffineWeight]:
+    if node.op == "call_function" and node.target in _FUNCTIONS:
+        weight = _of_call(node, modules)
+        return [] if weight is None else [weight]
+    if node.op != "call_module" and node.target in _PRODUCTS | _ADDED_PRODUCTS:
+        weight = _of_product(node, modules)
+        return [] if weight is None else [weight]
+    module, path = modules.get(str(node.target)), str(node.target)
+    if node.op != "call_module" or module is None:
+        return []
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return [
+            *_of_attention(f"{path}.self_attn", module.self_attn),
+            *(_of_module(f"{path}.{name}", getattr(module, name)) for name in ("linear1", "linear2")),
+        ]
+    return _of_attention(path, module) if isinstance(module, nn.MultiheadAttention) else _own_weights(path, module)
+
+
+def _of_attention(path: str, module: nn.MultiheadAttention) -> list[AffineWeight]:
+    return [*_own_weights(path, module), _of_module(f"{path}.out_proj", module.out_proj)]
+
+
+def _own_weights(path: str, module: nn.Module) -> list[AffineWeight]:
+    """Of the module itself, without those of modules in it."""
+    if isinstance(module, AFFINE_MODULES):
+        return [_of_module(path, module)]
+    if isinstance(module, nn.MultiheadAttention):
+        names = ["in_proj_weight"] if module.in_proj_weight is not None else [f"{name}_proj_weight" for name in "qkv"]
+        return [AffineWeight(f"{path}.{name}", module, name) for name in names]
+    return []
+
+
+def _of_module(path: str, module: nn.Module) -> AffineWeight:
+    weight = f"{path}.weight" if path else "weight"
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        stride = per_axis(module.stride, module.weight.dim() - 2)
+        return AffineWeight(weight, module, "weight", True, module.groups, stride)
+    return AffineWeight(weight, module, "weight")
+
+
+_MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm", "__matmul__"}
+_ADDED_PRODUCTS = {torch.addmm, "addmm"}
+_PRODUCTS = _MATRIX_PRODUCTS | {torch.bmm, "bmm", torch.einsum}
+_TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
+_FUNCTIONS = {F.linear, F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED_CONVOLUTIONS}
+
+
+def _of_call(node: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | None:
+    """Of F.linear(x, weight) or F.conv2d(x, weight) where weight is a parameter of a module, or computed."""
+    source = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+    if not isinstance(source, fx.Node):
+        return None
+    if source.op != "get_attr":
+        return AffineWeight(f"what is computed from {', '.join(_parameters_behind(source))}", None, "")
+    path, _, name = str(source.target).rpartition(".")
+    place = (str(source.target), modules[path], name)
+    if node.target not in _TRANSPOSED_CONVOLUTIONS:  # of all others the weight's shape tells fan_in
+        return AffineWeight(*place)
+    groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
+    stride: Any = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
+    return AffineWeight(*place, True, groups, per_axis(stride, _TRANSPOSED_CONVOLUTIONS[node.target]))
+
+
+def _of_product(node: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | None:
+    """Of x @ weight, or x @ weight.T, where weight (in, out) or (out, in) is a parameter of a module, or computed."""
+    x, source, flipped = _factors(node)
+    if not isinstance(x, fx.Node) or not isinstance(source, fx.Node) or values_of(node) != [x]:
+        return None
+    if _is_transposition(source):
+        source, flipped = source.all_input_nodes[0], not flipped
+    if source.op != "get_attr":
+        parameters = _parameters_behind(source)
+        return AffineWeight(f"what is computed from {', '.join(parameters)}", None, "") if parameters else None
+    path, _, name = str(source.target).rpartition(".")
+    weight = modules[path]._parameters.get(name)
+    if weight is None or weight.dim() != 2:  # a constant, such as a fixed transform
+        return None
+    return AffineWeight(str(source.target), modules[path], name, transposed=not flipped)
+
+
+def _factors(node: fx.Node) -> tuple[Any, Any, bool]:
+    """What a product multiplies, by which matrix, and whether by its transpose; Nones where it is no such product."""
+    arguments = () if node.kwargs else node.args
+    if len(arguments) == 3 and node.target in _ADDED_PRODUCTS:
+        arguments = arguments[1:]
+    if len(arguments) == 2:
+        return arguments[0], arguments[1], False
+    if node.target is not torch.einsum or len(arguments) != 3 or str(arguments[0]).count(",") != 1:
+        return None, None, False
+    equation, *operands = arguments
+    terms, _, result = str(equation).replace(" ", "").partition("->")
+    matrix_first = values_of(node) == [operands[1]]
+    letters = terms.split(",")[0 if matrix_first else 1]
+    summed = [letter not in result for letter in letters]
+    if sorted(summed) != [False, True]:
+        return None, None, False
+    x, matrix = reversed(operands) if matrix_first else operands
+    return x, matrix, summed[1]
+
+
+def _is_transposition(node: fx.Node) -> bool:
+    """Of a matrix, in any of the ways that leave nothing to choose."""
+    return node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT"))
+
+
+def _parameters_behind(node: fx.Node) -> list[str]:
+    if node.op == "get_attr":
+        return [str(node.target)]
+    return [name for source in node.all_input_nodes for name in _parameters_behind(source)]
