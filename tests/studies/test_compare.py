@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -213,6 +214,20 @@ def test_runs_without_verdicts_are_compared_but_not_image_by_image(study):
     (pair,) = compare([study]).paired
     assert (pair.tests, pair.over_images) == ({}, None)
     assert pair.difference == pytest.approx(-0.2)
+
+
+def test_what_the_documentation_leaves_out_is_not_needed(study, tmp_path):
+    for run in study.glob("*/seed-*"):
+        for name in ("last.ckpt", "model.safetensors"):
+            (run / name).write_bytes(b"large")
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    (command,) = re.findall(r"rsync .*", page)
+    left_out = re.findall(r"--exclude='?([^' ]+)'?", command)
+    assert "*.ckpt" in left_out
+    kept = shutil.copytree(study, tmp_path / "kept" / "study", ignore=shutil.ignore_patterns(*left_out))
+    assert not [*kept.rglob("*.ckpt"), *kept.rglob("*.safetensors")]
+    without = lambda text: text.replace(str(kept), "").replace(str(study), "")  # noqa: E731
+    assert without(json.dumps(compare([kept]).summary())) == without(json.dumps(compare([study]).summary()))
 
 
 def test_unfinished_runs_are_named_and_not_counted(study):
