@@ -25,9 +25,13 @@ from certtrain.verification.cascade import BRANCH_AND_BOUND
 from certtrain.verification.certificates import require_checkable
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from certtrain.config import Config
     from certtrain.config.schema import VerificationSection
+    from certtrain.data import Split
     from certtrain.verification.certificates import ImageSet
+    from certtrain.verification.verify import Verification
 
 
 def verify_command(options: argparse.Namespace) -> int:
@@ -35,40 +39,31 @@ def verify_command(options: argparse.Namespace) -> int:
         return _decide_property(options)
     if _is_onnx(options.run):
         raise UsageError(f"{options.run} is a network in ONNX: say which property to decide, with --vnnlib FILE")
-    elsewhere = options.model_weights is not None
-    if elsewhere:
+    if options.model_weights is not None:
         refuse(options, "--model-weights", "radius", "certificates")
-    if options.radius is not None:
-        return _verify_radii(options)
-    folder = folder_of(options.run)
+    return _verify_images(options) if options.radius is None else _verify_radii(options)
+
+
+def _verify_images(options: argparse.Namespace) -> int:
+    folder, elsewhere = folder_of(options.run), options.model_weights is not None
     weights = folder / "model.safetensors" if options.run.is_dir() else options.run
+    handed_out = not elsewhere and weights.name == "model.safetensors"  # not a checkpoint on the way
     if not launched():  # ranks fail together, inside
         require_data(_asked(options, weights))
 
     from certtrain.models.own import modules_from
     from certtrain.runs.build import load_data
-    from certtrain.runs.directory import check_output, is_writable, write_results
     from certtrain.runs.evaluation import verify_run
     from certtrain.runs.progress import Output, VerificationDisplay
-    from certtrain.runs.provenance import made_with, versions
-    from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
+    from certtrain.runs.verdicts import read_verdicts
     from certtrain.runtime.distributed import process_group
-    from certtrain.runtime.files import write_json
-    from certtrain.verification.certificates import write_certificates
 
     with process_group() as ranks:
         with ranks.together():
-            used = options.model_weights or options.run
-            if ranks.is_first and options.certificates:
-                check_output(options.certificates, used)
-            file = options.json or (None if elsewhere else folder / "verify.json")
-            if ranks.is_first and file is not None:
-                check_output(file, used, *filter(None, [options.certificates]), own="verify.json")
-            if ranks.is_first and options.results:
-                check_output(options.results, used, *filter(None, [options.certificates, options.json]))
+            if ranks.is_first:
+                _check_outputs(options)
             config = _asked(options, weights)
             opened = None if elsewhere else open_network(options, config, ranks)
-            handed_out = not elsewhere and weights.name == "model.safetensors"  # not a checkpoint on the way
             if ranks.is_first and handed_out:
                 read_verdicts(folder)  # can be added to
         dataset = ranks.one_per_machine_first(lambda: load_data(config))
@@ -87,27 +82,79 @@ def verify_command(options: argparse.Namespace) -> int:
             raise
         if not ranks.is_first:
             return 0
-    summaries = [result.summary() for result in results]
-    show_results(Output(), summaries, split=config.verification.split)
+    show_results(Output(), [result.summary() for result in results], split=config.verification.split)
     if options.certificates:
-        folders = {"root", "path"}  # where this machine keeps things
-        hidden: Any = {"data": folders, "model": folders, "start_from": folders, "replay": {"data": folders}}
-        settings = config.model_dump(mode="json", exclude=hidden)
-        used_here = versions(next(model.parameters()).device)
-        write_certificates(options.certificates, results, dataset.test, weights, settings, used_here)
-        print(f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder} proves it again")
-    split = config.verification.split
-    about = made_with(config, model, dataset.test)
-    content = {**summaries[0], "split": split, "model": str(used), "radii": summaries, **about}
+        _write_certificates(options, config, model, dataset.test, weights, results)
+    _write_results(options, config, model, dataset.test, results)
+    if handed_out:
+        _add_verdicts(folder, config, dataset.test, results)
+    return 0
+
+
+def _results_file(options: argparse.Namespace) -> Path | None:
+    """Where the errors go, if they go anywhere: those of weights from elsewhere have no folder of their own."""
+    return options.json or (None if options.model_weights else folder_of(options.run) / "verify.json")
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raises where a file could not be written in the end, or would stand in the place of another."""
+    from certtrain.runs.directory import check_output
+
+    used, file = options.model_weights or options.run, _results_file(options)
+    if options.certificates:
+        check_output(options.certificates, used)
+    if file is not None:
+        check_output(file, used, *filter(None, [options.certificates]), own="verify.json")
+    if options.results:
+        check_output(options.results, used, *filter(None, [options.certificates, options.json]))
+
+
+def _write_certificates(
+    options: argparse.Namespace,
+    config: Config,
+    model: nn.Module,
+    split: Split,
+    weights: Path,
+    results: Sequence[Verification],
+) -> None:
+    from certtrain.runs.provenance import versions
+    from certtrain.verification.certificates import write_certificates
+
+    folders = {"root", "path"}  # where this machine keeps things
+    hidden: Any = {"data": folders, "model": folders, "start_from": folders, "replay": {"data": folders}}
+    settings = config.model_dump(mode="json", exclude=hidden)
+    used = versions(next(model.parameters()).device)
+    write_certificates(options.certificates, results, split, weights, settings, used)
+    print(
+        f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder_of(options.run)} "
+        "proves it again"
+    )
+
+
+def _write_results(
+    options: argparse.Namespace, config: Config, model: nn.Module, split: Split, results: Sequence[Verification]
+) -> None:
+    from certtrain.runs.directory import write_results
+    from certtrain.runs.provenance import made_with
+    from certtrain.runtime.files import write_json
+
+    summaries, file = [result.summary() for result in results], _results_file(options)
+    about = {"split": config.verification.split, "model": str(options.model_weights or options.run)}
+    content = {**summaries[0], **about, "radii": summaries, **made_with(config, model, split)}
     if options.json:
         write_json(options.json, content)
     elif file is not None and (kept := write_results(file, content)):
         print(f"the earlier results, which were others, are kept in {kept}")
-    if handed_out and is_writable(folder):
-        add_verdicts(folder, verdicts_of(split, dataset.test, results))
-    elif handed_out:
+
+
+def _add_verdicts(folder: Path, config: Config, split: Split, results: Sequence[Verification]) -> None:
+    from certtrain.runs.directory import is_writable
+    from certtrain.runs.verdicts import add_verdicts, verdicts_of
+
+    if is_writable(folder):
+        add_verdicts(folder, verdicts_of(config.verification.split, split, results))
+    else:
         print(f"nothing can be written to {folder}: its verdicts.json does not have these images' verdicts")
-    return 0
 
 
 def _asked(options: argparse.Namespace, weights: Path) -> Config:
