@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import socket
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -100,6 +101,18 @@ def start_ranks(size, work, log):
     for child in children:
         child.start()
     return children
+
+
+def signal_at(step, sent=signal.SIGINT):
+    """An `after_step` that sends the process a signal after that step."""
+    return lambda self, trainer: trainer.step == step and signal.raise_signal(sent)
+
+
+def into_a_pipe_that_nobody_reads():
+    """A child's standard output, as `head` leaves it."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
 
 
 def exit_code(child):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 
 import pytest
 
@@ -11,7 +10,7 @@ import certtrain
 from certtrain.config import load_config
 from certtrain.errors import UsageError
 from certtrain.runs.progress import ProgressDisplay
-from tests.commands import STEPS_PER_EPOCH, contents, one_thread, train_arguments
+from tests.commands import STEPS_PER_EPOCH, contents, one_thread, signal_at, train_arguments
 from tests.runs.test_train import check_same_run, metrics
 
 
@@ -59,11 +58,7 @@ def test_a_finished_run_goes_on_as_if_it_had_been_longer(train, resume, longer, 
 
 def interrupted(command, monkeypatch, step, *options):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            ProgressDisplay,
-            "after_step",
-            lambda self, trainer: trainer.step == step and signal.raise_signal(signal.SIGINT),
-        )
+        patch.setattr(ProgressDisplay, "after_step", signal_at(step))
         assert command(*options).code == 130
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import time
 
@@ -16,7 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from certtrain.runs.checkpoint import load_checkpoint, save_checkpoint
 from certtrain.runs.progress import Output, ProgressDisplay
 from certtrain.runs.train import train as train_here
-from tests.commands import STEPS_PER_EPOCH, TINY, exit_code, one_thread, start, train_arguments
+from tests.commands import (
+    STEPS_PER_EPOCH,
+    TINY,
+    exit_code,
+    into_a_pipe_that_nobody_reads,
+    one_thread,
+    signal_at,
+    start,
+    train_arguments,
+)
 from tests.runs.test_train import CHECKPOINTS_ONLY_WHEN_ASKED, metrics
 
 
@@ -49,12 +57,6 @@ def test_a_reader_who_leaves_ends_the_run_saved(tmp_path, reference, capfd, cons
     assert [record["epoch"] for record in metrics(run)] == [1, 2, 3]
 
 
-def into_a_pipe_that_nobody_reads():
-    reader, writer = os.pipe()
-    os.dup2(writer, 1)
-    os.close(reader)
-
-
 def test_the_command_ends_as_others_do_whose_reader_has_left(tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     child = start(train_arguments(run, CHECKPOINTS_ONLY_WHEN_ASKED), log, into_a_pipe_that_nobody_reads)
@@ -76,8 +78,7 @@ def interrupted(tmp_path, monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     with monkeypatch.context() as patch:
-        stop = lambda self, trainer: trainer.step == 4 and signal.raise_signal(signal.SIGINT)  # noqa: E731
-        patch.setattr(ProgressDisplay, "after_step", stop)
+        patch.setattr(ProgressDisplay, "after_step", signal_at(4))
         train_here("digits", tmp_path / "run", device="cpu", overrides=TINY, console=Console(quiet=True))
     torch.set_num_threads(before)
     return tmp_path / "run"

@@ -9,7 +9,7 @@ from functools import partial
 from certtrain.runs import lock
 from certtrain.runs.callbacks import Recorder
 from certtrain.verification import results
-from tests.commands import exit_code, start, train_arguments
+from tests.commands import exit_code, into_a_pipe_that_nobody_reads, start, train_arguments
 from tests.runs.test_train import check_same_run
 
 LACKING = {
@@ -50,17 +50,11 @@ def end_at_step_four():
     Recorder.after_step = replacement
 
 
-def leave_the_pipe():
-    reader, writer = os.pipe()
-    os.dup2(writer, 1)
-    os.close(reader)
-
-
 def test_a_run_is_interrupted_resumed_and_verified_there(tmp_path, reference):
     run, log = tmp_path / "run", tmp_path / "log"
     for more, then, code in (
         ([], end_at_step_four, 128 + signal.SIGTERM),
-        (["--resume"], leave_the_pipe, 128 + 13),
+        (["--resume"], into_a_pipe_that_nobody_reads, 128 + 13),
         (["--resume"], nothing, 0),
     ):
         assert exit_code(start(train_arguments(run, *more), log, partial(take_away, then))) == code, log.read_text()

@@ -30,6 +30,7 @@ from tests.commands import (
     disk_with_room_for,
     exit_code,
     one_thread,
+    signal_at,
     start,
     train_arguments,
     wait_until,
@@ -372,9 +373,7 @@ def test_a_checkpoint_from_other_data_is_not_resumed(train, cli, run, tmp_path):
 )
 def test_a_signal_saves_and_resume_continues_exactly(train, tmp_path, reference, monkeypatch, sent, step):
     """After any step: inside an epoch, and at the end of one."""
-    monkeypatch.setattr(
-        ProgressDisplay, "after_step", lambda self, trainer: trainer.step == step and signal.raise_signal(sent)
-    )
+    monkeypatch.setattr(ProgressDisplay, "after_step", signal_at(step, sent))
     run = tmp_path / "run"
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     outcome = train(CHECKPOINTS_ONLY_WHEN_ASKED)
@@ -515,9 +514,7 @@ def test_a_signal_from_outside_ends_the_run_with_its_code(tmp_path, sent):
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(train, tmp_path, reference, monkeypatch):
     run = tmp_path / "run"
-    monkeypatch.setattr(
-        ProgressDisplay, "after_step", lambda self, trainer: trainer.step == 4 and signal.raise_signal(signal.SIGINT)
-    )
+    monkeypatch.setattr(ProgressDisplay, "after_step", signal_at(4))
     assert train().code == 130
     monkeypatch.undo()
     before = contents(run)

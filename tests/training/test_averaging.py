@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 import safetensors.torch
@@ -17,7 +16,7 @@ from certtrain.errors import UsageError
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.schedules import AverageShare
 from certtrain.training.averaging import reestimate_statistics
-from tests.commands import STEPS_PER_EPOCH, TINY, one_thread
+from tests.commands import STEPS_PER_EPOCH, TINY, one_thread, signal_at
 from tests.networks import narrow_cnn7
 
 RAW, AVERAGED = "model-raw.safetensors", "model.safetensors"
@@ -108,11 +107,7 @@ def test_an_average_is_resumed_exactly(train, tmp_path, monkeypatch, name, step)
     assert train(option).code == 0
     whole = [(run / file).read_bytes() for file in (RAW, AVERAGED)]
     with monkeypatch.context() as patch:
-        patch.setattr(
-            ProgressDisplay,
-            "after_step",
-            lambda self, trainer: trainer.step == step and signal.raise_signal(signal.SIGINT),
-        )
+        patch.setattr(ProgressDisplay, "after_step", signal_at(step))
         assert train(option, "--overwrite").code == 130
     assert not (run / RAW).exists()
     assert train("--resume").code == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from certtrain.errors import UsageError
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.training.optimizers import build_optimizer, build_rate
+from tests.commands import signal_at
 from tests.networks import narrow_cnn7
 
 MUON_ONLY = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
@@ -112,8 +112,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(train, tmp_path, monkeypatch, na
     assert train(*options).code == 0
     whole = (tmp_path / "run" / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        after = lambda self, trainer: trainer.step == 4 and signal.raise_signal(signal.SIGINT)  # noqa: E731
-        patch.setattr(ProgressDisplay, "after_step", after)
+        patch.setattr(ProgressDisplay, "after_step", signal_at(4))
         assert train("--overwrite", *options).code == 130
     assert train("--resume").code == 0
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == whole
