@@ -241,6 +241,7 @@ def test_unknown_scheme_suggests_the_nearest():
         initialize_(nn.Linear(2, 2), "kaming")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["certtrain.initialization", "certtrain.regularizers"])
 def test_initialization_and_regularizers_load_neither_trainer_nor_data(module):
     program = f"import sys, {module}; print([m for m in sys.modules if m.startswith('certtrain') or m == 'pydantic'])"

@@ -54,6 +54,7 @@ def test_git_ignores_no_code():
     assert ignored.stdout == ""
 
 
+@pytest.mark.slow
 def test_the_public_names_are_there_in_a_fresh_process():
     """Each on its own: what another import has loaded must not matter."""
     program = """

@@ -58,5 +58,6 @@ def test_a_parameter_without_a_gradient_stays():
     assert torch.equal(parts[1], torch.ones(3))
 
 
+@pytest.mark.slow
 def test_bounding_an_image_does_not_load_pytorchs_compiler():
     assert run([sys.executable, "-c", QUESTION], check=False).returncode == 0

@@ -77,6 +77,7 @@ def test_what_a_program_registers_can_be_named(monkeypatch):
     assert (config.data.name, config.model.name) == ("own", "picky")
 
 
+@pytest.mark.slow
 def test_what_is_mistyped_is_answered_without_torch(tmp_path):
     """Every command, one after the other in one process: a key, a value, an option, a device, a path."""
     (tmp_path / "taken").mkdir()
@@ -128,6 +129,7 @@ for arguments, code in asked:
     assert answer.returncode == 0, answer.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["certtrain", "certtrain.cli"])
 def test_the_package_is_a_program(module):
     answer = subprocess.run([sys.executable, "-m", module, "config"], capture_output=True, text=True, check=True)

@@ -139,6 +139,7 @@ def test_load_dataset_uses_registered_loaders_and_cuts_validation(tmp_path, monk
     assert numbers(data.validation) == numbers(dataset(20).with_validation(4, seed=7).validation)
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_image_library():
     program = "import sys, certtrain.data; print({'torchvision', 'sklearn', 'PIL', 'rich'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -57,6 +57,7 @@ def test_a_reader_who_leaves_ends_the_run_saved(tmp_path, reference, capfd, cons
     assert [record["epoch"] for record in metrics(run)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_command_ends_as_others_do_whose_reader_has_left(tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     child = start(train_arguments(run, CHECKPOINTS_ONLY_WHEN_ASKED), log, into_a_pipe_that_nobody_reads)

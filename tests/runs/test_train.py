@@ -421,6 +421,7 @@ def die_at(function, call):
     setattr(module, name, replacement)
 
 
+@pytest.mark.slow
 def test_an_epoch_that_takes_longer_than_saves_are_apart_is_saved_on_its_way(tmp_path, reference):
     """Here every step does; killed as the fifth ends, within the second epoch of three steps."""
     run, saves_at_once = tmp_path / "run", "training.checkpoint_seconds=1e-9"

@@ -264,6 +264,7 @@ def test_a_run_by_several_processes_is_the_run_of_one(tmp_path, one, size):
     check_same_run(tmp_path / "run", one)
 
 
+@pytest.mark.slow
 def test_averaged_and_smoothed_a_run_by_two_processes_is_the_run_of_one(tmp_path):
     options = ["training.averaging={name: ema, decay: 0.8}", "training.smoothing=rgs", "training.epochs=4"]
     options += ["epsilon.warmup_epochs=2"]
@@ -292,7 +293,7 @@ def train_and_signal(number, rank, step, *arguments):
     return code
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_in_one_process_a_run_ends_and_one_process_resumes_it(tmp_path, one, cli, rank):
     run = tmp_path / "run"
     codes, log = train_by(2, run, work=partial(train_and_signal, signal.SIGKILL, rank, 7))

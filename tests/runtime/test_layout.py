@@ -147,6 +147,7 @@ def as_recorded(c: dict) -> Convolution:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="another kind of CPU")
 def test_every_convolution_that_meets_the_faulty_kernel_is_recognized():
     """oneDNN itself says which kernel it takes. With too few channels for a register, that one writes too much."""

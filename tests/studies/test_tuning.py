@@ -117,6 +117,7 @@ def test_a_search_that_was_changed_or_goes_on_after_the_test_is_refused(cli, tmp
     assert (outcome.code, "the test set was looked at after 2 trials" in outcome.error) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_processes_that_follow_each_other_propose_what_one_alone_would(tmp_path, sampler):
     tuning = load_tuning(written(tmp_path / "search.yaml", SEARCH + f"sampler: {sampler}"))

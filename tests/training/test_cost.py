@@ -41,10 +41,8 @@ def test_images_that_a_network_refuses_are_named(monkeypatch):
         network_size("picky", (3, 4, 5), 10)
 
 
-@pytest.mark.parametrize(
-    ("name", "macs", "first"),
-    [("cnn7", CNN7, 27 * 64), pytest.param("resnext", RESNEXT, 27 * 64, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "macs", "first"), [("cnn7", CNN7, 27 * 64), ("resnext", RESNEXT, 27 * 64)])
 def test_training_steps(name, macs, first):
     """Backward is twice forward, but for the gradient of the images, which nobody wants; IBP passes thrice as much."""
     model = build_model(name, (3, 32, 32), 10).train()

@@ -365,6 +365,7 @@ def test_batch_norms_that_could_overflow_prove_nothing(part, value, tmp_path):
     assert (margins[0, 1:] == -torch.inf).all()
 
 
+@pytest.mark.slow
 def test_the_checker_needs_neither_torch_nor_the_verifier(certified):
     run, file = certified
     program = f"""

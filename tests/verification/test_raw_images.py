@@ -159,6 +159,7 @@ def test_a_pickle_cannot_call_anything(content, tmp_path, monkeypatch):
         read_test_set("cifar10", tmp_path)
 
 
+@pytest.mark.slow
 def test_no_code_is_shared_with_the_verifiers_loaders():
     program = """
 import sys

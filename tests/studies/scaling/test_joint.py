@@ -129,6 +129,7 @@ def test_what_noise_explains_is_no_misfit():
     assert misfit(unexplained(0.0, 0.0, seed=0)) < 1e-4
 
 
+@pytest.mark.slow
 def test_an_interval_counts_the_misfit():
     """Where the noise that is said is far too small, the truth is in the intervals all the same."""
     truth, hits = 0.4 / (0.6 + 0.8), 0

@@ -221,6 +221,7 @@ def raising(error):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "goes_on", "tuned"),
     [
@@ -265,6 +266,7 @@ def test_runs_of_another_plan_are_neither_fitted_to_nor_shown(cli, folder, tmp_p
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_runs_that_were_trained_where_data_lie_elsewhere_are_fitted_to(cli, folder, tmp_path):
     written(tmp_path, PLAN.replace("resamples: 20", "resamples: 1"))
     assert cli("scale", tmp_path / "plan.yaml", "--out", folder, "--fit", "data.root=/elsewhere").code == 0
@@ -279,6 +281,7 @@ def test_to_show_a_plan_writes_nothing(cli, folder, tmp_path):
     assert contents(folder) == before
 
 
+@pytest.mark.slow
 def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
     outcome = cli("scale", tmp_path / "plan.yaml", "--out", folder, "--fit")
     assert outcome.code == 0, outcome.err
