@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from certtrain.config import load_config
 from certtrain.config.keys import dotted_fields
 from certtrain.config.loading import override_keys
 from certtrain.config.reading import parse_yaml
+from certtrain.studies.compare import compare
 from certtrain.studies.design import load_study
 from certtrain.studies.search import load_tuning
 from tests.commands import one_thread
@@ -133,3 +135,13 @@ def test_every_public_name_says_what_it_is():
             parts = vars(value).items() if isinstance(value, type) else [(member, value)]
             silent += [f"{path}: {key}" for key, part in parts if callable(part) and key[0] != "_" and not part.__doc__]
     assert silent == []
+
+
+def test_the_board_follows_from_the_records_of_its_runs():
+    results = ROOT / "docs" / "results"
+    written = json.loads((results / "board_2_255_ibp.json").read_text())
+    found = compare([results / "board" / "2_255"]).summary()
+    for groups in (written["groups"], found["groups"]):
+        for group in groups:
+            group["runs"] = [Path(run).name for run in group["runs"]]
+    assert found == written

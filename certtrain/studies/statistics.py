@@ -23,7 +23,10 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
-    """Where the mean of the distribution lies that `values` are drawn from; None for fewer than two of them.
+    """Where the mean of the distribution lies that `values` are drawn from.
+
+    None for fewer than two of them, and where all are the same, as two seeds' counts of images may be: they show no
+    scatter to judge by, and an interval without width would claim that there is none.
 
     Of fewer than 20 values Student's t interval, exact for normal ones; of more the bias-corrected and accelerated
     bootstrap (Efron 1987).
@@ -34,7 +37,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     mean, spread = float(sample.mean()), float(sample.std(ddof=1))
     method = "Student's t" if len(sample) < FEW else "BCa bootstrap"
     if spread <= 1e-12 * abs(mean) or spread == 0:  # all the same
-        return Interval(mean, mean, method)
+        return None
     if len(sample) < FEW:
         half = float(stats.t.ppf((1 + confidence) / 2, len(sample) - 1)) * spread / math.sqrt(len(sample))
         return Interval(mean - half, mean + half, method)
