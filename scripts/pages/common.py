@@ -26,8 +26,8 @@ def read_if_measured(name: str) -> Any:
     return read(name) if (RESULTS / f"{name}.json").exists() else None
 
 
-def of_setting(name: str) -> list[dict[str, Any]]:
-    runs = map(json.loads, (RESULTS / "reproduce.jsonl").read_text().splitlines())
+def of_setting(name: str, file: str = "reproduce") -> list[dict[str, Any]]:
+    runs = map(json.loads, (RESULTS / f"{file}.jsonl").read_text().splitlines())
     return [run for run in runs if run["setting"] == name]
 
 
