@@ -117,13 +117,14 @@ def _write_certificates(
     weights: Path,
     results: Sequence[Verification],
 ) -> None:
+    from certtrain.bounds.model import device_of
     from certtrain.runs.provenance import versions
     from certtrain.verification.certificates import write_certificates
 
     folders = {"root", "path"}  # where this machine keeps things
     hidden: Any = {"data": folders, "model": folders, "start_from": folders, "replay": {"data": folders}}
     settings = config.model_dump(mode="json", exclude=hidden)
-    used = versions(next(model.parameters()).device)
+    used = versions(device_of(model))
     write_certificates(options.certificates, results, split, weights, settings, used)
     print(
         f"wrote {options.certificates}; certtrain check {options.certificates} --model {folder_of(options.run)} "

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from certtrain.bounds.model import device_of
 from certtrain.errors import UnsupportedOperation, optional_module
 from certtrain.models.normalize import Normalize
 from certtrain.runtime.files import write_atomically
@@ -31,7 +32,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
     """
     onnx = optional_module("onnx", "export")
     example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    folded = fold_batch_norm(model, example.to(next(model.parameters()).device)).cpu()
+    folded = fold_batch_norm(model, example.to(device_of(model))).cpu()
     _write_out_the_batch_axis(folded, model)
     content = io.BytesIO()
     try:

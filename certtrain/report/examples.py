@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds.model import evaluating
+from certtrain.bounds.model import device_of, evaluating
 from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
 from certtrain.runs.evaluation import verify_run
@@ -50,7 +50,7 @@ def judge(
     def example(index: int) -> Example:
         point = points[index]
         with evaluating(model), full_precision(), torch.no_grad():
-            prediction = logits_of(model, point[None].to(next(model.parameters()).device)).argmax(1).item()
+            prediction = logits_of(model, point[None].to(device_of(model))).argmax(1).item()
         margin = result.margin[index].item()
         return Example(index, images[index], int(split.labels[index]), point, int(prediction), margin)
 

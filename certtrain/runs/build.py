@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from certtrain.bounds import bounded_model
+from certtrain.bounds.model import device_of
 from certtrain.config import Config
 from certtrain.config.schema import BatchNormSection, DataSection, MetricsSection
 from certtrain.data import (
@@ -117,7 +118,7 @@ def build(
 
 
 def output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-    image = torch.zeros(1, *image_shape, device=next(model.parameters(), torch.empty(0)).device)
+    image = torch.zeros(1, *image_shape, device=device_of(model))
     size = "×".join(map(str, image_shape))
     with explained(f"model {name} cannot take {size} images", DataError), torch.no_grad():
         output = model.eval()(image)
@@ -215,7 +216,7 @@ def learning_rate(config: Config, steps_per_epoch: int) -> LearningRate:
 def layout_of(config: Config, model: nn.Module, dataset: Dataset) -> torch.memory_format:
     training = config.training
     if training.channels_last == "auto":
-        return layout_for(training.precision, next(model.parameters()).device, compiles(config, model, dataset))
+        return layout_for(training.precision, device_of(model), compiles(config, model, dataset))
     return torch.channels_last if training.channels_last else torch.contiguous_format
 
 
@@ -228,7 +229,7 @@ def compiles(config: Config, model: nn.Module, dataset: Dataset) -> bool:
         return training.compile
     steps = training.epochs * len(epoch_sizes(config, dataset))
     elements = training.epochs * len(dataset.train) * clean_elements(model, dataset.image_shape)
-    return compiling_pays(next(model.parameters()).device, steps, elements)
+    return compiling_pays(device_of(model), steps, elements)
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import certtrain
+from certtrain.bounds.model import device_of
 from certtrain.config import Config
 from certtrain.runs.tensor_file import digest
 from certtrain.verification.digests import split_digest
@@ -27,7 +28,7 @@ def made_with(config: Config, model: nn.Module, split: Split) -> dict[str, Any]:
         "seed": config.seed,
         "weights_sha256": digest(model.state_dict()),
         "split_sha256": split_digest(split.images.cpu().numpy(), split.labels.cpu().numpy()),
-        "versions": versions(next(model.parameters()).device),
+        "versions": versions(device_of(model)),
         "config": config.model_dump(mode="json"),
     }
 

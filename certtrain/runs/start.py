@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from certtrain.affine_layers import classifier_tensors
+from certtrain.bounds.model import device_of
 from certtrain.config import Config, load_config
 from certtrain.config.schema import StartSection
 from certtrain.errors import CheckpointError, UsageError, shortened, shown
@@ -284,4 +285,4 @@ def original_network(start: Start, taken: Taken, model: nn.Module, trust: bool) 
         return None
     network = build_model(**start.architecture.model_dump(), trust=trust)
     restore(network, taken.weights, start.file)
-    return network.eval().to(next(model.parameters()).device)
+    return network.eval().to(device_of(model))

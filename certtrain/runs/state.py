@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from certtrain.bounds.model import device_of
 from certtrain.errors import CheckpointError
 from certtrain.runs.checkpoint import require_same_shapes
 from certtrain.runs.provenance import processor
@@ -37,7 +38,7 @@ def run_state(trainer: Trainer, seconds: float) -> dict[str, Any]:
 
 def computed_by(trainer: Trainer) -> str:
     """What besides the number of threads decides how its sums are rounded."""
-    return f"PyTorch {torch.__version__} on {processor(next(trainer.model.parameters()).device)}"
+    return f"PyTorch {torch.__version__} on {processor(device_of(trainer.model))}"
 
 
 def check_state(state: Any, trainer: Trainer, source: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from certtrain.bounds import linf_box
 from certtrain.bounds.margins import proved
-from certtrain.bounds.model import evaluating
+from certtrain.bounds.model import device_of, evaluating
 from certtrain.config import Config
 from certtrain.data import to_float
 from certtrain.runs.build import load_data
@@ -36,7 +36,7 @@ class Pruner(Observer):
     @torch.no_grad()
     def _verified_error(self, trainer: Trainer) -> float:
         net, eps = trainer.gradient_step.net, max(self._config.test_radii)
-        data = self._validation.to(next(trainer.model.parameters()).device)
+        data = self._validation.to(device_of(trainer.model))
         missing = 0
         with evaluating(trainer.model):
             for _, part in parts_of(data, self._config.verification.batch_size):

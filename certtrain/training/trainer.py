@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from certtrain.bounds.model import device_of
 from certtrain.errors import DivergedError
 from certtrain.training.averaging import AveragedWeights
 from certtrain.training.method import Scheduled
@@ -145,7 +146,7 @@ class Trainer:
         """Of every step left of the epoch, on the device: sent once, so that no step waits for it."""
         steps = range(self.step, (self.epoch + 1) * self.steps_per_epoch)
         values = torch.tensor([(self.eps(step), self.ramp(step)) for step in steps])
-        eps, ramp = values.to(next(self.model.parameters()).device).unbind(1)
+        eps, ramp = values.to(device_of(self.model)).unbind(1)
         eps_ratio = (eps / self.max_eps).clamp(max=1.0) if self.max_eps else torch.ones_like(eps)
         return map(Scheduled, eps, eps_ratio, ramp, step_keys(self.seed, torch.tensor(steps)).to(eps.device))
 
@@ -200,7 +201,7 @@ class Trainer:
         if self.average is not None:
             self.average.load(state["average"])
         self.step = state["step"]
-        self.sums = Sums(**state["sums"]).to(next(self.model.parameters()).device)
+        self.sums = Sums(**state["sums"]).to(device_of(self.model))
         torch.set_rng_state(state["random"]["cpu"].cpu())
         if state["random"]["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([s.cpu() for s in state["random"]["cuda"]][: torch.cuda.device_count()])
