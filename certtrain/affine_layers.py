@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,14 +99,27 @@ def registered_weights(model: nn.Module) -> list[AffineWeight]:
     return [weight for path, module in model.named_modules() for weight in _own_weights(path, module)]
 
 
+def called(node: fx.Node) -> Any:
+    """The function, or the name of the method, that `node` calls. (A module, too, may be named "relu" or "add".)"""
+    return node.target if node.op in ("call_function", "call_method") else None
+
+
 def is_product(node: fx.Node) -> bool:
     """Whether a function or method multiplies: a layer's call, or a product of two values."""
-    return node.target in _PRODUCTS | _ADDED_PRODUCTS | _FUNCTIONS
+    return called(node) in _OPERANDS or called(node) is torch.einsum or called(node) in _FUNCTIONS
 
 
 def is_product_of_values(node: fx.Node) -> bool:
     """Whether both factors depend on the network's input, as in attention."""
-    return node.target in _PRODUCTS and len(values_of(node)) == 2
+    if called(node) in _ADDED_PRODUCTS:
+        return all(isinstance(factor, fx.Node) and _depends_on_input(factor) for factor in _operands(node)[1:])
+    return (called(node) in _OPERANDS or called(node) is torch.einsum) and len(values_of(node)) == 2
+
+
+def added_to(node: fx.Node) -> fx.Node | None:
+    """The value h that addmm(h, x, w) adds the product x @ w to, where it depends on the network's input."""
+    added = _operands(node)[0] if called(node) in _ADDED_PRODUCTS else None
+    return added if isinstance(added, fx.Node) and _depends_on_input(added) else None
 
 
 def values_of(node: fx.Node) -> list[fx.Node]:
@@ -115,19 +129,29 @@ def values_of(node: fx.Node) -> list[fx.Node]:
 
 def input_of(node: fx.Node) -> fx.Node:
     """Of a layer: what depends on the network's input, or if nothing does, the first."""
+    if called(node) in _ADDED_PRODUCTS:
+        return _operands(node)[1]
     return next(iter(values_of(node)), node.all_input_nodes[0])
 
 
+def depends_on(node: fx.Node, source: fx.Node) -> bool:
+    """Whether `node` is `source`, or computed from it."""
+    return any(one is source for one in _ancestry(node))
+
+
 def _depends_on_input(node: fx.Node) -> bool:
-    seen, left = set(), [node]
+    return any(one.op == "placeholder" for one in _ancestry(node))
+
+
+def _ancestry(node: fx.Node) -> Iterator[fx.Node]:
+    """The node, and all that it is computed from."""
+    seen, left = {node}, [node]
     while left:
         one = left.pop()
-        if one.op == "placeholder":
-            return True
-        fresh = [source for source in one.all_input_nodes if source not in seen]
-        seen.update(fresh)
+        yield one
+        fresh = set(one.all_input_nodes) - seen
+        seen |= fresh
         left += fresh
-    return False
 
 
 def _affine_weights_of(model: nn.Module) -> list[AffineWeight]:
@@ -140,10 +164,10 @@ def _affine_weights_of(model: nn.Module) -> list[AffineWeight]:
 
 
 def _weights_of(node: fx.Node, modules: dict[str, nn.Module]) -> list[AffineWeight]:
-    if node.op == "call_function" and node.target in _FUNCTIONS:
+    if called(node) in _FUNCTIONS:
         weight = _of_call(node, modules)
         return [] if weight is None else [weight]
-    if node.op != "call_module" and node.target in _PRODUCTS | _ADDED_PRODUCTS:
+    if is_product(node):
         weight = _of_product(node, modules)
         return [] if weight is None else [weight]
     module, path = modules.get(str(node.target)), str(node.target)
@@ -179,9 +203,13 @@ def _of_module(path: str, module: nn.Module) -> AffineWeight:
     return AffineWeight(weight, module, "weight")
 
 
-_MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm", "__matmul__"}
-_ADDED_PRODUCTS = {torch.addmm, "addmm"}
-_PRODUCTS = _MATRIX_PRODUCTS | {torch.bmm, "bmm", torch.einsum}
+_ADDED_PRODUCTS = {torch.addmm, "addmm", torch.baddbmm, "baddbmm"}
+_OPERANDS = {  # by their names in PyTorch's documentation, the two factors last
+    **dict.fromkeys([operator.matmul, torch.matmul, "matmul", "__matmul__"], ("input", "other")),
+    **dict.fromkeys([torch.mm, "mm", torch.bmm, "bmm"], ("input", "mat2")),
+    **dict.fromkeys([torch.addmm, "addmm"], ("input", "mat1", "mat2")),
+    **dict.fromkeys([torch.baddbmm, "baddbmm"], ("input", "batch1", "batch2")),
+}
 _TRANSPOSED_CONVOLUTIONS = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 _FUNCTIONS = {F.linear, F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED_CONVOLUTIONS}
 
@@ -195,21 +223,23 @@ def _of_call(node: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | Non
         return AffineWeight(f"what is computed from {', '.join(_parameters_behind(source))}", None, "")
     path, _, name = str(source.target).rpartition(".")
     place = (str(source.target), modules[path], name)
-    if node.target not in _TRANSPOSED_CONVOLUTIONS:  # of all others the weight's shape tells fan_in
+    if called(node) not in _TRANSPOSED_CONVOLUTIONS:  # of all others the weight's shape tells fan_in
         return AffineWeight(*place)
     groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
     stride: Any = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
-    return AffineWeight(*place, True, groups, per_axis(stride, _TRANSPOSED_CONVOLUTIONS[node.target]))
+    return AffineWeight(*place, True, groups, per_axis(stride, _TRANSPOSED_CONVOLUTIONS[called(node)]))
 
 
 def _of_product(node: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | None:
     """Of x @ weight, or x @ weight.T, where weight (in, out) or (out, in) is a parameter of a module, or computed."""
-    x, source, flipped = _factors(node)
-    if not isinstance(x, fx.Node) or not isinstance(source, fx.Node) or values_of(node) != [x]:
+    x, source, flipped = _factors_of_einsum(node) if called(node) is torch.einsum else (*_operands(node)[-2:], False)
+    if not isinstance(x, fx.Node) or not isinstance(source, fx.Node):
+        return None
+    if not _depends_on_input(x) or _depends_on_input(source):
         return None
     if _is_transposition(source):
         source, flipped = source.all_input_nodes[0], not flipped
-    if source.op != "get_attr":
+    if source.op != "get_attr" or node.kwargs.get("alpha", 1) != 1:
         parameters = _parameters_behind(source)
         return AffineWeight(f"what is computed from {', '.join(parameters)}", None, "") if parameters else None
     path, _, name = str(source.target).rpartition(".")
@@ -219,16 +249,18 @@ def _of_product(node: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | 
     return AffineWeight(str(source.target), modules[path], name, transposed=not flipped)
 
 
-def _factors(node: fx.Node) -> tuple[Any, Any, bool]:
-    """What a product multiplies, by which matrix, and whether by its transpose; Nones where it is no such product."""
-    arguments = () if node.kwargs else node.args
-    if len(arguments) == 3 and node.target in _ADDED_PRODUCTS:
-        arguments = arguments[1:]
-    if len(arguments) == 2:
-        return arguments[0], arguments[1], False
-    if node.target is not torch.einsum or len(arguments) != 3 or str(arguments[0]).count(",") != 1:
+def _operands(node: fx.Node) -> tuple[Any, ...]:
+    """Of a product other than an einsum, in the order of `_OPERANDS`, by place or by name."""
+    names = _OPERANDS[called(node)]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return tuple(given.get(name) for name in names)
+
+
+def _factors_of_einsum(node: fx.Node) -> tuple[Any, Any, bool]:
+    """What it multiplies, by which matrix, and whether by its transpose; Nones where it is no such product."""
+    if len(node.args) != 3 or str(node.args[0]).count(",") != 1:
         return None, None, False
-    equation, *operands = arguments
+    equation, *operands = node.args
     terms, _, result = str(equation).replace(" ", "").partition("->")
     matrix_first = values_of(node) == [operands[1]]
     letters = terms.split(",")[0 if matrix_first else 1]
@@ -241,7 +273,7 @@ def _factors(node: fx.Node) -> tuple[Any, Any, bool]:
 
 def _is_transposition(node: fx.Node) -> bool:
     """Of a matrix, in any of the ways that leave nothing to choose."""
-    return node.target in ("t", torch.t) or (node.target is getattr and node.args[1] in ("T", "mT"))
+    return called(node) in ("t", torch.t) or (called(node) is getattr and node.args[1] in ("T", "mT"))
 
 
 def _parameters_behind(node: fx.Node) -> list[str]:

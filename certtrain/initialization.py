@@ -21,6 +21,9 @@ from certtrain.affine_layers import (
     AFFINE_MODULES,
     AffineWeight,
     Trace,
+    added_to,
+    called,
+    depends_on,
     input_of,
     is_product,
     is_product_of_values,
@@ -182,12 +185,19 @@ class _Residual:
 
     def _is_relu_of_sum(self, node: fx.Node) -> bool:
         module = self.trace.module_of(node)
-        if node.target in _RESHAPES or isinstance(module, _RESHAPING_MODULES):
+        if called(node) in _RESHAPES or isinstance(module, _RESHAPING_MODULES):
             return self._is_relu_of_sum(node.all_input_nodes[0])
-        if not (node.target in _RELUS or isinstance(module, nn.ReLU)):
+        if not (called(node) in _RELUS or isinstance(module, nn.ReLU)):
             return False
-        source = node.all_input_nodes[0]
-        return source.target in _ADDITIONS and len(set(source.all_input_nodes)) == 2
+        return len(_summands(node.all_input_nodes[0])) == 2
+
+
+def _summands(node: fx.Node) -> list[fx.Node]:
+    """The values that a sum adds up. Of addmm(h, x, w): h, and the product, which has no node but the sum's."""
+    if (added := added_to(node)) is not None:
+        return [added, node]
+    values = values_of(node) if called(node) in _ADDITIONS else []
+    return values if len(values) == 2 else []
 
 
 _RECTIFIERS = _RELUS | {F.gelu, F.silu}
@@ -197,7 +207,7 @@ _ATTENTION_MODULES = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 def _has_attention(trace: Trace) -> bool:
     return any(
-        node.target is F.scaled_dot_product_attention
+        called(node) is F.scaled_dot_product_attention
         or is_product_of_values(node)
         or isinstance(trace.module_of(node), _ATTENTION_MODULES)
         for node in trace.nodes
@@ -219,17 +229,14 @@ class _Transformer:
             return (1.0 if owner == "linear2" else 0.5) * (ends if last and owner in ("linear2", "out_proj") else 1.0)
         return (1.0 if self._is_rectified(input_of(node)) else 0.5) * (ends if self._is_branch_end(node) else 1.0)
 
-    def _is_sum(self, node: fx.Node) -> bool:
-        return node.target in _ADDITIONS and len(values_of(node)) == 2
-
     def _sums(self) -> int:
         inside = [isinstance(self.trace.module_of(node), nn.TransformerEncoderLayer) for node in self.trace.nodes]
-        return 2 * sum(inside) + sum(map(self._is_sum, self.trace.nodes))
+        return 2 * sum(inside) + sum(len(_summands(node)) == 2 for node in self.trace.nodes)
 
     def _is_rectified(self, node: fx.Node) -> bool:
         """By a ReLU or its like, whatever moves or scales stands between; or the input itself."""
         module = self.trace.module_of(node)
-        if node.op == "placeholder" or node.target in _RECTIFIERS or isinstance(module, _RECTIFYING_MODULES):
+        if node.op == "placeholder" or called(node) in _RECTIFIERS or isinstance(module, _RECTIFYING_MODULES):
             return True
         opaque = is_product(node) or isinstance(module, (*AFFINE_MODULES, *_ATTENTION_MODULES))
         sources = values_of(node)
@@ -238,10 +245,13 @@ class _Transformer:
         return self._is_rectified(sources[0])
 
     def _is_branch_end(self, node: fx.Node) -> bool:
-        """Does nothing but what moves elements stand between it and a sum of two values?"""
-        for user in node.users:
-            moves = user.target in _MOVES or isinstance(self.trace.module_of(user), _RESHAPING_MODULES)
-            if self._is_sum(user) or (moves and self._is_branch_end(user)):
+        """Does nothing but what moves elements stand between it and a sum with a value that it has no part in?"""
+        for user in (node, *node.users):
+            summands = _summands(user)
+            if node in summands and not any(depends_on(other, node) for other in summands if other is not node):
+                return True
+            moves = called(user) in _MOVES or isinstance(self.trace.module_of(user), _RESHAPING_MODULES)
+            if user is not node and moves and self._is_branch_end(user):
                 return True
         return False
 

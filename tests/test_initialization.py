@@ -380,10 +380,17 @@ PRODUCTS = {
     "x @ w": (lambda x, w: x @ w, False),
     "x.matmul(w)": (lambda x, w: x.matmul(w), False),
     "torch.mm(x, w)": (torch.mm, False),
+    "torch.matmul(x, other=w)": (lambda x, w: torch.matmul(x, other=w), False),
+    "x.mm(mat2=w)": (lambda x, w: x.mm(mat2=w), False),
     "x @ w.T": (lambda x, w: x @ w.T, True),
     "x @ w.mT": (lambda x, w: x @ w.mT, True),
     "torch.matmul(x, w.t())": (lambda x, w: torch.matmul(x, w.t()), True),
     "torch.addmm(b, x, w)": (lambda x, w: torch.addmm(torch.ones(w.shape[1]), x, w), False),
+    "torch.addmm(h, x, w)": (lambda x, w: torch.addmm(x[:, :1], x, w), False),
+    "torch.addmm(mat2=w, mat1=x, input=b, beta=2)": (
+        lambda x, w: torch.addmm(mat2=w, mat1=x, input=torch.ones(w.shape[1]), beta=2),
+        False,
+    ),
     "b.addmm(x, w.T)": (lambda x, w: torch.ones(w.shape[0]).addmm(x, w.T), True),
     "einsum(bi,io->bo)": (lambda x, w: torch.einsum("bi,io->bo", x, w), False),
     "einsum(bi, oi -> bo)": (lambda x, w: torch.einsum("bi, oi -> bo", x, w), True),
@@ -444,6 +451,109 @@ def test_a_layer_of_what_is_learned_is_one_too(layer, attends):
     assert model.first.weight.std().item() == pytest.approx(
         math.sqrt(2 * math.pi) / 300 * (0.5 if attends else 1), rel=0.02
     )
+
+
+def deviation(layer: nn.Module) -> float:
+    """Of a square weight, as a multiple of √(2π) / fan_in."""
+    weight = layer.get_parameter("weight").detach()
+    return (weight.std() * len(weight) / math.sqrt(2 * math.pi)).item()
+
+
+def test_a_layer_whose_product_is_added_to_a_value_is_a_branch_and_its_sum():
+    class Skipping(nn.Module):
+        def __init__(self, attends: bool) -> None:
+            super().__init__()
+            for name in ("stem", "branch", "hidden", "last"):
+                self.add_module(name, nn.Linear(300, 300, bias=False))
+            self.attends = attends
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x).relu()
+            if self.attends:
+                h = torch.baddbmm(h[None], torch.bmm(h[None], h.T[None]), h[None])[0]
+            return self.last(self.hidden(torch.addmm(h, h, self.branch.weight.T).relu()))
+
+    torch.manual_seed(0)
+    model = Skipping(attends=False)
+    assert affine_weights(model) == [
+        (model.get_submodule(name), "weight") for name in ("stem", "branch", "hidden", "last")
+    ]
+    ibp_init_(model)
+    assert [deviation(model.get_submodule(name)) for name in ("stem", "branch", "hidden")] == pytest.approx(
+        [1, 1, 0.5], rel=0.02
+    )
+    model = Skipping(attends=True)
+    ibp_init_(model)  # behind no ReLU, at the end of the second of two branches; `hidden` is behind a ReLU
+    assert [deviation(model.get_submodule(name)) for name in ("stem", "branch", "hidden")] == pytest.approx(
+        [1, 0.25, 1], rel=0.02
+    )
+
+
+def test_a_product_that_is_multiplied_once_more_cannot_be_set():
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x, self.weight.T, alpha=2)
+
+    model = nn.Sequential(Scaled(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    before = model[0].weight.detach().clone()
+    with pytest.warns(UserWarning, match=r"no effect on what is computed from 0\.weight"):
+        ibp_init_(model)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_sum_with_what_is_learned_is_none_of_two_branches():
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(300, 300), nn.Linear(300, 300), nn.Linear(300, 2)
+            self.shift = nn.Parameter(torch.zeros(300))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.second((self.first(x) + self.shift).relu()).relu())
+
+    torch.manual_seed(0)
+    assert deviation(ibp_init_(Biased()).second) == pytest.approx(1, rel=0.02)
+
+
+def test_what_a_sum_of_attention_goes_on_from_is_no_branch():
+    class Attending(nn.Module):
+        def __init__(self, moves: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.stem, self.values, self.last = nn.Linear(300, 300), nn.Linear(300, 300), nn.Linear(300, 2)
+            self.moves = moves
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.moves(self.stem(x))
+            mixed = torch.softmax(h @ h.mT, -1) @ h
+            return self.last(h + mixed + self.moves(self.values(mixed)))
+
+    torch.manual_seed(0)
+    for moves in (lambda h: h, lambda h: h.reshape(1, -1, 300)):
+        model = ibp_init_(Attending(moves))
+        assert deviation(model.stem) == pytest.approx(1, rel=0.02)
+        assert deviation(model.values) == pytest.approx(0.25, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "behind"), [("relu", nn.Identity()), ("addmm", nn.ReLU())])
+def test_a_module_is_what_it_is_and_not_what_it_is_called(name, behind):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(300, 300), nn.Linear(300, 300), nn.Linear(300, 300)
+            self.last = nn.Linear(300, 2)
+            self.add_module(name, nn.Tanh())
+            self.behind = behind
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.behind(self.get_submodule(name)(self.first(x) + self.second(x)))
+            return self.last(self.third(h).relu())
+
+    torch.manual_seed(0)
+    model = Named()
+    assert affine_weights(model) == [
+        (layer, "weight") for layer in (model.first, model.second, model.third, model.last)
+    ]
+    assert deviation(ibp_init_(model).third) == pytest.approx(1, rel=0.02)
 
 
 def test_a_product_that_is_added_to_a_value_is_no_attention():

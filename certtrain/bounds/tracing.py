@@ -107,13 +107,14 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: Any) -> Iterator[fx.Proxy]:
         """`for part in x.chunk(3, 1)`: of tensors of a number that the call says."""
         node = obj.node
+        if node.op == "call_module":  # whatever it is named
+            module = self.root.get_submodule(str(node.target))
+            return iter([obj[0], obj[1]]) if isinstance(module, nn.MultiheadAttention) else super().iter(obj)
         if node.target in (torch.chunk, "chunk"):
             return iter([obj[i] for i in range(node.args[1] if len(node.args) > 1 else node.kwargs["chunks"])])
         sizes = node.args[1] if len(node.args) > 1 else None
         if node.target in (torch.split, "split") and isinstance(sizes, list | tuple):
             return iter([obj[i] for i in range(len(sizes))])
-        if node.op == "call_module" and isinstance(self.root.get_submodule(str(node.target)), nn.MultiheadAttention):
-            return iter([obj[0], obj[1]])
         return super().iter(obj)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
