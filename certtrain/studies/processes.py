@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -125,7 +126,8 @@ class Processes:
 
     def start(self, name: str, work: Callable[..., object], *arguments: Any) -> None:
         """Call `work(*arguments, device=...)`, which can be imported, in a process of its own."""
-        slot = min(set(range(self._jobs)) - {started.slot for started in self._running.values()})
+        taken = {started.slot for started in self._running.values()}
+        slot = next(slot for slot in itertools.count() if slot not in taken)
         receiver, sender = self._context.Pipe(duplex=False)
         log = self._logs / f"{name.replace('/', '--')}.log"
         share = (threads_each(self._jobs), self._device, slot)

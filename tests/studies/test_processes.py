@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +58,27 @@ def test_each_says_how_it_ended(tmp_path):
     }
     assert (tmp_path / "logs" / "a--good.log").read_text() == "on cpu\n"
     assert (tmp_path / "logs" / "wrong.log").read_text() == "error: this is wrong\n"
+
+
+@contextmanager
+def little_memory(more):
+    """As much as there is in use, and `more` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_any_number_of_processes_may_be_allowed(tmp_path):
+    with Processes(2**31 - 1, "cpu", tmp_path) as processes:
+        processes.start("waiting", wait_for_ever)  # without a limit, which what all are copies of would have, too
+        with little_memory(1 << 30):
+            processes.start("a", succeed)
+        (ended,) = processes.wait(60)
+    assert (ended.name, ended.code) == ("a", 0)
 
 
 def turn_a_deaf_ear(ready, device):
