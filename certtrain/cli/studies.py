@@ -26,7 +26,7 @@ def study_command(options: argparse.Namespace) -> int:
     if options.only:
         study = study.only(options.only)
     check_device_name(options.device)
-    folder = options.out or Path("runs") / path.stem
+    folder = _folder_of_runs(options, path)
 
     from certtrain.studies.runner import require_fit, train_all
 
@@ -46,6 +46,14 @@ def study_command(options: argparse.Namespace) -> int:
     if outcome.finished:
         _show_table(console, [folder / name for name in outcome.finished])
     return outcome.exit_code
+
+
+def _folder_of_runs(options: argparse.Namespace, study: Path) -> Path:
+    """Where the runs of `study` go: not into a run, where `compare` and `report` would see that one alone."""
+    folder = options.out or Path("runs") / study.stem
+    if is_run_folder(folder):
+        raise UsageError(f"{folder} is a run itself, and no folder for others: name another --out")
+    return folder
 
 
 def _show_table(console: Console, runs: Sequence[Path]) -> None:
@@ -74,7 +82,7 @@ def tune_command(options: argparse.Namespace) -> int:
     path = study_path(options.study)
     tuning = load_tuning(path, options.overrides)
     check_device_name(options.device)
-    folder = options.out or Path("runs") / path.stem
+    folder = _folder_of_runs(options, path)
 
     from certtrain.studies.tables import show
     from certtrain.studies.tuning import tune

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from certtrain.config.schema import MOST
 from certtrain.runs.lock import LOCK
 from certtrain.runtime.console import tell
 from certtrain.runtime.files import parse_json
@@ -41,17 +42,15 @@ class Progress:
 
 
 def look_at(run: PlannedRun, folder: Path) -> Progress:
-    """How far `run` is in `folder`, its own; a file that cannot be read counts as none."""
-    summary = _json(folder / "summary.json")
+    """How far `run` is in `folder`, its own; a file that cannot be read, or says nothing of it, counts as none."""
+    summary, epochs = _json(folder / "summary.json"), run.config.training.epochs
+    if summary is not None and not _within(summary.get("verified_error"), 1):
+        summary = None
     record = _last_record(folder / "metrics.jsonl")
-    return Progress(
-        run.name,
-        record.get("epoch", 0),
-        run.config.training.epochs,
-        record.get("seconds", 0.0),
-        summary,
-        (folder / LOCK).exists(),
-    )
+    done, seconds = record.get("epoch", 0), record.get("seconds", 0.0)
+    if not (isinstance(done, int) and _within(done, epochs) and _within(seconds, MOST)):
+        done, seconds = 0, 0.0
+    return Progress(run.name, done, epochs, seconds, summary, (folder / LOCK).exists())
 
 
 def is_finished(folder: Path) -> bool:
@@ -142,6 +141,11 @@ def clock(seconds: float) -> str:
     """Hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _within(value: Any, most: float) -> bool:
+    """Whether it is a number from 0 to `most`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
 
 
 def _json(file: Path) -> dict[str, Any] | None:

@@ -24,8 +24,8 @@ from certtrain.studies.design import load_study
 from certtrain.studies.processes import Ended
 from certtrain.studies.progress import Display, Progress, has_diverged, look_at, time_left
 from certtrain.studies.runner import Outcome, _note, require_fit, train_all
-from tests.commands import wait_until
-from tests.studies.folders import STUDY, pretend_finished
+from tests.commands import contents, wait_until
+from tests.studies.folders import STUDY, pretend_finished, write_run
 
 QUIET = Console(quiet=True)
 
@@ -144,12 +144,47 @@ def test_the_table_shows_every_cell_whoever_trains_it(study_file, tmp_path):
     assert "something happens" in text
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"epoch": 1'])
-def test_files_that_are_being_written_count_as_none(study_file, tmp_path, content):
-    (tmp_path / "metrics.jsonl").write_text(content)
-    (tmp_path / "summary.json").write_text(content)
-    progress = look_at(load_study(study_file).runs[0], tmp_path)
-    assert (progress.epochs_done, progress.seconds, progress.finished) == (0, 0.0, False)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, text) for name in ("metrics.jsonl", "summary.json") for text in ("", "{", "[]", "3", '{"epoch": 1')),
+        *(
+            ("metrics.jsonl", f'{{"epoch": {epoch}, "seconds": 1}}')
+            for epoch in ('"x"', "null", "0.5", "-1", "true", "3")
+        ),
+        *(
+            ("metrics.jsonl", f'{{"epoch": 1, "seconds": {seconds}}}')
+            for seconds in ('"x"', "null", "NaN", "Infinity", "-1", "[]", "1e308", "1" + "0" * 400)
+        ),
+        ("summary.json", "{}"),
+        *(
+            ("summary.json", f'{{"verified_error": {error}}}')
+            for error in ('"x"', "null", "NaN", "1e999", "[0.5]", "2")
+        ),
+    ],
+)
+def test_files_that_do_not_say_how_far_a_run_is_count_as_none(study_file, tmp_path, name, content):
+    """Such as one that is being written."""
+    study = load_study(study_file)
+    pretend_finished(study, tmp_path)
+    for run in study.runs:
+        (tmp_path / run.name / "summary.json").unlink()
+        (tmp_path / run.name / name).write_text(content)
+    progress = [look_at(run, tmp_path / run.name) for run in study.runs]
+    assert {(run.epochs_done, run.seconds, run.finished) for run in progress} == {(0, 0.0, False)}
+    with Display(Console(file=io.StringIO(), force_terminal=True), study.runs, tmp_path, jobs=1) as display:
+        display.show([])
+
+
+@pytest.mark.parametrize("command", ["study", "tune"])
+def test_a_run_is_no_folder_for_others(cli, study_file, tmp_path, command):
+    if command == "tune":
+        study_file.write_text("base: digits\ntrials: 1\nsearch: {optimizer.lr: [0.1, 0.2]}")
+    run = write_run(tmp_path / "run", "ppum")
+    before = contents(run)
+    outcome = cli(command, study_file, "--out", run)
+    assert (outcome.code, outcome.error) == (2, f"{run} is a run itself, and no folder for others: name another --out")
+    assert contents(run) == before
 
 
 # --- with it ----------------------------------------------------------------------------------------------------------
