@@ -13,9 +13,11 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from certtrain.config import Config, load_config
+from certtrain.config.loading import override_keys
 from certtrain.config.schema import MOST_SEED, Plain, Several
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
+from certtrain.runs.directory import leaves
 from certtrain.studies.grid import GRID_FILE, Grid
 from certtrain.studies.reading import list_or_mapping, read_section
 
@@ -61,6 +63,8 @@ class StudyFile(Section):
         empty = [name for name, choices in self.grid.items() if not choices]
         if empty:
             raise ValueError(f"grid.{empty[0]} names no value")
+        if CONFIGS_AXIS in self.grid:
+            raise ValueError(f"grid.{CONFIGS_AXIS}: so the choice among configs is called: name it otherwise")
         return self
 
 
@@ -118,13 +122,15 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Read and check a study and each of its configurations.
 
     Args:
-        overrides: "section.key=value", of every run, over all that the file says.
+        overrides: "section.key=value", of every run, over all that the file says; none of what it varies.
 
     Raises:
-        UsageError: one line per thing that is wrong, each naming the cell, where it is not wrong in all of them.
+        UsageError: one line per thing that is wrong, each naming the cell, where it is not wrong in all of them; or two
+            cells are the same.
     """
     file = read_section(StudyFile, path)
     axes = _axes(file)
+    _check_not_varied(overrides, axes, path)
     count = len(file.seeds)
     for choices in axes.values():
         count *= len(choices)
@@ -150,7 +156,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         )
         raise UsageError(lines_of("\n".join(lines)))
     _check_names(names, path)
-    return Study(tuple(cells), file.seeds, file.slurm, Grid(tuple(axes), made_of))
+    study = Study(tuple(cells), file.seeds, file.slurm, Grid(tuple(axes), made_of))
+    _check_distinct(study.runs, path)
+    return study
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -160,13 +168,16 @@ def _listed(names: Sequence[str]) -> str:
 def _config(file: StudyFile, folder: Path, choices: Sequence[Choice], overrides: Sequence[str]) -> Config:
     bases = [*file.base, *(name for choice in choices for name in _several(choice.get("base", [])))]
     changes = [{key: value for key, value in choice.items() if key != "base"} for choice in choices]
-    return load_config({"base": bases}, [dict(file.overrides), *changes, *overrides], folder)
+    said: list[str | Choice] = [dict(file.overrides), *changes, *overrides]
+    if "seed" in override_keys(said):
+        raise UsageError("seed: a study's seeds stand under seeds, as in seeds: [0, 1], and nowhere else")
+    return load_config({"base": bases}, said, folder)
 
 
 def _axes(file: StudyFile) -> dict[str, list[tuple[str, Choice]]]:
     """Of each axis, by what it is called, its choices with their names."""
     axes = {CONFIGS_AXIS: list(file.configs.items())} if file.configs else {}
-    for key, label in zip(file.grid, labels(list(file.grid)), strict=True):
+    for key, label in zip(file.grid, labels([CONFIGS_AXIS, *file.grid])[1:], strict=True):
         choices = file.grid[key]
         if isinstance(choices, dict):
             axes[label] = list(choices.items())
@@ -190,6 +201,30 @@ def value_name(value: Any) -> str:
         return "+".join(map(value_name, value))
     text = str(value).lower() if isinstance(value, bool) or value is None else str(value)
     return re.sub(r"[^A-Za-z0-9._+-]", "-", text)
+
+
+def _check_not_varied(overrides: Sequence[str], axes: Mapping[str, Sequence[tuple[str, Choice]]], path: Path) -> None:
+    """A key that differs between the choices of an axis, set for all of them, would belie the names of the runs."""
+    for key in override_keys(overrides):
+        for axis, choices in axes.items():
+            said = [{name: value for name, value in leaves(choice) if _overlap(name, key)} for _, choice in choices]
+            if any(own != said[0] for own in said):
+                raise UsageError(f"{path}: {shortened(key)} is what {shortened(axis)} varies: set it there alone")
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one is the other, or a section that the other is in."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _check_distinct(runs: Sequence[PlannedRun], path: Path) -> None:
+    seen: dict[str, str] = {}
+    for run in runs:
+        other = seen.setdefault(run.config.model_dump_json(), run.name)
+        if other != run.name:
+            raise UsageError(
+                f"{path}: {shortened(other)} and {shortened(run.name)} are the same configuration and seed: drop one"
+            )
 
 
 def _check_names(names: Sequence[str], path: Path) -> None:

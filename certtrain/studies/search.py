@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
 from certtrain.config import Config, load_config
+from certtrain.config.reading import NotPlainYaml, parse_yaml
 from certtrain.config.schema import Amount, OneOf, Plain, Positive
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shown
@@ -19,6 +21,10 @@ from certtrain.studies.reading import list_or_mapping, read_section
 
 OBJECTIVES = ("natural_error", "pgd_error", "verified_error", "train_seconds", "verify_seconds")
 RADII = "verification.eps"  # or what it is where it is null
+OF_TUNING = {  # keys that the search itself sets, and how it is told
+    "data.validation": "the file's validation says what is held out for trials",
+    "verification.split": "trials are judged by validation images, what is chosen by test images",
+}
 OF_TRAINING = ("data.flip", "data.crop", "data.mean", "data.std")
 Objective = Annotated[str, AfterValidator(OneOf("objective", OBJECTIVES))]
 
@@ -39,11 +45,19 @@ class Range(Section):
             raise ValueError("log is for ranges above 0, without step")
         if self.step is not None and (self.step <= 0 or (self.whole and not isinstance(self.step, int))):
             raise ValueError(f"step {self.step} does not fit the range from {self.low} to {self.high}")
+        if not self.holds(self.high):
+            raise ValueError(f"steps of {self.step} from {self.low} do not end at {self.high}: change high, or step")
         return self
 
     @property
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
+
+    def holds(self, value: int | float) -> bool:
+        """Whether it is one of the numbers, as written in decimal."""
+        step = self.step or (1 if self.whole else None)
+        beyond_low = Fraction(str(value)) - Fraction(str(self.low))
+        return self.low <= value <= self.high and (step is None or beyond_low % Fraction(str(step)) == 0)
 
 
 class Pruning(Section):
@@ -86,6 +100,8 @@ class TuningFile(Section):
             raise ValueError("pruning is by one objective: with several, Optuna has no order in which to end trials")
         if not self.validation:
             raise ValueError("validation is 0: there would be nothing to choose by but the test set")
+        if isinstance(self.validation, float) and self.validation >= 1:
+            raise ValueError(f"validation is {self.validation}: a share is below 1, and a number of images whole")
         empty = [key for key, space in self.search.items() if isinstance(space, list) and len(space) < 2]
         if empty:
             raise ValueError(f"search.{empty[0]}: name at least two choices")
@@ -134,9 +150,9 @@ class Tuning:
         for key, space in self.file.search.items():
             if isinstance(space, Range):
                 value = values.get(key)
-                if not isinstance(value, int | float) or not space.low <= value <= space.high:
+                if not isinstance(value, int | float) or not space.holds(value):
                     return None
-                settings[key] = value
+                settings[key] = int(value) if space.whole else value
             else:
                 same = [name for name, choice in self.choices(key).items() if self.trial_config({key: choice}) == base]
                 if not same:
@@ -166,6 +182,8 @@ def load_tuning(path: Path, overrides: Sequence[str] = ()) -> Tuning:
         UsageError: one line per thing that is wrong; among these are keys that decide what trials are judged by.
     """
     file = read_section(TuningFile, path)
+    if own := [key for text in overrides for key in _said(text) if key in OF_TUNING]:
+        raise UsageError(f"{own[0]} is set by the search: {OF_TUNING[own[0]]}; leave it out")
     tuning = Tuning(file, path.parent, overrides)
     wrong: list[str] = []
     asked: dict[str, Any] = {}
@@ -188,6 +206,16 @@ def load_tuning(path: Path, overrides: Sequence[str] = ()) -> Tuning:
     if wrong:
         raise UsageError(lines_of("\n".join(dict.fromkeys(wrong))))
     return tuning
+
+
+def _said(override: str) -> list[str]:
+    """The keys, each as "section.key", that a text of the command line gives a value."""
+    key, _, text = override.partition("=")
+    try:
+        value = parse_yaml(text)
+    except NotPlainYaml:  # which is said where it is applied
+        return []
+    return [name for name, _ in leaves({key.strip(): value})]
 
 
 def _not_to_be_chosen(key: str, asked: str) -> str:

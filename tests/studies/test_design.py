@@ -112,6 +112,7 @@ def test_a_base_lies_beside_the_study(written, tmp_path, monkeypatch):
         ("base: digits\ngrid: {optimizer.lr: 3}", "grid.optimizer.lr: a list is expected (got 3)"),
         ("base: digits\ngrid: {size: {wide: 3}}", "grid.size.wide: a mapping is expected, key: value (got 3)"),
         ("base: digits\nconfigs: {a: {base: 3}}", "a: base is the name of a config file, or a list of names"),
+        ("base: digits\ngrid: {configuration: {x: {optimizer.lr: 0.1}}}", "grid.configuration: so the choice among"),
     ],
 )
 def test_a_wrong_study_is_explained(written, text, message):
@@ -121,6 +122,84 @@ def test_a_wrong_study_is_explained(written, text, message):
     assert all(len(line) <= 300 for line in str(error.value).splitlines())
 
 
+def test_no_axis_takes_the_place_of_the_configs(written):
+    """Nor one whose key ends like the name of theirs."""
+    text = "base: digits\nconfigs: {a: {}, b: {optimizer.lr: 0.2}}\ngrid: {model.options.configuration: [1, 2]}"
+    study = load_study(written(text))
+    assert study.grid.axes == ("configuration", "model.options.configuration")
+    assert sorted((cell.config.optimizer.lr, cell.config.model.options["configuration"]) for cell in study.cells) == [
+        (0.002, 1),
+        (0.002, 2),
+        (0.2, 1),
+        (0.2, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("overrides: {seed: 7}", ()),
+        ("configs: {a: {seed: 1}, b: {optimizer.lr: 0.1}}", ()),
+        ("grid: {seed: [1, 2]}", ()),
+        ("grid: {size: {small: {seed: 0}, large: {optimizer.lr: 0.1}}}", ()),
+        ("", ("seed=7",)),
+        ("", ("optimizer.lr=0.1", " seed = 7")),
+        ("seeds: [7]", ("seed=7",)),
+    ],
+)
+def test_a_seed_is_named_nowhere_but_under_seeds(written, text, overrides):
+    with pytest.raises(UsageError, match=r"seed: a study's seeds stand under seeds, as in seeds: \[0, 1\]"):
+        load_study(written(f"base: digits\n{text}"), overrides)
+
+
+@pytest.mark.parametrize(
+    ("varied", "override"),
+    [
+        ("grid: {optimizer.lr: [0.1, 0.2]}", "optimizer.lr=0.3"),
+        ("grid: {optimizer.lr: [0.1, 0.2]}", "optimizer={lr: 0.3}"),
+        ("grid: {optimizer: [{lr: 0.1}, {lr: 0.2}]}", "optimizer.lr=0.3"),
+        ("grid: {training.method: [ibp, {name: mtl-ibp, alpha: 0.5}]}", "training.method.alpha=0.3"),
+        ("configs: {a: {}, b: {optimizer.lr: 0.2}}", "optimizer.lr=0.3"),
+        ("grid: {size: {small: {optimizer.lr: 0.1}, large: {optimizer: {lr: 0.2}}}}", "optimizer.lr=0.3"),
+    ],
+)
+def test_what_the_study_varies_is_not_set_for_all_of_it(written, varied, override):
+    key = override.partition("=")[0]
+    with pytest.raises(UsageError, match=f"study.yaml: {key} is what [a-z]+ varies: set it there alone"):
+        load_study(written(f"base: digits\n{varied}"), [override])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "configs: {a: {optimizer.lr: 0.1, training.epochs: 70}, b: {training: {epochs: 70}}}",
+        "grid: {optimizer.lr: [0.1, 0.2], training.epochs: [70]}",
+        "grid: {training.method: [ibp, crown-ibp]}",
+    ],
+)
+def test_what_is_alike_in_all_configurations_is_set_for_all_of_them(written, text):
+    cells = load_study(written(f"base: digits\n{text}"), ["training.epochs=80"]).cells
+    assert [cell.config.training.epochs for cell in cells] == [80, 80]
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "names"),
+    [
+        ("configs: {a: {}, b: {}}", (), "a/seed-0 and b/seed-0"),
+        ("configs: {a: {}, b: {optimizer.lr: 2e-3}}", (), "a/seed-0 and b/seed-0"),  # as in the base
+        ("configs: {a: {base: no_batch_norm}, b: {model.options.batch_norm: false}}", (), "a/seed-0 and b/seed-0"),
+        ("configs: {a: {base: mine.yaml}, b: {}}", (), "a/seed-0 and b/seed-0"),  # but for the seed
+        ("grid: {optimizer.lr: {a: {}, b: {optimizer.clip: 10}}}", (), "a/seed-0 and b/seed-0"),
+        ("seeds: [3, 4]\nconfigs: {a: {start_from: 'r{seed}'}, b: {start_from: r4}}", (), "a/seed-4 and b/seed-4"),
+        ("configs: {a: {}, b: {base: no_batch_norm}}", ("model.options.batch_norm=true",), "a/seed-0 and b/seed-0"),
+    ],
+)
+def test_two_configurations_are_not_the_same(written, text, overrides, names):
+    written("seed: 5\n", "mine.yaml")
+    with pytest.raises(UsageError, match=f"study.yaml: {names} are the same configuration and seed"):
+        load_study(written(f"base: digits\n{text}"), overrides)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -128,6 +207,8 @@ def test_a_wrong_study_is_explained(written, text, message):
         (TUNING + "objectives: []", "name one or several"),
         (TUNING + "objectives: [natural_error, verified_error]\npruning: {}", "pruning is by one objective"),
         (TUNING + "validation: 0", "nothing to choose by but the test set"),
+        (TUNING + "validation: 1.0", "validation is 1.0: a share is below 1, and a number of images whole"),
+        (TUNING + "validation: 2.5", "validation is 2.5: a share is below 1, and a number of images whole"),
         (TUNING.replace("high: 0.01", "high: 0.001"), "nothing lies between"),
         (TUNING.replace("low: 0.001", "low: 0"), "log is for ranges above 0"),
         (TUNING.replace("optimizer.lr", "optimizer.rl"), "unknown key optimizer.rl: did you mean lr?"),
@@ -196,22 +277,66 @@ def test_trials_cannot_reach_the_test_set_and_what_is_tested_has_all_training_im
     assert tuning.base_settings() == {"optimizer.lr": 0.002, "training.batch_size": "64"}
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.validation=0.5", "data.validation"),
+        ("verification.split=test", "verification.split"),
+        ("verification={limit: 10, split: test}", "verification.split"),
+        ("data={name: digits, validation: 7}", "data.validation"),
+    ],
+)
+def test_what_the_search_sets_is_not_set_on_the_command_line(written, override, key):
+    with pytest.raises(UsageError, match=f"{key} is set by the search: .*; leave it out"):
+        load_tuning(written(TUNING), ["optimizer.clip=1", override])
+
+
+def test_what_lies_beside_it_is(written):
+    tuning = load_tuning(written(TUNING), ["verification={limit: 10}", "data.classes=[0, 1]"])
+    trial = tuning.trial_config({})
+    assert (trial.verification.limit, trial.data.classes, trial.verification.split) == (10, (0, 1), "validation")
+
+
+SPACES_AND_BASE = [  # a space, what the base has there, and whether that is in the search
+    ("epsilon.max: {low: 0, high: 1}", 0.1, False),  # whole numbers
+    ("epsilon.max: {low: 0, high: 1}", 1.0, True),
+    ("epsilon.max: {low: 0.0, high: 1}", 0.1, True),
+    ("epsilon.max: {low: 0, high: 0.05}", 0.1, False),
+    ("optimizer.lr: {low: 0.001, high: 0.009, step: 0.0004}", 0.002, False),
+    ("optimizer.lr: {low: 0.001, high: 0.009, step: 0.0004}", 0.0022, True),
+    ("optimizer.lr: {low: 0.1, high: 0.7, step: 0.2}", 0.3, True),  # of which 0.3 - 0.1 is no multiple in binary
+    ("epsilon.warmup_epochs: {low: 5, high: 40, step: 7}", 20, False),
+    ("epsilon.warmup_epochs: {low: 5, high: 40, step: 7}", 26, True),
+]
+
+
+@pytest.mark.parametrize(("space", "value", "within"), SPACES_AND_BASE)
+def test_base_is_a_trial_where_all_it_has_is_searched(written, space, value, within):
+    key = space.partition(":")[0]
+    overrides = {"verification.eps": 0.1, key: value}
+    tuning = load_tuning(written(f"base: digits\ntrials: 2\nsearch: {{{space}}}\noverrides: {overrides}"))
+    settings = tuning.base_settings()
+    assert settings == ({key: value} if within else None)
+    assert settings is None or tuning.trial_config(settings) == tuning.trial_config({})
+
+
 def test_verification_of_a_split_that_is_not_there_is_refused():
     with pytest.raises(UsageError, match=r"verification.split validation: data\.validation"):
         load_config("digits", {"verification.split": "validation"})
 
 
 def test_what_is_wrong_everywhere_is_told_once(written):
-    text = "base: digits\nconfigs: {a: {}, b: {seed: -1}, c: {seed: -1}}\noverrides: {optimizer.rl: 1}"
+    text = "base: digits\nconfigs: {a: {}, b: {backend: x}, c: {backend: x}}\noverrides: {optimizer.rl: 1}"
     with pytest.raises(UsageError) as error:
         load_study(written(text))
     everywhere, in_two = str(error.value).splitlines()
     assert "study.yaml: unknown key optimizer.rl" in everywhere
-    assert "study.yaml: b and 1 more: seed" in in_two
+    assert "study.yaml: b and 1 more: backend" in in_two
 
 
 def test_some_configurations_of_a_study_can_be_chosen(written):
-    study = load_study(written("base: digits\nseeds: [0, 1]\nconfigs: {ibp: {}, ibp-wide: {}, crown: {}}"))
+    configs = "{ibp: {}, ibp-wide: {model.options.width: 64}, crown: {training.method: crown-ibp}}"
+    study = load_study(written(f"base: digits\nseeds: [0, 1]\nconfigs: {configs}"))
     chosen = study.only(["ibp*", "crown"]).only(["ibp*"])
     assert [run.name for run in chosen.runs] == ["ibp/seed-0", "ibp-wide/seed-0", "ibp/seed-1", "ibp-wide/seed-1"]
     with pytest.raises(UsageError, match="unknown configuration of the study 'crwon': did you mean crown"):
