@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from certtrain.config import Config
 from certtrain.errors import NOT_OVER, CheckpointError
 from certtrain.runtime.files import parse_json
 from certtrain.studies.compare import compare
@@ -18,6 +19,7 @@ from certtrain.studies.runner import Outcome
 from certtrain.studies.tables import Sheet, sheets
 
 RECORD = "tuning.json"
+BASE = "base"  # the cell of the settings that were there before, among the runs that are tested
 
 
 @dataclass
@@ -53,7 +55,9 @@ class Tuned:
         return 128 + signal.SIGINT if self.interrupted else NOT_OVER
 
     def sheets(self) -> list[Sheet]:
-        return [*_search_sheets(self.summary()), *(sheets(compare([self.folder / "final"])) if self._tested else [])]
+        cells = _tested_folders(self.folder, self.chosen)
+        finished = any(is_finished(run) for cell in cells for run in cell.glob("seed-*"))
+        return [*_search_sheets(self.summary()), *(sheets(compare(cells)) if finished else [])]
 
     @property
     def _tested(self) -> bool:
@@ -71,8 +75,11 @@ class Tuned:
         }
 
 
-def choose(result: Tuned, most: int) -> None:
+def choose(result: Tuned, most: int, config_of: Callable[[Mapping[str, Any]], Config]) -> None:
     """The best trial; of a front, `most` that are spread along it, both ends among them.
+
+    Args:
+        config_of: the configuration that settings lead to; of trials with the same one the first stands for all.
 
     Raises:
         CheckpointError: no trial was finished.
@@ -80,10 +87,24 @@ def choose(result: Tuned, most: int) -> None:
     front = [trial for trial in result.trials if trial.on_front]
     if not front:
         raise CheckpointError(f"no trial in {result.folder} was finished: its logs say why")
-    ordered = sorted(front, key=lambda trial: (list(trial.values or ()), trial.number))
+    distinct: dict[str, Trial] = {}
+    for trial in sorted(front, key=lambda trial: trial.number):
+        distinct.setdefault(config_of(trial.settings).model_dump_json(), trial)
+    ordered = sorted(distinct.values(), key=lambda trial: (list(trial.values or ()), trial.number))
     count = 1 if len(result.objectives) == 1 else min(most, len(ordered))
     places = [round(index * (len(ordered) - 1) / max(1, count - 1)) for index in range(count)]
     result.chosen = [ordered[place].number for place in dict.fromkeys(places)]
+
+
+def cell_name(number: int) -> str:
+    """Of a trial that was chosen, among the runs that are tested."""
+    return f"trial-{number}"
+
+
+def _tested_folders(folder: Path, chosen: Sequence[int]) -> list[Path]:
+    """Those of base and of the trials chosen, where they are not the same; what else lies in final/ is not compared."""
+    cells = [folder / "final" / name for name in (BASE, *map(cell_name, sorted(chosen)))]
+    return [cell for cell in cells if any(cell.glob("seed-*/config.yaml"))]
 
 
 def tested_trials(folder: Path) -> int | None:
@@ -114,7 +135,7 @@ def page_of(folder: Path, title: str) -> str:
     record = _record(folder)
     if not record.get("tested"):
         raise CheckpointError(f"the search in {folder} is not over: certtrain tune goes on")
-    comparison = compare([folder / "final"])
+    comparison = compare(_tested_folders(folder, record["chosen"]))
     return html(comparison, title, _search_sheets(record), [("Search, on validation images", drawn(record))])
 
 

@@ -5,6 +5,7 @@ The test set is looked at once: by what was chosen, trained anew on the whole tr
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -33,14 +34,14 @@ from certtrain.studies.design import Cell, PlannedRun, planned
 from certtrain.studies.processes import Deadline, Ended, Processes
 from certtrain.studies.runner import interruptible, train_all
 from certtrain.studies.search import Range, Tuning
-from certtrain.studies.trials import RECORD, Trial, Tuned, choose, tested_trials
+from certtrain.studies.trials import BASE, RECORD, Trial, Tuned, cell_name, choose, tested_trials
 
 STORAGE = "optuna.db"
 STUDY = "certtrain"  # its name in the storage
 SETTINGS = "settings"  # user attribute of a trial: the keys it changes, and to what
 ERROR = "error"  # user attribute: why it has failed
 CRASHED = "crashed"  # user attribute: how a process that trained it has died
-BASE = "base"  # the cell of the settings that were there before
+TESTED = "tested"  # user attribute of the study: after how many trials the test set was looked at
 LOOK_EVERY = 1.0  # seconds
 
 
@@ -63,32 +64,38 @@ def tune(
         jobs, budget, device: as of `train_all`.
 
     Raises:
-        UsageError: the storage holds another search; or more trials are asked for after the test set was looked at.
+        UsageError: the storage holds another search; or more trials are asked for after the test set was looked at; or
+            `validation` is more images than there are.
         MissingDependency: Optuna is not installed.
     """
     console = console or Console()
     deadline = Deadline.after(budget)
     make_folder(folder)
     study = open_study(tuning, folder)
-    tested_before = tested_trials(folder)
+    tested_before = _note_tested(study, folder)
     if tested_before is not None and tuning.file.trials > tested_before:
         raise UsageError(
-            f"{folder}: the test set was looked at after {tested_before} trials; choosing among {tuning.file.trials} "
-            "now would be choosing on it: name another --out"
+            f"{_place(tuning, folder)}: the test set was looked at after {tested_before} trials; choosing among "
+            f"{tuning.file.trials} now would be choosing on it: {_elsewhere(tuning)}"
         )
+    if sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)) < tuning.file.trials:
+        _check_images(tuning)
     interrupted = _search(tuning, study, folder, jobs, deadline, device, console)
     file = tuning.file
     result = Tuned(folder, file.objectives, file.validation, _trials(study), file.trials, interrupted)
     over = [trial for trial in result.trials if trial.state != "running"]
-    if not interrupted and len(over) >= tuning.file.trials and len(over) == len(result.trials):
-        choose(result, tuning.file.final.most)
+    if len(over) >= tuning.file.trials and len(over) == len(result.trials):
+        choose(result, tuning.file.final.most, tuning.final_config)
         write_json(folder / RECORD, result.summary())  # after how many trials the test set was looked at
-        if not deadline.passed:
+        if not interrupted and not deadline.passed:
             console.print("the search is over; now the test set, once", highlight=False)
             runs = _final_runs(tuning, result)
-            result.final = train_all(
-                runs, folder / "final", jobs=jobs, budget=deadline.budget_left, device=device, console=console
-            )
+            try:
+                result.final = train_all(
+                    runs, folder / "final", jobs=jobs, budget=deadline.budget_left, device=device, console=console
+                )
+            finally:
+                _note_tested(study, folder)
     write_json(folder / RECORD, result.summary())
     return result
 
@@ -116,7 +123,7 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
             pruner=pruner,
         )
     except Exception as error:  # of optuna, SQLAlchemy and the database's driver
-        raise UsageError(f"storage {shortened(url)} cannot be used: {shortened(error, 160)}") from error
+        raise UsageError(f"storage {_without_password(url)} cannot be used: {shortened(error, 160)}") from error
     asked = {
         "objectives": list(file.objectives),
         "validation": file.validation,
@@ -131,9 +138,42 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
     elif stored != asked:
         changed = [key for key in dict.fromkeys((*asked, *stored)) if stored.get(key) != asked.get(key)]
         raise UsageError(
-            f"{folder} holds another search: {', '.join(changed)} differ; undo that, or name another --out"
+            f"{_place(tuning, folder)} holds another search: {shortened(', '.join(changed), 120)} differ; "
+            f"undo that, or {_elsewhere(tuning)}"
         )
     return study
+
+
+def _place(tuning: Tuning, folder: Path) -> str:
+    """Where the trials are kept, for a message."""
+    url = tuning.file.storage
+    return str(folder) if url is None else f"storage {_without_password(url)}"
+
+
+def _without_password(url: str) -> str:
+    return shortened(re.sub(r"(://[^:@/]*):[^@]*@", r"\1:***@", url))
+
+
+def _elsewhere(tuning: Tuning) -> str:
+    """What to change for a search of its own."""
+    if tuning.file.storage is None:
+        return "name another --out"
+    return "name another storage (a database holds one search), and another --out"
+
+
+def _note_tested(study: Any, folder: Path) -> int | None:
+    """After how many trials the test set was looked at; the storage keeps it for whoever goes on elsewhere."""
+    if TESTED not in study.user_attrs and (count := tested_trials(folder)) is not None:
+        study.set_user_attr(TESTED, count)
+    tested: int | None = study.user_attrs.get(TESTED)
+    return tested
+
+
+def _check_images(tuning: Tuning) -> None:
+    """Read the data once, or every trial would fail by images that cannot be held out."""
+    from certtrain.runs.build import load_data
+
+    load_data(tuning.trial_config({}))
 
 
 # --- searching --------------------------------------------------------------------------------------------------------
@@ -319,6 +359,6 @@ def _trials(study: Any) -> list[Trial]:
 def _final_runs(tuning: Tuning, result: Tuned) -> list[PlannedRun]:
     """What was there before, which may be what was chosen, and the others that were."""
     base = Cell(BASE, tuning.final_config({}))
-    chosen = [Cell(f"trial-{n}", tuning.final_config(result.trials[n].settings)) for n in result.chosen]
+    chosen = [Cell(cell_name(n), tuning.final_config(result.trials[n].settings)) for n in result.chosen]
     cells = [base, *(cell for cell in chosen if cell.config != base.config)]
     return [planned(cell, seed) for seed in tuning.file.final.seeds for cell in cells]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -26,13 +27,26 @@ from certtrain.errors import (
     lines_of,
 )
 from certtrain.runs.train import train
+from certtrain.studies.design import Cell, planned
 from certtrain.studies.processes import BROKEN, IN_USE, Ended
 from certtrain.studies.pruning import Pruner
-from certtrain.studies.search import load_tuning
+from certtrain.studies.runner import Outcome
+from certtrain.studies.search import Range, load_tuning
 from certtrain.studies.trials import Trial, Tuned, choose, drawn, page_of
-from certtrain.studies.tuning import SETTINGS, _next_trial, _note, _propose, open_study, train_trial, trial_name
+from certtrain.studies.tuning import (
+    BASE,
+    SETTINGS,
+    _next_trial,
+    _note,
+    _propose,
+    open_study,
+    train_trial,
+    trial_name,
+    tune,
+)
 from tests.commands import TINY, one_thread
-from tests.studies.folders import write_run
+from tests.studies.folders import pretend_finished, write_run
+from tests.studies.test_design import SPACES_AND_BASE
 
 QUIET = Console(quiet=True)
 SEARCH = """
@@ -59,9 +73,20 @@ def written(file, text):
 
 def trials(*values, front=()):
     return [
-        Trial(number, "complete" if value else "pruned", {"optimizer.lr": 0.1}, value, number in front, number == 0)
+        Trial(
+            number,
+            "complete" if value else "pruned",
+            {"optimizer.lr": (number + 1) / 10},
+            value,
+            number in front,
+            number == 0,
+        )
         for number, value in enumerate(values)
     ]
+
+
+def on_digits(settings):
+    return load_config("digits", settings)
 
 
 def tuned(folder, objectives, *values, front):
@@ -70,15 +95,59 @@ def tuned(folder, objectives, *values, front):
 
 def test_the_best_trial_is_chosen_and_of_a_front_both_ends_and_what_lies_between(tmp_path):
     one = tuned(tmp_path, ["verified_error"], [0.3], None, [0.1], [0.2], front=[2])
-    choose(one, 3)
+    choose(one, 3, on_digits)
     assert one.chosen == [2]
     values = [[0.5, 0.1], [0.1, 0.5], [0.2, 0.4], [0.3, 0.3], [0.4, 0.2], [0.6, 0.6]]
     for most, expected in ((1, [1]), (2, [1, 0]), (3, [1, 3, 0]), (9, [1, 2, 3, 4, 0])):
         several = tuned(tmp_path, ["natural_error", "verified_error"], *values, front=range(5))
-        choose(several, most)
+        choose(several, most, on_digits)
         assert several.chosen == expected
     with pytest.raises(CheckpointError, match=r"no trial in .* was finished"):
-        choose(tuned(tmp_path, ["verified_error"], None, front=[]), 1)
+        choose(tuned(tmp_path, ["verified_error"], None, front=[]), 1, on_digits)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (9, [0, 2, 3])])
+def test_of_trials_with_one_configuration_one_is_chosen(tmp_path, most, expected):
+    """However their settings are written, and whatever the time that they took."""
+    found = tuned(
+        tmp_path, ["natural_error", "train_seconds"], *([0.1, 9], [0.1, 8], [0.2, 7], [0.3, 6]), front=range(4)
+    )
+    for trial, method in zip(found.trials, ("ibp", {"name": "ibp"}, "crown-ibp", "natural"), strict=True):
+        trial.settings = {"training.method": method}
+    choose(found, most, on_digits)
+    assert found.chosen == expected
+
+
+@pytest.mark.parametrize("trained_twice", [False, True])
+def test_trials_with_the_same_settings_are_tested_once(tmp_path, monkeypatch, trained_twice):
+    """And what an earlier version has trained twice is not in the table."""
+
+    def pretended(runs, folder, **_):
+        assert len({run.config.to_yaml() for run in runs}) == len(runs)
+        pretend_finished(SimpleNamespace(runs=[run for run in runs if not (folder / run.name).exists()]), folder)
+        return Outcome(finished=[run.name for run in runs])
+
+    monkeypatch.setattr("certtrain.studies.tuning.train_all", pretended)
+    text = SEARCH.replace("{low: 0.001, high: 0.03, log: true}", "[0.01, 0.02, 0.03]").replace("trials: 2", "trials: 8")
+    text += "objectives: [natural_error, verified_error]\nsampler: random\n"
+    tuning = load_tuning(written(tmp_path / "search.yaml", text))
+    study = open_study(tuning, tmp_path)
+    rates = []
+    while (proposed := _next_trial(tuning, study, tmp_path, [])) is not None:
+        rates.append(proposed[1].optimizer.lr)
+        study.tell(proposed[0], [rates[-1], 1 - rates[-1]])  # so that all are on the front
+    assert (len(rates), set(rates)) == (8, {0.01, 0.02, 0.03})
+    again = [number for number, rate in enumerate(rates) if rate in rates[:number]]
+    if trained_twice:
+        (tmp_path / "tuning.json").write_text(json.dumps({"trials": rates}))
+        cells = [Cell(f"trial-{number}", tuning.final_config({"optimizer.lr": rates[number]})) for number in again]
+        pretend_finished(SimpleNamespace(runs=[planned(cell, 4) for cell in cells]), tmp_path / "final")
+    result = tune(tuning, tmp_path, console=QUIET)
+    first = {rate: rates.index(rate) for rate in (0.01, 0.02, 0.03)}
+    assert result.chosen == list(first.values())
+    table = result.sheets()[1]
+    assert {row[0] for row in table.rows} == {"base", f"trial-{first[0.01]}", f"trial-{first[0.03]}"}  # 0.02 is base's
+    assert "looked at once" in page_of(tmp_path, "search")
 
 
 @pytest.mark.parametrize("objectives", [["verified_error"], ["natural_error", "verified_error"]])
@@ -115,6 +184,78 @@ def test_a_search_that_was_changed_or_goes_on_after_the_test_is_refused(cli, tmp
     write_run(out / "final" / "base" / "seed-4", "ppum")
     outcome = cli("tune", file, "--out", out)
     assert (outcome.code, "the test set was looked at after 2 trials" in outcome.error) == (2, True)
+
+
+def test_a_storage_knows_that_the_test_set_was_looked_at_and_what_it_holds(cli, tmp_path):
+    """Whatever the folder that one goes on in."""
+    database = f"sqlite:///{tmp_path}/shared.db"
+    file = written(tmp_path / "search.yaml", f"{SEARCH}storage: {database}")
+    tuning, first = load_tuning(file), tmp_path / "first"
+    first.mkdir()
+    study = open_study(tuning, first)
+    for error in (0.2, 0.1):
+        study.tell(_next_trial(tuning, study, first, [])[0], error)
+    (first / "tuning.json").write_text(json.dumps(tuned(first, ["verified_error"], [0.2], [0.1], front=[1]).summary()))
+    write_run(first / "final" / "base" / "seed-4", "ppum")
+    written(file, file.read_text().replace("trials: 2", "trials: 3"))
+    for out in (first, tmp_path / "second"):  # the first tells the storage
+        outcome = cli("tune", file, "--out", out)
+        assert outcome.code == 2
+        assert "shared.db: the test set was looked at after 2 trials" in outcome.error
+        assert "name another storage (a database holds one search), and another --out" in outcome.error
+    written(file, file.read_text().replace("high: 0.03", "high: 0.04"))
+    outcome = cli("tune", file, "--out", tmp_path / "third")
+    assert outcome.code == 2
+    assert "shared.db holds another search: search.optimizer.lr differ; undo that, or name another s" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("nonsense://me:secret@127.0.0.1:1/x", "nonsense://me:***@127.0.0.1:1/x"),
+        ("nonsense://me:se/cr:et@[::1]:1/x", "nonsense://me:***@[::1]:1/x"),
+        ("nonsense://me@127.0.0.1:1/x", "nonsense://me@127.0.0.1:1/x"),
+    ],
+)
+def test_the_password_of_a_database_is_not_shown(cli, tmp_path, url, told):
+    file = written(tmp_path / "search.yaml", f"{SEARCH}storage: '{url}'")
+    outcome = cli("tune", file, "--out", tmp_path / "out")
+    assert (outcome.code, outcome.error.startswith(f"storage {told} cannot be used: ")) == (2, True)
+
+
+@pytest.mark.parametrize("validation", ["1437", "100000", "0.0001"])
+def test_images_that_cannot_be_held_out_are_told_once_before_the_search(cli, tmp_path, validation):
+    file = written(tmp_path / "search.yaml", SEARCH.replace("validation: 0.1", f"validation: {validation}"))
+    outcome = cli("tune", file, "--out", tmp_path / "out")
+    assert (outcome.code, f"validation is {validation}: not a share" in outcome.error) == (2, True)
+    states = [trial.state.name for trial in open_study(load_tuning(file), tmp_path / "out").get_trials()]
+    assert states == ["WAITING"]
+
+
+STEPS = [(5, 45, 7), (5, 40, 7), (0.001, 0.01, 100.0), (0.1, 0.7, 0.2), (0.0, 1.0, 0.3), (0.0, 1.2, 0.3), (1.0, 10, 3)]
+
+
+@pytest.mark.parametrize(("low", "high", "step"), STEPS)
+def test_a_step_leads_to_the_end_where_optuna_keeps_it(low, high, step):
+    distributions = optuna.distributions
+    kind = distributions.IntDistribution if isinstance(low, int) else distributions.FloatDistribution
+    with warnings.catch_warnings(record=True) as told:
+        kept = kind(low, high, step=step).high == high
+    assert kept == (not told)
+    with nullcontext() if kept else pytest.raises(ValueError, match=f"steps of {step} from {low} do not end at {high}"):
+        Range(low=low, high=high, step=step)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("space", "value", "within"), SPACES_AND_BASE)
+def test_the_trial_that_is_called_base_has_its_settings(tmp_path, space, value, within):
+    overrides = {"verification.eps": 0.1, space.partition(":")[0]: value}
+    text = f"base: digits\ntrials: 2\nsearch: {{{space}}}\noverrides: {overrides}\nstorage: 'sqlite://'"
+    tuning = load_tuning(written(tmp_path / "search.yaml", text))
+    study = open_study(tuning, tmp_path)
+    number, config = _next_trial(tuning, study, tmp_path, [])
+    assert study.trials[number].user_attrs.get(BASE, False) == within
+    assert within == (config == tuning.trial_config({}))
 
 
 @pytest.mark.slow
