@@ -121,4 +121,5 @@ def optional_module(name: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingDependency(f"{name} cannot be imported ({error}): pip install 'certtrain[{extra}]'") from error
+        how = f"in certtrain's checkout pip install '.[{extra}]', or uv sync --extra {extra}"
+        raise MissingDependency(f"{name} cannot be imported ({error}): {how}") from error

@@ -303,7 +303,7 @@ def programs(options: argparse.Namespace) -> dict[str, Program]:
         )
     found["certtrain"] = Program(
         train_certtrain,
-        ["pip install certtrain"],
+        ["pip install ."],  # in a checkout, as it is on no index
         lambda setting: [" ".join(["certtrain train cifar10_8_255", *certtrain_overrides(setting)])],
     )
     return found

@@ -30,7 +30,7 @@ blocks = script("run_page").blocks
 
 # What README's example of one's own training loop takes as given.
 GIVEN = """
-import torch, torch.nn.functional as F
+import torch
 from certtrain.models import build_model
 model = build_model("cnn-small", (1, 8, 8), 10, options={"width": 2, "linear_width": 8})
 images, labels, eps, max_eps = torch.rand(8, 1, 8, 8), torch.arange(8), 0.05, 0.1

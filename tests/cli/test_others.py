@@ -132,4 +132,4 @@ def test_without_onnx2torch_the_way_out_is_named(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx2torch", None)
     outcome = cli("verify", tmp_path / "net.onnx", "--vnnlib", tmp_path / "p.vnnlib")
     assert outcome.code == 1
-    assert "pip install 'certtrain[onnx]'" in outcome.error
+    assert "pip install '.[onnx]'" in outcome.error

@@ -202,5 +202,5 @@ def test_without_onnx_the_way_out_is_named(cli, run, tmp_path, monkeypatch, what
     monkeypatch.setitem(sys.modules, "onnx", None)
     outcome = cli("export", run, what)
     assert outcome.code == 1
-    assert "pip install 'certtrain[export]'" in outcome.error
+    assert "pip install '.[export]'" in outcome.error
     assert not (tmp_path / "open").exists()

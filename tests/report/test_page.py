@@ -357,4 +357,4 @@ def test_without_a_library_the_way_out_is_named(cli, run, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     outcome = cli("report", run)
     assert outcome.code == 1
-    assert "pip install 'certtrain[report]'" in outcome.error
+    assert "pip install '.[report]'" in outcome.error
