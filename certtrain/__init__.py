@@ -1,4 +1,4 @@
-"""certtrain: certified robust training that people actually use.
+"""certtrain: train networks whose robustness is proved.
 
 model = certtrain.load_model("runs/NAME")
 run = certtrain.train("digits")
