@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from certtrain.per_axis import per_axis
+from certtrain.unchanged import unchanged
 
 AFFINE_MODULES = (
     nn.Linear,
@@ -79,18 +80,23 @@ class Trace:
     @classmethod
     def of(cls, model: nn.Module) -> Trace:
         """Raises whatever the network's forward raises under tracing."""
-        return cls(list(fx.Tracer().trace(model).nodes), dict(model.named_modules()))
+        with unchanged(model):
+            return cls(list(fx.Tracer().trace(model).nodes), dict(model.named_modules()))
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that `node` calls, if it calls one."""
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def layers(self) -> list[tuple[fx.Node, AffineWeight]]:
-        """The weights in the order they are used, each with the first call that uses it."""
+        """The weights in the order they are used, each with the first call that uses it; the classifier's is last."""
         found: dict[tuple[nn.Module | None, str], tuple[fx.Node, AffineWeight]] = {}
+        place = None
         for node in self.nodes:
             for weight in _weights_of(node, self.modules):
-                found.setdefault((weight.owner, weight.name if weight.owner else weight.path), (node, weight))
+                place = weight.owner, weight.name if weight.owner else weight.path
+                found.setdefault(place, (node, weight))
+        if place is not None:  # it may have been used before
+            found[place] = found.pop(place)
         return list(found.values())
 
 
@@ -215,23 +221,18 @@ _FUNCTIONS = {F.linear, F.conv1d, F.conv2d, F.conv3d, *_TRANSPOSED_CONVOLUTIONS}
 
 
 def _of_call(node: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | None:
-    """Of F.linear(x, weight) or F.conv2d(x, weight) where weight is a parameter of a module, or computed."""
+    """Of F.linear(x, weight) or F.conv2d(x, weight)."""
     source = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    if not isinstance(source, fx.Node):
-        return None
-    if source.op != "get_attr":
-        return AffineWeight(f"what is computed from {', '.join(_parameters_behind(source))}", None, "")
-    path, _, name = str(source.target).rpartition(".")
-    place = (str(source.target), modules[path], name)
-    if called(node) not in _TRANSPOSED_CONVOLUTIONS:  # of all others the weight's shape tells fan_in
-        return AffineWeight(*place)
+    axes = _TRANSPOSED_CONVOLUTIONS.get(called(node))
+    if axes is None:  # of all others the weight's shape tells fan_in
+        return _weight_at(source, modules)
     groups: Any = node.kwargs.get("groups", node.args[6] if len(node.args) > 6 else 1)
     stride: Any = node.kwargs.get("stride", node.args[3] if len(node.args) > 3 else 1)
-    return AffineWeight(*place, True, groups, per_axis(stride, _TRANSPOSED_CONVOLUTIONS[called(node)]))
+    return _weight_at(source, modules, True, groups, per_axis(stride, axes))
 
 
 def _of_product(node: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | None:
-    """Of x @ weight, or x @ weight.T, where weight (in, out) or (out, in) is a parameter of a module, or computed."""
+    """Of x @ weight, or x @ weight.T, where weight is (in, out) or (out, in)."""
     x, source, flipped = _factors_of_einsum(node) if called(node) is torch.einsum else (*_operands(node)[-2:], False)
     if not isinstance(x, fx.Node) or not isinstance(source, fx.Node):
         return None
@@ -239,14 +240,31 @@ def _of_product(node: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | 
         return None
     if _is_transposition(source):
         source, flipped = source.all_input_nodes[0], not flipped
-    if source.op != "get_attr" or node.kwargs.get("alpha", 1) != 1:
-        parameters = _parameters_behind(source)
-        return AffineWeight(f"what is computed from {', '.join(parameters)}", None, "") if parameters else None
-    path, _, name = str(source.target).rpartition(".")
-    weight = modules[path]._parameters.get(name)
-    if weight is None or weight.dim() != 2:  # a constant, such as a fixed transform
+    if node.kwargs.get("alpha", 1) != 1:
+        return _computed(source, modules)
+    weight = _weight_at(source, modules, transposed=not flipped)
+    matrix = weight is None or weight.owner is None or getattr(weight.owner, weight.name).dim() == 2
+    return weight if matrix else None
+
+
+def _weight_at(
+    source: Any, modules: dict[str, nn.Module], transposed: bool = False, groups: int = 1, stride: tuple[int, ...] = ()
+) -> AffineWeight | None:
+    """The parameter that `source` is, or what is computed from some; none of a constant, such as a fixed transform."""
+    if not isinstance(source, fx.Node):
         return None
-    return AffineWeight(str(source.target), modules[path], name, transposed=not flipped)
+    if source.op != "get_attr":
+        return _computed(source, modules)
+    path, _, name = str(source.target).rpartition(".")
+    if name not in modules[path]._parameters:
+        return None
+    return AffineWeight(str(source.target), modules[path], name, transposed, groups, stride)
+
+
+def _computed(source: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | None:
+    attributes = [node for node in _ancestry(source) if node.op == "get_attr"]
+    behind = [weight.path for node in attributes if (weight := _weight_at(node, modules)) is not None]
+    return AffineWeight(f"what is computed from {', '.join(sorted(behind))}", None, "") if behind else None
 
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:
@@ -274,9 +292,3 @@ def _factors_of_einsum(node: fx.Node) -> tuple[Any, Any, bool]:
 def _is_transposition(node: fx.Node) -> bool:
     """Of a matrix, in any of the ways that leave nothing to choose."""
     return called(node) in ("t", torch.t) or (called(node) is getattr and node.args[1] in ("T", "mT"))
-
-
-def _parameters_behind(node: fx.Node) -> list[str]:
-    if node.op == "get_attr":
-        return [str(node.target)]
-    return [name for source in node.all_input_nodes for name in _parameters_behind(source)]

@@ -429,6 +429,46 @@ def test_products_with_constants_and_of_two_values_are_no_layers():
     assert torch.equal(ibp_init_(model)[1].transform, torch.eye(6))
 
 
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        lambda net, z: F.linear(z, net.matrix),
+        lambda net, z: z @ net.matrix,
+        lambda net, z: torch.einsum("bi,oi->bo", z, net.matrix),
+        lambda net, z: F.linear(z, 2 * net.matrix),
+        lambda net, z: F.linear(z, torch.eye(3)),
+        lambda net, z: F.conv1d(z[:, None], net.matrix[None, :1]),
+    ],
+)
+def test_a_fixed_transform_of_the_logits_is_no_classifier(fixed):
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+            self.register_buffer("matrix", torch.eye(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return fixed(self, self.last(self.first(x).relu()))
+
+    model = Fixed()
+    first, last = model.first.weight.detach().clone(), model.last.weight.detach().clone()
+    assert affine_weights(model) == [(model.first, "weight"), (model.last, "weight")]
+    assert classifier_tensors(model) == ["last.weight", "last.bias"]
+    ibp_init_(model)
+    assert torch.equal(model.last.weight, last)
+    assert not torch.equal(model.first.weight, first)
+
+
+def test_a_layer_that_is_used_first_and_last_is_the_classifier():
+    shared, hidden = nn.Linear(6, 6), nn.Linear(6, 6)
+    model = nn.Sequential(shared, nn.ReLU(), hidden, nn.ReLU(), shared)
+    before = shared.weight.detach().clone()
+    assert affine_weights(model) == [(hidden, "weight"), (shared, "weight")]
+    ibp_init_(model)
+    assert torch.equal(shared.weight, before)
+    assert classifier_tensors(model) == ["0.weight", "0.bias"]
+
+
 @pytest.mark.parametrize("layer", [lambda m: m.first(m.tokens), lambda m: F.linear(m.tokens, m.first.weight)])
 @pytest.mark.parametrize("attends", [False, True])
 def test_a_layer_of_what_is_learned_is_one_too(layer, attends):

@@ -19,12 +19,13 @@ class Box:
     a chain of affine maps then neither recomputes nor loses digits of small radii.
     """
 
-    __slots__ = ("_center", "_lower", "_radius", "_upper")
+    __slots__ = ("_by_ends", "_center", "_lower", "_radius", "_upper")
 
     def __init__(self, lower: Tensor, upper: Tensor) -> None:
         if lower.shape != upper.shape:
             raise ValueError(f"lower has shape {tuple(lower.shape)}, upper {tuple(upper.shape)}: they must be equal")
-        self._lower: Tensor | None = lower  # None, as is upper, where the box was made by `around`
+        self._by_ends = True  # which form it was made in: the other, once asked for, is there as well
+        self._lower: Tensor | None = lower
         self._upper: Tensor | None = upper
         self._center: Tensor | None = None
         self._radius: Tensor | None = None
@@ -35,6 +36,7 @@ class Box:
         if center.shape != radius.shape:
             raise ValueError(f"center has shape {tuple(center.shape)}, radius {tuple(radius.shape)}: must be equal")
         box = cls.__new__(cls)
+        box._by_ends = False
         box._lower = box._upper = None
         box._center, box._radius = center, radius
         return box
@@ -80,9 +82,9 @@ class Box:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The box with `function`, which only moves or averages elements, applied to the form this box was made in."""
-        if self._center is not None and self._radius is not None:
-            return self.around(function(self._center), function(self._radius))
-        return type(self)(function(self.lower), function(self.upper))
+        if self._by_ends:
+            return type(self)(function(self.lower), function(self.upper))
+        return self.around(function(self.center), function(self.radius))
 
     def take(self, images: slice | Tensor) -> Self:
         """The box of these images alone."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.batch_norm import BatchSum, Coefficients, Settle, scale_shift
@@ -75,6 +76,8 @@ def map_leaves(structure: Any, kind: type, function: Callable[[Any], Any]) -> An
     """`structure`, nested tuples, lists, dicts and slices, with every instance of `kind` in it replaced."""
     if isinstance(structure, kind):
         return function(structure)
+    if isinstance(structure, torch.Size):  # of numbers, and with methods of its own
+        return structure
     if isinstance(structure, tuple):
         return tuple([map_leaves(item, kind, function) for item in structure])
     if isinstance(structure, list):

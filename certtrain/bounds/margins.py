@@ -13,6 +13,7 @@ from torch import Tensor
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, map_leaves
 from certtrain.bounds.operations.movement import differentiable
+from certtrain.bounds.shapes import flattened
 
 
 def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
@@ -67,4 +68,4 @@ def _deviations(tail: Sequence[Call], radius: Tensor, labels: Tensor, logits: Te
     tail = [replace(call, function=differentiable(call.function)) for call in tail]
     _, pull_back = torch.func.vjp(lambda h: apply_tail(tail, h), torch.zeros_like(radius))  # type: ignore[misc] # two, without has_aux
     coefficients = torch.func.vmap(lambda row: pull_back(row)[0], in_dims=1, out_dims=1)(rows)
-    return (coefficients.abs() * radius[:, None]).flatten(2).sum(2)
+    return flattened(coefficients.abs() * radius[:, None], 2).sum(2)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from certtrain.bounds import interval
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
@@ -90,6 +91,7 @@ class BoundedModel:
             raise UsageError(f"BoundedModel is the native backend: bounded_model(model, x, {backend!r}) gives another")
         if example_input.dim() == 0 or not example_input.numel():
             raise UsageError(f"example_input of shape {tuple(example_input.shape)} is no batch of at least one input")
+        _require_recordable(model)
         self.model = model
         self._batch_sum = batch_sum
         self._example = example_input.detach()[:1].clone()
@@ -145,6 +147,8 @@ class BoundedModel:
         shrink: float | None = None,
     ) -> Bounds:
         """Interval bounds of every output, in one joint pass of the box and the clean input.
+
+        Of a network that ends with a softmax or log-softmax over the classes they are the logits' that enter it.
 
         Args:
             box: (B, ...) inputs.
@@ -427,6 +431,15 @@ def _sizes_of(graph: Graph[Any], image: Tensor) -> _Sizes:
 def device_of(model: nn.Module, default: torch.device = CPU) -> torch.device:
     """That of its parameters or, where it has none, of its buffers, or else `default`."""
     return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), default)
+
+
+def _require_recordable(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the network"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedOperation(f"{where} is compiled by torch.jit: give the module that it was made from")
+        if any(map(is_lazy, chain(module._parameters.values(), module._buffers.values()))):
+            raise UsageError(f"{where} has no shape yet: call the network on a batch first")
 
 
 @contextmanager

@@ -86,10 +86,13 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
         try:
             with _seeded(0):  # Dropout's masks are drawn in one order
                 expected = candidate(images.to(dtype, copy=True))  # the module may write into its input
-            graph: Graph[Tensor] = trace(candidate)
-            together = _Keeping()
-            with _seeded(0):
-                recorded = _walk(graph, images.to(dtype), together)
+            recorded = []
+            for grad in (True, False):  # the forward may ask for it, and bounds are wanted with gradients and without
+                with torch.set_grad_enabled(grad):
+                    graph: Graph[Tensor] = trace(candidate)
+                together = _Keeping()
+                with _seeded(0):
+                    recorded.append(_walk(graph, images.to(dtype), together))
             with _seeded(1):
                 alone = _each_alone(graph, images.to(dtype), together.scalings if model.training else None)
         except CerttrainError:
@@ -104,7 +107,7 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
     if expected.numel() == 0:
         raise UnsupportedOperation(f"{type(model).__name__} returns nothing")
     tolerances = (1e-7, 1e-12) if expected.dtype == torch.float64 else (1e-3, 1e-5)
-    if not agree(recorded, expected, *tolerances):
+    if not all(agree(output, expected, *tolerances) for output in recorded):
         raise UnsupportedOperation(
             f"the recorded operations of {type(model).__name__} do not reproduce its output: its forward does "
             "something tracing does not see"

@@ -40,7 +40,7 @@ def propagate_in_segments(
         graph.advance(values, indices, walk, coefficients)
         return values, walk
 
-    size = -(-(len(graph.steps) - 1) // segments)
+    size = max(1, -(-(len(graph.steps) - 1) // segments))
     values: dict[int, Any] = {0: Joint(None, box)}
     walks: list[JointPass] = []
     for start in range(1, len(graph.steps), size):

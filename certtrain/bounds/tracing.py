@@ -15,6 +15,7 @@ import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.proxy import TraceError
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import BatchSum
@@ -41,6 +44,7 @@ from certtrain.bounds.operations.record import (
 )
 from certtrain.bounds.operations.softmax import LAST_FUNCTIONS
 from certtrain.errors import CerttrainError, UnsupportedOperation
+from certtrain.unchanged import unchanged
 
 ROOT = "model"
 
@@ -125,21 +129,58 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+class _OwnTensors(TorchFunctionMode):
+    """Records what a forward computes from the network's parameters and buffers, however it came by them.
+
+    fx does so for `self.weight`; `next(self.parameters())`, `self._buffers["w"]` or a state dict give it the tensor of
+    today, and what is computed from that would be a constant.
+    """
+
+    def __init__(self, tracer: fx.Tracer, root: nn.Module) -> None:
+        super().__init__()
+        self._tracer, self._root = tracer, root
+        self._paths = {id(tensor): path for path, tensor in chain(root.named_parameters(), root.named_buffers())}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        property_of = getattr(func, "__self__", None) if name in ("__get__", "__set__") else None
+        shows = property_of is not None and property_of.__name__ not in _VALUED_PROPERTIES
+        if shows or name in _SHOWING or not any(id(tensor) in self._paths for tensor in leaves((args, kwargs), Tensor)):
+            return func(*args, **kwargs)
+        args, kwargs = map_leaves((args, kwargs), Tensor, self._stand_in)
+        if property_of is not None:
+            return getattr(args[0], property_of.__name__)
+        if is_tensor_method_or_property(func):
+            return getattr(args[0], name)(*args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _stand_in(self, tensor: Tensor) -> Any:
+        path = self._paths.get(id(tensor))
+        return tensor if path is None else self._tracer.create_proxy("get_attr", path, (), {})
+
+
+_VALUED_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
+_SHOWING = INSPECTING_METHODS | {"__len__", "__hash__", "__repr__", "__format__", "__dir__", "is_floating_point"}
+
+
 def record_forward(model: nn.Module) -> tuple[Root, fx.Graph]:
     """What `model`'s forward does in its present mode, as torch.fx writes it down, and the root of its targets.
 
     Raises:
         UnsupportedOperation: control flow that depends on the input's values, or whatever the forward raises.
     """
-    root = Root(model)
+    root, tracer = Root(model), _Tracer()
     try:
-        return root, _Tracer().trace(root)
+        with unchanged(model), _OwnTensors(tracer, root):
+            return root, tracer.trace(root)
     except CerttrainError:
         raise
     except Exception as error:  # of the user's forward, met with a stand-in for its input: of any type
         reason = " ".join(str(error).split())[:160] or type(error).__name__
+        asks = isinstance(error, TraceError)
+        fault = "must not branch or loop on the input" if asks else "fails with a stand-in for the input"
         raise UnsupportedOperation(
-            f"{type(model).__name__} cannot be traced: its forward must not branch or loop on the input ({reason})"
+            f"{type(model).__name__} cannot be traced: its forward {fault} ({reason})"
         ) from error
 
 

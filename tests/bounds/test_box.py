@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from certtrain.bounds import Box, linf_box
+from certtrain.bounds.rounding.boxes import outward
 
 
 def test_linf_box_is_the_ball_cut_to_the_valid_range():
@@ -35,6 +38,24 @@ def test_tiny_radii_survive_a_chain_of_affine_maps():
     """At centre 1000 and radius 1e-6 a float32 box of two ends has no radius left."""
     box = Box.around(torch.tensor([1000.0]), torch.tensor([1e-6]))
     assert box.map(lambda part: 2 * part).radius.item() == pytest.approx(2e-6)
+
+
+LOOKS = [*itertools.permutations(["lower", "upper", "center", "radius"], 2), (), ("lower", "upper", "center", "radius")]
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+@pytest.mark.parametrize("make", [Box, Box.around])
+def test_a_box_is_the_same_after_it_was_looked_at(make, looks):
+    """Its other form is rounded: what is enclosed, mapped and taken are the numbers that it was made of."""
+    generator = torch.Generator().manual_seed(0)
+    first, more = torch.rand(2, 100, 1, generator=generator)
+    box = make(first, first + more)
+    for look in looks:
+        getattr(box, look)
+    ends = (box.lower, box.upper) if make is Box else (box.center, box.radius)
+    for same in (box, box.map(lambda part: part), box.take(slice(None)), outward(box)):
+        parts = (same.lower, same.upper) if make is Box else (same.center, same.radius)
+        assert all(torch.equal(part, end.to(part.dtype)) for part, end in zip(parts, ends, strict=True))
 
 
 @pytest.mark.parametrize("make", [Box, Box.around])

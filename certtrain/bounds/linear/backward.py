@@ -48,6 +48,7 @@ from certtrain.bounds.linear.softmax import softmax
 from certtrain.bounds.normalization import normalized
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.movement import cast, differentiable, identity, reshape
+from certtrain.bounds.shapes import flattened
 from certtrain.errors import UnsupportedOperation
 from certtrain.per_axis import per_axis
 
@@ -109,7 +110,7 @@ def _scaling(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contribut
 
 def _linear(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
     x, weight, bias = call.args
-    return [(x, a @ weight)], (a * bias).flatten(2).sum(2) if bias is not None else a.new_zeros(a.shape[:2])
+    return [(x, a @ weight)], flattened(a * bias, 2).sum(2) if bias is not None else a.new_zeros(a.shape[:2])
 
 
 def _conv(transpose: Callable[..., Tensor]) -> Callable[..., tuple[Contributions, Tensor]]:
@@ -359,7 +360,7 @@ def linear_bounds(
             pending[ref.index] = added(pending[ref.index], part) if ref.index in pending else part
     coefficients = pending.get(0)
     if not isinstance(total, Tensor):  # functions of the input itself
-        total = dense(next(iter(functions.values()))).flatten(2).sum(2) * 0
+        total = flattened(dense(next(iter(functions.values()))), 2).sum(2) * 0
     return LinearBounds(coefficients, total, record.boxes[0], record.slack is not None)
 
 
@@ -402,5 +403,5 @@ def _elementwise(
     positive, negative = a.clamp(min=0), a.clamp(max=0)
     constant = dot(negative, line.upper_offset)
     if (offset := free.offset(slope)) is not None:
-        constant = constant + (positive * offset).flatten(2).sum(2)
+        constant = constant + flattened(positive * offset, 2).sum(2)
     return [(ref, positive * slope + negative * line.upper_slope[:, None])], constant

@@ -23,6 +23,7 @@ from certtrain.bounds.linear.backward import LinearBounds, Lines, linear_bounds
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
+from certtrain.bounds.shapes import flattened, shaped
 from certtrain.errors import UnsupportedOperation
 
 
@@ -61,13 +62,11 @@ class Neurons:
     def parts(self, flat: Tensor) -> dict[int, Tensor]:
         """(B, N) -> by value (B, ...)."""
         parts = flat.split(self.sizes, 1)
-        return {
-            index: part.unflatten(1, shape) for index, part, shape in zip(self.values, parts, self.shapes, strict=True)
-        }
+        return {index: shaped(part, shape) for index, part, shape in zip(self.values, parts, self.shapes, strict=True)}
 
     def flat(self, parts: Mapping[int, Tensor], like: Tensor) -> Tensor:
         """By value (B, ...) -> (B, N), of the type of `like` (B, ...): an affine network has no neurons."""
-        return torch.cat([like.new_empty(len(like), 0), *(parts[index].flatten(1) for index in self.values)], 1)
+        return torch.cat([like.new_empty(len(like), 0), *(flattened(parts[index], 1) for index in self.values)], 1)
 
     def boxes(self, record: Record) -> Box:
         """(B, N)."""

@@ -17,6 +17,7 @@ from certtrain.bounds.linear.backward import Lines, Slopes, lower_bounds
 from certtrain.bounds.linear.patches import Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
+from certtrain.bounds.shapes import flattened, shaped
 
 
 def backward_margins(
@@ -88,8 +89,8 @@ class Tightening:
 def _tightened_box(record: Record, index: int, call: Call, rows_at_once: int, intersect: bool, lines: Lines) -> Box:
     """The box of the value at `index`; each image has rows for the neurons that its own box leaves undecided."""
     box = record.boxes[index]
-    lower, upper = box.lower.flatten(1).clone(), box.upper.flatten(1).clone()
-    needed = _undecided(box, call).flatten(1) if intersect else torch.ones_like(lower, dtype=torch.bool)
+    lower, upper = flattened(box.lower, 1).clone(), flattened(box.upper, 1).clone()
+    needed = flattened(_undecided(box, call), 1) if intersect else torch.ones_like(lower, dtype=torch.bool)
     most = int(needed.sum(1).max()) if len(needed) else 0
     chosen = needed.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
     for neurons in chosen.split(max(1, rows_at_once // 2), 1) if most else ():
@@ -115,8 +116,8 @@ def _both_ends(record: Record, index: int, neurons: Tensor, lines: Lines) -> Ten
         lost = 0.0 if record.slack is None else record.slack[index].gather(1, neurons).repeat(1, 2)
         found = lower_bounds(record, x.index, torch.cat([rows, -rows], 1), lines=lines)
         return torch.cat([constant, -constant], 1) - lost + found
-    units = F.one_hot(neurons, value[0].numel()).to(value).unflatten(2, value.shape[1:])
-    return lower_bounds(record, index, torch.cat([units, -units], 1), lines=lines)
+    identity = shaped(F.one_hot(neurons, value[0].numel()).to(value), value.shape[1:])
+    return lower_bounds(record, index, torch.cat([identity, -identity], 1), lines=lines)
 
 
 def _undecided(box: Box, call: Call) -> Tensor:

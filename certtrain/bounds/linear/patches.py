@@ -19,6 +19,7 @@ from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
 from certtrain.bounds.linear.relaxations import LinearRelaxation
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.movement import cast, identity
+from certtrain.bounds.shapes import flattened
 from certtrain.per_axis import per_axis
 
 
@@ -189,7 +190,7 @@ def _patches_through(lines: LinearRelaxation, a: Patches) -> tuple[Patches, Tens
     constant = a.values.new_zeros(a.values.shape[:2])
     for part, offset in ((positive, lines.lower_offset), (negative, lines.upper_offset)):
         if offset is not None:
-            constant = constant + (part * offsets.pop(0)).flatten(2).sum(2)
+            constant = constant + flattened(part * offsets.pop(0), 2).sum(2)
     return a.with_values(pulled), constant
 
 
@@ -199,10 +200,10 @@ def dot(a: Coefficients, values: Tensor | None) -> Tensor:
         like = a.values if isinstance(a, Patches) else a
         return like.new_zeros(like.shape[:2])
     if isinstance(a, Patches):
-        return (a.values * a.at(_channels_last(values))).flatten(2).sum(2)
+        return flattened(a.values * a.at(_channels_last(values)), 2).sum(2)
     if a.dim() > 3 and a.stride(2) == 1:  # channels last: flattened as they lie, or they would have to be copied
         a, values = a.movedim(2, -1), values.movedim(1, -1)
-    return torch.einsum("brn,bn->br", a.flatten(2), values.flatten(1))
+    return torch.einsum("brn,bn->br", flattened(a, 2), flattened(values, 1))
 
 
 def magnitude(a: Coefficients) -> Coefficients:
@@ -222,7 +223,7 @@ def _scaled(call: Call, a: Patches, boxes: Mapping[int, Box]) -> tuple[Contribut
     ref, scale, shift = call.args
     shape = boxes[ref.index].shape
     scale, shift = a.at(_channels_last(scale.expand(shape), shift.expand(shape))).chunk(2, -1)
-    return [(ref, a.with_values(a.values * scale))], (a.values * shift).flatten(2).sum(2)
+    return [(ref, a.with_values(a.values * scale))], flattened(a.values * shift, 2).sum(2)
 
 
 def _sum(sign: int) -> Rule:
@@ -235,7 +236,7 @@ def _sum(sign: int) -> Rule:
         for argument, factor in ((x, 1), (y, sign * alpha)):
             if not isinstance(argument, Ref):
                 shift = a.at(_channels_last(constant_map(factor * argument, boxes[call.index])))
-                constant = constant + (a.values * shift).flatten(2).sum(2)
+                constant = constant + flattened(a.values * shift, 2).sum(2)
             elif boxes[argument.index].shape != boxes[call.index].shape:
                 return None
             else:

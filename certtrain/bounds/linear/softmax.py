@@ -19,6 +19,7 @@ from torch import Tensor
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call
 from certtrain.bounds.linear.patches import Contributions
+from certtrain.bounds.shapes import flattened
 from certtrain.bounds.softmax import log_odds
 
 NARROW = 1e-6
@@ -63,6 +64,6 @@ def _planes(a: Tensor, lower: Tensor, upper: Tensor, logarithm: bool) -> tuple[T
     of_below, of_above = positive * value[:, None], negative * slope[:, None]
     pulled = of_below - of_below.sum(-1, keepdim=True) * share[:, None]
     pulled = pulled + of_above - of_above.sum(-1, keepdim=True) * p[:, None]
-    offset = (positive * below[:, None] + negative * above[:, None]).flatten(2).sum(2)
+    offset = flattened(positive * below[:, None] + negative * above[:, None], 2).sum(2)
     # The planes are those of the shifted values; their slopes sum to what the shift of each row is multiplied by.
-    return pulled, offset - (pulled * shift[:, None]).flatten(2).sum(2)
+    return pulled, offset - flattened(pulled * shift[:, None], 2).sum(2)

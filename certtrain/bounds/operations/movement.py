@@ -245,7 +245,8 @@ def _expands(x: Any, sizes: Any) -> None:
 
 
 def expand(x: Tensor, sizes: Any) -> Tensor:
-    return x.expand(_sizes(*sizes))
+    """However many images there are: a record of one is asked about many."""
+    return x.expand(-1, *_sizes(*sizes)[1:])
 
 
 def _moves_axes(x: Any, source: Any, destination: Any) -> None:

@@ -75,12 +75,12 @@ class OutwardBox(Box):
 
 
 def outward(box: Box) -> OutwardBox:
-    """`box`, of any type, as it is."""
+    """`box`, of any type, as it was made: its other form is rounded."""
     if isinstance(box, OutwardBox):
         return box
-    if box._center is not None and box._radius is not None:
-        return OutwardBox.around(box._center.double(), box._radius.double())
-    return OutwardBox(box.lower.double(), box.upper.double())
+    if box._by_ends:
+        return OutwardBox(box.lower.double(), box.upper.double())
+    return OutwardBox.around(box.center.double(), box.radius.double())
 
 
 def enclosing_linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = (0.0, 1.0)) -> OutwardBox:

@@ -24,6 +24,7 @@ from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.rounding.arithmetic import Arithmetic, arithmetic_named, inflation, rounded_up, sum_error
 from certtrain.bounds.rounding.boxes import OutwardBox, down, outward, widened
 from certtrain.bounds.rounding.rules import EXACT, EXACT_METHODS, RULES, Sum, sum_range, terms_of
+from certtrain.bounds.shapes import flattened
 from certtrain.bounds.tracing import Method, record_of
 from certtrain.errors import UnsupportedOperation
 
@@ -85,7 +86,7 @@ class SoundPass:
         self._sums[call.index] = Sum(
             terms_of(call.function, weight),
             self._foldings.get(call.index, 1),
-            x.magnitude.flatten(1).amax(1),
+            flattened(x.magnitude, 1).amax(1),
             weight.abs().sum(),
             weight.new_zeros(()) if bias is None else bias.abs().amax(),
         )

@@ -31,6 +31,7 @@ from certtrain.bounds.rounding.arithmetic import (
     sum_error,
 )
 from certtrain.bounds.rounding.boxes import OutwardBox, unbounded, widened
+from certtrain.bounds.shapes import flattened
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.per_axis import per_axis
 
@@ -108,7 +109,7 @@ def sum_range(a: Arithmetic, terms: int, norm: Tensor, bias: Tensor, magnitude: 
 
     norm: no less than Σ|w| of any of them.
     """
-    largest = magnitude.flatten(1).amax(1)
+    largest = flattened(magnitude, 1).amax(1)
     underflow = 8 * a.tiny * (2 * terms + 2 + norm + terms * largest.amax())
     return underflow, 2 * (norm * largest + bias.abs().amax()) <= a.largest
 
@@ -310,7 +311,7 @@ def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> R
         magnitude = function(x.magnitude, *settings) * inflation(terms)
         moved = OutwardBox.around(center, radius * inflation(terms))
         moved = widened(moved, sum_error(a, terms + 2), magnitude, a, terms)
-        fits = 2 * terms * x.magnitude.flatten(1).amax(1) <= a.largest
+        fits = 2 * terms * flattened(x.magnitude, 1).amax(1) <= a.largest
         return OutwardBox.around(moved.center, torch.where(_per_image(fits, center), moved.radius, torch.inf))
 
     return rule
