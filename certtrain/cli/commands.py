@@ -10,17 +10,18 @@ import argparse
 import os
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from certtrain.cli.named_run import config_of, folder_of, open_network, require_data
 from certtrain.cli.options import refuse
-from certtrain.cli.studies import holds_runs, is_run_folder, report_study
+from certtrain.cli.studies import is_run_folder, report_study
 from certtrain.cli.tables import hints, show_forgetting, show_results
 from certtrain.errors import READER_LEFT, CheckpointError, UsageError
-from certtrain.runtime.console import tell
+from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
+
+REPORTED = 200  # images that a report looks at
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -29,7 +30,6 @@ def train_command(options: argparse.Namespace) -> int:
 
     from certtrain.config.loading import load_config
     from certtrain.runs.checkpoint import RAW_WEIGHTS
-    from certtrain.runs.progress import Output
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory
 
@@ -121,6 +121,8 @@ def export_command(options: argparse.Namespace) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
+    from certtrain.runs.directory import check_output, holds_runs
+
     if options.run.is_dir() and not is_run_folder(options.run) and holds_runs(options.run):
         return report_study(options)
     config = config_of(options, options.run)
@@ -128,12 +130,11 @@ def report_command(options: argparse.Namespace) -> int:
 
     from certtrain.report.page import write_report
     from certtrain.runs.build import load_data
-    from certtrain.runs.directory import check_output
 
     file = options.out or folder_of(options.run) / "report.html"
     check_output(file, options.run, own="report.html")
     model = open_network(options, config)
-    write_report(folder_of(options.run), config, model, load_data(config), file, options.limit)
+    write_report(folder_of(options.run), config, model, load_data(config), file, options.limit or REPORTED)
     print(f"wrote {file}")
     return 0
 
@@ -201,5 +202,5 @@ def models_command(options: argparse.Namespace) -> int:
             table.add_row(name, f"{size.parameters:,}", f"{size.macs:,}", taken)
         except UsageError as error:
             table.add_row(name, "–", str(error))
-    Console().print(table)
+    Output().print(table)
     return 0

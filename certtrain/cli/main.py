@@ -25,9 +25,12 @@ MOST = 10**9  # of a number on the command line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (failed), 2 (written wrong), 128 + n (ended by signal n)."""
     terminal.accept_all_characters()
+    terminal.ignore_size_zero()
     options = _parse(arguments)
     try:
-        return options.command(options)
+        code: int = options.command(options)
+        sys.stdout.flush()  # what is still to be written may find that nobody reads it
+        return code
     except BrokenPipeError:  # whoever read the output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + READER_LEFT
@@ -218,7 +221,8 @@ def build_parser() -> argparse.ArgumentParser:
     report = _command(subparsers, "report", "show a run, or a study, as an HTML page", commands.report_command)
     _add_run(report)
     report.add_argument("--out", type=_path, help="where to write the page (default: report.html in the run)")
-    report.add_argument("--limit", type=_positive, default=200, help="how many test images to look at (default: 200)")
+    looked_at = f"how many test images to look at (default: {commands.REPORTED})"
+    report.add_argument("--limit", type=_positive, help=looked_at)
 
     config = _command(
         subparsers,

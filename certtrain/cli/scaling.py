@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from certtrain.errors import UsageError
-from certtrain.runtime.console import tell
+from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def scale_command(options: argparse.Namespace) -> int:
     from certtrain.studies.scaling.run import scale
 
     optional_module("matplotlib", "report")  # known now rather than after a night
-    console = Console()
+    console = Output()
     given = {"jobs": options.jobs, "budget": options.budget, "device": options.device}
     given |= {"train": not (options.show or options.fit), "save": not options.show}
     scaled = scale(plan, folder, console=console, **given)
@@ -70,7 +70,7 @@ def plan_command(options: argparse.Namespace) -> int:
 
     record = read_record(options.law)
     eps = record.eps if options.eps is None else options.eps
-    _show_recommendation(Console(), recommend(record, options.protocol, options.approach, options.budget, eps), eps)
+    _show_recommendation(Output(), recommend(record, options.protocol, options.approach, options.budget, eps), eps)
     return 0
 
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from certtrain.cli.options import refuse
 from certtrain.errors import UsageError
-from certtrain.runtime.console import tell
+from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def study_command(options: argparse.Namespace) -> int:
         jobs = submit(study, folder, options.slurm, jobs=options.jobs, budget=options.budget, device=options.device)
         print(f"submitted {', '.join(jobs)}; certtrain compare {folder} shows what is finished")
         return 0
-    console = Console()
+    console = Output()
     outcome = train_all(
         study.runs, folder, jobs=options.jobs, budget=options.budget, device=options.device, console=console
     )
@@ -87,7 +88,7 @@ def tune_command(options: argparse.Namespace) -> int:
     from certtrain.studies.tables import show
     from certtrain.studies.tuning import tune
 
-    console = Console()
+    console = Output()
     result = tune(tuning, folder, jobs=options.jobs, budget=options.budget, device=options.device, console=console)
     show(console, result.sheets())
     return result.exit_code
@@ -99,7 +100,7 @@ def compare_command(options: argparse.Namespace) -> int:
 
     for file in options.out:
         check_ending(file)
-        check_output(file, *options.runs, own="report.html")
+        check_output(file, *options.runs)
 
     from certtrain.errors import optional_module
     from certtrain.studies.compare import compare
@@ -116,10 +117,12 @@ def compare_command(options: argparse.Namespace) -> int:
         baseline=options.baseline,
         confidence=options.confidence,
     )
-    show(Console(), sheets(comparison))
-    for file in options.out:
+    for file in options.out:  # before anything is shown: whoever reads that may leave
         write_comparison(file, comparison, " ".join(run.resolve().name for run in options.runs))
-        print(f"wrote {file}")
+    console = Output()
+    show(console, sheets(comparison))
+    for file in options.out:
+        tell(console, f"wrote {file}")
     return 0
 
 
@@ -130,16 +133,11 @@ def is_run_folder(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.yaml", "model.json", "model.safetensors", "last.ckpt"))
 
 
-def holds_runs(folder: Path) -> bool:
-    return any(
-        any(folder.glob(pattern)) for pattern in ("*/config.yaml", "*/seed-*/config.yaml", "trials/*/config.yaml")
-    )
-
-
 def report_study(options: argparse.Namespace) -> int:
     """The page of a study or a tuning, without looking at single images."""
     if options.overrides:
         raise UsageError(f"{options.run} is a study: {options.overrides[0]} cannot be changed for all of its runs")
+    refuse(options, f"the report of a study, {options.run}", "limit", "device", "trust_model")
 
     from certtrain.runs.directory import check_output
     from certtrain.runtime.files import write_text
@@ -147,7 +145,7 @@ def report_study(options: argparse.Namespace) -> int:
     from certtrain.studies.page import html
 
     file = options.out or options.run / "report.html"
-    check_output(file)
+    check_output(file, options.run)
     title = options.run.resolve().name
     if (options.run / "tuning.json").is_file():
         from certtrain.studies.trials import page_of

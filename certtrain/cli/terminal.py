@@ -1,8 +1,9 @@
-"""What a terminal cannot show is written in what it can: an error in output must not end a run."""
+"""What a terminal cannot show is written in what it can: an error in output must not end a run, nor leave it empty."""
 
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from contextlib import suppress
 
@@ -16,6 +17,13 @@ def accept_all_characters() -> None:
         if hasattr(stream, "reconfigure"):
             with suppress(OSError):  # a stream that was a file and has become a pipe
                 stream.reconfigure(errors="certtrain.plain")
+
+
+def ignore_size_zero() -> None:
+    """COLUMNS=0 and LINES=0, of a terminal that does not know its size, are as if not set: rich takes them for one."""
+    for name in ("COLUMNS", "LINES"):
+        if os.environ.get(name, "").strip().strip("0") == "":
+            os.environ.pop(name, None)
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data
 from certtrain.cli.options import refuse
 from certtrain.cli.tables import show_results
 from certtrain.config.names import STAGES
 from certtrain.errors import UsageError, optional_module
-from certtrain.runtime.console import tell
+from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import launched
 from certtrain.verification.cascade import BRANCH_AND_BOUND
@@ -54,7 +52,7 @@ def _verify_images(options: argparse.Namespace) -> int:
     from certtrain.models.own import modules_from
     from certtrain.runs.build import load_data
     from certtrain.runs.evaluation import verify_run
-    from certtrain.runs.progress import Output, VerificationDisplay
+    from certtrain.runs.progress import VerificationDisplay
     from certtrain.runs.verdicts import read_verdicts
     from certtrain.runtime.distributed import process_group
 
@@ -304,7 +302,7 @@ def check_command(options: argparse.Namespace) -> int:
     network = SavedNetwork.read(folder_of(options.model) / "model.safetensors")
     name = options.dataset or certificates.header.data.name
     images, labels = read_test_set(name, options.data)
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = Output(highlight=False, markup=False, soft_wrap=True)
     claims = check(certificates, network, name, images, labels, console, options.allow_partial)
     data = certificates.header.data
     console.print(f"the test set of {name}: {data.images} images, SHA-256 {data.sha256}, {_provenance(data)}")

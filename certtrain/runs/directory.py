@@ -44,6 +44,13 @@ OF_A_FINISHED_RUN = (  # files that say something of its network
     "model.onnx",
     "report.html",
 )
+STUDY_FILES = (  # of a folder of runs: what a study, a search and a scaling law keep there
+    "study.json",
+    "tuning.json",
+    "optuna.db",
+    "scaling.json",
+    "scaling.png",
+)
 RESULTS = ("verify.json", "radius.json")  # written by `write_results`
 SUBJECT = ("weights_sha256", "split_sha256")  # in them and in the summary: what network they are about, what images
 TENSORBOARD = "tensorboard"
@@ -200,8 +207,8 @@ def check_output(path: Path, *used: Path, own: str | None = None) -> None:
         own: the name of the run's file that the command writes by itself, and so may replace.
 
     Raises:
-        UsageError: it is a run's own file, one of `used`, or no file (`replaceable`), or there is no such folder, or
-            one that cannot be written to.
+        UsageError: it is a file of a run or a study, one of `used`, or no file (`replaceable`), or there is no such
+            folder, or one that cannot be written to.
     """
     target = replaceable(path)
     if not target.parent.is_dir():
@@ -212,13 +219,27 @@ def check_output(path: Path, *used: Path, own: str | None = None) -> None:
         if target == file.resolve() or (target.exists() and _same(target, file)):
             raise UsageError(f"{path} is a file that is read or written here already: name another")
     for folder in {target.parent, *(_folder_of(file) for file in used)}:
-        if not (folder / "config.yaml").is_file():
-            continue
-        for owned in (*(folder / name for name in RUN_FILES), *_kept_results(folder), *_set_aside(folder)):
+        for kind, owned in _owned(folder):
             if owned.name != own and (target == owned.resolve() or (target.exists() and _same(target, owned))):
-                raise UsageError(f"{path} is {owned.name} of the run in {folder}: name another file")
+                raise UsageError(f"{path} is {owned.name} of the {kind} in {folder}: name another file")
     if target.parent.name == TENSORBOARD and (target.parent.parent / "config.yaml").is_file():
         raise UsageError(f"{path} is among the TensorBoard files of a run: name another file")
+
+
+def _owned(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files that are a run's in `folder`, and a study's, whether they are there or not yet."""
+    if (folder / "config.yaml").is_file():
+        for file in (*(folder / name for name in RUN_FILES), *_kept_results(folder), *_set_aside(folder)):
+            yield "run", file
+    if holds_runs(folder) or any((folder / name).exists() for name in STUDY_FILES):
+        for name in STUDY_FILES:
+            yield "study", folder / name
+
+
+def holds_runs(folder: Path) -> bool:
+    """Whether it is the folder of a study, or of a search."""
+    patterns = ("*/config.yaml", "*/seed-*/config.yaml", "trials/*/config.yaml")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def is_writable(folder: Path) -> bool:

@@ -19,14 +19,6 @@ from certtrain.training.trainer import EpochReport, Trainer
 from certtrain.verification.results import ImageResult
 
 
-class Output(Console):
-    """Standard output. Where its reader has left, as `head` does, BrokenPipeError; nothing more is written then."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        raise BrokenPipeError
-
-
 class TensorBoard:
     """The same numbers, and every layer's, as TensorBoard scalars over epochs.
 

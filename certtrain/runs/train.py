@@ -29,14 +29,14 @@ from certtrain.runs.extension import compiled_as, extend, require_same_past
 from certtrain.runs.forgetting import Forgetting, forgetting_of, load_with_old_data
 from certtrain.runs.meters import Meter, OptimizerMeter
 from certtrain.runs.metrics import MetricsFile, read_records
-from certtrain.runs.progress import Output, ProgressDisplay
+from certtrain.runs.progress import ProgressDisplay
 from certtrain.runs.provenance import made_with
 from certtrain.runs.request import Request, Stored
 from certtrain.runs.start import Start, Taken, find_start, original_network, save_start, stored_start, take
 from certtrain.runs.state import check_state, computed_by, continue_from
 from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
 from certtrain.runtime.compilation import announced
-from certtrain.runtime.console import tell
+from certtrain.runtime.console import Output, tell
 from certtrain.runtime.distributed import Ranks, process_group
 from certtrain.runtime.files import write_json, write_text
 from certtrain.runtime.layout import lay_out_, safe_convolutions

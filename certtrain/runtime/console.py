@@ -5,6 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 
 
+class Output(Console):
+    """Standard output. Where its reader has left, as `head` does, BrokenPipeError; nothing more is written then."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise BrokenPipeError
+
+
 def tell(console: Console, line: str) -> None:
     """A line as it is: rich takes no bracket in it for a style, colours no number, and breaks no path in two."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)

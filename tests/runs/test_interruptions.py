@@ -13,8 +13,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from certtrain.runs.checkpoint import load_checkpoint, save_checkpoint
-from certtrain.runs.progress import Output, ProgressDisplay
+from certtrain.runs.progress import ProgressDisplay
 from certtrain.runs.train import train as train_here
+from certtrain.runtime.console import Output
 from tests.commands import (
     STEPS_PER_EPOCH,
     TINY,
