@@ -81,8 +81,13 @@ def shortened(text: object, most: int = 60) -> str:
     if len(line) > most:
         tail = (most - 1) // 3
         line = f"{line[: most - 1 - tail]}…{line[-tail:]}"
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    escaped = printable(line)
     return escaped if len(escaped) <= most else escaped[: most - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what has no glyph: line breaks, control characters, bytes of a name that is no UTF-8."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object, most: int = 60) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from certtrain.config import Config
 from certtrain.data import Dataset
-from certtrain.errors import CheckpointError, optional_module
+from certtrain.errors import CheckpointError, optional_module, printable
 from certtrain.report import plots
 from certtrain.report.examples import Example, judge
 from certtrain.report.forgetting import forgetting_table
@@ -49,7 +49,7 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
     counts = {name: int(flags.sum()) for name, flags in result.fates.items()}
     text = page.render(
         shown,
-        title=run.resolve().name,
+        title=printable(run.resolve().name),
         plots=drawn,
         images=len(result.correct),
         split=config.verification.split,

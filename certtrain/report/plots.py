@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from certtrain.errors import optional_module
+from certtrain.errors import optional_module, printable
 
 INK = "#010203"  # drawn as the colour of the page's text
 NAMES = {"natural": "natural error", "pgd": "PGD error", "verified": "verified error"}
@@ -145,6 +145,7 @@ def learning_curves(histories: Histories) -> str:
 
 def _draw_histories(axes: Any, histories: Histories) -> None:
     shades = optional_module("matplotlib", "report").colormaps["turbo"]
+    lines = {}
     for number, (name, runs) in enumerate(histories.items()):
         errors: dict[int, list[float]] = {}
         for record in (record for epochs in runs for record in epochs if "verified_error" in record):
@@ -156,10 +157,18 @@ def _draw_histories(axes: Any, histories: Histories) -> None:
         means = [sum(errors[epoch]) / len(errors[epoch]) for epoch in epochs]
         ranges = [[edge(errors[epoch]) for epoch in epochs] for edge in (min, max)]
         axes.fill_between(epochs, *ranges, color=color, alpha=0.2, linewidth=0)
-        axes.plot(epochs, means, color=color, label=name, marker="o" if len(epochs) == 1 else "")
+        (lines[name],) = axes.plot(epochs, means, color=color, marker="o" if len(epochs) == 1 else "")
     _label(axes, "epoch", "verified error of training images", percent=True)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    if lines:
+        _name(axes, lines)
+
+
+def _name(axes: Any, lines: Mapping[str, Any]) -> None:
+    """A legend beside the axes, of names that are any text: neither mathematics nor, with an underscore, left out."""
+    numbers = [str(number) for number in range(len(lines))]
+    legend = axes.legend(lines.values(), numbers, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    for text, name in zip(legend.get_texts(), lines, strict=True):
+        text.set(text=printable(name), parse_math=False)
 
 
 Point = tuple[float, float]

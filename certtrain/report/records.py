@@ -133,13 +133,23 @@ class Layer(Record):
     unstable: float  # what the others leave of 1, which rounding may bring below 0
 
 
+EpochNumber = Annotated[int, Field(ge=1, le=10**7)]
+
+
+class CurvePoint(Record):
+    """Of a line of metrics.jsonl: the mean of a share over batches, which rounding may bring out of [0, 1]."""
+
+    epoch: EpochNumber
+    verified_error: Annotated[float, Field(ge=-0.001, le=1.001)]
+
+
 class Epoch(Record):
     """A line of metrics.jsonl; every other number is a metric's mean over the epoch."""
 
     model_config = ConfigDict(strict=True, extra="allow")
     __pydantic_extra__: dict[str, float]
 
-    epoch: Annotated[int, Field(ge=1, le=10**7)]
+    epoch: EpochNumber
     layers: list[Layer] = Field(max_length=MOST_LAYERS)
     old: Measured | None = None
     new: Measured | None = None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from certtrain.config.loading import load_verification
 from certtrain.errors import UsageError, shown
-from certtrain.studies.finished import FinishedRun, bounds_of, digest, read_finished, require_same_images, runs_in
+from certtrain.studies.finished import FinishedRun, bounds_of, read_finished, require_same_images, runs_in
 from certtrain.studies.groups import Group, differing_settings, grouped, in_a_grid, with_baselines
 from certtrain.studies.progress import is_finished
 from certtrain.studies.statistics import Interval, McNemar, image_interval, mcnemar, mean_interval
+from certtrain.verification.cascade import check_cascade
 
 ERRORS = ("natural_error", "pgd_error", "verified_error")
 METRICS = (*ERRORS, "train_seconds")  # compared where nothing else is asked for
@@ -52,7 +54,8 @@ class Spread:
 class Paired:
     """A group against its baseline on the same images: verified error, its own minus the baseline's.
 
-    over_seeds: None for one common seed; over_images: None without verdicts of each image; tests: by seed.
+    seeds: that both have, () where the difference is that of the means; over_seeds: None for one common seed;
+    over_images: None without verdicts of each image; tests: by seed, of those that have them.
     """
 
     name: str
@@ -103,9 +106,7 @@ class Comparison:
         if not values:
             return None
         interval = mean_interval(values, self.confidence)
-        if interval is not None and is_error(metric):  # which lies between 0 and 1 whatever the values are
-            interval = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
-        return Spread(values, interval)
+        return Spread(values, interval.within(0.0, 1.0) if interval is not None and is_error(metric) else interval)
 
     def summary(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -146,7 +147,7 @@ def compare(
     baseline: str | None = None,
     confidence: float = 0.95,
 ) -> Comparison:
-    """Compare runs on the images that they were verified on.
+    """Compare runs on the images that they were verified on: the most that all have in common.
 
     Args:
         folders: run directories, or folders of them such as studies.
@@ -158,18 +159,17 @@ def compare(
             "ibp" in a grid of methods and networks: each group is paired with that which differs in this choice alone.
 
     Raises:
-        UsageError: there is no finished run; a metric that none reports; a baseline that is none of the groups, and no
-            choice, or one of two axes; runs that were not verified on the same images, at `eps`, by the same bounds
-            in the same arithmetic.
+        UsageError: there is no finished run; bounds that `verify` does not know; a metric that none reports; a
+            baseline that is none of the groups, and no choice, or one of two axes; runs that were not verified on the
+            same images, at `eps`, by the same bounds in the same arithmetic.
         CheckpointError: a file is missing or corrupt.
     """
+    method = None if method is None else _cascade(method)
     found = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
     finished = [folder for folder in found if is_finished(folder)]
     if not finished:
         raise UsageError(f"none of the {len(found)} runs is finished: there is nothing to compare")
-    runs: list[FinishedRun] = []
-    for folder in finished:
-        runs.append(read_finished(folder, eps, method, like=runs[0] if runs else None))
+    runs = read_finished(finished, eps, method)
     require_same_images(runs)
     axes, groups = in_a_grid(grouped(runs))
     baseline = groups[0].name if baseline is None else baseline
@@ -192,6 +192,13 @@ def compare(
     )
 
 
+def _cascade(text: str) -> str:
+    """As results name it; raises UsageError for what `verify --method` does not take."""
+    methods = load_verification({"verification": {"method": text}}).method
+    check_cascade(methods)
+    return ",".join(methods)
+
+
 def _paired(baseline: Group, group: Group, confidence: float) -> Paired:
     own, other = ({run.seed: run for run in runs} for runs in (group.runs, baseline.runs))
     seeds = sorted(own.keys() & other.keys())
@@ -199,15 +206,16 @@ def _paired(baseline: Group, group: Group, confidence: float) -> Paired:
     both = [seed for seed in seeds if own[seed].verdicts and other[seed].verdicts]
     tests = {seed: mcnemar(own[seed].proved, other[seed].proved) for seed in both}
     lost = [other[seed].proved.astype(float) - own[seed].proved for seed in both]
-    digests = {digest(own[seed]) for seed in both}
+    digests = {own[seed].sha256 for seed in both}
     per_image = np.mean(lost, axis=0) if len(digests) == 1 else np.concatenate(lost) if lost else None
     whole = (group.values("verified_error"), baseline.values("verified_error"))
+    over_seeds = mean_interval(errors, confidence)
     return Paired(
         group.name,
         baseline.name,
         seeds,
         statistics.fmean(errors) if errors else statistics.fmean(whole[0]) - statistics.fmean(whole[1]),
-        mean_interval(errors, confidence),
+        None if over_seeds is None else over_seeds.within(-1.0, 1.0),
         None if per_image is None else image_interval(per_image, confidence),
         tests,
     )

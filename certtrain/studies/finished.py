@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from certtrain.config import Config
-from certtrain.errors import CheckpointError, UsageError
-from certtrain.report.records import Result, checked
+from certtrain.errors import CheckpointError, UsageError, shortened
+from certtrain.report.records import CurvePoint, Result, checked
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.metrics import read_records
 from certtrain.runs.verdicts import LETTERS, Verdicts, read_verdicts
@@ -23,14 +25,20 @@ SAME_RADIUS = 1e-9
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What is read of a run directory: its result at the radius that is compared, and everything else it reports."""
+    """What is read of a run directory: its result at the radius that is compared, and everything else it reports.
+
+    verdicts: None where there are none of this very answer; sha256: of images and labels, None where nothing says;
+    image_counts: on how many it was verified so, of which the result is of one; epochs: that have a verified error.
+    """
 
     folder: Path
     config: Config
     result: Mapping[str, Any]
     numbers: Mapping[str, float]
     verdicts: Verdicts | None
-    epochs: Sequence[Mapping[str, Any]] = field(repr=False, default=())
+    sha256: str | None
+    image_counts: frozenset[int]
+    epochs: Sequence[Mapping[str, Any]] = field(repr=False)
 
     @property
     def seed(self) -> int:
@@ -64,50 +72,120 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
-def read_finished(folder: Path, eps: float | None, method: str | None, like: FinishedRun | None = None) -> FinishedRun:
-    """The run in `folder`, with its result at `eps` (None: the summary's) by `method` (None: any, the summary's first).
+@dataclass(frozen=True)
+class _Stored:
+    """What lies in a run directory: the results of its summary, and those that `verify` has added, the newest first."""
+
+    folder: Path
+    config: Config
+    summary: Mapping[str, Any]
+    of_summary: Sequence[Mapping[str, Any]]
+    added: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> _Stored:
+        config = stored_config(folder)
+        summary = _json(folder / "summary.json")
+        added: list[dict[str, Any]] = []
+        for file in results_in(folder, "verify.json"):
+            if are_of_run(content := _json(file), summary):
+                added += _results(file, content, config)
+        return cls(folder, config, summary, _results(folder / "summary.json", summary, config), added)
+
+    def first(self, eps: Any, method: str | None) -> Mapping[str, Any]:
+        """The first result at `eps` by `method` (None: any), the summary's before those that were added."""
+        found = _at([*self.of_summary, *self.added], eps, method)
+        return found[0] if found else self._refuse(eps, f" by {method}" if method else "")
+
+    def answers(self, like: Mapping[str, Any], of: Path) -> list[Mapping[str, Any]]:
+        """Results for the radius, bounds and arithmetic of the result `like` of the run `of`; the newest first."""
+        found = _at([*self.added, *self.of_summary], like["eps"], like["method"])
+        found = [result for result in found if result.get("arithmetic") == like.get("arithmetic")]
+        return found or self._refuse(like["eps"], f" by {bounds_of(like)}, as {of} was")
+
+    def _refuse(self, eps: Any, by: str) -> NoReturn:
+        results = [*self.of_summary, *self.added]
+        if not results:
+            split = self.config.verification.split
+            raise UsageError(
+                f"{self.folder} has no result on its {split} split: certtrain verify {self.folder} adds it"
+            )
+        there = ", ".join(sorted({f"{result['eps']:.5g} ({bounds_of(result)})" for result in results}))
+        raise UsageError(
+            f"{self.folder} was not verified at epsilon {eps}{by}, but at {there}: "
+            f"certtrain verify {self.folder} --eps adds it"
+        )
+
+    def finished(self, answers: Sequence[Mapping[str, Any]], images: int) -> FinishedRun:
+        """The run, with the newest of `answers` on so many images, and the verdicts of that answer.
+
+        Verdicts of an answer that was written elsewhere may be there alone: if they fit an older one, that is taken,
+        so that numbers and verdicts are of one answer; if they fit none, there are none.
+        """
+        asked = [answer for answer in answers if answer["images"] == images]
+        verdicts = [entry for entry in read_verdicts(self.folder) if self._are_about(entry, asked)]
+        pairs = [(answer, entry) for answer in asked for entry in verdicts if _fits(entry, answer)]
+        result, own = pairs[0] if pairs else (asked[0], None)
+        return FinishedRun(
+            folder=self.folder,
+            config=self.config,
+            result=result,
+            numbers=_numbers(self.folder / "summary.json", {**self.summary, **result}),
+            verdicts=own,
+            sha256=verdicts[0].sha256 if verdicts else None,
+            image_counts=frozenset(answer["images"] for answer in answers),
+            epochs=_curve(self.folder / "metrics.jsonl"),
+        )
+
+    def _are_about(self, verdicts: Verdicts, answers: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether they answer the same question."""
+        questions = [
+            (answer["eps"], answer["method"], answer.get("arithmetic"), answer["images"]) for answer in answers
+        ]
+        return (
+            verdicts.split == self.config.verification.split
+            and (verdicts.eps, verdicts.method, verdicts.arithmetic, len(verdicts.images)) in questions
+            and self.summary.get("split_sha256") in (None, verdicts.sha256)
+        )
+
+
+def _at(results: Sequence[Mapping[str, Any]], eps: Any, method: str | None) -> list[Mapping[str, Any]]:
+    if not (_is_number(eps) and 0 <= eps <= 1):  # a summary may say anything
+        return []
+    return [
+        result for result in results if abs(result["eps"] - eps) <= SAME_RADIUS and method in (None, result["method"])
+    ]
+
+
+def _fits(verdicts: Verdicts, answer: Mapping[str, Any]) -> bool:
+    """Whether the verdicts come to the errors of `answer`."""
+    count = len(verdicts.images)
+    proved, attacked, wrong = (verdicts.images.count(LETTERS[fate]) for fate in ("proved", "attacked", "misclassified"))
+    expected = {"natural_error": wrong, "pgd_error": wrong + attacked, "verified_error": count - proved}
+    return all(round(answer[error] * count) == images for error, images in expected.items())
+
+
+def read_finished(folders: Sequence[Path], eps: float | None, method: str | None) -> list[FinishedRun]:
+    """The runs in `folders`, each with its answer to one question, on the most images that all were verified on.
+
+    Of several answers the newest counts. Where no number of images is common to all, each run has its answer on its
+    most (`require_same_images`).
 
     Args:
-        like: a run whose radius, bounds and arithmetic are asked for instead.
+        eps: the radius; None: that of the first summary.
+        method: the bounds, and with them the arithmetic, are those of the first run's first result at `eps`, its
+            summary's before others; of those by `method`, unless that is None.
 
     Raises:
-        UsageError: it has no such result.
+        UsageError: a run has no such result.
         CheckpointError: a file is missing or corrupt.
     """
-    if like is not None:
-        eps, method = like.result["eps"], like.result["method"]
-    config = stored_config(folder)
-    summary = _json(folder / "summary.json")
-    results = [*_results(folder / "summary.json", summary, config)]
-    for file in results_in(folder, "verify.json"):
-        if are_of_run(content := _json(file), summary):
-            results += _results(file, content, config)
-    at = summary.get("eps") if eps is None else eps
-    asked = [
-        result
-        for result in results
-        if isinstance(at, int | float)
-        and abs(result["eps"] - at) <= SAME_RADIUS
-        and method in (None, result.get("method"))
-        and (like is None or result.get("arithmetic") == like.result.get("arithmetic"))
-    ]
-    if not asked:
-        there = ", ".join(sorted({f"{result['eps']:.5g} ({bounds_of(result)})" for result in results}))
-        by = f" by {bounds_of(like.result)}, as {like.folder} was" if like else f" by {method}" if method else ""
-        raise UsageError(
-            f"{folder} was not verified at epsilon {at}{by}, but at {there}: certtrain verify {folder} --eps adds it"
-        )
-    result = asked[0]
-    numbers = {key: float(value) for key, value in {**summary, **result}.items() if _is_number(value)}
-    question = (config.verification.split, result["eps"], result["method"], result.get("arithmetic"), result["images"])
-    verdicts = [
-        entry
-        for entry in read_verdicts(folder)
-        if (entry.split, entry.eps, entry.method, entry.arithmetic, len(entry.images)) == question
-        and summary.get("split_sha256") in (None, entry.sha256)
-    ]
-    epochs = read_records(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-    return FinishedRun(folder, config, result, numbers, verdicts[0] if verdicts else None, epochs)
+    stored = [_Stored.read(folder) for folder in folders]
+    like = stored[0].first(stored[0].summary.get("eps") if eps is None else eps, method)
+    answers = [run.answers(like, stored[0].folder) for run in stored]
+    counts = [{answer["images"] for answer in own} for own in answers]
+    common = set.intersection(*counts)
+    return [run.finished(own, max(common or here)) for run, own, here in zip(stored, answers, counts, strict=True)]
 
 
 def bounds_of(result: Mapping[str, Any]) -> str:
@@ -142,17 +220,37 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _numbers(file: Path, content: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of `content`, which is of `file`.
+
+    Raises:
+        CheckpointError: one is not finite, or larger than a float.
+    """
+    numbers = {key: value for key, value in content.items() if _is_number(value)}
+    for key, value in numbers.items():
+        if not abs(value) <= sys.float_info.max:
+            raise CheckpointError(f"{file} was written by another version, or edited: {shortened(key)} is not finite")
+    return {key: float(value) for key, value in numbers.items()}
+
+
+def _curve(file: Path) -> list[dict[str, Any]]:
+    """The epochs of metrics.jsonl that have a verified error, and that alone."""
+    records = read_records(file) if file.exists() else []
+    return [checked(CurvePoint, record, file) for record in records if "verified_error" in record]
+
+
 def require_same_images(runs: Sequence[FinishedRun]) -> None:
     """All must have been verified on the same images; validation splits follow from the seed: those of each seed."""
     first = runs[0]
     for run in runs[1:]:
         if (problem := _difference(first, run)) is not None:
             raise UsageError(f"{first.folder} and {run.folder} cannot be compared: {problem}")
+    _require_as_many(runs)
     if first.split == "validation":
         by_seed: dict[int, FinishedRun] = {}
         for run in runs:
             other = by_seed.setdefault(run.seed, run)
-            if digest(run) != digest(other):
+            if run.sha256 != other.sha256:
                 raise UsageError(f"{other.folder} and {run.folder} cannot be compared: other validation images")
 
 
@@ -164,16 +262,21 @@ def _difference(first: FinishedRun, second: FinishedRun) -> str | None:
         return "other classes of the data set"
     if first.split != second.split:
         return f"verified on the {first.split} split, and on the {second.split} split"
-    if first.result["images"] != second.result["images"]:
-        return f"verified on {first.result['images']} images, and on {second.result['images']}"
-    known = first.split == "test" and first.verdicts and second.verdicts
-    if known and digest(first) != digest(second):
+    known = first.split == "test" and first.sha256 and second.sha256
+    if known and first.sha256 != second.sha256:
         return "the images, or their labels, are others"
     if not known and one.data.path != other.data.path:
         return f"images of {one.data.path}, and of {other.data.path}"
     return None
 
 
-def digest(run: FinishedRun) -> str | None:
-    """Of its images and labels; None without verdicts."""
-    return run.verdicts.sha256 if run.verdicts else None
+def _require_as_many(runs: Sequence[FinishedRun]) -> None:
+    """There must be a number of images that all were verified on; two runs that have none in common are named."""
+    if len({run.result["images"] for run in runs}) == 1:
+        return
+    for first, second in itertools.combinations(runs, 2):
+        if not first.image_counts & second.image_counts:
+            numbers = (" and ".join(map(str, sorted(run.image_counts))) for run in (first, second))
+            where = "verified on {} images, and on {}".format(*numbers)
+            raise UsageError(f"{first.folder} and {second.folder} cannot be compared: {where}")
+    raise UsageError("there is no number of images that all runs were verified on: certtrain verify --limit adds one")

@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from certtrain.errors import UsageError, shown
+from certtrain.errors import UsageError, printable, shown
 from certtrain.report import plots
 from certtrain.runtime.files import write_text
 from certtrain.studies.compare import Comparison
 from certtrain.studies.tables import Sheet, sheets, subtitle, to_latex, to_markdown
 
 Plot = tuple[str, str]  # heading, SVG
+NAMESPACES = (  # which an SVG needs that stands alone, and not in a page
+    'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+)
 
 
 def check_ending(file: Path) -> None:
@@ -37,7 +40,7 @@ def html(comparison: Comparison, title: str, more: Sequence[Sheet] = (), more_pl
 
     return str(
         template("study.html").render(
-            title=title,
+            title=printable(title),
             subtitle=subtitle(comparison),
             sheets=[*more, *sheets(comparison)],
             plots=[*more_plots, ("Learning curves", curves(comparison))],
@@ -54,5 +57,5 @@ WRITERS: dict[str, Callable[[Comparison, str], str]] = {
     ".md": lambda comparison, title: to_markdown(sheets(comparison)),
     ".tex": lambda comparison, title: to_latex(sheets(comparison)),
     ".html": html,
-    ".svg": lambda comparison, title: curves(comparison),
+    ".svg": lambda comparison, title: curves(comparison).replace("<svg", f"<svg {NAMESPACES}", 1),
 }

@@ -21,6 +21,10 @@ class Interval:
     high: float
     method: str
 
+    def within(self, low: float, high: float) -> Interval:
+        """What of it lies between these, which bound the quantity."""
+        return Interval(max(low, self.low), min(high, self.high), self.method)
+
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
     """Where the mean of the distribution lies that `values` are drawn from.

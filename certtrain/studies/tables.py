@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from certtrain.errors import printable
 from certtrain.studies.compare import Comparison, Paired, Spread, is_error
 from certtrain.studies.groups import Group
 from certtrain.studies.statistics import Interval
@@ -29,12 +32,22 @@ _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of text; the first column names the rows."""
+    """A table of text; the first column names the rows. Names of folders and settings are any text: see `printable`."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    def __post_init__(self) -> None:
+        shown = {
+            "title": printable(self.title),
+            "columns": [printable(cell) for cell in self.columns],
+            "rows": [[printable(cell) for cell in cells] for cells in self.rows],
+            "note": printable(self.note),
+        }
+        for key, text in shown.items():
+            object.__setattr__(self, key, text)
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
@@ -58,12 +71,21 @@ def subtitle(comparison: Comparison) -> str:
 
 def _means(comparison: Comparison) -> Sheet:
     def row(group: Group) -> list[str]:
-        cells = [_mean(metric, comparison.spread(group, metric)) for metric in comparison.metrics]
-        return [group.name, str(len(group.runs)), *cells]
+        return [group.name, str(len(group.runs)), *(_mean(comparison, group, metric) for metric in comparison.metrics)]
 
     columns = ["configuration", "runs", *map(_heading, comparison.metrics)]
-    note = "Mean ± standard deviation over runs, which are seeds."
+    note = f"Mean ± standard deviation over runs, which are seeds.{_others(comparison)}"
     return Sheet(f"Results: {subtitle(comparison)}", columns, [row(group) for group in comparison.groups], note)
+
+
+def _others(comparison: Comparison) -> str:
+    """On how many images runs were verified besides."""
+    runs = [run for group in comparison.groups for run in group.runs]
+    counts = Counter(count for run in runs for count in run.image_counts if count != comparison.images)
+    if not counts:
+        return ""
+    besides = ", ".join(f"{counts[count]} of {len(runs)} runs on {count}" for count in sorted(counts))
+    return f" {comparison.images} images are the most that all runs were verified on; there are also {besides}."
 
 
 def _is_crossed(comparison: Comparison) -> bool:
@@ -75,7 +97,7 @@ def _is_crossed(comparison: Comparison) -> bool:
 
 def _crossed(comparison: Comparison, metric: str) -> Sheet:
     """The choices of the first axis as columns, those of all others as rows."""
-    cells = {group.choices: _mean(metric, comparison.spread(group, metric)) for group in comparison.groups}
+    cells = {group.choices: _mean(comparison, group, metric) for group in comparison.groups}
     columns = list(dict.fromkeys(choice for choice, *_ in cells))
     others = dict.fromkeys(choices[1:] for choices in cells)
     rows = [["_".join(other), *(cells.get((column, *other), ABSENT) for column in columns)] for other in others]
@@ -92,9 +114,11 @@ def _scatter(comparison: Comparison, metric: str) -> Sheet:
             continue
         cells = (spread.mean, min(spread.values), _median(spread), max(spread.values))
         mean, best, median, worst = (_number(metric, value) for value in cells)
-        rows.append([group.name, mean, _interval(metric, spread.interval), best, median, worst])
+        rows.append(
+            [group.name, mean + _of_how_many(group, spread), _interval(metric, spread.interval), best, median, worst]
+        )
         methods |= {spread.interval.method} if spread.interval else set()
-    level = f"{comparison.confidence:.0%} interval"
+    level = f"{percentage(comparison.confidence)} interval"
     note = f"Intervals of the mean over seeds by {' or '.join(sorted(methods))}." if methods else ""
     heading = _heading(metric)
     return Sheet(
@@ -104,16 +128,18 @@ def _scatter(comparison: Comparison, metric: str) -> Sheet:
 
 def _paired(comparison: Comparison) -> Sheet:
     def row(pair: Paired) -> list[str]:
-        tests = [f"{test.only_second}:{test.only_first} p={test.p:.2g}" for test in pair.tests.values()]
+        tests = [
+            f"seed {seed} {test.only_second}:{test.only_first} {_p_value(test.p)}" for seed, test in pair.tests.items()
+        ]
         return [
             pair.name,
-            _signed(pair.difference),
+            _signed(pair.difference) + ("" if pair.seeds else " (of means)"),
             _interval("verified_error", pair.over_seeds),
             _interval("verified_error", pair.over_images),
             ", ".join(tests) or ABSENT,
         ]
 
-    level = f"{comparison.confidence:.0%}"
+    level = percentage(comparison.confidence)
     columns = ["configuration", "difference", f"{level} over seeds", f"{level} over images", "McNemar, by seed"]
     alike = "" if comparison.baseline == comparison.groups[0].name else " with all other choices alike"
     note = (
@@ -121,6 +147,10 @@ def _paired(comparison: Comparison) -> Sheet:
         "better. McNemar: images that only the baseline proves : images that only this one proves, and the exact "
         "two-sided p of each pair of networks, not adjusted for the number of tests."
     )
+    if any(pair.tests.keys() != set(pair.seeds) for pair in comparison.paired):
+        note += " Over images: of the seeds with a test; the others have no verdicts of each image."
+    if not all(pair.seeds for pair in comparison.paired):
+        note += " Of means: no seed is in both, and the means of other seeds are subtracted."
     return Sheet(f"Against {comparison.baseline}", columns, [row(pair) for pair in comparison.paired], note)
 
 
@@ -138,15 +168,32 @@ def _heading(metric: str) -> str:
 
 
 def _number(metric: str, value: float) -> str:
-    return f"{value:.2%}" if is_error(metric) else f"{value:.4g}"
+    if is_error(metric):
+        return f"{value:.2%}"
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e16 else f"{value:.4g}"  # seconds of a long training, say
 
 
-def _mean(metric: str, spread: Spread | None) -> str:
+def percentage(share: float) -> str:
+    """With as many decimals as it has."""
+    return f"{100 * share:.10g}%"
+
+
+def _p_value(p: float) -> str:
+    return f"p={p:.2g}" if p >= 1e-300 else "p<1e-300"  # where floats end
+
+
+def _mean(comparison: Comparison, group: Group, metric: str) -> str:
+    spread = comparison.spread(group, metric)
     if spread is None:
         return ABSENT
-    if spread.deviation is None:
-        return _number(metric, spread.mean)
-    return f"{_number(metric, spread.mean)} ± {_number(metric, spread.deviation)}"
+    deviation = "" if spread.deviation is None else f" ± {_number(metric, spread.deviation)}"
+    return _number(metric, spread.mean) + deviation + _of_how_many(group, spread)
+
+
+def _of_how_many(group: Group, spread: Spread) -> str:
+    """Said where not all runs report the metric."""
+    count, runs = len(spread.values), len(group.runs)
+    return "" if count == runs else f" ({count} of {runs} runs)"
 
 
 def _median(spread: Spread) -> float:
@@ -226,18 +273,23 @@ def to_markdown(tables: Sequence[Sheet]) -> str:
 
 
 def _markdown_lines(sheet: Sheet) -> Iterator[str]:
-    yield f"**{sheet.title}**"
+    yield f"**{_markdown(sheet.title)}**"
     yield ""
     yield _markdown_row(sheet.columns)
     yield "|---|" + "---:|" * (len(sheet.columns) - 1)
     yield from map(_markdown_row, sheet.rows)
     if sheet.note:
         yield ""
-        yield sheet.note
+        yield _markdown(sheet.note)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(_markdown, cells)) + " |"
+
+
+def _markdown(text: str) -> str:
+    """Within a word, an underscore is one as it is."""
+    return re.sub(r"[\\`*\[<&~$|]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
 
 
 def to_latex(tables: Sequence[Sheet]) -> str:
@@ -259,7 +311,8 @@ def _latex_lines(sheet: Sheet) -> Iterator[str]:
 
 
 def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(map(_latex, cells)) + r" \\"
+    row = " & ".join(map(_latex, cells)) + r" \\"
+    return "{}" + row if row.lstrip().startswith(("[", "*")) else row  # which would belong to the command before it
 
 
 def _latex(text: str) -> str:

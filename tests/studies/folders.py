@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from certtrain.config import load_config
+from certtrain.runs.directory import write_results
 from certtrain.runs.verdicts import Verdicts, add_verdicts
 
 STUDY = """
@@ -40,18 +41,7 @@ def write_run(
     folder.mkdir(parents=True)
     config = load_config("digits", {"seed": seed, **overrides})
     (folder / "config.yaml").write_text(config.to_yaml())
-    split, count = config.verification.split, len(images)
-    proved, attacked, wrong = (images.count(letter) for letter in "pam")
-    result = {
-        "eps": eps,
-        "method": method,
-        "arithmetic": arithmetic,
-        "images": count,
-        "natural_error": wrong / count,
-        "pgd_error": (wrong + attacked) / count,
-        "verified_error": 1 - proved / count,
-        "stages": [],
-    }
+    split, result = config.verification.split, result_of(images, eps, method, arithmetic)
     summary = {**result, "split": split, "train_seconds": 10.0 + seed, "radii": [result], **(extra or {})}
     (folder / "summary.json").write_text(json.dumps(summary))
     sha256 = hashlib.sha256(test_set.encode()).hexdigest()
@@ -61,6 +51,32 @@ def write_run(
     lines = [json.dumps({"epoch": epoch + 1, "verified_error": error}) for epoch, error in enumerate(epochs)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder
+
+
+def result_of(images, eps=0.1, method="ibp", arithmetic=None):
+    count = len(images)
+    proved, attacked, wrong = (images.count(letter) for letter in "pam")
+    return {
+        "eps": eps,
+        "method": method,
+        "arithmetic": arithmetic,
+        "images": count,
+        "natural_error": wrong / count,
+        "pgd_error": (wrong + attacked) / count,
+        "verified_error": 1 - proved / count,
+        "stages": [],
+    }
+
+
+def verify_again(folder, images, *, elsewhere=False, eps=0.1, method="ibp"):
+    """As `certtrain verify` leaves it, whose results were written elsewhere, or to the run."""
+    if not elsewhere:
+        content = {"split": "test", "radii": [result_of(images, eps, method)]}
+        write_results(folder / "verify.json", content)
+    sha256 = hashlib.sha256(b"these").hexdigest()
+    add_verdicts(
+        folder, [Verdicts(split="test", sha256=sha256, eps=eps, method=method, arithmetic=None, images=images)]
+    )
 
 
 def pretend_finished(study, folder):

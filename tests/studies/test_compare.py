@@ -6,21 +6,26 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import warnings
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from markdown_it import MarkdownIt
 from rich.console import Console
 
 from certtrain.cli import main
-from certtrain.errors import CheckpointError, UsageError
+from certtrain.errors import CheckpointError, UsageError, printable
 from certtrain.studies.compare import compare
 from certtrain.studies.design import load_study
 from certtrain.studies.grid import GRID_FILE, Grid, read_grid
 from certtrain.studies.tables import Sheet, sheets, show, to_latex, to_markdown
+from tests.commands import exit_code, into_a_pipe_that_nobody_reads, start
 from tests.report.test_page import Page
-from tests.studies.folders import pretend_finished, write_run
+from tests.studies.folders import pretend_finished, verify_again, write_run
 
 # Ten images; a: 6, 5, 7 proved, b: 8, 8, 8.
 A = ["ppppppuuam", "pppppuuuam", "pppppppuam"]
@@ -264,7 +269,140 @@ def test_bounds_are_those_of_the_first_run_wherever_the_others_have_them(study):
     assert sheets(found)[0].title.endswith("bounds by ibp")
 
 
+def pair_of(tmp_path, a, b):
+    """Two configurations, of one run each."""
+    return [
+        write_run(tmp_path / name / "seed-0", images, **{"optimizer.lr": rate})
+        for name, images, rate in (("a", a, 0.001), ("b", b, 0.002))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("again", "proved"),
+    [
+        ([], (3, 4)),
+        ([("b", "ppppppppuu", False)], (3, 8)),
+        ([("b", "ppppppppuu", False), ("b", "ppppppuuuu", False)], (3, 6)),
+        ([("b", "ppppppppuu", False), ("b", "ppppuuuuuu", False)], (3, 4)),
+        ([("a", "ppppppuuuu", False), ("b", "puuuuuuuuu", False)], (6, 1)),
+        ([("b", "ppppppppuu", False), ("b", "puuppuuuup", True)], (3, 4)),  # the verdicts fit the summary
+    ],
+)
+def test_numbers_and_verdicts_are_of_one_answer(tmp_path, again, proved):
+    """The later of several to one question; what is paired by image is what is shown."""
+    pair_of(tmp_path, "pppuuuuuuu", "ppppuuuuuu")
+    for name, images, elsewhere in again:
+        verify_again(tmp_path / name / "seed-0", images, elsewhere=elsewhere)
+    found = compare([tmp_path])
+    assert [group.values("verified_error") for group in found.groups] == [[pytest.approx(1 - n / 10)] for n in proved]
+    (pair,) = found.paired
+    assert pair.difference * 10 == pytest.approx(pair.tests[0].only_second - pair.tests[0].only_first)
+    assert pair.over_images.low - 1e-9 <= pair.difference <= pair.over_images.high + 1e-9
+
+
+def test_verdicts_of_another_answer_are_paired_with_no_image(tmp_path):
+    _, b = pair_of(tmp_path, "pppuuuuuuu", "ppppuuuuuu")
+    verify_again(b, "ppppppppuu", elsewhere=True)
+    (pair,) = compare([tmp_path]).paired
+    assert (pair.difference, pair.tests, pair.over_images) == (pytest.approx(-0.1), {}, None)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("numbers", "most"), [(((2, 4), (2, 4)), 4), (((2, 4), (4,)), 4), (((4, 2), (4, 6)), 4), (((4, 6), (6, 4, 2)), 6)]
+)
+def test_runs_are_compared_on_the_most_images_that_all_were_verified_on(tmp_path, numbers, most, turned):
+    """The first number of each is the summary's."""
+    rates = (0.001, 0.002)
+    folders = []
+    for name, (first, *others), rate in zip("ab", numbers, rates, strict=True):
+        folders.append(write_run(tmp_path / name, "p" + "u" * (first - 1), **{"optimizer.lr": rate}))
+        for count in others:
+            verify_again(folders[-1], "p" + "u" * (count - 1))
+    found = compare(folders[::-1] if turned else folders)
+    assert found.images == most
+    assert [group.values("verified_error") for group in found.groups] == [[pytest.approx(1 - 1 / most)]] * 2
+    assert len(found.paired[0].tests) == 1
+    note = sheets(found)[0].note
+    for count in (2, 4, 6):
+        runs = sum(count in own for own in numbers)
+        assert (f"{runs} of 2 runs on {count}" in note) == (runs > 0 and count != most)
+
+
+def test_runs_that_have_no_number_of_images_in_common_are_named(tmp_path):
+    counts = {"a": (2, 4), "b": (2, 6), "c": (6, 8)}
+    for number, (name, (first, second)) in enumerate(counts.items()):
+        folder = write_run(tmp_path / name, "p" * first, **{"optimizer.lr": 0.1 + number})
+        verify_again(folder, "p" * second)
+    with pytest.raises(UsageError, match=r"a and .*c cannot be compared: verified on 2 and 4 images, and on 6 and 8$"):
+        compare([tmp_path])
+    verify_again(tmp_path / "c", "pppp")
+    with pytest.raises(UsageError, match="no number of images that all runs were verified on"):
+        compare([tmp_path])
+
+
 # --- what cannot be compared ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ibp, crown", " ibp,crown", "ibp,crown "])
+def test_bounds_are_named_as_for_verify(tmp_path, method):
+    write_run(tmp_path / "a", "pu", method="ibp,crown")
+    assert compare([tmp_path], method=method).bounds == "ibp,crown"
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("", "unknown bound method ''"), ("iqp", "did you mean ibp"), ("branch-and-bound,ibp", "name it once, as the")],
+)
+def test_bounds_that_verify_does_not_know(cli, study, method, message):
+    outcome = cli("compare", study, "--method", method)
+    assert (outcome.code, message in outcome.error) == (2, True)
+
+
+def test_a_run_without_a_result_on_its_split(study):
+    file = study / "b_50%" / "seed-0" / "summary.json"
+    file.write_text(file.read_text().replace('"split": "test"', '"split": "validation"'))
+    with pytest.raises(UsageError, match=r"seed-0 has no result on its test split: certtrain verify .* adds it$"):
+        compare([study])
+
+
+@pytest.mark.parametrize("key", ["train_seconds", "another"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400])
+def test_a_number_that_is_not_finite_is_named(study, key, value):
+    file = study / "a" / "seed-1" / "summary.json"
+    file.write_text(file.read_text()[:-1] + f', "{key}": {value}}}')
+    with pytest.raises(CheckpointError, match=rf"summary\.json .*: {key} is not finite$"):
+        compare([study])
+
+
+@pytest.mark.parametrize("eps", ["1" + "0" * 400, "NaN", "true", '"0.1"', "null", "[]", "-0.1"])
+def test_a_radius_that_is_none_is_named(study, eps):
+    file = study / "a" / "seed-0" / "summary.json"
+    file.write_text(file.read_text()[:-1] + f', "eps": {eps}}}')
+    with pytest.raises(UsageError, match=r"seed-0 was not verified at epsilon .*, but at 0\.1 \(ibp\)"):
+        compare([study])
+
+
+@pytest.mark.parametrize("value", ["null", '"x"', "[]", "NaN", "1e308", "-5"])
+@pytest.mark.parametrize("key", ["verified_error", "epoch"])
+def test_a_curve_that_cannot_be_drawn_is_named(study, key, value):
+    values = {
+        "epoch": "1",
+        "verified_error": "0.5",
+        key: "1" + "0" * 26 if (key, value) == ("epoch", "1e308") else value,
+    }
+    line = ", ".join(f'"{name}": {text}' for name, text in values.items())
+    (study / "a" / "seed-0" / "metrics.jsonl").write_text(f"{{{line}}}\n")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl ") as error:
+        compare([study])
+    assert "\n" not in str(error.value)
+
+
+def test_epochs_without_a_verified_error_are_not_drawn(study):
+    (study / "a" / "seed-0" / "metrics.jsonl").write_text(
+        '{"epoch": 1, "loss": NaN}\n{"epoch": 2, "verified_error": 1}'
+    )
+    assert compare([study]).groups[0].runs[0].epochs == [{"epoch": 2, "verified_error": 1}]
 
 
 def test_a_metric_that_no_run_reports(study):
@@ -406,3 +544,162 @@ def test_the_page_of_a_study_shows_the_comparison(cli, study):
 def test_a_file_of_a_run_is_not_overwritten(cli, study, tmp_path):
     assert "is summary.json of the run" in cli("compare", study, "--out", study / "a" / "seed-0" / "summary.json").error
     assert "its ending says what is written" in cli("compare", study, "--out", tmp_path / "table.docx").error
+
+
+RECORDS = ["study.json", "tuning.json", "optuna.db", "scaling.json", "a/seed-0/diverged.json", "a/seed-0/report.html"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("record", RECORDS)
+def test_the_records_of_a_study_are_not_overwritten(cli, study, tmp_path, record, there):
+    """Whether they are named or linked to, and by whatever command."""
+    file = study / record
+    if there:
+        file.write_text("kept")
+    link = tmp_path / f"link{file.suffix}"
+    link.symlink_to(file)
+    for path in (file, link):
+        for command in ("compare", "report"):
+            if file.suffix == ".db" and command == "compare":
+                continue
+            kind = "study" if file.parent == study else "run"
+            assert f"is {file.name} of the {kind} in" in cli(command, study, "--out", path).error
+    assert file.exists() == there
+    assert not there or file.read_text() == "kept"
+
+
+def test_a_study_s_own_page_may_be_written_anew(cli, study):
+    for command in (["report", study], ["compare", study, "--out", study / "report.html"], ["report", study]):
+        assert cli(*command).code == 0
+
+
+@pytest.mark.parametrize("option", [["--limit", "3"], ["--device", "cpu"], ["--trust-model"]])
+def test_options_about_one_network_are_not_for_the_page_of_a_study(cli, study, option):
+    outcome = cli("report", study, *option)
+    assert outcome.code == 2
+    assert f"{option[0]} cannot be combined with the report of a study" in outcome.error
+    assert not (study / "report.html").exists()
+
+
+def test_a_reader_who_leaves_gets_the_files(study, tmp_path):
+    file, log = tmp_path / "table.tex", tmp_path / "log"
+    child = start(["compare", str(study), "--out", str(file)], log, into_a_pipe_that_nobody_reads)
+    assert exit_code(child) == 128 + 13, log.read_text()
+    assert file.read_text().startswith(r"\begin{table}")
+    assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("width", ["0", "00", ""])
+def test_a_terminal_of_no_width_is_one_of_unknown_width(cli, study, monkeypatch, width):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    expected = cli("compare", study).out
+    monkeypatch.setenv("COLUMNS", width)
+    assert cli("compare", study).out == expected
+    assert "verified error" in expected
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def table_of(comparison, title):
+    (sheet,) = [sheet for sheet in sheets(comparison) if sheet.title.startswith(title)]
+    return sheet
+
+
+def test_tests_are_labelled_by_seed(study):
+    (study / "a" / "seed-1" / "verdicts.json").unlink()
+    sheet = table_of(compare([study]), "Against")
+    assert sheet.rows[0][-1] == "seed 0 0:2 p=0.5, seed 2 0:1 p=1"
+    assert "Over images: of the seeds with a test" in sheet.note
+
+
+def test_where_no_seed_is_in_both_the_difference_is_said_to_be_of_means(study, tmp_path):
+    write_run(tmp_path / "study" / "c" / "seed-9", B[0], seed=9, **{"optimizer.lr": 0.5})
+    sheet = table_of(compare([study]), "Against")
+    assert [row[1] for row in sheet.rows] == ["−20.00%", "−20.00% (of means)"]
+    assert "Of means: no seed is in both" in sheet.note
+    assert "(of means)" not in table_of(compare([study], baseline="b_50%"), "Against").rows[0][1]
+
+
+def test_a_difference_s_interval_stays_among_differences(tmp_path):
+    for seed, (own, other) in enumerate([("u", "p"), ("u", "u")]):
+        write_run(tmp_path / "a" / f"seed-{seed}", other * 10, seed=seed)
+        write_run(tmp_path / "b" / f"seed-{seed}", own * 10, seed=seed, **{"optimizer.lr": 0.5})
+    interval = compare([tmp_path]).paired[0].over_seeds
+    assert (interval.low, interval.high) == (-1, 1)
+
+
+def test_it_is_said_of_how_many_runs_a_metric_is(study):
+    file = study / "a" / "seed-1" / "summary.json"
+    file.write_text(file.read_text()[:-1] + ', "clean_error": 0.5}')
+    found = compare([study], metrics=["clean_error"])
+    assert table_of(found, "Results").rows == [["a", "3", "50.00% (1 of 3 runs)"], ["b_50%", "3", "–"]]
+    assert table_of(found, "Clean error").rows[0][1] == "50.00% (1 of 3 runs)"
+    assert "of 3 runs" not in str(sheets(compare([study])))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [((36123.4, 36130.4, 36137.4), "36130 ± 7"), ((9.5, 10, 10.5), "10 ± 0.5"), ((1e5,) * 3, "100000 ± 0")],
+)
+def test_seconds_have_no_exponent(tmp_path, seconds, text):
+    for seed, value in enumerate(seconds):
+        write_run(tmp_path / f"seed-{seed}", "pu", seed=seed, extra={"train_seconds": value})
+    runs = [tmp_path / f"seed-{seed}" for seed in range(3)]
+    assert table_of(compare(runs), "Results").rows[0][-1] == text
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.995, 0.999, 0.999999999])
+def test_a_level_is_shown_with_all_its_decimals(study, confidence):
+    found = compare([study], confidence=confidence)
+    for text in (table_of(found, "Verified").columns[2], table_of(found, "Against").columns[2]):
+        assert float(text.split("%")[0]) / 100 == pytest.approx(confidence, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("lost", "text"), [(10, "p=0.002"), (990, "p=1.9e-298"), (1100, "p<1e-300"), (10_000, "p<1e-300")]
+)
+def test_no_p_is_zero(tmp_path, lost, text):
+    """Twice 2^-lost."""
+    pair_of(tmp_path, "p" * lost, "u" * lost)
+    assert table_of(compare([tmp_path]), "Against").rows[0][-1] == f"seed 0 {lost}:0 {text}"
+
+
+# --- names that are any text ------------------------------------------------------------------------------------------
+
+NAMES = [
+    *("$_$", r"$\frac$", "a$b", "_u", "x_", "__b__", "a|b", r"a\|b", "*s*_t_", "`c`", "<script>x", "[x](y)", "~~d~~"),
+    *("&lt;", "#1", "b_50%", "ü漢", "a\nb", "a\x1b[31m", "a\ufffeb", os.fsdecode(b"r\xe9")),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_of_any_name_is_in_every_format(cli, tmp_path, name):
+    """Markdown by another reader of it, SVG and the page by a parser of XML and one of HTML."""
+    write_run(tmp_path / "runs" / name, "pu", epochs=[0.5, 0.4])
+    write_run(tmp_path / "runs" / "other", "pu", epochs=[0.5, 0.4], **{"optimizer.lr": 0.5})
+    (tmp_path / "runs" / name / "unfinished").mkdir()
+    files = [tmp_path / f"table.{ending}" for ending in ("json", "md", "tex", "html", "svg")]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        outcome = cli("compare", tmp_path / "runs", *(f"--out={file}" for file in files))
+    assert (outcome.code, outcome.err) == (0, "")
+    written = {file.suffix: file.read_text(encoding="utf-8") for file in files}
+    expected = printable(name)
+    assert name in [group["name"] for group in json.loads(written[".json"])["groups"]]
+    rendered = Page(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(written[".md"]))
+    tables = sheets(compare([tmp_path / "runs"]))
+    assert rendered.tables == [[list(sheet.columns), *map(list, sheet.rows)] for sheet in tables]
+    assert expected in rendered.tables[0][1] + rendered.tables[0][2]
+    assert expected in [
+        text.text for text in ElementTree.fromstring(written[".svg"]).iter() if text.tag.endswith("text")
+    ]
+    assert expected in [cell for row in Page(written[".html"]).tables[0] for cell in row]
+    assert expected in "".join(outcome.out.split("\n"))
+
+
+@pytest.mark.parametrize("name", ["[x]", "*y", "[", "x"])
+def test_a_row_of_latex_is_no_option_of_the_line_before(name):
+    text = to_latex([Sheet("", [name, "b"], [[name, "c"], [name, "d"]])])
+    assert not re.search(r"(\\\\|rule)\s*[\[*]", text)
+    assert text.count(name) == 3

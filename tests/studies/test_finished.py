@@ -50,10 +50,10 @@ def test_results_of_another_network_or_of_other_images_are_not_the_run_s(cli, ru
     assert (EPS in curves["verified"][0]) == own
     if not own:
         with pytest.raises(UsageError, match=r"was not verified at epsilon 0\.05"):
-            read_finished(run, EPS, None)
+            read_finished([run], EPS, None)
         assert cli("verify", run, "--eps", EPS).code == 0
     (expected,) = verify(load_model(run), load_dataset("digits").test, EPS, limit=50)
-    finished = read_finished(run, EPS, None)
+    (finished,) = read_finished([run], EPS, None)
     assert finished.result["verified_error"] == expected.verified_error
     if finished.verdicts is not None:
         assert finished.proved.tolist() == expected.proved.tolist()
@@ -75,7 +75,7 @@ def test_one_question_does_not_hide_another(cli, run):
     for words in (["--eps", "0.05"], ["--eps", "0.02"], ["--eps", "0.05", "--method", "ibp,crown"]):
         assert cli("verify", run, *words).code == 0
     for eps, method in ((0.1, "ibp"), (0.05, "ibp"), (0.02, "ibp"), (0.05, "ibp,crown")):
-        finished = read_finished(run, eps, method)
+        (finished,) = read_finished([run], eps, method)
         assert (finished.result["eps"], finished.result["method"]) == (eps, method)
         assert finished.verdicts is not None
-    assert read_finished(run, 0.05, None).result["method"] == "ibp,crown"
+    assert read_finished([run], 0.05, None)[0].result["method"] == "ibp,crown"
