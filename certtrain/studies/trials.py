@@ -6,20 +6,54 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat, model_validator
 
 from certtrain.config import Config
 from certtrain.errors import NOT_OVER, CheckpointError
+from certtrain.report.records import Count, Record, checked
 from certtrain.runtime.files import parse_json
 from certtrain.studies.compare import compare
 from certtrain.studies.design import labels
 from certtrain.studies.page import html
 from certtrain.studies.progress import is_finished
 from certtrain.studies.runner import Outcome
-from certtrain.studies.tables import Sheet, sheets
+from certtrain.studies.tables import Sheet, percentage, sheets
 
 RECORD = "tuning.json"
 BASE = "base"  # the cell of the settings that were there before, among the runs that are tested
+
+
+class TrialRecord(Record):
+    """Of tuning.json, a `Trial`."""
+
+    number: Count
+    state: str
+    settings: dict[str, Any]
+    values: list[FiniteFloat] | None
+    on_front: bool
+    is_base: bool
+
+
+class SearchRecord(Record):
+    """Of tuning.json, what is read again."""
+
+    objectives: list[Annotated[str, Field(pattern="^[a-z_]+$")]] = Field(min_length=1)
+    validation: Count | FiniteFloat
+    trials: list[TrialRecord]
+    chosen: list[Count]
+    tested: bool
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> SearchRecord:
+        complete = [trial for trial in self.trials if trial.state == "complete"]
+        for trial in self.trials:
+            if (trial.values or trial in complete) and len(trial.values or ()) != len(self.objectives):
+                raise ValueError(f"trial {trial.number} has not one value for each objective")
+        if self.tested and not any(trial.on_front for trial in complete):
+            raise ValueError("it was tested, and no trial is complete and on the front")
+        return self
 
 
 @dataclass
@@ -119,11 +153,9 @@ def _was_tested(folder: Path) -> bool:
 def _record(folder: Path) -> dict[str, Any]:
     try:
         content = parse_json((folder / RECORD).read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not isinstance(content["trials"], list):
-            raise ValueError("a list of trials is expected")
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / RECORD} is missing or corrupt ({error})") from error
-    return content
+    return checked(SearchRecord, content, folder / RECORD)
 
 
 def page_of(folder: Path, title: str) -> str:
@@ -133,7 +165,7 @@ def page_of(folder: Path, title: str) -> str:
         CheckpointError: tuning.json is missing or corrupt, or nothing was tested yet.
     """
     record = _record(folder)
-    if not record.get("tested"):
+    if not record["tested"]:
         raise CheckpointError(f"the search in {folder} is not over: certtrain tune goes on")
     comparison = compare(_tested_folders(folder, record["chosen"]))
     return html(comparison, title, _search_sheets(record), [("Search, on validation images", drawn(record))])
@@ -164,7 +196,7 @@ def _search_sheets(record: Mapping[str, Any]) -> list[Sheet]:
         if trial["values"] and (trial["on_front"] or trial["is_base"])
     ]
     validation = record["validation"]
-    held_out = f"{validation:.0%}" if isinstance(validation, float) else f"{validation} images"
+    held_out = percentage(validation) if isinstance(validation, float) else f"{validation} images"
     chosen = ", ".join(map(str, record["chosen"]))
     tested = (
         f"The test set was looked at once, afterwards, by trial {chosen} and the settings before, trained anew on all "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import signal
 import warnings
 from contextlib import nullcontext
@@ -33,6 +34,7 @@ from certtrain.studies.pruning import Pruner
 from certtrain.studies.runner import Outcome
 from certtrain.studies.search import Range, load_tuning
 from certtrain.studies.trials import Trial, Tuned, choose, drawn, page_of
+from certtrain.studies.trials import tested_trials as trials_before_the_test
 from certtrain.studies.tuning import (
     BASE,
     SETTINGS,
@@ -165,6 +167,52 @@ def test_the_page_says_by_what_was_chosen_and_that_the_test_set_came_afterwards(
     (tmp_path / "tuning.json").write_text(json.dumps(record | {"tested": False}))
     with pytest.raises(CheckpointError, match="is not over"):
         page_of(tmp_path, "search")
+
+
+MISSING = "missing"
+KEYS = ("objectives", "validation", "trials", "chosen", "tested")
+HARMED = [
+    *({key: value} for key in KEYS for value in (MISSING, None, "x", {}, [[]])),
+    *({"objectives": value} for value in ([], ["a"], ["$_$", "$"], [3])),
+    *({"trials": value} for value in ([], [3], 3)),
+    {"chosen": 3},
+    {"validation": math.nan},
+]
+HARMED_TRIALS = [
+    *(
+        {key: value}
+        for key in ("number", "state", "settings", "on_front", "is_base")
+        for value in (MISSING, None, [], 1.5)
+    ),
+    *({"values": value} for value in (MISSING, None, [], [0.1], [0.1, 0.2, 0.3], ["x", 1], [math.nan, 0.1], 3)),
+    {"on_front": False},
+    {"state": "fail"},
+]
+
+
+@pytest.mark.parametrize("change", [*HARMED, *HARMED_TRIALS], ids=repr)
+def test_a_harmed_record_of_a_search_is_named(tmp_path, change):
+    """Every key of it, missing or of another type; values that do not go together."""
+    record = tuned(tmp_path, ["natural_error", "verified_error"], [0.3, 0.3], [0.2, 0.2], front=[1]).summary()
+    record |= {"tested": True, "chosen": [1]}
+    ((key, value),) = change.items()
+    place = record if change in HARMED else record["trials"][1]
+    place[key] = value
+    if value is MISSING:
+        del place[key]
+    (tmp_path / "tuning.json").write_text(json.dumps(record))
+    write_run(tmp_path / "final" / "base" / "seed-0", "ppum")
+    for read in (trials_before_the_test, lambda folder: page_of(folder, "search")):
+        with pytest.raises(CheckpointError, match=r"tuning\.json was written by another version, or edited") as error:
+            read(tmp_path)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("validation", "text"), [(0.1, "10%"), (0.125, "12.5%"), (0.001, "0.1%"), (300, "300 images")])
+def test_how_much_is_held_out_is_said_exactly(tmp_path, validation, text):
+    result = tuned(tmp_path, ["verified_error"], [0.3], front=[0])
+    result.validation = validation
+    assert f"By {text} of the training set" in result.sheets()[0].note
 
 
 def test_a_search_that_was_changed_or_goes_on_after_the_test_is_refused(cli, tmp_path):
