@@ -68,7 +68,8 @@ class BoundedModel:
     """A network as a map of boxes to boxes.
 
     It holds the network's operations, recorded once for each of train and eval mode, and none of its state:
-    parameters and buffers stay the module's, and `model.train()` / `model.eval()` take effect at the next call.
+    parameters and buffers stay the module's, and `model.train()` / `model.eval()` take effect at the next call, as do
+    its other attributes. What its forward reads elsewhere, such as a global, is taken as it was when it was recorded.
 
     Args:
         model: takes one batch of inputs (B, ...), returns logits (B, K).

@@ -12,8 +12,7 @@ from pages.studies import paired_table, spreads_table
 
 
 def fill() -> None:
-    board, searched = read("board"), read("board_2_255_searched")
-    smaller = together(read("board_2_255"), read("board_2_255_ibp"))
+    board, smaller, searched = read("board"), read("board_2_255"), read("board_2_255_searched")
     put(
         RESULTS / "board.md",
         board=board_table("board_cifar10_8_255", board["groups"]),
@@ -22,16 +21,11 @@ def fill() -> None:
         paired=paired_table(board),
         board_2_255=board_table("board_cifar10_2_255", smaller["groups"]),
         spreads_2_255=spreads_table(smaller),
+        paired_2_255=paired_table(smaller),
+        spreads_2_255_avx512=spreads_table(read("board_2_255_avx512")),
         searched_2_255=spreads_table(searched),
+        paired_2_255_searched=paired_table(searched),
     )
-
-
-def together(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
-    """The groups of comparisons that were made apart, of the same images at one radius by the same bounds."""
-    for key in ("eps", "bounds", "split", "images", "confidence"):
-        if any(other[key] != first[key] for other in others):
-            raise SystemExit(f"no one table of comparisons that differ in {key}")
-    return {**first, "groups": [group for part in (first, *others) for group in part["groups"]]}
 
 
 def board_table(study: str, compared: list[dict[str, Any]]) -> str:
