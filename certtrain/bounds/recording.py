@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Settle
-from certtrain.bounds.graph import Call, Graph, leaves
+from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
 from certtrain.bounds.tracing import trace
 from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError
 
@@ -86,13 +86,14 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
         try:
             with _seeded(0):  # Dropout's masks are drawn in one order
                 expected = candidate(images.to(dtype, copy=True))  # the module may write into its input
+            graph: Graph[Tensor] = trace(candidate)
+            with torch.enable_grad():  # bounds are wanted with gradients and without, and the forward may ask
+                other: Graph[Tensor] = trace(candidate)
             recorded = []
-            for grad in (True, False):  # the forward may ask for it, and bounds are wanted with gradients and without
-                with torch.set_grad_enabled(grad):
-                    graph: Graph[Tensor] = trace(candidate)
+            for each in [graph] if _meaning(other) == _meaning(graph) else [other, graph]:
                 together = _Keeping()
                 with _seeded(0):
-                    recorded.append(_walk(graph, images.to(dtype), together))
+                    recorded.append(_walk(each, images.to(dtype), together))
             with _seeded(1):
                 alone = _each_alone(graph, images.to(dtype), together.scalings if model.training else None)
         except CerttrainError:
@@ -140,6 +141,14 @@ def _candidates(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Modul
             yield deepcopy(model).to(wanted), wanted
     if not model.training:
         yield model, dtype
+
+
+def _meaning(graph: Graph[Tensor]) -> list[tuple[Any, ...]]:
+    """Equal if two recordings are surely the same; a tensor that the forward has made is another each time."""
+    return [
+        (step.function, step.module, step.where, map_leaves((step.args, dict(step.kwargs or {})), Tensor, id))
+        for step in graph.steps
+    ]
 
 
 def _walk(graph: Graph[Tensor], images: Tensor, walk: PointWalk) -> Tensor:

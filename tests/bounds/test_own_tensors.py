@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +57,14 @@ class Fetching(nn.Module):
         return F.linear(x, self.use(self.fetch(self)))
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("way", WAYS)
+def every_way_and_use() -> list[Any]:
+    """Each way with one use, and each use with one way; all others are slow."""
+    usual = ("next(self.parameters())", "/ its norm")
+    slow = {(way, use): way != usual[0] and use != usual[1] for way, use in itertools.product(WAYS, USES)}
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * is_slow) for pair, is_slow in slow.items()]
+
+
+@pytest.mark.parametrize(("way", "use"), every_way_and_use())
 def test_what_is_computed_from_weights_follows_them(way, use):
     torch.manual_seed(0)
     model = Fetching(way, use).eval()
@@ -132,14 +140,24 @@ def test_bounds_of_a_module_that_stores_what_it_computes():
         assert net.ibp(box).output.contains(model(point), 1e-5).all()
 
 
-def test_a_forward_that_asks_for_gradients_is_refused():
-    class Asking(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if torch.is_grad_enabled() else -super().forward(x)
+ASKING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a number": lambda net, x: net.layer(x) * (1.0 if torch.is_grad_enabled() else -1.0),
+    "a tensor": lambda net, x: net.layer(x) + torch.tensor([0.5 + torch.is_grad_enabled(), 2.0, 3.0]),
+    "a layer": lambda net, x: net.layer(x) if torch.is_grad_enabled() else net.other(x),
+    "an operation": lambda net, x: net.layer(x).relu() if torch.is_grad_enabled() else net.layer(x),
+}
 
-    for grad in (True, False):
-        with (
-            torch.set_grad_enabled(grad),
-            pytest.raises(UnsupportedOperation, match="does something tracing does not see"),
-        ):
-            BoundedModel(Asking(4, 3).eval(), X)
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("way", ASKING)
+def test_a_forward_that_asks_for_gradients_is_refused(way, grad):
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.other = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ASKING[way](self, x)
+
+    with torch.set_grad_enabled(grad), pytest.raises(UnsupportedOperation, match="something tracing does not see"):
+        BoundedModel(Asking().eval(), X)

@@ -581,6 +581,7 @@ def test_options_about_one_network_are_not_for_the_page_of_a_study(cli, study, o
     assert not (study / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_reader_who_leaves_gets_the_files(study, tmp_path):
     file, log = tmp_path / "table.tex", tmp_path / "log"
     child = start(["compare", str(study), "--out", str(file)], log, into_a_pipe_that_nobody_reads)

@@ -66,6 +66,7 @@ def configured(width, linear):
     return config, load_data(config)
 
 
+@pytest.mark.slow
 def test_cost_is_nine_forward_passes_for_each_image_and_epoch(plan):
     """A joint pass is three clean ones (test_cost), backward twice as much; the images' gradient is nobody's."""
     width, counted = 8, Counter(IMAGES, (1, 8, 8), 10)
