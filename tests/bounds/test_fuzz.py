@@ -61,6 +61,7 @@ def test_a_network_of_each_layer(kind):
         assert examined(Recipe(5, tuple(layers)), Counts()) is None, name
 
 
+@pytest.mark.slow
 def test_the_layers_contain_every_rule():
     used = {scale_shift, identity}  # what BatchNorm becomes, and what a recording leaves out
     for kind, name in LAYERS:

@@ -453,6 +453,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Convolving, Tensor]:
     return Convolving(function, weight, **settings_), torch.randn(2, 4, *size, generator=random, dtype=torch.float64)
 
 
+@pytest.mark.slow
 @given(drawn=convolutions(), channels_last=st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_a_convolution_is_pulled_back_however_it_is_spelled(drawn, channels_last):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -294,6 +295,7 @@ def test_a_degenerate_box_gives_the_networks_own_output(drawn):
     torch.testing.assert_close(output.upper, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_networks_above_can_contain_every_rule():
     """A rule that no random network can contain is one that nothing here tests; test_operations.py tests each alone."""
     from tests.bounds.test_operations import EXAMPLES  # which imports this file

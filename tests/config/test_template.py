@@ -29,6 +29,7 @@ def test_it_reads_back_as_the_same(changes):
     assert load_config(parse_yaml(commented_yaml(config))) == config
 
 
+@pytest.mark.slow
 def test_so_does_every_shipped_config():
     for name in runnable_configs():
         config = load_config(name)

@@ -6,6 +6,8 @@ import os
 import signal
 from functools import partial
 
+import pytest
+
 from certtrain.runs import lock
 from certtrain.runs.callbacks import Recorder
 from certtrain.verification import results
@@ -50,6 +52,7 @@ def end_at_step_four():
     Recorder.after_step = replacement
 
 
+@pytest.mark.slow
 def test_a_run_is_interrupted_resumed_and_verified_there(tmp_path, reference):
     run, log = tmp_path / "run", tmp_path / "log"
     for more, then, code in (
