@@ -246,14 +246,13 @@ class _Transformer:
 
     def _is_branch_end(self, node: fx.Node) -> bool:
         """Does nothing but what moves elements stand between it and a sum with a value that it has no part in?"""
-        for user in (node, *node.users):
-            summands = _summands(user)
-            if node in summands and not any(depends_on(other, node) for other in summands if other is not node):
-                return True
-            moves = called(user) in _MOVES or isinstance(self.trace.module_of(user), _RESHAPING_MODULES)
-            if user is not node and moves and self._is_branch_end(user):
-                return True
-        return False
+        sums = [summands for user in (node, *node.users) if node in (summands := _summands(user))]
+        if any(not depends_on(other, node) for summands in sums for other in summands if other is not node):
+            return True
+        return any(self._moves(user) and self._is_branch_end(user) for user in node.users)
+
+    def _moves(self, node: fx.Node) -> bool:
+        return called(node) in _MOVES or isinstance(self.trace.module_of(node), _RESHAPING_MODULES)
 
 
 _MOVES = _RESHAPES | {operator.getitem, torch.transpose, "transpose", "permute", "unflatten"}

@@ -138,7 +138,7 @@ class _OwnTensors(TorchFunctionMode):
 
     def __init__(self, tracer: fx.Tracer, root: nn.Module) -> None:
         super().__init__()
-        self._tracer, self._root = tracer, root
+        self._tracer = tracer
         self._paths = {id(tensor): path for path, tensor in chain(root.named_parameters(), root.named_buffers())}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

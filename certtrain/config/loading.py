@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache, reduce
 from pathlib import Path
@@ -99,16 +99,21 @@ def override_keys(overrides: Overrides) -> list[str]:
     """The dotted keys that `overrides` name."""
     keys: list[str] = []
     for override in [overrides] if isinstance(overrides, Mapping) else overrides:
-        keys += list(_dotted(override)) if isinstance(override, Mapping) else [override.partition("=")[0].strip()]
+        keys += (
+            [key for key, _ in leaves(override)]
+            if isinstance(override, Mapping)
+            else [override.partition("=")[0].strip()]
+        )
     return keys
 
 
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of nested mappings, and what they say."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _dotted(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
-            yield prefix + key
+            yield prefix + key, value
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from certtrain.config import Config, load_config
-from certtrain.config.loading import Overrides, override_keys
+from certtrain.config.loading import Overrides, leaves, override_keys
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.runtime.files import parse_json, replaceable, write_atomically, write_json
 
@@ -113,14 +113,6 @@ def differences(stored: Config, asked: Config) -> dict[str, str]:
         for key in dict.fromkeys((*run, *here))
         if run.get(key, _shown) != here.get(key, _shown)
     }
-
-
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

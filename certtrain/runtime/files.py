@@ -91,6 +91,11 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text)
 
 
+def is_number(value: Any) -> bool:
+    """Whether what JSON says is a number: to Python a truth value is one too."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 

@@ -13,11 +13,10 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from certtrain.config import Config, load_config
-from certtrain.config.loading import override_keys
+from certtrain.config.loading import leaves, override_keys
 from certtrain.config.schema import MOST_SEED, Plain, Several
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
-from certtrain.runs.directory import leaves
 from certtrain.studies.grid import GRID_FILE, Grid
 from certtrain.studies.reading import list_or_mapping, read_section
 

@@ -18,7 +18,7 @@ from certtrain.report.records import CurvePoint, Result, checked
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.metrics import read_records
 from certtrain.runs.verdicts import LETTERS, Verdicts, read_verdicts
-from certtrain.runtime.files import parse_json
+from certtrain.runtime.files import is_number, parse_json
 
 SAME_RADIUS = 1e-9
 
@@ -150,7 +150,7 @@ class _Stored:
 
 
 def _at(results: Sequence[Mapping[str, Any]], eps: Any, method: str | None) -> list[Mapping[str, Any]]:
-    if not (_is_number(eps) and 0 <= eps <= 1):  # a summary may say anything
+    if not (is_number(eps) and 0 <= eps <= 1):  # a summary may say anything
         return []
     return [
         result for result in results if abs(result["eps"] - eps) <= SAME_RADIUS and method in (None, result["method"])
@@ -216,17 +216,13 @@ def _json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _numbers(file: Path, content: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of `content`, which is of `file`.
 
     Raises:
         CheckpointError: one is not finite, or larger than a float.
     """
-    numbers = {key: value for key, value in content.items() if _is_number(value)}
+    numbers = {key: value for key, value in content.items() if is_number(value)}
     for key, value in numbers.items():
         if not abs(value) <= sys.float_info.max:
             raise CheckpointError(f"{file} was written by another version, or edited: {shortened(key)} is not finite")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from certtrain.config import Config
+from certtrain.config.loading import leaves
 from certtrain.errors import UsageError, shown
-from certtrain.runs.directory import leaves
 from certtrain.studies.finished import FinishedRun
 from certtrain.studies.grid import Grid, read_grid
 

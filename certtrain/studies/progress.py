@@ -17,7 +17,7 @@ from rich.text import Text
 from certtrain.config.schema import MOST
 from certtrain.runs.lock import LOCK
 from certtrain.runtime.console import tell
-from certtrain.runtime.files import parse_json
+from certtrain.runtime.files import is_number, parse_json
 from certtrain.studies.design import PlannedRun, cells_of
 
 DIVERGED = "diverged.json"  # in a run's folder: at which epsilon
@@ -145,7 +145,7 @@ def clock(seconds: float) -> str:
 
 def _within(value: Any, most: float) -> bool:
     """Whether it is a number from 0 to `most`."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+    return is_number(value) and 0 <= value <= most
 
 
 def _json(file: Path) -> dict[str, Any] | None:

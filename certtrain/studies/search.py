@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from certtrain.config import Config, load_config
+from certtrain.config.loading import leaves
 from certtrain.config.reading import NotPlainYaml, parse_yaml
 from certtrain.config.schema import Amount, OneOf, Plain, Positive
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shown
-from certtrain.runs.directory import leaves
 from certtrain.studies.design import Bases, Seeds, value_name
 from certtrain.studies.reading import list_or_mapping, read_section
 

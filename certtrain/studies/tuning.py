@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from certtrain.config import Config
+from certtrain.config.loading import leaves
 from certtrain.errors import (
     CerttrainError,
     DivergedError,
@@ -26,7 +27,7 @@ from certtrain.errors import (
     optional_module,
     shortened,
 )
-from certtrain.runs.directory import differences, leaves, stored_config
+from certtrain.runs.directory import differences, stored_config
 from certtrain.runs.lock import claimed, holder
 from certtrain.runtime.console import tell
 from certtrain.runtime.files import make_folder, write_json
