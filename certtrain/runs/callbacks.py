@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from certtrain.errors import READER_LEFT, DivergedError
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runs.checkpoint import save_checkpoint
+from certtrain.runs.lock import Claim
 from certtrain.runs.meters import Meter
 from certtrain.runs.metrics import MetricsFile
 from certtrain.runs.progress import ProgressDisplay, TensorBoard, epoch_record
@@ -82,7 +82,7 @@ class Recorder(Follower):
 
     def __init__(
         self,
-        folder: Path,
+        claim: Claim,
         checkpoint_seconds: float,
         trainer: Trainer,
         probe: Tensor,
@@ -94,10 +94,10 @@ class Recorder(Follower):
     ) -> None:
         super().__init__(ranks, callbacks)
         self._meters = meters
-        self._folder, self._display = folder, display
+        self._claim, self._display = claim, display
         self._checkpoint_seconds = checkpoint_seconds
-        self._metrics = MetricsFile(folder / "metrics.jsonl", trainer.epoch)
-        self._tensorboard = TensorBoard(folder / "tensorboard", trainer.epoch)
+        self._metrics = MetricsFile(claim.folder / "metrics.jsonl", trainer.epoch)
+        self._tensorboard = TensorBoard(claim.folder / "tensorboard", trainer.epoch)
         self._probe = probe[:PROBE_IMAGES]
         self._seconds_before, self._started = seconds_before, time.monotonic()
         self._saved_at = self._started
@@ -112,6 +112,8 @@ class Recorder(Follower):
         return time.monotonic() - self._saved_at
 
     def after_step(self, trainer: Trainer) -> bool:
+        if self._meters:
+            self._claim.require()
         for meter in self._meters:
             meter.after_step(trainer, self._probe)
         self._show(self._display.after_step, trainer)
@@ -134,6 +136,7 @@ class Recorder(Follower):
         record = epoch_record(report, layers, self.seconds)
         for meter in self._meters:
             record |= meter.after_epoch(trainer, report, layers)
+        self._claim.require()
         self._metrics.add(record)
         self._tensorboard.add(record)
         self._show(self._display.after_epoch, report)
@@ -142,5 +145,6 @@ class Recorder(Follower):
         return super().after_epoch(trainer, report)
 
     def save(self, trainer: Trainer) -> None:
-        save_checkpoint(self._folder / "last.ckpt", run_state(trainer, self.seconds))
+        self._claim.require()
+        save_checkpoint(self._claim.folder / "last.ckpt", run_state(trainer, self.seconds))
         self._saved_at = time.monotonic()

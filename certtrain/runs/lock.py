@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from certtrain.errors import CheckpointError, FolderInUse, UsageError
@@ -24,12 +25,38 @@ LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot lock
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A claimed folder; `descriptor` has it open wherever it is moved, None where systems open no folders."""
+
+    folder: Path
+    descriptor: int | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether what is at `folder` now is the folder that was claimed."""
+        return self.descriptor is None or _is_still(self.descriptor, self.folder, follow=True)
+
+    def require(self) -> None:
+        """To be asked before something is written: what is there now may be another run's.
+
+        Raises:
+            CheckpointError: the folder has been moved or removed.
+        """
+        if not self.holds:
+            raise CheckpointError(
+                f"{self.folder} was moved or removed while a run went on in it: nothing more is written there; "
+                "continue the run where its folder is now with --resume"
+            )
+
+
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> Iterator[Claim]:
     """Keep other processes that claim `folder` out of it; made where it is missing, removed again if it stays empty.
 
     What holds is the operating system's lock on the file `.lock`, which ends with the process that took it, however
-    that ends; a file that a killed one has left holds nobody out. The file says who holds it.
+    that ends; a file that a killed one has left holds nobody out. The file says who holds it. A folder that is moved
+    takes its lock along: what another process makes in its place is left alone.
 
     Raises:
         FolderInUse: another process is in it.
@@ -39,15 +66,27 @@ def claimed(folder: Path) -> Iterator[None]:
     new = _make_if_missing(folder)
     while (descriptor := _locked(folder)) is None:
         new = _make_if_missing(folder)
+    claim = Claim(folder, _opened(folder))
     try:
-        yield
+        yield claim
     finally:
         with suppress(OSError):
-            (folder / LOCK).unlink()  # while it is held: who has opened it meanwhile looks again
-        os.close(descriptor)
+            new &= claim.holds
+            if claim.holds:
+                (folder / LOCK).unlink()  # while it is held: who has opened it meanwhile looks again
+        for opened in (descriptor, claim.descriptor):
+            if opened is not None:
+                os.close(opened)
         if new:
             with suppress(OSError):  # there is something in it
                 folder.rmdir()
+
+
+def _opened(folder: Path) -> int | None:
+    try:
+        return os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return None
 
 
 def _make_if_missing(folder: Path) -> bool:
@@ -144,8 +183,9 @@ def _name_in(descriptor: int) -> str:
     return " ".join(os.pread(descriptor, 200, 0).decode(errors="replace").split()) or "another process"
 
 
-def _is_still(descriptor: int, file: Path) -> bool:
+def _is_still(descriptor: int, file: Path, follow: bool = False) -> bool:
+    """Whether what is open is what lies at `file` now; `follow`: behind a link."""
     try:
-        return os.path.samestat(os.fstat(descriptor), file.stat(follow_symlinks=False))
-    except FileNotFoundError:
+        return os.path.samestat(os.fstat(descriptor), file.stat(follow_symlinks=follow))
+    except (FileNotFoundError, NotADirectoryError):
         return False

@@ -12,7 +12,7 @@ from certtrain.config import Config, load_config
 from certtrain.config.loading import Overrides, is_config, shipped_configs
 from certtrain.errors import UsageError, shown
 from certtrain.runs.directory import default_folder, extended, is_named, is_run, require_agreement, run_to_continue
-from certtrain.runs.lock import claimed
+from certtrain.runs.lock import Claim, claimed
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,14 @@ class Request:
         different = require_agreement(self.folder, config, asked, named)
         return Stored(config, None if config is stored else stored, different)
 
-    def enter(self, held: ExitStack, tell: Callable[[str], None]) -> Stored | None:
-        """Claim the folder until `held` ends; returns the run in it that is continued, if any."""
+    def enter(self, held: ExitStack, tell: Callable[[str], None]) -> tuple[Claim, Stored | None]:
+        """Claim the folder until `held` ends; returns the run in it that is continued, if any, besides."""
         self.stored()
-        held.enter_context(claimed(self.folder))
+        claim = held.enter_context(claimed(self.folder))
         stored = self.stored()
         for difference in stored.differences if stored else ():
             tell(f"as the run was started: {difference}")
-        return stored
+        return claim, stored
 
     def trusts(self, config: Config) -> bool:
         """Whether the caller's own configuration names the model."""

@@ -27,6 +27,7 @@ from certtrain.runs.directory import clear, remove_temporaries
 from certtrain.runs.evaluation import Results, summarize, verify_run
 from certtrain.runs.extension import compiled_as, extend, require_same_past
 from certtrain.runs.forgetting import Forgetting, forgetting_of, load_with_old_data
+from certtrain.runs.lock import Claim
 from certtrain.runs.meters import Meter, OptimizerMeter
 from certtrain.runs.metrics import MetricsFile, read_records
 from certtrain.runs.progress import ProgressDisplay
@@ -103,15 +104,17 @@ def train(
         with ranks.together():
             request = Request.of(config, out, resume, overwrite, overrides)
             place = resolve_device(device, ranks)
-            stored = request.enter(held, partial(tell, console)) if ranks.is_first else None
+            claim, stored = Claim(request.folder), None  # the first process's is what is checked
+            if ranks.is_first:
+                claim, stored = request.enter(held, partial(tell, console))
         stored = ranks.broadcast(stored)
         prepared = _prepare(request, stored, place, trust, ranks, console, held)
-        observer, finished = _fit(prepared, ranks, console, callbacks)
+        observer, finished = _fit(prepared, claim, ranks, console, callbacks)
         if not finished:
             ranks.barrier()  # torchrun ends all as soon as one has ended
             return Run(prepared.folder, prepared.model, None, interrupted_by=observer.signal)
         try:
-            summary = _evaluate(prepared, observer, ranks)
+            summary = _evaluate(prepared, claim, observer, ranks)
         except KeyboardInterrupt:
             tell(console, f"{prepared.folder} is trained, but not verified; continue with --resume")
             raise
@@ -228,7 +231,9 @@ def _resume(folder: Path, trainer: Trainer, ranks: Ranks, console: Console, held
     return state["seconds"]
 
 
-def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Observer]) -> tuple[Follower, bool]:
+def _fit(
+    run: Prepared, claim: Claim, ranks: Ranks, console: Console, callbacks: Sequence[Observer]
+) -> tuple[Follower, bool]:
     """Train to the end, or until a signal or a callback; the observer, and whether the last step was reached."""
     trainer = run.trainer
     with ProgressDisplay(console, trainer.total_steps, trainer.epochs, trainer.step) as display:
@@ -240,9 +245,7 @@ def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Obse
             if run.config.metrics != MetricsSection():
                 first_steps = run.config.metrics.first_steps
                 meters.append(OptimizerMeter(run.folder / "steps.jsonl", first_steps, trainer.step))
-            observer = Recorder(
-                run.folder, every, trainer, probe, display, ranks, run.seconds_before, callbacks, meters
-            )
+            observer = Recorder(claim, every, trainer, probe, display, ranks, run.seconds_before, callbacks, meters)
         compiled = compiles(run.config, run.model, run.dataset)
         told = announced(display.compiling, display.compiled) if compiled else nullcontext()
         with observer.until_signalled(), safe_convolutions(run.model, run.dataset.image_shape), told:
@@ -257,17 +260,18 @@ def _fit(run: Prepared, ranks: Ranks, console: Console, callbacks: Sequence[Obse
     return observer, finished
 
 
-def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]:
+def _evaluate(run: Prepared, claim: Claim, observer: Follower, ranks: Ranks) -> dict[str, Any]:
     """Hand out the network, the averaged one if there is one, verify it, and write the summary."""
     seconds = observer.seconds if isinstance(observer, Recorder) else 0.0  # of a clock that goes on
     average, population = run.trainer.average, run.config.training.batch_norm.population
     networks: dict[str, Results] = {}
     if average is not None:
-        networks[RAW_WEIGHTS] = _hand_out(run, RAW_WEIGHTS, population, ranks)
+        networks[RAW_WEIGHTS] = _hand_out(run, claim, RAW_WEIGHTS, population, ranks)
         average.apply()
-    results = networks[WEIGHTS] = _hand_out(run, WEIGHTS, population or average is not None, ranks)
+    results = networks[WEIGHTS] = _hand_out(run, claim, WEIGHTS, population or average is not None, ranks)
     summary: dict[str, Any] = {}  # the first process's, in the end everyone's
     if isinstance(observer, Recorder):
+        claim.require()
         summary = {
             **summarize(run.config, results.test),
             **made_with(run.config, run.model, run.dataset.test),
@@ -285,13 +289,14 @@ def _evaluate(run: Prepared, observer: Follower, ranks: Ranks) -> dict[str, Any]
     return ranks.broadcast(summary)
 
 
-def _hand_out(run: Prepared, file: str, population: bool, ranks: Ranks) -> Results:
+def _hand_out(run: Prepared, claim: Claim, file: str, population: bool, ranks: Ranks) -> Results:
     """Save and verify the network as it is, or with BatchNorm statistics of a whole epoch of training images."""
     config, model, dataset = run.config, run.model, run.dataset
     if population:  # by every process for itself: all have the whole training set
         batches = training_batches(config, dataset, augmented=False)(config.training.epochs, 0)
         reestimate_statistics(model, (images for images, _ in batches))
     if ranks.is_first:
+        claim.require()
         save_weights(run.folder / file, model)
     results = verify_run(config, model, dataset, ranks=ranks)
     held_out = (

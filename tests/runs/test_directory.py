@@ -6,16 +6,20 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import pytest
 
+import certtrain
 from certtrain.errors import CheckpointError, FolderInUse, UsageError
+from certtrain.runs import evaluation
 from certtrain.runs.directory import RUN_FILES, clear, write_results
 from certtrain.runs.lock import LOCK, claimed
-from tests.commands import contents, train_arguments
+from certtrain.training.trainer import Observer
+from tests.commands import TINY, contents, one_thread, train_arguments
 
 
 def forked(work):
@@ -90,6 +94,80 @@ def test_of_many_processes_one_at_a_time_is_in(tmp_path):
     for child in children:
         os.waitpid(child, 0)
     assert counter.read_text() == str(processes * rounds)
+
+
+def moved(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+@pytest.mark.parametrize("happens", [moved, shutil.rmtree])
+@pytest.mark.parametrize("then", ["is not there", "is another", "is another, and claimed"])
+def test_a_claim_is_of_the_folder_and_not_of_its_name(tmp_path, happens, then):
+    folder = tmp_path / "run"
+    with claimed(folder) as claim, ExitStack() as another:
+        claim.require()
+        happens(folder)
+        if then == "is another":
+            folder.mkdir()
+        if then == "is another, and claimed":
+            other = another.enter_context(claimed(folder))
+        with pytest.raises(CheckpointError, match="moved or removed"):
+            claim.require()
+        another_one = another.pop_all()
+    with another_one:
+        assert folder.exists() == (then != "is not there")
+        if then == "is another, and claimed":
+            other.require()
+            with pytest.raises(FolderInUse), claimed(folder):
+                pass
+
+
+def test_a_claim_holds_behind_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    with claimed(tmp_path / "link") as claim:
+        claim.require()
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "measured"),
+    [
+        ("after_step", 4, []),
+        ("after_step", 4, ["metrics.first_steps=9"]),
+        ("after_step", 9, []),
+        ("after_epoch", 6, []),
+        ("after_epoch", 9, []),
+        ("verified", 9, []),
+    ],
+)
+def test_a_run_writes_nothing_where_its_folder_is_no_more(reference, tmp_path, monkeypatch, moment, step, measured):
+    """Another run has been trained in its place; the moved one goes on where it is."""
+    folder, elsewhere, there = tmp_path / "run", tmp_path / "elsewhere", {}
+
+    def replace(at, now):
+        if (at, now) == (moment, step) and not there:
+            folder.rename(elsewhere)
+            shutil.copytree(reference, folder)
+            there.update(contents(folder))
+
+    class Mover(Observer):
+        def after_step(self, trainer):
+            replace("after_step", trainer.step)
+
+        def after_epoch(self, trainer, report):
+            replace("after_epoch", trainer.step)
+
+    verify_run = evaluation.verify_run
+    monkeypatch.setattr(
+        "certtrain.runs.train.verify_run",
+        lambda *given, **more: (verify_run(*given, **more), replace("verified", 9))[0],
+    )
+    with pytest.raises(CheckpointError, match="moved or removed"), one_thread():
+        certtrain.train("digits", folder, device="cpu", overrides=[*TINY, "seed=1", *measured], callbacks=[Mover()])
+    assert contents(folder) == there
+    with one_thread():
+        assert certtrain.train(elsewhere, resume=True, device="cpu").summary["seed"] == 1
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
