@@ -12,7 +12,7 @@ from typing import Any
 
 from certtrain.config import Config, load_config
 from certtrain.config.loading import Overrides, leaves, override_keys
-from certtrain.errors import CheckpointError, UsageError
+from certtrain.errors import CheckpointError, UsageError, shortened
 from certtrain.runtime.files import parse_json, replaceable, write_atomically, write_json
 
 RUN_FILES = (
@@ -102,7 +102,8 @@ def stored_config(folder: Path) -> Config:
     try:
         return load_config(folder / "config.yaml")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} holds no run to resume: its config.yaml cannot be read") from error
+        reason = shortened(error, 160)
+        raise CheckpointError(f"{folder} holds no run to resume: its config.yaml cannot be read: {reason}") from error
 
 
 def differences(stored: Config, asked: Config) -> dict[str, str]:
