@@ -207,6 +207,19 @@ def assemble(
     )
 
 
+def rehearse(trainer: Trainer, config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> None:
+    """Try a step of each phase, in all processes together, before anything is written.
+
+    Raises:
+        UsageError, UnsupportedOperation: one cannot be taken.
+    """
+    few = 2 * ranks.world_size  # BatchNorm needs two
+    if few == config.training.batch_size:  # those are for the compiled step
+        few += ranks.world_size
+    chosen = torch.tensor(ranks.share(range(few)), device=dataset.train.labels.device) % len(dataset.train)
+    trainer.rehearse(to_float(dataset.train.images[chosen]), dataset.train.labels[chosen], few)
+
+
 def learning_rate(config: Config, steps_per_epoch: int) -> LearningRate:
     """As a function of the step."""
     end = config.ramp_epochs[1] * steps_per_epoch

@@ -20,7 +20,7 @@ from certtrain.config.loading import Overrides
 from certtrain.config.schema import MetricsSection
 from certtrain.data import Dataset
 from certtrain.errors import READER_LEFT, shown
-from certtrain.runs.build import assemble, build, compiles, layout_of, resolve_device, training_batches
+from certtrain.runs.build import assemble, build, compiles, layout_of, rehearse, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
 from certtrain.runs.directory import clear, remove_temporaries
@@ -162,6 +162,7 @@ def _prepare(
         lay_out_(model, layout_of(config, model, dataset), dataset.image_shape)
         dataset = dataset.to(place)
     trainer = assemble(config, model, dataset, ranks, start)
+    rehearse(trainer, config, dataset, ranks)
     forgetting = forgetting_of(config, start, dataset, old)
     resumed = None if stored is None else _resume(folder, trainer, ranks, console, held)
     if start is not None and taken is not None:

@@ -64,6 +64,10 @@ class SmoothedStep(ABC):
         weights.settle(gradients)
         return {name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]}
 
+    def rehearse(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None) -> None:
+        """Of one evaluation; see `GradientStep.rehearse`."""
+        self._step.rehearse(images, labels, at, phase, size)
+
     @abstractmethod
     def _estimate(self, weights: Perturbed, question: Question) -> tuple[list[Tensor | None], list[Metrics]]:
         """A gradient for each parameter, and the metrics of each evaluation."""

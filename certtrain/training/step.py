@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from certtrain.affine_layers import affine_weights
 from certtrain.bounds import Bounder, Bounds, Box, linf_box
-from certtrain.bounds.batch_norm import Coefficients
+from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients
 from certtrain.bounds.model import CleanPass, evaluating
 from certtrain.errors import UsageError
 from certtrain.regularizers import l1_penalty, moments
@@ -34,6 +34,7 @@ from certtrain.training.regularization import BatchSums, Regularization
 
 Statistics = Literal["clean", "adversarial", "center"]
 
+DROPOUTS = SETTLED_BY_CLEAN.keys() - {F.batch_norm}
 SMALLEST_RADIUS = 1e-6  # of a box that the regularizers look at: much smaller ones float32 rounds away from pixels
 DEFAULT_METHOD, DEFAULT_REGULARIZATION = IBP(), Regularization()
 
@@ -86,6 +87,10 @@ class Step(Protocol):
         self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None
     ) -> Metrics: ...
 
+    def rehearse(
+        self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None
+    ) -> None: ...
+
 
 class GradientStep:
     """The gradient of a method's loss, as a function of a batch.
@@ -129,12 +134,34 @@ class GradientStep:
         self._checkpointing, self._accumulation = activation_checkpointing, accumulation
         self._precision: Precision = precision
         self._ranks = ranks
+        self._require_one_pass_for_dropout()
         # A compiled method belongs to one step: its graph holds this network's parameters.
         self._compile_for, self._compiled_terms = compile_for, Compiled(self._terms) if compile_for else None
         self._compiled_gradient = Compiled(self._input_gradient) if compile_for and method.attack else None
         self._whole = self._terms_of_whole
         if accumulation == 1:
             self._whole = ranks.data_parallel(net.model, self._terms_of_whole)
+
+    def _require_one_pass_for_dropout(self) -> None:
+        """Its mask is drawn once for all that goes through the network together, and cannot be had again.
+
+        Raises:
+            UsageError: Dropout is active, and boxes go through without clean images, or a batch in parts.
+        """
+        method, center = self.method, self._statistics == "center"
+        alone = not (method.asks_for_logits or center) and (method.attack or method.asks_for_coefficients)
+        apart = {
+            "training.accumulation": method.has_region and self._accumulation > 1,
+            "training.activation_checkpointing": method.has_region and self._checkpointing,
+            f"training.method {method.options.name}": method.has_region and alone,
+            "several processes": self._ranks.world_size > 1,
+        }
+        reason = next((name for name, holds in apart.items() if holds), None)
+        if reason is not None and has_dropout(self.net):
+            raise UsageError(
+                f"the network's Dropout is not for {reason}: what goes through apart there would lose other values; "
+                "set its probability to 0"
+            )
 
     def phase(self, eps: float, max_eps: float) -> Phase:
         if not self.method.is_robust:
@@ -176,6 +203,21 @@ class GradientStep:
         with training_precision(self._precision, images.device):
             batch = self._batch(images, labels, at, phase, size)
             return self._metrics(self._terms_of_whole(size, share, batch, at, phase).scaled(share))
+
+    def rehearse(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None) -> None:
+        """Compute what `backward` would, and leave nothing of it: what it cannot do is told before it has to."""
+        model, device = self.net.model, images.device
+        size = size or len(images)
+        generators = [device] if device.type == "cuda" else []
+        precision = training_precision(self._precision, device)
+        with evaluating(model), buffers_kept(model), torch.random.fork_rng(generators), precision:
+            model.train()
+            batch = self._batch(images, labels, at, phase, size)
+            if self._accumulation == 1:
+                self._terms(len(images) / size, batch, at, phase)
+            else:
+                self._backward_in_parts(size, batch, at, phase)
+                model.zero_grad(set_to_none=True)
 
     def _batch(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int) -> Batch:
         """With the points that the method attacks, where it does."""
@@ -375,6 +417,14 @@ class GradientStep:
 
     def _needs_sums(self, phase: Phase) -> bool:
         return self.method.is_of_batch_means or (self._regularizes and phase is not Phase.FULL)
+
+
+def has_dropout(net: Bounder) -> bool:
+    """Whether the network drops values in training mode."""
+    with evaluating(net.model):
+        net.model.train()
+        calls = [(*step.args, *step.arguments()) for step in net.graph.steps[1:] if step.function in DROPOUTS]
+    return any(training and p for _, p, training in calls)
 
 
 @contextmanager

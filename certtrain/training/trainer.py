@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from certtrain.bounds.model import device_of
 from certtrain.errors import DivergedError
 from certtrain.training.averaging import AveragedWeights
-from certtrain.training.method import Scheduled
+from certtrain.training.method import Scheduled, scheduled
 from certtrain.training.noise import step_keys
 from certtrain.training.step import Step
 
@@ -115,6 +115,21 @@ class Trainer:
     def epoch(self) -> int:
         """Finished epochs."""
         return self.step // self.steps_per_epoch
+
+    def rehearse(self, images: Tensor, labels: Tensor, size: int) -> None:
+        """Try every kind of step of the run with a few images: what one cannot do is told before the first.
+
+        Args:
+            images, labels: this process's share of so many; nothing that is trained sees them.
+        """
+        ends = (step for first in range(0, self.total_steps, self.steps_per_epoch)
+                for step in (first, first + self.steps_per_epoch - 1))  # fmt: skip
+        phases = {self.gradient_step.phase(self.eps(step), self.max_eps): step for step in ends}
+        for phase, step in phases.items():
+            eps = self.eps(step)
+            ratio = min(1.0, eps / self.max_eps) if self.max_eps else 1.0
+            at = scheduled(eps, ratio, self.ramp(step), like=images)
+            self.gradient_step.rehearse(images, labels, at, phase, size)
 
     def run(self, observer: Observer) -> bool:
         """Train to the last step, or until `observer` ends it; returns whether the last step was reached.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 import certtrain
 from certtrain.bounds import BoundedModel, Box, linf_box
+from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.config import load_config
 from certtrain.config.methods import METHOD_SECTIONS, AttackSection
@@ -639,3 +642,78 @@ def test_fields_are_merged_by_name_and_another_method_starts_anew(tmp_path):
 def test_options_are_checked_in_python_too():
     with pytest.raises(ValidationError, match="lambda"):
         SABR(lambda_=2)
+
+
+# --- what cannot be trained is refused before it is -------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    def __init__(self, p: float, kind: str) -> None:
+        super().__init__()
+        self.head, self.middle, self.tail = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.norm, self.p, self.drop = nn.BatchNorm1d(8), p, nn.Dropout(p) if kind == "module" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.relu(self.norm(self.head(x.flatten(1))))
+        hidden = F.dropout(hidden, self.p, self.training) if self.drop is None else self.drop(hidden)
+        return self.tail(F.relu(self.middle(hidden)))
+
+
+def takes(name: str, options: dict[str, Any]) -> bool:
+    """Whether the configuration lets a method have these options."""
+    section = METHODS[name].Section()
+    if "activation_checkpointing" in options:
+        return section.boxes_only
+    return section.trains_on_box_alone or "statistics" not in options
+
+
+WAYS: list[dict[str, Any]] = [{}, {"accumulation": 2}, {"activation_checkpointing": True}, {"statistics": "center"}]
+
+
+@pytest.mark.parametrize(("p", "kind"), [(0.5, "module"), (0.5, "function"), (0.0, "module")])
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, options) for name in METHODS for options in WAYS if takes(name, options)], ids=str
+)
+def test_with_dropout_a_step_is_refused_at_once_or_can_be_taken_in_every_phase(name, options, kind, p):
+    torch.manual_seed(0)
+    images, labels = torch.rand(6, 3, 2, 2), torch.randint(0, 4, (6,))
+    net = BoundedModel(Dropping(p, kind).train(), images)
+    method = METHODS[name]()
+    joined = method.asks_for_logits or name in ("ibp", "crown-ibp") or "statistics" in options
+    joined &= not options.keys() & {"accumulation", "activation_checkpointing"}
+    if p and method.has_region and not joined:
+        with pytest.raises(UsageError, match=r"Dropout is not for training\."):
+            GradientStep(net, method, **options)
+        return
+    trained = GradientStep(net, method, **options)
+    for eps in (0.0, 0.05, 0.1):
+        at = scheduled(eps, eps / 0.1, like=images)
+        assert trained.backward(images, labels, at, trained.phase(eps, 0.1))["loss"].isfinite()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["natural", "crown-ibp", "exp-ibp"])
+def test_a_rehearsal_leaves_nothing(name, parts):
+    images, labels = torch.rand(6, 3, 2, 2), torch.randint(0, 4, (6,))
+    model = Dropping(0.5 if parts == 1 else 0.0, "module").eval()
+    trained = GradientStep(BoundedModel(model, images), METHODS[name](), accumulation=parts)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    for eps in (0.0, 0.05, 0.1):
+        trained.rehearse(images, labels, scheduled(eps, eps / 0.1, like=images), trained.phase(eps, 0.1))
+    assert not any(module.training for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize(
+    "more", [[], ["training.accumulation=2"], ["training.smoothing=rgs"], ["training.batch_size=2"]]
+)
+def test_what_a_later_phase_cannot_do_is_told_before_anything_is_written(train, tmp_path, monkeypatch, warmup, more):
+    """Epsilon is 0 in the first epoch, where nobody asks for a linear relaxation."""
+    monkeypatch.delitem(RELAXATIONS, F.relu)
+    method = "training.method={name: crown-ibp, beta: 1}"
+    outcome = train(method, f"epsilon.warmup_epochs={warmup}", *more)
+    assert "has no linear relaxation" in outcome.error
+    assert not (tmp_path / "run").exists()
