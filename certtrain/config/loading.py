@@ -305,6 +305,7 @@ def _describe(problem: Mapping[str, Any]) -> str:
 
 _MESSAGES = {  # where pydantic speaks of Python rather than of YAML
     "model_type": "a section is expected, key: value",
+    "model_attributes_type": "a name is expected, or a section, key: value",  # where the name says which section
     "dict_type": "a mapping is expected, key: value",
     "tuple_type": "a list is expected",
 }

@@ -141,15 +141,30 @@ class _Loader(yaml.SafeLoader):
         """Keys are text, whatever they look like."""
         if not isinstance(node, yaml.MappingNode):
             raise _problem("a mapping is expected", node)
+        return {key: self.construct_object(value, deep=True) for key, value in self._entries(node).items()}
+
+    def _entries(self, node: yaml.MappingNode) -> dict[str, yaml.Node]:
+        """What << merges in is overruled by the mapping's own keys; of a list, by what stands before it.
+
+        The library's `flatten_mapping` of 6.0.4 lets the last of a list win, or the first, by the length of the key.
+        """
+        own: dict[str, yaml.Node] = {}
+        merged: dict[str, yaml.Node] = {}
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise _problem("a key is a word, not a list or a mapping", key)
             if key.value in seen:
                 raise _problem(f"duplicate key {shortened(key.value)}", key)
             seen.add(key.value)
-        self.flatten_mapping(node)  # what is merged in by << comes first, and is overruled
-        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+            if key.tag != _tag("merge"):
+                own[key.value] = value
+                continue
+            for part in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
+                if not isinstance(part, yaml.MappingNode):
+                    raise _problem("<< merges in a mapping, or a list of mappings", part)
+                merged |= self._entries(part)
+        return merged | own
 
     def other(self, node: yaml.Node) -> Any:
         raise _problem(f"the tag {shortened(node.tag)} has no meaning in a configuration", node)
@@ -170,10 +185,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def text(self, data: str) -> yaml.Node:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\n" in data else None)
+        return self.represent_scalar(_tag("str"), data, style='"' if "\n" in data else None)
 
 
 _Dumper.add_representer(str, _Dumper.text)
+
+
+def _tag(kind: str) -> str:
+    return f"tag:yaml.org,2002:{kind}"
 
 
 def _problem(text: str, where: yaml.Node | yaml.Event) -> ConstructorError:
@@ -191,8 +210,8 @@ for _kind, _pattern, _first, _constructor in (
     ("map", None, None, _Loader.mapping),
 ):
     if _pattern is not None:
-        _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, _first)
-        _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, _first)
+        _Loader.add_implicit_resolver(_tag(_kind), _pattern, _first)
+        _Dumper.add_implicit_resolver(_tag(_kind), _pattern, _first)
     if _constructor is not None:
-        _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _constructor)
+        _Loader.add_constructor(_tag(_kind), _constructor)
 _Loader.add_constructor(None, _Loader.other)

@@ -33,7 +33,7 @@ MOST_SEED = 2**63 - 1  # what every random generator takes
 
 # ASCII digits, and few: Python reads those of every script, and takes hours over 1e99999999 as a fraction.
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][-+]?[0-9]{1,3})?")
-_RATIO = re.compile(r"([-+]?[0-9]{1,40})/([0-9]{1,40})")
+_RATIO = re.compile(r"([-+]?[0-9]{1,40}) */ *([0-9]{1,40})")
 
 
 def parse_radius(value: Any) -> float:
@@ -42,7 +42,7 @@ def parse_radius(value: Any) -> float:
     Raises:
         ValueError: not a number, or outside [0, 1].
     """
-    radius = _number(value.replace(" ", "")) if isinstance(value, str) else value
+    radius = _number(value.strip()) if isinstance(value, str) else value
     if isinstance(radius, bool) or not isinstance(radius, Real):
         raise ValueError(f"{shown(value)} is not a radius: write a number or a fraction such as 8/255")
     if not 0 <= radius <= 1:  # type: ignore[operator] # Real's stub has no order
@@ -145,8 +145,8 @@ class DataSection(Section):
     """Mirror half of the training images, at random."""
     crop: int = Field(0, ge=0, le=1024)
     """Random shifts of the training images, by up to this many pixels."""
-    mean: Several[float] | None = None
-    """Input normalisation, one number a channel; null: the data set's own."""
+    mean: Several[Share] | None = None
+    """Input normalisation, one number a channel, of pixels in [0, 1]; null: the data set's own."""
     std: Several[Annotated[float, Field(gt=0)]] | None = None
     """As `mean`."""
 

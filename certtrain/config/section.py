@@ -34,9 +34,9 @@ def by_name(kind: str, names: Collection[str]) -> BeforeValidator:
     """For a union of sections told apart by `name`: a bare name means the section with its defaults."""
 
     def named(value: Any) -> Any:
-        name = value.get("name") if isinstance(value, dict) else value
-        if isinstance(name, str) and name not in names:
-            raise unknown(kind, name, names)
-        return {"name": value} if isinstance(value, str) else value
+        value = {"name": value} if isinstance(value, str) else value
+        if isinstance(value, dict) and value.get("name", ...) not in (..., *names):
+            raise unknown(kind, str(value["name"]), names)
+        return value
 
     return BeforeValidator(named)

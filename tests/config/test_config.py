@@ -1,4 +1,5 @@
 import os
+import re
 from fractions import Fraction
 
 import pytest
@@ -141,6 +142,12 @@ def test_radii_are_numbers_or_fractions_one_or_several(text, radii):
         ("epsilon.max", "true", "epsilon.max: True is not a radius"),
         ("epsilon.max", ".nan", "epsilon.max: a radius"),
         ("epsilon.max", "null", "epsilon.max: None is not a radius"),
+        ("epsilon.max", "1 2/255", "epsilon.max: '1 2/255' is not a radius"),
+        ("epsilon.max", "8/2 55", "epsilon.max: '8/2 55' is not a radius"),
+        ("epsilon.max", "0. 1", "epsilon.max: '0. 1' is not a radius"),
+        ("verification.eps", "2/255 8/255", "verification.eps.0: '2/255 8/255' is not a radius"),
+        ("data.mean", "[125.3]", "data.mean.0: .*less than or equal to 1"),
+        ("data.mean", "[-0.1]", "data.mean.0: .*greater than or equal to 0"),
         ("verification.eps", "2/255,9", "verification.eps.1: a radius lies between 0 and 1 .*9"),
         ("optimizer.milestones", "[5, 10]", "optimizer.milestones: 10 is not before the end of the run, 10 epochs"),
         ("epsilon.warmup_epochs", "11", "epsilon: warmup would end after 11 epochs .*the run has 10"),
@@ -484,6 +491,13 @@ def test_a_text_in_a_mapping_stays_that_text(text):
     """Quotes, braces, what looks like a number: no value is read as YAML on its way."""
     assert load_config(SMALLEST, {"data.root": text}).data.root == text
     assert load_config(SMALLEST, {"model": {"options": {"x": text}}}).model.options == {"x": text}
+
+
+@pytest.mark.parametrize("key", ["training.method", "training.averaging", "training.smoothing", "optimizer.schedule"])
+@pytest.mark.parametrize("value", ["3", "[1]", "null", "{name: 3}", "{name: null}", "{name: [a]}"])
+def test_a_section_told_by_its_name_is_a_name_or_a_mapping(key, value):
+    (line,) = lines_of_error(SMALLEST, [f"{key}={value}"])
+    assert re.match(f"{key}: (a name is expected, or a section|unknown .*: (choose from|did you mean) )", line)
 
 
 @pytest.mark.parametrize("key", ["", ".", "a.", ".a", 3, None, "a" + ".a" * 100])

@@ -108,6 +108,39 @@ def test_spellings(text, value):
     assert parse_yaml(text) == value
 
 
+def merged_as_yaml_says(spec):
+    """Of (own entries, specs that << merges in): own keys win, and of those merged in the ones that stand first."""
+    own, parts = spec
+    result = {}
+    for part in (own, *map(merged_as_yaml_says, parts)):
+        result = part | result
+    return result
+
+
+def written(spec, as_list):
+    own, parts = spec
+    entries = [f"{key}: {value}" for key, value in own.items()]
+    texts = [written(part, as_list) for part in parts]
+    merge = [f"<<: [{', '.join(texts)}]"] if as_list or len(texts) > 1 else [f"<<: {text}" for text in texts]
+    return "{" + ", ".join([*entries, *merge]) + "}"
+
+
+ENTRIES = st.dictionaries(st.sampled_from(["a", "b", "lr", "epochs"]), st.integers(0, 99), max_size=3)
+MERGES = st.recursive(
+    st.tuples(ENTRIES, st.just([])), lambda inner: st.tuples(ENTRIES, st.lists(inner, max_size=3)), max_leaves=6
+)
+
+
+@given(MERGES, st.booleans())
+def test_what_is_merged_in_comes_after_what_is_written_and_stands_first(spec, as_list):
+    assert parse_yaml(written(spec, as_list)) == merged_as_yaml_says(spec)
+
+
+@pytest.mark.parametrize("value", ["1", "[1]", "[[{a: 1}]]", "{[a]: 1}", "{a: 1, a: 2}", "[{a: 1}, {b: 1, b: 2}]"])
+def test_what_cannot_be_merged_in_is_refused(value):
+    assert ", line 1" in refused("{<<: " + value + "}")
+
+
 TAGS = ["int", "float", "bool", "null", "timestamp", "binary", "set", "omap", "pairs", "python/object/apply:os.getcwd",
         "python/tuple", "seq", "map", "merge", "value", "yaml", "anything"]  # fmt: skip
 
