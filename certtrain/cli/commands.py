@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from certtrain.cli.named_run import config_of, folder_of, open_network, require_data
+from certtrain.cli.named_run import config_of, folder_of, open_network, require_data, require_held_out
 from certtrain.cli.options import refuse
 from certtrain.cli.studies import is_run_folder, report_study
 from certtrain.cli.tables import hints, show_forgetting, show_results
@@ -96,6 +96,7 @@ def export_command(options: argparse.Namespace) -> int:
     if options.vnnlib is None:
         refuse(options, "--onnx alone", "eps", "limit", "timeout")
     config = config_of(options, options.run)
+    require_held_out(config, options.run)
 
     from certtrain.export.onnx import export_onnx
     from certtrain.export.vnnlib import export_vnnlib, unknown_images
@@ -121,11 +122,14 @@ def export_command(options: argparse.Namespace) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
-    from certtrain.runs.directory import check_output, holds_runs
+    from certtrain.runs.directory import check_output, holds_runs, stored_config
 
     if options.run.is_dir() and not is_run_folder(options.run) and holds_runs(options.run):
         return report_study(options)
     config = config_of(options, options.run)
+    if config.test_radii != stored_config(folder_of(options.run)).test_radii:
+        raise UsageError("a report is at the radius of the run's summary: leave epsilon and verification.eps alone")
+    require_held_out(config, options.run)
     require_data(config)
 
     from certtrain.report.page import write_report

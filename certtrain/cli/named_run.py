@@ -76,6 +76,25 @@ def open_weights(options: argparse.Namespace, config: Config, dataset: Dataset, 
     return model.eval().to(resolve_device(options.device, ranks))
 
 
+def require_held_out(config: Config, run: Path) -> None:
+    """What the run in `run` was trained on are no validation images, whatever the command line changes.
+
+    Raises:
+        UsageError: the run's images are divided otherwise than it has divided them.
+    """
+    from certtrain.config.loading import load_config
+
+    trained = load_config(folder_of(run) / "config.yaml")
+    here, there = config.data, trained.data
+    if config.verification.split != "validation" or (here.name, here.path) != (there.name, there.path):
+        return
+    if (here.validation, config.seed) != (there.validation, trained.seed):
+        raise UsageError(
+            "verification.split validation: the run was trained on some of these images: data.validation is "
+            f"{there.validation:g} and seed {trained.seed} there, {here.validation:g} and {config.seed} here"
+        )
+
+
 def require_data(config: Config) -> None:
     """A mistyped folder of one's own data is answered at once."""
     path = config.data.path

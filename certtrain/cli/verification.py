@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data
+from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data, require_held_out
 from certtrain.cli.options import refuse
 from certtrain.cli.tables import show_results
 from certtrain.config.names import STAGES
@@ -162,6 +162,8 @@ def _asked(options: argparse.Namespace, weights: Path) -> Config:
     _require_search(options, config.verification)
     if options.certificates:
         _require_certifiable(weights, config)
+    if options.model_weights is None:
+        require_held_out(config, options.run)
     return config
 
 
@@ -244,6 +246,7 @@ def _verify_radii(options: argparse.Namespace) -> int:
     ]
     refuse(options, "--radius", *unused)
     config = config_of(options, options.run, _changes(options))
+    require_held_out(config, options.run)
     require_data(config)
 
     from certtrain.report.plots import errors_over_eps_png

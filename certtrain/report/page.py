@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from certtrain.report import plots
 from certtrain.report.examples import Example, judge
 from certtrain.report.forgetting import forgetting_table
 from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
-from certtrain.runs.directory import are_of_run
+from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.metrics import read_records
 from certtrain.runtime.files import parse_json, write_text
 
@@ -37,29 +38,34 @@ SHOWN = ("proved", "attacked", "unknown")
 def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, file: Path, limit: int) -> None:
     """Write the page of the finished run in the folder `run`; its first `limit` test images are verified again.
 
+    Args:
+        config: how they are verified, and which images; what the run itself was is read from its folder.
+
     Raises:
         CheckpointError: the run is not finished, or one of its files is missing or corrupt.
         MissingDependency: matplotlib or jinja2 is not installed.
     """
     page = template("page.html")
     summary, epochs = _read_summary(run), _read_epochs(run)
-    shown, curves = _show(config, summary), error_curves(run, summary)
+    trained, curves = stored_config(run), error_curves(run, summary)
     drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*curves)}
     result, examples = judge(config, model, dataset, summary["eps"], limit, EXAMPLES)
     counts = {name: int(flags.sum()) for name, flags in result.fates.items()}
     text = page.render(
-        shown,
+        _show(trained, summary),
         title=printable(run.resolve().name),
         plots=drawn,
+        measured=_described(_measured(run, summary)),
         images=len(result.correct),
-        split=config.verification.split,
+        judged_split=config.verification.split,
+        data=config.data.name,
         methods=", ".join(config.verification.method),
         fates=[(name, count, MEANING[name]) for name, count in counts.items()],
         gallery=[
             (name, counts[name], [_figure(example, dataset.classes, result.eps) for example in examples[name]])
             for name in SHOWN
         ],
-        config=config.to_yaml(),
+        config=trained.to_yaml(),
     )
     write_text(file, text)
 
@@ -80,20 +86,37 @@ def template(name: str) -> Any:
 
 
 def error_curves(run: Path, summary: Mapping[str, Any]) -> tuple[float, dict[str, Curve]]:
-    """Natural error, and PGD and verified error over epsilon: of radius.json, else verify.json, else the summary."""
-    radius = _read_own(Radii, run / "radius.json", summary)
-    if radius is not None:
-        natural = radius["natural_error"]
+    """Natural error, and PGD and verified error over epsilon, of `_measured`."""
+    source = _measured(run, summary)
+    if "pgd_eps" in source:
+        natural = source["natural_error"]
         curves = {
-            "pgd": (radius["pgd_eps"], radius["pgd_error"]),
-            "verified": (radius["eps"], radius["verified_error"]),
+            "pgd": (source["pgd_eps"], source["pgd_error"]),
+            "verified": (source["eps"], source["verified_error"]),
         }
     else:
-        source = _read_own(Verified, run / "verify.json", summary) or summary
         radii = sorted(source["radii"], key=lambda result: result["eps"])
         natural, eps = radii[0]["natural_error"], [result["eps"] for result in radii]
         curves = {key: (eps, [result[f"{key}_error"] for result in radii]) for key in ("pgd", "verified")}
     return natural, {key: _from_zero(natural, *curve) for key, curve in curves.items()}
+
+
+def _measured(run: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The newest of radius.json, else of verify.json, on no fewer images than the summary; else the summary."""
+    for kind, name in ((Radii, "radius.json"), (Verified, "verify.json")):
+        for file in results_in(run, name):
+            content = _read_own(kind, file, summary)
+            if content is not None and (content["images"] or math.inf) >= summary.get("images", 0):
+                return content
+    return summary
+
+
+def _described(measured: Mapping[str, Any]) -> str:
+    """By which bounds, and of how many images, where that was written down."""
+    by = f"Bounds by {measured['method'].replace(',', ', ')}" if measured["method"] else ""
+    sound = f", sound in {measured['arithmetic']}" if by and measured["arithmetic"] else ""
+    images = f"{measured['images']} images" if measured["images"] else ""
+    return "; ".join(filter(None, (by + sound, images)))
 
 
 def _from_zero(natural: float, eps: Sequence[float], errors: Sequence[float]) -> Curve:
@@ -107,9 +130,9 @@ def _read_summary(run: Path) -> dict[str, Any]:
 
 
 def _read_own(kind: type[Record], file: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the file says, where it is there and about the run's own network and images."""
-    content = _read(kind, file) if file.exists() else None
-    return content if content is not None and are_of_run(content, summary) else None
+    """What the file says, where it is about the run's own network and images."""
+    content = _read(kind, file)
+    return content if are_of_run(content, summary) else None
 
 
 def _read(kind: type[Record], file: Path) -> dict[str, Any]:
@@ -141,6 +164,7 @@ def _draw(epochs: plots.Epochs) -> dict[str, str]:
 def _show(config: Config, summary: Mapping[str, Any]) -> dict[str, Any]:
     radii = summary["radii"]
     return {
+        "split": summary["split"] or config.verification.split,
         "subtitle": _subtitle(config, summary),
         "tiles": _tiles(summary),
         "results": [_result_row(result) for result in radii],
@@ -161,7 +185,7 @@ def _start(start: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def _subtitle(config: Config, summary: Mapping[str, Any]) -> str:
     parts = (config.model.name, config.data.name, f"trained by {config.training.method.name}", f"seed {config.seed}")
-    images = f"{summary['images']} {config.verification.split} images"
+    images = f"{summary['images']} {summary['split'] or config.verification.split} images"
     return f"{', '.join(parts)}; {images}, bounds by {summary['method'].replace(',', ', ')}"
 
 

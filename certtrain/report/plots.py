@@ -80,7 +80,7 @@ def tightness(epochs: Epochs) -> str:
         shades = optional_module("matplotlib", "report").colormaps["plasma"]
         layers = _layers(epochs)
         for number, layer in enumerate(layers):
-            color = shades(0.15 + 0.7 * number / max(1, len(layers) - 1))
+            color = shades(0.3 + 0.55 * number / max(1, len(layers) - 1))
             _line(axes, layer, "tightness", color=color, label=f"ReLU {number + 1}")
         axes.set_yscale("log")
         axes.set_xlabel("epoch")

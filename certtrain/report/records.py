@@ -84,10 +84,12 @@ class Start(Record):
 
 
 class Subject(Record):
-    """What a file of results says they are about."""
+    """What a file of results says they are about: all images of a split, or the first of them."""
 
     weights_sha256: str | None = None
     split_sha256: str | None = None
+    images: Count | None = None
+    arithmetic: str | None = None
 
 
 class Summary(Result, Subject):
@@ -95,6 +97,8 @@ class Summary(Result, Subject):
 
     start: Start | None = None
 
+    split: str | None = None
+    images: Count
     method: str
     radii: list[Result] = Field(min_length=1)
     versions: dict[str, str] = {}
@@ -105,12 +109,14 @@ class Summary(Result, Subject):
 class Verified(Subject):
     """Of verify.json."""
 
+    method: str | None = None
     radii: list[Errors] = Field(min_length=1)
 
 
 class Radii(Subject):
     """Of radius.json: errors over epsilon."""
 
+    method: str = "ibp"
     natural_error: Share
     eps: list[Radius] = Field(min_length=1)
     verified_error: list[Share]

@@ -91,6 +91,26 @@ def test_the_page_is_whole_needs_nothing_else_and_shows_the_run(cli, run):
         assert shown in page.text
 
 
+def test_what_the_command_line_changes_is_said_of_the_images_that_are_looked_at_alone(cli, run, tmp_path):
+    """The run was not trained, nor its summary made, as this report is."""
+    images = load_dataset("digits").test.images[:30].permute(0, 2, 3, 1).numpy()
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", images=images, labels=np.arange(30) % 10)
+    changes = ["seed=7", "verification.method=ibp,crown", "data.name=npz", f"data.path={tmp_path}"]
+    assert cli("report", run, *changes).code == 0
+    page, config = Page((run / "report.html").read_text()), (run / "config.yaml").read_text()
+    assert config in page.text
+    assert ", digits, trained by ibp, seed 0; 50 test images, bounds by ibp" in page.text
+    assert "The first 30 test images of npz, bounds by ibp, crown" in page.text
+
+
+@pytest.mark.parametrize("changed", ["epsilon.max=0.2", "epsilon={max: 0.2}", "verification.eps=0.2"])
+def test_a_radius_that_a_report_would_not_show_is_refused(cli, run, changed):
+    outcome = cli("report", run, changed)
+    assert (outcome.code, (run / "report.html").exists()) == (2, False)
+    assert "a report is at the radius of the run's summary" in outcome.error
+
+
 def test_what_a_run_that_began_with_another_forgot_is_a_table(train, cli, tmp_path, reference):
     run, file = tmp_path / "run", str(reference / "model.safetensors")
     assert train(f"start_from={reference}", "epsilon.max=0.2", "metrics.optimizer=true").code == 0
@@ -247,6 +267,35 @@ def test_error_curves_come_from_the_best_source(tmp_path):
         0.05,
         {"pgd": ([0.0, 0.5], [0.05, 0.8]), "verified": ([0, 0.5], [0.05, 0.9])},
     )
+
+
+@pytest.mark.parametrize("command", [["--eps", "0.05"], ["--radius", "0.2"]])
+def test_curves_are_of_no_fewer_images_than_the_summary(cli, run, command):
+    """A look at a few images stands in the place of the errors of all, which are kept beside it."""
+    before = json.loads((run / "summary.json").read_text())
+    of_all = error_curves(run, before)
+    assert cli("verify", run, *command, "--limit", 3).code == 0
+    assert error_curves(run, before) == of_all
+    assert cli("verify", run, *command).code == 0
+    of_more = error_curves(run, before)
+    assert of_more != of_all
+    assert cli("verify", run, *command, "--limit", 3).code == 0
+    assert error_curves(run, before) == of_more
+
+
+@pytest.mark.parametrize(
+    ("command", "by"),
+    [
+        ([], "Bounds by ibp; 50 images."),
+        (["--method", "ibp,crown", "--sound", "float32"], "Bounds by ibp, crown, sound in float32; 50 images."),
+        (["--radius", "0.2", "--limit", "60"], "Bounds by ibp; 60 images."),
+    ],
+)
+def test_a_page_says_by_which_bounds_its_curves_are(cli, run, command, by):
+    if command:
+        assert cli("verify", run, *command).code == 0
+    assert cli("report", run, "--limit", 5).code == 0
+    assert f"{by} Dots are measured" in Page((run / "report.html").read_text()).text
 
 
 def test_what_was_not_recorded_is_not_drawn():
