@@ -28,7 +28,7 @@ def decode_images(files: Sequence[Path], title: str, size: tuple[int, int] | Non
 
     Images are turned as their EXIF orientation says, and grey and palette images become RGB. What RGB with 8 bits
     cannot hold is refused: 16-bit and float pixels, and images that are transparent anywhere; an alpha channel that is
-    opaque everywhere is dropped.
+    opaque everywhere is dropped. So are files of several images, but for a camera's JPEG, whose others are previews.
 
     Args:
         files: at least one, each a regular file of one of FORMATS.
@@ -89,6 +89,8 @@ def _decode(file: Path) -> np.ndarray:
     try:
         with Image.open(file, formats=FORMATS) as image:
             _require_8_bits(image)
+            if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+                raise ValueError(f"it holds {frames} images: give each a file of its own")
             upright = ImageOps.exif_transpose(image)
             if upright.has_transparency_data and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
                 raise ValueError("parts of it are transparent: put it on a background first")

@@ -12,6 +12,7 @@ from certtrain.data.dataset import Dataset, Split, identity_normalization
 from certtrain.data.decoding import decode_images
 from certtrain.errors import DataError
 
+OTHERS = (".apng", ".avif", ".dib", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".pbm", ".pnm", ".tga")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -21,11 +22,14 @@ def load_folder(path: Path, download: bool) -> Dataset:
     `val` stands in for a missing `test`. Classes are the folders below `train`, sorted by name; `test` may lack some
     of them and may have no others; every folder holds an image. Hidden files and folders, such as .ipynb_checkpoints,
     are passed over. A class may be a link to its folder; links to folders below that are refused. All images have one
-    size and are read as RGB (`decode_images` says which). Normalisation is the identity. Nothing is downloaded.
+    size and are read as RGB (`decode_images` says which); images in formats that are not read are refused, other files
+    passed over. Normalisation is the identity. Nothing is downloaded.
     """
     train_folder = path / "train"
-    test_folder = path / "test" if (path / "test").is_dir() else path / "val"
     train_classes, train_samples = _scan(train_folder)
+    test_folder = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if test_folder is None:
+        raise DataError(f"{path} has no folder test, nor val in its place")
     test_classes, test_samples = _scan(test_folder)
     if strangers := sorted(set(test_classes) - set(train_classes)):
         raise DataError(f"{test_folder} has classes that {train_folder} has not: {', '.join(strangers)}")
@@ -58,7 +62,10 @@ def _images(folder: Path) -> list[Path]:
         for name in folders:
             if os.path.islink(os.path.join(place, name)):  # to follow it could lead round in a circle, or through /dev
                 raise DataError(f"{os.path.join(place, name)} is a link to a folder: put the images themselves there")
-        found += [Path(place, name) for name in files if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        files = [name for name in files if not name.startswith(".")]
+        if others := sorted(name for name in files if name.lower().endswith(OTHERS)):
+            raise DataError(f"{os.path.join(place, others[0])} is in a format that is not read: convert it to PNG")
+        found += [Path(place, name) for name in files if name.lower().endswith(EXTENSIONS)]
     if not found:
         raise DataError(f"{folder} holds no images ({', '.join(EXTENSIONS)})")
     return sorted(found, key=lambda file: (str(file.parent), file.name))

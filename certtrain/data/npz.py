@@ -16,6 +16,7 @@ from certtrain.errors import DataError, shortened
 
 MOST_CLASSES = 100_000  # a greater label is a mistake, not a class
 MOST_SHRUNK = 100  # times; real images shrink to a third, MNIST's to a tenth
+DARK = 32  # of 255: a training set without a brighter pixel was scaled to 1, or to 16 as scikit-learn's digits are
 LARGEST_UNCHECKED = 2**30  # bytes; drawings of a few pixels may shrink to less
 
 
@@ -32,6 +33,8 @@ def load_npz(path: Path, download: bool) -> Dataset:
     is the identity. Nothing is downloaded.
     """
     train, test = _read(path / "train.npz"), _read(path / "test.npz")
+    if (brightest := int(train.images.max())) < DARK:
+        raise DataError(f"{path / 'train.npz'}: the largest value is {brightest}: images must be scaled to 0 … 255")
     num_classes = 1 + max(int(split.labels.max()) for split in (train, test))
     return Dataset(
         train, test, classes=tuple(map(str, range(num_classes))), **identity_normalization(train.images.shape[1])
@@ -63,7 +66,7 @@ def _read(file: Path) -> Split:
             f"{file}: images must be uint8 (N, H, W, C), (N, H, W) or a table (N, F), with values scaled to 0 … 255, "
             f"not {images.dtype} {images.shape}"
         )
-    if images.ndim == 4 and images.shape[1] <= 4 < images.shape[3]:
+    if images.ndim == 4 and _look_channels_first(*images.shape[1:]):
         raise DataError(f"{file}: images of shape {images.shape} have their channels first; they must come last")
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{file}: labels must be integers, not {labels.dtype}")
@@ -76,6 +79,11 @@ def _read(file: Path) -> Split:
         return Split(torch.from_numpy(channels_first), torch.from_numpy(labels.astype(np.int64)))
     except DataError as error:
         raise DataError(f"{file}: {error}") from error
+
+
+def _look_channels_first(first: int, second: int, last: int) -> bool:
+    """Rather than (H, W, C): few before many, or a square behind fewer."""
+    return last > 4 and (first <= 4 or first < second == last)
 
 
 def _arrays(file: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from certtrain.bounds.model import device_of
+from certtrain.bounds.recording import agree, probes
 from certtrain.errors import UnsupportedOperation, optional_module
+from certtrain.importing.onnx import evaluator
 from certtrain.models.normalize import Normalize
 from certtrain.runtime.files import write_atomically
 from certtrain.verification.folding import fold_batch_norm
@@ -28,7 +30,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
 
     Raises:
         MissingDependency: the library onnx is not installed.
-        UnsupportedOperation: the network cannot be traced, or has an operation that ONNX lacks.
+        UnsupportedOperation: the network cannot be traced, has an operation that ONNX lacks, or came out as another.
     """
     onnx = optional_module("onnx", "export")
     example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
@@ -51,7 +53,12 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise UnsupportedOperation(f"the network cannot be written as ONNX: {str(error).splitlines()[0]}") from error
-    onnx.checker.check_model(onnx.load_model_from_string(content.getvalue()), full_check=True)
+    written = onnx.load_model_from_string(content.getvalue())
+    onnx.checker.check_model(written, full_check=True)
+    images = torch.cat([probes(example[:1]), example])  # of another batch size than the exporter has seen
+    with torch.no_grad():
+        if not agree(evaluator(written, "image")(images), folded(images), relative=1e-4, absolute=1e-5):
+            raise UnsupportedOperation("the network cannot be written as ONNX: PyTorch's exporter makes another of it")
     write_atomically(file, lambda target: target.write(content.getvalue()))
 
 

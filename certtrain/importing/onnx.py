@@ -61,7 +61,7 @@ def import_onnx(file: Path) -> OnnxNetwork:
     _require_known_operators(model, file)
     try:
         module = _settled(onnx2torch.convert(_with_plain_shapes(model, name, shape)).eval().float(), shape)
-        run = _evaluator(network, name)
+        run = evaluator(network, name)
         same = _computes_the_same(module, run, shape)
     except Exception as error:  # of onnx2torch or a runtime, for a network that it did not foresee: of any type
         raise UnsupportedOperation(f"{file} cannot be imported: {_one_line(error)}") from error
@@ -245,7 +245,8 @@ def _is_by_channel(slope: Sequence[int], x: Sequence[int]) -> bool:
     return all(size == 1 or axis == 1 for axis, size in enumerate(stretched))
 
 
-def _evaluator(model: Any, name: str) -> Callable[[Tensor], Tensor]:
+def evaluator(model: Any, name: str) -> Callable[[Tensor], Tensor]:
+    """What a model in ONNX computes of its input `name`, by onnxruntime or else by onnx's own reference."""
     try:
         onnxruntime = optional_module("onnxruntime", EXTRA)
     except MissingDependency:

@@ -180,6 +180,36 @@ def test_hidden_files_and_folders_are_passed_over(folder):
     np.testing.assert_array_equal(data.train.images.numpy(), expected.train.images.numpy())
 
 
+@pytest.mark.parametrize("name", ["x.gif", "x.JFIF", "1/x.avif", "x.jpe"])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_images_in_other_formats_are_not_left_out_silently(folder, part, name):
+    file = folder / part / "ape" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"")
+    assert f"{file} is in a format that is not read: convert it to PNG" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "Thumbs.db", ".x.gif"])
+def test_files_that_are_no_images_are_passed_over(folder, name):
+    (folder / "train" / "ape" / name).write_bytes(b"")
+    assert len(load_dataset("folder", path=folder).train) == 3
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png", "webp"])
+@pytest.mark.parametrize("count", [2, 5])
+def test_a_file_of_several_images_is_not_read_as_its_first(folder, suffix, count):
+    file = folder / "train" / "ape" / f"stack.{suffix}"
+    frames = [Image.fromarray(RNG.integers(0, 256, (6, 4, 3), dtype=np.uint8)) for _ in range(count)]
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+    assert f"{file} cannot be decoded: it holds {count} images" in refused(folder)
+
+
+def test_the_previews_of_a_photograph_are_passed_over(folder):
+    image, preview = Image.fromarray(RGB), Image.fromarray(RGB[:2])
+    image.save(folder / "train" / "ape" / "photo.jpg", format="mpo", save_all=True, append_images=[preview])
+    assert len(load_dataset("folder", path=folder).train) == 4
+
+
 def test_a_pipe_is_not_waited_for(folder):
     os.mkfifo(folder / "train" / "ape" / "0.png")
     assert "0.png is missing or no regular file" in refused(folder)
@@ -288,7 +318,7 @@ def test_arrays_that_are_traps_are_refused(tmp_path, monkeypatch, images):
 
 
 def test_an_archive_larger_than_all_memory_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    write_npz(tmp_path, images=npy(np.zeros((500, 8, 8), np.uint8)), labels=npy(np.arange(500) % 2))
+    write_npz(tmp_path, images=npy(np.full((500, 8, 8), 255, np.uint8)), labels=npy(np.arange(500) % 2))
     assert len(load_dataset("npz", path=tmp_path).train) == 500
     monkeypatch.setattr(decoding.psutil, "virtual_memory", lambda: SimpleNamespace(total=10_000))
     with pytest.raises(DataError, match=r"train\.npz: its arrays take .* this machine has"):

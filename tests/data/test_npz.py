@@ -130,6 +130,46 @@ def test_an_archive_that_is_larger_unpacked_than_any_images_is_not_unpacked(
 
 def test_drawings_that_shrink_well_are_read(tmp_path):
     for part in ("train", "test"):
-        np.savez_compressed(tmp_path / f"{part}.npz", images=np.zeros((500, 28, 28), np.uint8), labels=np.arange(500))
+        np.savez_compressed(
+            tmp_path / f"{part}.npz", images=np.full((500, 28, 28), 255, np.uint8), labels=np.arange(500)
+        )
     assert (tmp_path / "train.npz").stat().st_size < 500 * 28 * 28 / 100
     assert len(load_dataset("npz", path=tmp_path).train) == 500
+
+
+@pytest.mark.parametrize(
+    ("shape", "refused"),
+    [
+        ((6, 32, 32), True),  # six spectral channels
+        ((12, 16, 16), True),
+        ((3, 8, 9), True),
+        ((2, 3, 3), False),
+        ((8, 9, 3), False),
+        ((32, 32, 6), False),
+        ((5, 9, 7), False),
+        ((9, 9, 9), False),
+    ],
+)
+def test_channels_that_come_first_are_refused_however_many(tmp_path, shape, refused):
+    images = np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8)
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", images=images, labels=[0, 1, 0, 1])
+    if refused:
+        with pytest.raises(DataError, match=r"train\.npz: .* channels first"):
+            load_dataset("npz", path=tmp_path)
+    else:
+        assert load_dataset("npz", path=tmp_path).image_shape == (shape[2], *shape[:2])
+
+
+@pytest.mark.parametrize(("brightest", "refused"), [(1, True), (16, True), (64, False), (255, False)])
+@pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3), (20,)])
+def test_pixels_that_were_scaled_to_1_or_to_16_are_refused(tmp_path, brightest, refused, shape):
+    images = np.random.default_rng(0).integers(0, brightest, (4, *shape), dtype=np.uint8, endpoint=True)
+    images[0] = brightest
+    for part, of in (("train", images), ("test", images // 255)):  # few test images may be dark
+        np.savez(tmp_path / f"{part}.npz", images=of, labels=[0, 1, 0, 1])
+    if refused:
+        with pytest.raises(DataError, match=rf"train\.npz: the largest value is {brightest}: "):
+            load_dataset("npz", path=tmp_path)
+    else:
+        assert load_dataset("npz", path=tmp_path).train.images.max() == brightest

@@ -76,6 +76,23 @@ def test_what_onnx_cannot_say_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "onnx's reference"])
+def test_a_network_that_the_exporter_makes_another_of_is_not_written(tmp_path, monkeypatch, runtime):
+    """PyTorch's exporter overlooks `divisor_override`."""
+    if runtime != "onnxruntime":
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    file = tmp_path / "model.onnx"
+    for divisor, written in ((None, True), (4, True), (3, False)):
+        model = nn.Sequential(nn.AvgPool2d(2, divisor_override=divisor), nn.Flatten(), nn.Linear(4, 3))
+        if written:
+            export_onnx(model, (1, 4, 4), file)
+            file.unlink()
+        else:
+            with pytest.raises(UnsupportedOperation, match="exporter makes another of it"):
+                export_onnx(model, (1, 4, 4), file)
+            assert not file.exists()
+
+
 # --- VNN-LIB ---------------------------------------------------------------------------------------------------------
 
 

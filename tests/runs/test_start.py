@@ -388,7 +388,7 @@ def test_what_cannot_be_continued_is_refused_before_a_file_is_written(
     shutil.copytree(source, tmp_path / "bare", ignore=lambda *_: ["config.yaml", "model.json"])
     (tmp_path / "large").mkdir()
     for name in ("train", "test"):
-        images, labels = np.zeros((4, 9, 9, 1), np.uint8), np.array([0, 1, 0, 1])
+        images, labels = np.full((4, 9, 9, 1), 255, np.uint8), np.array([0, 1, 0, 1])
         np.savez(tmp_path / "large" / f"{name}.npz", images=images, labels=labels)
     places = {"run": source, "bare": tmp_path / "bare" / "model.safetensors", "large": tmp_path / "large"}
     before = contents(tmp_path)
