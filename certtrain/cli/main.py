@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ from certtrain.runtime.launch import is_first_process
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 MOST = 10**9  # of a number on the command line
+MOST_OPTION = 100  # of an option's name that is looked for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,10 +68,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     completion.answer(parser)
     options, rest = parser.parse_known_args(arguments)
     if strangers := [word for word in rest if word.startswith("-") or "overrides" not in options]:
-        parser.error(f"unrecognized arguments: {' '.join(strangers)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(strangers)}{_instead(options.parser, strangers[0])}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
+
+
+def _instead(parser: argparse.ArgumentParser, word: str) -> str:
+    """What could be meant by an option that a command has not."""
+    from certtrain.config.keys import keys_called
+
+    name = word.partition("=")[0][:MOST_OPTION]
+    near = get_close_matches(name, parser._option_string_actions, n=3, cutoff=0.6)
+    near = near or [f"{key}=..." for key in keys_called(name.lstrip("-").replace("-", "_"))]
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -293,7 +305,7 @@ def _command(
     subparsers: argparse._SubParsersAction, name: str, text: str, run: object, device: bool = True
 ) -> argparse.ArgumentParser:
     command = subparsers.add_parser(name, help=text, description=text)
-    command.set_defaults(command=run)
+    command.set_defaults(command=run, parser=command)
     if device:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     command.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -67,6 +67,11 @@ def _is_one_of(rule: Any) -> bool:
     return isinstance(rule, AfterValidator) and isinstance(rule.func, OneOf)
 
 
+def keys_called(name: str, most: int = 3) -> list[str]:
+    """Keys that an override can name, and that are called so, or end so: training.epochs for epochs."""
+    return [key for key, _ in dotted_fields() if f".{key}".endswith(f".{name}")][:most]
+
+
 def dotted_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key that an override can name, and its field; the keys of all variants, where there are several."""
     for key, field in fields_of(section).items():

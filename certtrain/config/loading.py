@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from certtrain.config.keys import keys_of, variants_of
+from certtrain.config.keys import keys_called, keys_of, variants_of
 from certtrain.config.reading import NotPlainYaml, parse_yaml, read_yaml
 from certtrain.config.schema import Config, VerificationSection
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
@@ -324,7 +324,7 @@ def _instead(location: Sequence[str | int]) -> str:
         owners = [name for name, variant in variants.items() if key in keys_of(variant)]
         if owners:
             return f"it belongs to {place} {', '.join(owners)}"
-    near = get_close_matches(shortened(key), keys_of(section), n=3, cutoff=0.5)
+    near = get_close_matches(shortened(key), keys_of(section), n=3, cutoff=0.5) or keys_called(str(key))
     if near:
         return f"did you mean {' or '.join(near)}?"
     where = ".".join(path) + (f" {outer[-1]}" if siblings else "")

@@ -216,3 +216,37 @@ def test_hardly_anything_proved_comes_with_what_to_try(method, natural, verified
 
 def test_a_run_that_proves_nothing_says_what_to_try(train):
     assert "hint: " in train("epsilon.max=0.9").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["train", "digits", "--outt", "x"], "--out"),
+        (["verify", "run", "--methods=ibp"], "--method"),
+        (["train", "digits", "--epochs", "5"], "training.epochs=..."),
+        (["train", "digits", "--training.epochs=5"], "training.epochs=..."),
+        (["train", "digits", "--batch-size", "5"], "training.batch_size=... or verification.batch_size=..."),
+        (["config", "digits", "--colour"], None),
+    ],
+)
+def test_an_option_that_there_is_not_comes_with_what_could_be_meant(cli, arguments, meant):
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    usage, line = outcome.err.rstrip().rsplit("\n", 1)
+    assert usage.startswith(f"usage: certtrain {arguments[0]} ")
+    assert line.startswith(f"certtrain {arguments[0]}: error: unrecognized arguments: --")
+    assert line.endswith(f": did you mean {meant}?") if meant else "did you mean" not in line
+
+
+def test_images_that_a_run_was_trained_on_are_no_validation_images(cli, train, tmp_path):
+    run, asked = tmp_path / "run", "verification.split=validation"
+    assert train("data.validation=40").code == 0
+    before = contents(run)
+    for command in (["verify"], ["verify", "--radius", "0.1"], ["report"], ["export", "--vnnlib", tmp_path / "left"]):
+        for divided in ("data.validation=60", "data.validation=0.5", "seed=1", "data={name: digits, validation: 50}"):
+            outcome = cli(command[0], run, asked, divided, *command[1:])
+            assert (outcome.code, "the run was trained on some of these images" in outcome.error) == (2, True)
+            assert contents(run) == before
+    assert cli("verify", run, "seed=1", "--limit", 2).code == 0
+    assert cli("verify", run, asked, "--limit", 2).code == 0
+    assert json.loads((run / "verify.json").read_text())["split"] == "validation"
