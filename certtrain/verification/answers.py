@@ -205,11 +205,16 @@ def _least(margins: Tensor, labels: Tensor) -> Tensor:
 
 
 def _model_digest(model: nn.Module) -> str:
-    """SHA-256 of what the network's modules are and of its state."""
+    """SHA-256 of what the network's modules are and of its state, also of what is not saved with it."""
     content = hashlib.sha256()
     for name, module in model.named_modules():
         content.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
-    for name, tensor in model.state_dict().items():
+    kept = model.state_dict()
+    beside = {name: buffer for name, buffer in model.named_buffers() if name not in kept}  # persistent=False
+    for name, tensor in (kept | beside).items():
+        if not isinstance(tensor, Tensor):  # a module's extra state
+            content.update(f"{name} {tensor!r}\n".encode())
+            continue
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()

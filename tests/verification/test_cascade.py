@@ -119,6 +119,57 @@ def test_an_interrupted_verification_goes_on_to_the_same_table(network, digits, 
     verify(network, digits.test, **ASKED, results=file, observe=lambda one, total: pytest.fail("all is known"))
 
 
+@pytest.mark.parametrize("methods", [("branch-and-bound",), ("ibp", "branch-and-bound"), ("crown",)])
+@pytest.mark.parametrize("attack", [None, PGD(2, 1)])
+def test_every_cascade_goes_on_from_its_results(network, digits, tmp_path, methods, attack):
+    """Also one that asks nothing of images that are misclassified, or attacked."""
+    file, seen = tmp_path / "results.jsonl", []
+    asked = {**ASKED, "method": methods, "attack": attack, "limit": 30}
+
+    def interrupt(found, total):
+        seen.append(found)
+        if len(seen) > 20:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        verify(network, digits.test, **asked, results=file, observe=interrupt)
+    again = []
+    (found,) = verify(network, digits.test, **asked, results=file, observe=lambda one, total: again.append(one))
+    assert len(again) == 30 - len(seen)
+    verdicts = {one.image: one.verdict for one in (*seen, *again)}
+    assert found.verdicts == [verdicts[image] for image in range(30)]
+    assert "misclassified" in found.verdicts
+
+
+class Beside(nn.Module):
+    """A network that multiplies its input by a number that its state dict does not have, or has in its own way."""
+
+    def __init__(self, factor, extra):
+        super().__init__()
+        self.layer, self.extra = nn.Linear(64, 10), extra
+        nn.init.constant_(self.layer.weight, 0.01)
+        nn.init.zeros_(self.layer.bias)
+        self.register_buffer("factor", torch.tensor(factor), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1) * self.factor)
+
+    def get_extra_state(self):
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state):
+        self.extra = state["extra"]
+
+
+@pytest.mark.parametrize("other", [(2.0, 1), (1.0, 2)])
+def test_results_of_a_network_with_other_buffers_or_other_extra_state_are_refused(digits, tmp_path, other):
+    file = tmp_path / "results.jsonl"
+    for _ in range(2):
+        verify(Beside(1.0, 1), digits.test, EPS, limit=5, results=file)
+    with pytest.raises(UsageError, match=r"another question: model_sha256 is .* there"):
+        verify(Beside(*other), digits.test, EPS, limit=5, results=file)
+
+
 def test_results_of_another_network_are_refused(network, digits, tmp_path):
     file = tmp_path / "results.jsonl"
     verify(network, digits.test, EPS, limit=5, results=file)
