@@ -1,8 +1,8 @@
 """Properties: can an input of a box have outputs that satisfy linear constraints? It is what VNN-LIB files ask.
 
 Such a question is one about margins and misclassified points, of another network: behind the given one a linear layer
-computes what is left until each constraint is met, and class 0, whose logit is 0, means that one is not. For branch and
-bound the least of each case's constraints follows, by ReLUs, which can be split.
+computes what is left until each constraint is met, and class 0, whose logit is just below 0, means that one is not. For
+branch and bound the least of each case's constraints follows, by ReLUs, which can be split.
 """
 
 from __future__ import annotations
@@ -139,14 +139,17 @@ def _check_sizes(model: nn.Module, cases: Sequence[Case], example: Tensor) -> No
 
 
 class _Constraints(nn.Module):
-    """The network, and behind it 0 and limits - rows·y for every constraint: (B, 1 + S)."""
+    """The network, and behind it 0 and limits - rows·y for every constraint: (B, 1 + S).
+
+    0 is the number just below it, since a constraint that is met with equality is met.
+    """
 
     def __init__(self, network: nn.Module, rows: Tensor, limits: Tensor) -> None:
         super().__init__()
         self.network, self.flatten, self.left = network, nn.Flatten(), nn.Linear(rows.shape[1], 1 + len(rows))
         with torch.no_grad():
             self.left.weight.copy_(torch.cat([torch.zeros_like(rows[:1]), -rows]))
-            self.left.bias.copy_(torch.cat([torch.zeros_like(limits[:1]), limits]))
+            self.left.bias.copy_(torch.cat([limits.new_tensor([-torch.finfo(limits.dtype).tiny]), limits]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.left(self.flatten(self.network(x)))
@@ -200,6 +203,18 @@ class _Shares(nn.Module):
         return self.network(self.point(share))
 
 
+class _Judged(nn.Module):
+    """Points (B, ...) -> (B, 2): class 1 is predicted of those that are counterexamples in deployment."""
+
+    def __init__(self, question: _Question) -> None:
+        super().__init__()
+        self.question = question
+
+    def forward(self, points: Tensor) -> Tensor:
+        found = [self.question.counterexample(point) is not None for point in points]
+        return torch.tensor([[0.0, 1.0 if one else -1.0] for one in found])
+
+
 class _Question:
     """Cases about one box: the network that tells them apart, what is proved of it, and its points."""
 
@@ -238,12 +253,11 @@ class _Question:
 
     def searched(self, search: Search, refuted: Tensor) -> tuple[Verdict, tuple[Tensor, Tensor] | None]:
         """What branch and bound finds of the cases that are not refuted, and a counterexample."""
-        network = self.least()
-        net = BoundedModel(network, self.enclosing.lower)
+        net = BoundedModel(self.least(), self.enclosing.lower)
         record = net.tightened(self.enclosing)
         known = torch.where(torch.cat([torch.zeros_like(refuted[:1]), refuted]), torch.inf, -torch.inf)
         margins = root_margins(record, self.label, known[None].to(self.enclosing.lower))
-        (outcome,) = branch_and_bound(network, record, self.label, margins, search, self.points)
+        (outcome,) = branch_and_bound(_Judged(self), record, self.label, margins, search, self.points)
         return outcome.verdict, None if outcome.point is None else self.counterexample(outcome.point)
 
     def attacked(self, attack: Attack, seed: int) -> tuple[Tensor, Tensor] | None:

@@ -9,6 +9,7 @@ from scipy.optimize import linprog
 from torch import nn
 
 from certtrain.bounds import BoundedModel, Box
+from certtrain.bounds.linear.beta import Ascent
 from certtrain.bounds.model import METHODS
 from certtrain.errors import UsageError
 from certtrain.verification.attacks import APGD, PGD, Ensemble, TargetedAPGD
@@ -172,6 +173,45 @@ def test_what_runs_in_deployment_decides_whether_a_point_counts():
     elsewhere = torch.full((1, 3), 1e6)
     cases = [Case(case.box, case.rows.abs(), case.limits) for case in cases]
     assert decide(model, cases, [3], ["ibp"], ATTACK, replay=lambda x: elsewhere).verdict != "sat"
+
+
+@pytest.mark.parametrize("rows", [[[1, 0], [0, -1]], [[0, -1], [1, 0]], [[1, -1]], [[-1, 0], [1, 0], [0, -1]]])
+@pytest.mark.parametrize(("methods", "attack"), [(["ibp"], ATTACK), (STAGES, ATTACK), ([BRANCH_AND_BOUND], None)])
+def test_a_constraint_that_is_met_with_equality_is_met(rows, methods, attack):
+    """At x = (·, 1) alone: the first output is 0 everywhere, and no number is below it."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+        model[0].bias.copy_(torch.tensor([-5.0, 0.0]))
+    box, rows = Box(torch.zeros(2).double(), torch.ones(2).double()), torch.tensor(rows, dtype=torch.float64)
+    limits = rows @ torch.tensor([0.0, 1.0], dtype=torch.float64)
+    decision = decide(model, [Case(box, rows, limits)], [2], methods, attack)
+    assert decision.verdict == "sat"
+    assert decision.point[1] == 1
+    assert decision.outputs.tolist() == [0, 1]
+    assert decide(model, [Case(box, rows, limits - 1e-6)], [2], methods, attack).verdict != "sat"
+
+
+def test_a_search_goes_on_from_points_that_deployment_does_not_confirm():
+    """x - 1.2·relu(x - 0.6) is at least 0.5 from x = 0.5 on; deployment gives 0 above 0.9, where the search begins."""
+    model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.copy_(torch.tensor([0.0, -0.6]))
+        model[2].weight.copy_(torch.tensor([[1.0, -1.2]]))
+    box = Box(torch.zeros(1).double(), torch.ones(1).double())
+    case = Case(box, -torch.ones(1, 1).double(), torch.tensor([-0.5]).double())
+    asked = []
+
+    def deployed(x):
+        asked.append(x.item())
+        return torch.where(x > 0.9, 0.0, model(x))
+
+    search = Search(ascent=Ascent(steps=0))
+    decision = decide(model, [case], [1], [BRANCH_AND_BOUND], search=search, replay=deployed)
+    assert asked[0] == 1
+    assert decision.verdict == "sat"
+    assert 0.5 <= decision.point.item() <= 0.9
 
 
 def test_an_input_that_is_fixed_between_two_floats_is_the_nearest_one():
