@@ -81,11 +81,11 @@ def _verify_images(options: argparse.Namespace) -> int:
         if not ranks.is_first:
             return 0
     show_results(Output(), [result.summary() for result in results], split=config.verification.split)
-    if options.certificates:
-        _write_certificates(options, config, model, dataset.test, weights, results)
     _write_results(options, config, model, dataset.test, results)
     if handed_out:
         _add_verdicts(folder, config, dataset.test, results)
+    if options.certificates:  # the last, since an image may have nothing that could be certified
+        _write_certificates(options, config, model, dataset.test, weights, results)
     return 0
 
 
@@ -173,7 +173,7 @@ def _require_certifiable(weights: Path, config: Config) -> None:
 
     if weights.suffix != ".safetensors":
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")
-    require_checkable(config.verification.method)
+    require_checkable(config.verification.method, config.test_radii)
     require_known(config.model.name)
     if config.verification.split != "test":
         raise UsageError("certificates are about a test set: not with verification.split=validation")

@@ -238,14 +238,16 @@ def _verdict(proved: bool, attacked: bool) -> str:
     return "proved" if proved else "attacked" if attacked else "unknown"
 
 
-def require_checkable(methods: Sequence[str]) -> None:
-    """Raises UsageError for a method whose proofs leave nothing to be checked by."""
+def require_checkable(methods: Sequence[str], radii: Sequence[float]) -> None:
+    """Raises UsageError for a method whose proofs leave nothing to be checked by, or a radius that is there twice."""
     for method in methods:
         if method not in CHECKED_METHODS:
             raise UsageError(
                 f"certificates keep no slopes of {method}: use branch-and-bound, which begins with them; methods that "
                 f"can be checked: {', '.join(CHECKED_METHODS)}"
             )
+    if len(set(radii)) < len(radii):
+        raise UsageError("certificates hold each radius once: name none twice")
 
 
 def write_certificates(
@@ -265,7 +267,8 @@ def write_certificates(
         config: of the run, with the data set's name under data.name.
 
     Raises:
-        CertificateError: a radius twice, or as of `certificate_rows`.
+        UsageError: a radius twice, or another thing that `require_checkable` refuses.
+        CertificateError: as of `certificate_rows`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -275,9 +278,8 @@ def write_certificates(
     def rows() -> Iterator[dict[str, Any]]:
         return (row for result in results for row in certificate_rows(result, data))
 
-    radii = [float(result.eps) for result in results]
-    if len(set(radii)) < len(radii):
-        raise CertificateError("certificates hold each radius once: name none twice")
+    methods = dict.fromkeys(stage.method for result in results for stage in result.stages)
+    require_checkable(list(methods), [float(result.eps) for result in results])
     columns, verdicts = ColumnDigests(), Counter[tuple[float, str]]()
     for row in rows():
         columns.add(row)

@@ -111,12 +111,27 @@ def test_an_altered_weight_is_caught(cli, certified):
     (["--method", "alpha-crown"], "keep no slopes of alpha-crown"),
     (["verification.split=validation", "data.validation=40"], "about a test set"),
     (["data.classes=[1,2]"], "about a whole test set"),
+    (["--eps", "0.1,2/255,1/10"], "name none twice"),
 ])  # fmt: skip
 def test_what_could_not_be_checked_is_refused_by_every_rank(asked, reason, cli, run, tmp_path):
     file = tmp_path / "certificates.parquet"
     outcome = cli("verify", run, "--certificates", file, "--limit", 1, "--device", "cpu", *asked)
     assert (outcome.code, file.exists()) == (2, False)
     assert reason in outcome.error
+
+
+def test_what_cannot_be_certified_is_verified_nevertheless(cli, run, tmp_path):
+    """Of logits that are no numbers there is no certificate, which is found out in the end: the errors stay."""
+    weights = load_file(run / "model.safetensors")
+    name = next(name for name in weights if name.endswith("running_var"))
+    weights[name] = np.full_like(weights[name], np.nan)
+    save_file(weights, run / "model.safetensors")
+    outcome = cli("verify", run, "--certificates", tmp_path / "c.parquet", "--eps", "0.01", "--limit", 3)
+    assert outcome.code == 1
+    assert "logits that are no numbers" in outcome.error
+    written = json.loads((run / "verify.json").read_text())
+    assert (written["images"], written["eps"], written["natural_error"]) == (3, 0.01, 1)
+    assert json.loads((run / "verdicts.json").read_text())[-1]["images"] == "mmm"
 
 
 def write_npz(folder, count=400):
