@@ -8,6 +8,7 @@ import reprlib
 import signal
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral
 from types import ModuleType
 
 READER_LEFT: int = getattr(signal, "SIGPIPE", 13)  # the signal of a pipe that nobody reads, which Windows does not name
@@ -115,6 +116,13 @@ def unknown(kind: str, name: str, choices: Iterable[str], otherwise: str | None 
     near = get_close_matches(shortened(name, 200), choices, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else otherwise or f"choose from {', '.join(choices)}"
     return UsageError(f"unknown {kind} {shown(name, 200)}: {hint}")
+
+
+def require_counts(**counts: object) -> None:
+    """Raises UsageError for one that is no whole number of at least 1."""
+    for name, value in counts.items():
+        if not (isinstance(value, Integral) and int(value) >= 1):
+            raise UsageError(f"{name} is a whole number of at least 1, not {shown(value)}")
 
 
 def optional_module(name: str, extra: str) -> ModuleType:

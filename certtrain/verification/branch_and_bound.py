@@ -27,7 +27,7 @@ from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.bounds.linear.crown import backward_margins
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.margins import no_nan, proved
-from certtrain.errors import UsageError
+from certtrain.errors import UsageError, require_counts
 from certtrain.verification.attacks import logits_of
 from certtrain.verification.leaf import exact_leaf
 from certtrain.verification.trees import MOST_BYTES, Trees
@@ -62,6 +62,9 @@ class Search:
         ascent: how each domain's slopes and multipliers are optimised.
         max_memory: bytes that waiting domains may take.
         keep_leaves: keep what proves each image.
+
+    Raises:
+        UsageError: a negative time, or no images, domains or candidates.
     """
 
     timeout: float = 100.0
@@ -71,6 +74,11 @@ class Search:
     ascent: Ascent = field(default_factory=lambda: Ascent(steps=10))
     max_memory: int = 2**31
     keep_leaves: bool = False
+
+    def __post_init__(self) -> None:
+        require_counts(images=self.images, domains=self.domains, candidates=self.candidates)
+        if not self.timeout >= 0:
+            raise UsageError(f"timeout is a number of seconds of at least 0, not {self.timeout}")
 
 
 @dataclass(frozen=True)

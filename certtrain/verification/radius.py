@@ -13,6 +13,7 @@ from certtrain.bounds import BoundedModel
 from certtrain.bounds.margins import proved
 from certtrain.bounds.model import device_of, evaluating
 from certtrain.data import Split, to_float
+from certtrain.errors import require_counts
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.answers import predictions
 from certtrain.verification.attacks import Attack
@@ -85,6 +86,7 @@ def certified_radii(
         UsageError, DataError: as of `verify`.
     """
     (max_eps,) = checked_radii(max_eps)
+    require_counts(batch_size=batch_size)
     data = data.to(device_of(model))
     with evaluating(model), full_precision(), torch.no_grad():
         check_fit(model, data)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from certtrain.bounds.model import device_of, evaluating
 from certtrain.bounds.rounding.arithmetic import arithmetic_named
 from certtrain.data import Split, to_float
-from certtrain.errors import DataError, UsageError
+from certtrain.errors import DataError, UsageError, require_counts
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.answers import Answers, Portion, Question, in_parts
@@ -226,13 +227,14 @@ def verify(
         A Verification per radius, of all images in every process.
 
     Raises:
-        UsageError: a radius that is negative or not finite; a model of another type or with other outputs; an
-            arithmetic that is unknown, or that method or backend cannot cover; fewer images than processes; `results`
-            of another question.
+        UsageError: a radius that is negative or not finite; a limit, batch size or number of workers below 1; no
+            method; a model of another type or with other outputs; an arithmetic that is unknown, or that method or
+            backend cannot cover; fewer images than processes; `results` of another question.
         DataError: a label that is none of the model's classes.
         UnsupportedOperation: one that the backend has no rule for, or that branch and bound cannot split.
     """
     radii = checked_radii(eps)
+    require_counts(batch_size=batch_size, workers=workers, **({} if limit is None else {"limit": limit}))
     data = data.take(slice(limit)).to(device_of(model))
     if len(data) < ranks.world_size:
         raise UsageError(
@@ -241,6 +243,8 @@ def verify(
     if workers > 1 and data.images.device.type != "cpu":
         raise UsageError("workers share a CPU: for several GPUs, start one process for each with torchrun")
     methods = (method,) if isinstance(method, str) else tuple(method)
+    if not methods:
+        raise UsageError("method: name at least one")
     check_cascade(methods, backend)
     if arithmetic is not None:
         _require_sound(backend, arithmetic)
@@ -252,7 +256,7 @@ def verify(
         known, keep = _continued(results, answers.asked(radii), ranks, opened)
         done = {result.key for result in known}
         portions: list[Portion] = []
-        for radius in radii:
+        for radius in dict.fromkeys(radii):
             left = [image for image in range(len(data)) if (radius, image) not in done]
             size = batch_size if workers == 1 else max(1, min(batch_size, len(left) // (8 * workers)))
             portions += [(radius, part) for part in in_parts(ranks.share(left), size)]
@@ -308,7 +312,7 @@ def checked_radii(eps: float | Sequence[float]) -> list[float]:
         UsageError: none; or one that is no number, negative, infinite or NaN.
     """
     try:
-        radii = [float(eps)] if isinstance(eps, int | float) else [float(radius) for radius in eps]
+        radii = [float(eps)] if isinstance(eps, int | float | Real) else [float(radius) for radius in eps]
     except (TypeError, ValueError) as error:
         raise UsageError(f"eps must be a number or several, not {eps!r}") from error
     if not radii:

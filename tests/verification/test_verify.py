@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +15,7 @@ from certtrain.errors import DataError, UnsupportedOperation, UsageError
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.verification import answers
 from certtrain.verification.attacks import PGD
+from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.radius import certified_radii
 from certtrain.verification.verify import verify
 from tests.networks import Threshold, narrow_cnn7, randomized
@@ -131,6 +135,37 @@ class Returns(nn.Module):
 def test_a_radius_that_is_none_is_refused(question, eps):
     with pytest.raises(UsageError, match="eps"):
         QUESTIONS[question](Threshold(), pixels([0], [0]), eps)
+
+
+@pytest.mark.parametrize(("ask", "name"), [
+    (verify, "limit"), (verify, "batch_size"), (verify, "workers"), (certified_radii, "batch_size"),
+])  # fmt: skip
+@pytest.mark.parametrize("value", [0, -1, 1.5, "1"])
+def test_a_number_of_images_or_workers_is_at_least_one(ask, name, value):
+    with pytest.raises(UsageError, match=f"{name} is a whole number of at least 1, not {value!r}"):
+        ask(Threshold(), pixels([0, 100], [0, 0]), 0.1, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "change", [{"images": 0}, {"domains": 0}, {"candidates": -1}, {"timeout": -1}, {"timeout": math.nan}]
+)
+def test_a_search_that_could_not_go_on_or_end_is_refused(change):
+    (name,) = change
+    with pytest.raises(UsageError, match=f"{name} is a .* at least"):
+        Search(**change)
+
+
+def test_no_method_is_none():
+    with pytest.raises(UsageError, match="name at least one"):
+        verify(Threshold(), pixels([0], [0]), 0.1, [])
+
+
+def test_a_radius_that_is_named_twice_is_looked_at_once():
+    told = []
+    one, two = verify(Threshold(), pixels([0, 100], [0, 0]), [0.1, 0.1], observe=lambda *x: told.append(x))
+    assert (one.eps, one.verdicts) == (two.eps, two.verdicts)
+    assert [(result.image, total) for result, total in told] == [(0, 2), (1, 2)]
+    assert verify(Threshold(), pixels([0], [0]), np.float32(0.25))[0].eps == 0.25
 
 
 @pytest.mark.parametrize("eps", [[], [0.1, -0.1], [0.1, "x"]])
