@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from decimal import Decimal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import Tensor, nn
 
 from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
-from certtrain.errors import UsageError, optional_module
+from certtrain.errors import UsageError
 from certtrain.export.onnx import export_onnx
 from certtrain.runs.evaluation import verify_run
-from certtrain.runtime.files import make_folder, write_text
+from certtrain.runtime.files import make_folder, write_atomically, write_text
 from certtrain.verification.verify import Verification
 
 
@@ -36,16 +37,19 @@ def export_vnnlib(
 
     Raises:
         UsageError: there is something in `folder`.
+        CheckpointError: nothing can be written there.
         MissingDependency, UnsupportedOperation: as of `export_onnx`.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} is not an empty folder: name a new one")
-    optional_module("onnx", "export")  # known now rather than after hours of proofs
+    with TemporaryDirectory() as place:  # what cannot be written is known now rather than after hours of proofs
+        export_onnx(model, dataset.image_shape, Path(place) / "model.onnx")
+        network = (Path(place) / "model.onnx").read_bytes()
+    make_folder(folder)
     methods = dict.fromkeys(("ibp", *config.verification.method))
     config = load_config(config, {"verification": {"eps": eps, "method": list(methods)}})
     (result,) = verify_run(config, model, dataset, limit)
-    make_folder(folder)
-    export_onnx(model, dataset.image_shape, folder / "model.onnx")
+    write_atomically(folder / "model.onnx", lambda file: file.write(network))
     rows = []
     for index in unknown_images(result):
         image, label = to_float(dataset.test.images[index]), int(dataset.test.labels[index])

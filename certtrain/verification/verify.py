@@ -67,7 +67,7 @@ class Verification:
         adversarial: those points (M, C, H, W), in order.
         proved: no perturbation of at most eps in any pixel changes the prediction, which is right.
         margin: smallest lower bound of z_y - z_j, j ≠ y.
-        seconds: all of it, the attack included.
+        seconds: of this call, the attack included; what `results` had of an earlier one took its time before.
         attack: the names of those that were made, None where none was.
         trees: by position, what proves an image by branch and bound (`Trees`), where that was kept.
         undecided: by position, why branch and bound has given up an image.

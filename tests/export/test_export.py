@@ -14,7 +14,7 @@ from vnnlib.compat import read_vnnlib_simple
 
 from certtrain.config import load_config
 from certtrain.data import Dataset, Split, load_dataset
-from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.errors import CheckpointError, UnsupportedOperation, UsageError
 from certtrain.export.onnx import export_onnx
 from certtrain.export.vnnlib import export_vnnlib, outer_box, unknown_images, vnnlib_property
 from certtrain.models import Normalize
@@ -175,6 +175,21 @@ def test_attacked_images_are_not_unknown(tmp_path):
     result = export_vnnlib(tmp_path / "open", config_with(), Threshold(), data, 5 / 255, limit=None, timeout=60)
     assert unknown_images(result) == []
     assert sorted(contents(tmp_path / "open")) == ["instances.csv", "model.onnx"]
+
+
+@pytest.mark.parametrize("wrong", ["network", "folder"])
+def test_what_cannot_be_written_is_known_before_the_proofs(wrong, tmp_path, monkeypatch):
+    def refused(*asked):
+        raise UnsupportedOperation("an operation that ONNX lacks")
+
+    (tmp_path / "file").touch()
+    folder = tmp_path / "open" if wrong == "network" else tmp_path / "file" / "open"
+    monkeypatch.setattr("certtrain.export.vnnlib.verify_run", lambda *asked: pytest.fail("too late"))
+    if wrong == "network":
+        monkeypatch.setattr("certtrain.export.vnnlib.export_onnx", refused)
+    with pytest.raises(UnsupportedOperation if wrong == "network" else CheckpointError):
+        export_vnnlib(folder, config_with(), Threshold(), one_pixel_images([0], [0]), 0.1, limit=None, timeout=60)
+    assert not folder.exists()
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
