@@ -165,11 +165,18 @@ class BoundedModel:
                 train on and no bound, so it is refused in eval mode, the mode that networks are verified in.
 
         Raises:
-            UsageError: `shrink` in eval mode.
+            UsageError: `shrink` in eval mode, inputs of a shape that the network does not take, or a `clean` of another
+                shape or type than the box.
         """
         self._refuse_shrinking(shrink)
+        self._require_inputs(box.like)
         if arithmetic is not None:
             return sound.propagate(self.graph, box, arithmetic)
+        if clean is not None and (clean.shape, clean.dtype) != (box.shape, box.like.dtype):
+            raise UsageError(
+                f"clean must be points of the box, {box.like.dtype} {tuple(box.shape)}: "
+                f"it is {clean.dtype} {tuple(clean.shape)}"
+            )
         return interval.propagate(self.graph, box, clean, coefficients, record, from_center, shrink)
 
     def ibp_in_segments(
@@ -189,6 +196,7 @@ class BoundedModel:
             shrink: see `ibp`.
         """
         self._refuse_shrinking(shrink)
+        self._require_inputs(box.like)
         count = segments or math.isqrt(len(self.graph.steps))
         return propagate_in_segments(self.graph, box, coefficients, observe, count, shrink)
 
@@ -196,8 +204,22 @@ class BoundedModel:
         if shrink is not None and not self.model.training:
             raise UsageError("boxes that were shrunk behind ReLUs bound nothing: shrink is for training mode alone")
 
+    def _require_inputs(self, x: Tensor) -> None:
+        """Raises UsageError where the network takes no such inputs; some take images of several sizes."""
+        expected = self._example.shape[1:]
+        if x.shape[1:] == expected:
+            return
+        images = torch.zeros(2, *x.shape[1:], dtype=x.dtype, device=x.device)  # BatchNorm in training mode needs two
+        try:
+            with torch.no_grad():
+                self.graph.run(images, _CleanTransform(), {})
+        except Exception as error:  # of any operation in it, and of any type
+            message = f"inputs of shape {tuple(x.shape[1:])} are none of this network's, which are {tuple(expected)}"
+            raise UsageError(message) from error
+
     def clean_pass(self, x: Tensor, coefficients: Mapping[int, Coefficients] | None = None) -> CleanPass:
         """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with, `coefficients` where given."""
+        self._require_inputs(x)
         clean = _CleanTransform()
         output = self.graph.run(x, clean, coefficients)
         return CleanPass(output, clean.coefficients)
@@ -272,6 +294,8 @@ class BoundedModel:
         check_question(box, labels, self.classes)
         if search is not None and method != BRANCH_AND_BOUND:
             raise UsageError(f"search is how {BRANCH_AND_BOUND} searches: {method} does not")
+        if len(labels) == 0:
+            return box.like.new_zeros(0, self.classes, dtype=None if arithmetic is None else torch.float64)
         if early_stop and (self.model.training or not intersect):
             raise UsageError("early_stop is for networks in eval mode, and for bounds that are intersected")
         if method == BRANCH_AND_BOUND:
@@ -336,6 +360,7 @@ class BoundedModel:
         """`ibp` with everything recorded that a backward pass needs, also one that covers rounding."""
         if arithmetic is None:
             return self.ibp(box, clean, record=True)
+        self._require_inputs(box.like)
         return propagate_recorded(self.graph, box, arithmetic)
 
     def _interval_margins(self, bounds: Bounds, labels: Tensor, arithmetic: str | None) -> Tensor:
@@ -477,7 +502,7 @@ class _CleanTransform:
         if call.function is scale_shift:
             self.coefficients[call.index] = args[1:]
         value = call.function(*args).to(leaves(args, Tensor)[0].dtype)
-        size = value.numel() // len(value)
+        size = value.shape[1:].numel()
         self.largest, self.total = max(self.largest, size), self.total + size
         return value
 

@@ -15,6 +15,7 @@ which would allow the d_k² below the root to be another than the one above it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -147,20 +148,25 @@ def _scaled(call: Any, x: Any, weight: Any, bias: Any) -> Any:
     return x if bias is None else call(add, x, bias, 1)
 
 
-def _last(normalized_shape: Any) -> Dims:
-    return tuple(range(-len(tuple(normalized_shape)), 0))
+def _last(call: Any, normalized_shape: Any) -> Any:
+    """The axes of that shape; counted in the walk where the network asks its input for it, as by `x.shape[1:]`."""
+    return _axes(normalized_shape) if isinstance(normalized_shape, list | tuple) else call(_axes, normalized_shape)
+
+
+def _axes(shape: Sequence[int]) -> Dims:
+    return tuple(range(-len(shape), 0))
 
 
 def layer_norm(
     call: Any, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
-    return _scaled(call, _normalize(call, input, _last(normalized_shape), eps), weight, bias)
+    return _scaled(call, _normalize(call, input, _last(call, normalized_shape), eps), weight, bias)
 
 
 def rms_norm(call: Any, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
     if eps is None:
         raise UnsupportedOperation("RMSNorm without eps has that of the type it is computed in: give it one")
-    return _scaled(call, _normalize(call, input, _last(normalized_shape), eps, centered=False), weight, None)
+    return _scaled(call, _normalize(call, input, _last(call, normalized_shape), eps, centered=False), weight, None)
 
 
 def group_norm(call: Any, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model, linf_box
 from certtrain.bounds.model import METHODS
 from certtrain.errors import UsageError
+from certtrain.verification.cascade import BRANCH_AND_BOUND
 
 X = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 2])
@@ -57,6 +60,62 @@ def test_a_box_is_of_float32_or_float64(dtype, backend):
 def test_labels_are_classes_one_for_each_image(labels, backend):
     with pytest.raises(UsageError, match="labels"):
         network(backend).margins(linf_box(X, 0.1), labels)
+
+
+def image_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+
+ASKING = {
+    "ibp": lambda net, x: net.ibp(linf_box(x, 0.1), x),
+    "ibp, sound": lambda net, x: net.ibp(linf_box(x, 0.1), arithmetic="float32"),
+    "margins": lambda net, x: net.margins(linf_box(x, 0.1), LABELS, "crown", x),
+    "margins, sound": lambda net, x: net.margins(linf_box(x, 0.1), LABELS, "crown", arithmetic="float32"),
+    "segments": lambda net, x: net.ibp_in_segments(linf_box(x, 0.1), {}, lambda box: None),
+    "clean pass": lambda net, x: net.clean_pass(x),
+    "boxes": lambda net, x: net.tightened(linf_box(x, 0.1)),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 9, 8), (8, 8), (64,), (1, 1, 8, 8)], ids=str)
+@pytest.mark.parametrize("ask", ASKING)
+def test_inputs_are_of_a_shape_that_the_network_takes(ask, shape, training):
+    net = BoundedModel(image_network().train(training), torch.rand(2, 1, 8, 8))
+    with pytest.raises(UsageError, match=re.escape(f"{shape} are none of this network's, which are (1, 8, 8)")):
+        ASKING[ask](net, torch.rand(2, *shape))
+
+
+def test_a_network_that_takes_images_of_several_sizes_is_asked_about_all_of_them():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    recorded_there, recorded_here = (BoundedModel(model, torch.rand(1, 1, size, size)) for size in (8, 12))
+    box = linf_box(torch.rand(2, 1, 12, 12), 0.1)
+    for method in METHODS:
+        there, here = (net.margins(box, LABELS, method) for net in (recorded_there, recorded_here))
+        torch.testing.assert_close(there, here)
+
+
+@pytest.mark.parametrize(
+    "clean", [X[:1], X.repeat(2, 1), X.double(), X[:, :1], X[0]], ids=["fewer", "more", "type", "shape", "axes"]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_clean_inputs_are_points_of_the_box(clean, method):
+    with pytest.raises(UsageError, match="clean must be points of the box"):
+        network().margins(linf_box(X, 0.1), LABELS, method, clean)
+
+
+@pytest.mark.parametrize("arithmetic", [None, "float32"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, BRANCH_AND_BOUND])
+def test_of_no_images_there_are_no_margins(method, training, arithmetic):
+    net = BoundedModel(image_network().train(training), torch.rand(2, 1, 8, 8))
+    none = torch.rand(0, 1, 8, 8)
+    margins = net.margins(linf_box(none, 0.1), LABELS[:0], method, none, arithmetic=arithmetic)
+    assert margins.shape == (0, 3)
+    assert margins.dtype == (torch.float32 if arithmetic is None else torch.float64)
+    if not training:
+        assert net.ibp(linf_box(none, 0.1), arithmetic=arithmetic).output.shape == net.clean_pass(none).output.shape
 
 
 @pytest.mark.parametrize("shape", [(1,), (4, 3), (3, 1)], ids=str)

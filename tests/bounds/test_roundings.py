@@ -636,6 +636,22 @@ def test_no_adversary_leaves_the_box(name, arithmetic):
         assert outside(box, graph.run(values, ByHand(adversary))) == 0, vars(adversary)
 
 
+@pytest.mark.parametrize("neighbour", [1e30, math.inf])
+@pytest.mark.parametrize("name", CASES)
+def test_an_image_has_the_box_that_it_has_alone(name, neighbour):
+    """Whatever stands beside it in a batch, of which something on the way may overflow."""
+    model, x = setting(name)
+    net, x = BoundedModel(model, x), x[:1]
+    far = torch.full_like(x, neighbour, dtype=torch.float64)
+    batch = OutwardBox(torch.cat([x.double(), -far]), torch.cat([x.double(), far]))
+    for arithmetic in ("float32", "bf16"):
+        alone, together = (net.ibp(box, arithmetic=arithmetic).output for box in (batch.take(slice(1)), batch))
+        width = (alone.upper - alone.lower).amax()
+        for end in ("lower", "upper"):  # but for the order in which PyTorch sums
+            difference = (getattr(together, end)[:1] - getattr(alone, end)).abs().amax()
+            assert difference <= 1e-3 * width + 1e-300
+
+
 EXACT_CASES = {"neg", "abs", "pad", "relu", "relu6", "amax", "minimum", "reshaping", "parts", "more moves"}
 ROUNDING = [name for name in CASES if name not in EXACT_CASES and "max_pool" not in name and "interpolate" not in name]
 

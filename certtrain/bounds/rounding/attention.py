@@ -15,6 +15,7 @@ from torch import Tensor
 
 from certtrain.bounds import bilinear
 from certtrain.bounds.attention import attend, attend_box
+from certtrain.bounds.box import Box
 from certtrain.bounds.normalization import (
     Dims,
     count_of,
@@ -35,7 +36,7 @@ from certtrain.bounds.rounding.arithmetic import (
     sum_error,
 )
 from certtrain.bounds.rounding.boxes import OutwardBox, widened
-from certtrain.bounds.rounding.rules import RULES, einsum_terms, matmul_terms, stored
+from certtrain.bounds.rounding.rules import RULES, einsum_terms, largest_of, matmul_terms, per_image, stored
 from certtrain.bounds.softmax import softmax
 from certtrain.errors import UnsupportedOperation
 
@@ -61,15 +62,20 @@ def _product_of_two(function: Callable[..., Tensor], terms_of: Callable[..., int
         found = bilinear.centered(product, x, y)
         box = OutwardBox.around(found.center, found.radius)
         magnitude = product(x.magnitude, y.magnitude) * inflation(terms)
-        losses = _products_lost(a, terms, x, y)
+        losses = _products_lost(a, terms, _largest(x, box), _largest(y, box))
         return widened(box, sum_error(a, terms) + _own_error(terms), magnitude, a, terms, losses)
 
     return rule
 
 
-def _products_lost(a: Arithmetic, terms: int, x: OutwardBox, y: OutwardBox) -> Tensor:
-    """What underflows of products of two values, and of either value, cost a sum: no less than for any image."""
-    return 8 * a.tiny * (terms + 1) * (1 + x.magnitude.amax() + y.magnitude.amax())
+def _products_lost(a: Arithmetic, terms: int, x: Tensor, y: Tensor) -> Tensor:
+    """What underflows of products of two values, and of either value, cost a sum; x, y: no less than either value."""
+    return 8 * a.tiny * (terms + 1) * (1 + x + y)
+
+
+def _largest(x: OutwardBox, like: Box) -> Tensor:
+    """The largest of each image's magnitudes, to stand beside `like`."""
+    return per_image(largest_of(x.magnitude), like.like)
 
 
 def softmax_rule(a: Arithmetic, x: OutwardBox, dim: int) -> tuple[OutwardBox, Tensor]:
@@ -91,20 +97,23 @@ def softmax_rule(a: Arithmetic, x: OutwardBox, dim: int) -> tuple[OutwardBox, Te
 
 def attend_rule(a: Arithmetic, p: OutwardBox, v: OutwardBox | Tensor, excess: Tensor) -> OutwardBox:
     """Eq. 15; `excess`: how far the sums of the weights can be from 1."""
+    constant = isinstance(v, Tensor)
     v = stored(a, v) if isinstance(v, Tensor) else v
     terms = p.shape[-1]
     found = attend_box(p, v)
     sizes = v.magnitude
+    most = sizes.amax() if constant else _largest(v, found)
     largest = sizes.amax(-2, keepdim=True)
     magnitude = (p.upper @ (sizes + largest)) * inflation(terms)
-    losses = excess * largest * inflation(2) + _products_lost(a, terms, p, v)
+    losses = excess * largest * inflation(2) + _products_lost(a, terms, _largest(p, found), most)
     error = sum_error(a, terms) + _own_error(2 * terms)
     return widened(OutwardBox(found.lower, found.upper), error, magnitude, a, terms, losses)
 
 
 def _square(a: Arithmetic, x: OutwardBox) -> OutwardBox:
     found = bilinear.squared(x)
-    losses = _products_lost(a, 1, x, x)
+    most = _largest(x, found)
+    losses = _products_lost(a, 1, most, most)
     return widened(OutwardBox(found.lower, found.upper), elementwise_error(a, 1), x.magnitude.square(), a, 1, losses)
 
 

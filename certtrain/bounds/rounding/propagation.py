@@ -23,8 +23,7 @@ from certtrain.bounds.operations.products import WEIGHTED
 from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.rounding.arithmetic import Arithmetic, arithmetic_named, inflation, rounded_up, sum_error
 from certtrain.bounds.rounding.boxes import OutwardBox, down, outward, widened
-from certtrain.bounds.rounding.rules import EXACT, EXACT_METHODS, RULES, Sum, sum_range, terms_of
-from certtrain.bounds.shapes import flattened
+from certtrain.bounds.rounding.rules import EXACT, EXACT_METHODS, RULES, Sum, largest_of, sum_range, terms_of
 from certtrain.bounds.tracing import Method, record_of
 from certtrain.errors import UnsupportedOperation
 
@@ -86,7 +85,7 @@ class SoundPass:
         self._sums[call.index] = Sum(
             terms_of(call.function, weight),
             self._foldings.get(call.index, 1),
-            flattened(x.magnitude, 1).amax(1),
+            largest_of(x.magnitude),
             weight.abs().sum(),
             weight.new_zeros(()) if bias is None else bias.abs().amax(),
         )
@@ -183,7 +182,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         center = torch.einsum("bki,bi->bk", difference, x.center) + (bias[labels][:, None] - bias)
         reach = torch.einsum("bki,bi->bk", difference.abs(), x.radius)
         sizes = F.linear(magnitude, weight.abs(), bias.abs())
-        error = sum_error(a, terms) * (sizes.gather(1, own) + sizes) + 2 * underflow
+        error = sum_error(a, terms) * (sizes.gather(1, own) + sizes) + 2 * underflow[:, None]
         lower = down(center - (reach + error) * inflation(terms))
         lower = torch.where(fits[:, None], lower, -torch.inf)
     return no_nan(lower, labels)

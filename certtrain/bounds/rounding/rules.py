@@ -64,9 +64,9 @@ def _weighted(function: Callable[..., Tensor]) -> Rule:
             bias = weight.new_zeros(_out_channels(function, weight, settings))
         underflow, fits = sum_range(a, terms, weight.abs().sum(), bias, magnitude)
         center = function(x.center, weight, bias, *settings)
-        slack = error * bias.abs() + underflow
-        radius = function(x.radius + error * magnitude, weight.abs(), slack, *settings) * inflation(terms)
-        return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
+        reach = function(x.radius + error * magnitude, weight.abs(), error * bias.abs(), *settings)
+        radius = (reach + per_image(underflow, center)) * inflation(terms)
+        return OutwardBox.around(center, torch.where(per_image(fits, center), radius, torch.inf))
 
     return rule
 
@@ -98,19 +98,20 @@ def _product(function: Callable[..., Tensor], terms_of: Callable[..., int]) -> R
         error = sum_error(a, terms)
         underflow, fits = sum_range(a, terms, terms * sizes.amax(), matrix.new_zeros(1), magnitude)
         center = with_matrix(box.center, matrix)
-        radius = (with_matrix(box.radius + error * magnitude, sizes) + underflow) * inflation(terms)
-        return OutwardBox.around(center, torch.where(_per_image(fits, center), radius, torch.inf))
+        reach = with_matrix(box.radius + error * magnitude, sizes)
+        radius = (reach + per_image(underflow, center)) * inflation(terms)
+        return OutwardBox.around(center, torch.where(per_image(fits, center), radius, torch.inf))
 
     return rule
 
 
 def sum_range(a: Arithmetic, terms: int, norm: Tensor, bias: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """What underflows can cost any of the sums, and (B,) whether no part of any sum of an image can overflow.
+    """What underflows can cost any sum of an image, and whether no part of any of them can overflow: (B,) each.
 
     norm: no less than Σ|w| of any of them.
     """
-    largest = flattened(magnitude, 1).amax(1)
-    underflow = 8 * a.tiny * (2 * terms + 2 + norm + terms * largest.amax())
+    largest = largest_of(magnitude)
+    underflow = 8 * a.tiny * (2 * terms + 2 + norm + terms * largest)
     return underflow, 2 * (norm * largest + bias.abs().amax()) <= a.largest
 
 
@@ -127,7 +128,13 @@ def _out_channels(function: Callable[..., Tensor], weight: Tensor, settings: tup
     return weight.shape[1] * settings[3]
 
 
-def _per_image(flags: Tensor, like: Tensor) -> Tensor:
+def largest_of(magnitude: Tensor) -> Tensor:
+    """(B,): the largest in each image."""
+    return flattened(magnitude, 1).amax(1)
+
+
+def per_image(flags: Tensor, like: Tensor) -> Tensor:
+    """(B,) as it stands beside `like` (B, ...)."""
     return flags.view(-1, *[1] * (like.dim() - 1))
 
 
@@ -168,7 +175,7 @@ def _batch_norm(
             done=behind.done + 1,
         )
         met = behind.weight + behind.bias + mean.abs().amax() + bias.abs().amax()
-        losses = _per_image(_folding_losses(a, folded, met), x.like)
+        losses = per_image(_folding_losses(a, folded, met), x.like)
     channelwise = (1, -1, *[1] * (x.like.dim() - 2))
     scale, shift, parameters = scale.view(channelwise), shift.view(channelwise), parameters.view(channelwise)
     moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
@@ -311,8 +318,8 @@ def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> R
         magnitude = function(x.magnitude, *settings) * inflation(terms)
         moved = OutwardBox.around(center, radius * inflation(terms))
         moved = widened(moved, sum_error(a, terms + 2), magnitude, a, terms)
-        fits = 2 * terms * flattened(x.magnitude, 1).amax(1) <= a.largest
-        return OutwardBox.around(moved.center, torch.where(_per_image(fits, center), moved.radius, torch.inf))
+        fits = 2 * terms * largest_of(x.magnitude) <= a.largest
+        return OutwardBox.around(moved.center, torch.where(per_image(fits, center), moved.radius, torch.inf))
 
     return rule
 
