@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from certtrain.config import Config, load_config
+from certtrain.config.loading import override_keys
 from certtrain.config.schema import Amount, Plain, Positive, Several
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shown
@@ -96,14 +97,6 @@ class ScalingFile(Section):
             if not key.startswith("model.options."):
                 raise ValueError(f"{shown(key)}: runs may differ in model.options alone, or no law fits them")
         return value
-
-    @field_validator("overrides")
-    @classmethod
-    def _not_settled(cls, values: dict[str, Any]) -> dict[str, Any]:
-        settled = [key for key in values if key in SETTLED or key == "seed"]
-        if settled and "training.epochs" in settled:
-            raise ValueError("training.epochs follows from budget and width")
-        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> ScalingFile:
@@ -311,13 +304,30 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         UsageError: one line per thing that is wrong.
     """
     file = read_section(ScalingFile, path)
+    said: list[str | Mapping[str, Any]] = [dict(file.overrides), *overrides]
     try:
-        base = load_config({"base": list(file.base)}, [dict(file.overrides), *overrides], path.parent)
+        _require_left_open(file, override_keys(said))
+        base = load_config({"base": list(file.base)}, said, path.parent)
         plan = Plan(file, base, path.parent)
         plan.config(file.widths[0], base.training.epochs)
     except UsageError as error:
         raise UsageError(lines_of("\n".join(f"{path}: {line}" for line in str(error).splitlines()))) from error
     return plan
+
+
+def _require_left_open(file: ScalingFile, overridden: Sequence[str]) -> None:
+    """Raises UsageError if an override is of what each run has from elsewhere in the plan: it would change nothing."""
+    said_elsewhere = {
+        "seed": "stands under seeds",
+        "training.epochs": "follows from budget and width",
+        "data.validation": "stands under validation",
+        "verification.split": "is validation, since the test set is not for choosing",
+        file.width: "stands under widths",
+        **dict.fromkeys(file.per_width, "stands under per_width"),
+    }
+    for key in overridden:
+        if key in said_elsewhere:
+            raise UsageError(f"{key} {said_elsewhere[key]}: drop it from the overrides")
 
 
 def require_comparable(plan: Plan, configs: Mapping[str, Config]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import reduce
+
 import pytest
 
 from certtrain.config import load_config
@@ -201,6 +204,28 @@ def test_what_is_wrong_with_a_plan_is_said(tmp_path, changes, message):
         load_plan(written(tmp_path, text, **changes))
     assert message in str(error.value)
     assert "plan.yaml: " in str(error.value)
+
+
+NOT_TO_OVERRIDE = {
+    "seed": "seeds",
+    "training.epochs": "budget and width",
+    "data.validation": "validation",
+    "verification.split": "validation",
+    "model.options.width": "widths",
+    "model.options.linear_width": "per_width",
+}
+
+
+@pytest.mark.parametrize("spelling", ["dotted", "nested", "command line"])
+@pytest.mark.parametrize("key", NOT_TO_OVERRIDE)
+def test_what_the_plan_says_itself_is_not_overridden(tmp_path, key, spelling):
+    """It would change nothing, and nobody would be told."""
+    value = "test" if key == "verification.split" else 5
+    nested = reduce(lambda inner, name: f"{{{name}: {inner}}}", reversed(key.split(".")), value)
+    written_down = {"dotted": f"{{{key}: {value}}}", "nested": nested, "command line": "{}"}[spelling]
+    path = written(tmp_path, per_width="{model.options.linear_width: 4}", overrides=written_down)
+    with pytest.raises(UsageError, match=rf"plan\.yaml: {re.escape(key)} .*{NOT_TO_OVERRIDE[key]}"):
+        load_plan(path, [f"{key}={value}"] if spelling == "command line" else [])
 
 
 def test_a_tuned_protocol_needs_a_tuning(tmp_path):
