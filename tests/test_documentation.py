@@ -9,6 +9,7 @@ import shlex
 import shutil
 from pathlib import Path
 from pkgutil import walk_packages
+from xml.etree import ElementTree
 
 import pytest
 
@@ -111,6 +112,18 @@ def test_commands_are_ones_that_are_taken(page):
 
 def test_the_commands_are_found():
     assert sum(len(list(commands(page))) for page in PAGES) > 20
+
+
+PICTURES = sorted((page, link) for page in PAGES for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text()))
+
+
+@pytest.mark.parametrize(("page", "link"), PICTURES, ids=[f"{name(page)}-{link}" for page, link in PICTURES])
+def test_pictures_are_there_and_browsers_draw_them(page, link):
+    picture = (page.parent / link).read_bytes()
+    if link.endswith(".svg"):  # in a file of its own it is one by its namespace alone
+        assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+    else:
+        assert picture.startswith(b"\x89PNG")
 
 
 def test_the_reference_shows_every_public_name():

@@ -263,3 +263,9 @@ def _svg(figure: Any) -> str:
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", text)
     return text.replace(INK, "currentColor")
+
+
+def standalone(svg: str) -> str:
+    """An <svg> element of a page as a file of its own, which must name its namespaces."""
+    namespaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg", f"<svg {namespaces}", 1)

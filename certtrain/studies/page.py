@@ -13,9 +13,6 @@ from certtrain.studies.compare import Comparison
 from certtrain.studies.tables import Sheet, sheets, subtitle, to_latex, to_markdown
 
 Plot = tuple[str, str]  # heading, SVG
-NAMESPACES = (  # which an SVG needs that stands alone, and not in a page
-    'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-)
 
 
 def check_ending(file: Path) -> None:
@@ -57,5 +54,5 @@ WRITERS: dict[str, Callable[[Comparison, str], str]] = {
     ".md": lambda comparison, title: to_markdown(sheets(comparison)),
     ".tex": lambda comparison, title: to_latex(sheets(comparison)),
     ".html": html,
-    ".svg": lambda comparison, title: curves(comparison).replace("<svg", f"<svg {NAMESPACES}", 1),
+    ".svg": lambda comparison, title: plots.standalone(curves(comparison)),
 }

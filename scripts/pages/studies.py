@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from certtrain.report.plots import standalone
 from certtrain.runtime.files import write_text
 from certtrain.studies.design import labels
 from certtrain.studies.trials import drawn
@@ -12,7 +13,7 @@ from pages.common import ERRORS, RESULTS, put, read, shown
 
 def fill() -> None:
     compared, search, tested = read("digits-methods"), read("tune-digits"), read("tune-digits-test")
-    write_text(RESULTS / "tune-digits.svg", drawn(search))
+    write_text(RESULTS / "tune-digits.svg", standalone(drawn(search)))
     put(
         RESULTS / "studies.md",
         methods=spreads_table(compared),
