@@ -464,6 +464,8 @@ def _require_recordable(model: nn.Module) -> None:
         where = f"module {name!r}" if name else "the network"
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedOperation(f"{where} is compiled by torch.jit: give the module that it was made from")
+        if "eval" in vars(module):  # which raises there
+            raise UnsupportedOperation(f"{where} comes from torch.export: give the module that it was made from")
         if any(map(is_lazy, chain(module._parameters.values(), module._buffers.values()))):
             raise UsageError(f"{where} has no shape yet: call the network on a batch first")
 

@@ -120,6 +120,7 @@ def test_segments_bound_as_the_whole_does(forward, segments):
     [
         (lambda: torch.jit.trace(nn.Linear(4, 3), X), "the network is compiled by torch.jit"),
         (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 3))), "module '0' is compiled by torch.jit"),
+        (lambda: torch.export.export(nn.Linear(4, 3), (X,)).module(), "the network comes from torch.export"),
         (lambda: nn.Sequential(nn.LazyLinear(3)), "module '0' has no shape yet: call the network on a batch first"),
         (lambda: Network(lambda net, x: torch.zeros(x.size(0), 3)), "fails with a stand-in for the input"),
         (lambda: Network(lambda net, x: x if x.sum() > 0 else -x), "must not branch or loop on the input"),
@@ -128,5 +129,5 @@ def test_segments_bound_as_the_whole_does(forward, segments):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_what_cannot_be_recorded_is_named(model, message):
     with pytest.raises(CerttrainError, match=message) as caught:
-        BoundedModel(model().eval(), X)
+        BoundedModel(model(), X)
     assert isinstance(caught.value, UsageError | UnsupportedOperation)
