@@ -184,7 +184,7 @@ def transformers(monkeypatch):
     return script("transformers")
 
 
-@pytest.mark.parametrize("name", ["natural", "certified", "crown-ibp"])
+@pytest.mark.parametrize("name", ["natural", "certified", pytest.param("crown-ibp", marks=pytest.mark.slow)])
 def test_memory_of_a_transformers_bounds_grows_by_the_square_of_the_tokens_at_most(name, transformers):
     """As the network's own does, by its scores; every product of the scores on its own would be one more factor."""
     few, many = (transformers.peak_per_image(tokens, transformers.REMEMBERED[name]) for tokens in (64, 256))

@@ -39,6 +39,7 @@ def quiet_and_single():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_random_networks():
     """A few, in which layers meet; each alone is examined below, and some hundred thousand by the script."""
     counts = Counts()

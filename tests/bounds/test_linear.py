@@ -502,7 +502,7 @@ def bytes_needed(question: Callable[..., Tensor]) -> int:
     return int(re.search(r"needs ([\d,]+)", str(error.value))[1].replace(",", ""))
 
 
-@pytest.mark.parametrize("portion", [2, 10])
+@pytest.mark.parametrize("portion", [pytest.param(2, marks=pytest.mark.slow), 10])
 @pytest.mark.parametrize("method", BACKWARD_METHODS)
 def test_max_memory_is_kept_within_a_fifth(method, portion, monkeypatch):
     """Of a convolutional network, whatever a cache holds."""

@@ -125,7 +125,7 @@ class Shifted(nn.Module):
         return self.body(x.contiguous() + x.clone() * 0.1)
 
 
-@pytest.mark.parametrize("intersect", [False, True])
+@pytest.mark.parametrize("intersect", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_windows_give_the_boxes_that_whole_maps_give(intersect, monkeypatch):
     torch.manual_seed(0)
     model = randomized(Shifted()).double().eval()

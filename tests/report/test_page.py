@@ -322,7 +322,7 @@ def test_every_layer_has_its_panel(layers):
     [
         ("summary.json", None, "no finished run"),
         ("summary.json", "{", "summary.json is missing or corrupt"),
-        ("summary.json", "{}", "summary.json was written by another version, or edited: eps: Field required"),
+        ("summary.json", "{}", "summary.json was written by another version, or edited: images: Field required"),
         ("metrics.jsonl", None, "metrics.jsonl is missing or corrupt"),
         ("metrics.jsonl", "", "metrics.jsonl is empty"),
         ("metrics.jsonl", '{"epoch": 1', "metrics.jsonl is missing or corrupt"),

@@ -307,9 +307,8 @@ def test_killed_in_one_process_a_run_ends_and_one_process_resumes_it(tmp_path, o
     check_same_run(run, one)
 
 
-@pytest.mark.parametrize(
-    ("sent", "step"), [(signal.SIGINT, 5), pytest.param(signal.SIGTERM, 8, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "step"), [(signal.SIGINT, 5), (signal.SIGTERM, 8)])
 def test_a_signal_to_one_process_ends_all_at_its_step_and_others_resume(tmp_path, one, sent, step):
     """Inside an epoch, and at the end of one."""
     run = tmp_path / "run"

@@ -36,7 +36,7 @@ def test_trees_take_no_more_than_is_counted(sizes, multiplier, slopes):
     assert len(zlib.decompress(trees.to_bytes())) <= Trees.most_bytes(undecided, leaves, splits)
 
 
-@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("kept", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_search_ends_before_its_trees_are_too_large_to_be_read(kept, monkeypatch):
     network, record, labels, margins = SEVERAL
     search = Search(timeout=math.inf, ascent=Ascent(steps=2), keep_leaves=True)
