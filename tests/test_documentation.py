@@ -151,13 +151,21 @@ def test_every_public_name_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    ("name", "asked"),
-    [("board_2_255", {}), ("board_2_255_searched", {"method": "ibp,crown-ibp,alpha-crown,branch-and-bound"})],
+    ("name", "folder", "asked"),
+    [
+        ("board_8_255", "8_255", {}),
+        ("board_2_255", "2_255", {"baseline": "short-warmup-70"}),
+        (
+            "board_2_255_searched",
+            "2_255",
+            {"baseline": "short-warmup-70", "method": "ibp,crown-ibp,alpha-crown,branch-and-bound"},
+        ),
+    ],
 )
-def test_the_board_follows_from_the_records_of_its_runs(name, asked):
+def test_the_board_follows_from_the_records_of_its_runs(name, folder, asked):
     results = ROOT / "docs" / "results"
     written = json.loads((results / f"{name}.json").read_text())
-    found = compare([results / "board" / "2_255"], baseline="short-warmup-70", **asked).summary()
+    found = compare([results / "board" / folder], **asked).summary()
     for groups in (written["groups"], found["groups"]):
         for group in groups:
             group["runs"] = [Path(run).name for run in group["runs"]]

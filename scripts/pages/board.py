@@ -13,10 +13,13 @@ from pages.studies import paired_table, spreads_table
 
 def fill() -> None:
     board, smaller, searched = read("board"), read("board_2_255"), read("board_2_255_searched")
+    kept = read("board_8_255")
+    larger = [*board["groups"], *kept["groups"]]
     put(
         RESULTS / "board.md",
-        board=board_table("board_cifar10_8_255", board["groups"]),
-        networks=networks_table(board["groups"]),
+        board=board_table("board_cifar10_8_255", larger),
+        networks=networks_table(larger),
+        spreads_8_255_kept=spreads_table(kept),
         spreads=spreads_table(board),
         paired=paired_table(board),
         board_2_255=board_table("board_cifar10_2_255", smaller["groups"]),
