@@ -86,7 +86,7 @@ def require_held_out(config: Config, run: Path) -> None:
 
     trained = load_config(folder_of(run) / "config.yaml")
     here, there = config.data, trained.data
-    if config.verification.split != "validation" or (here.name, here.path) != (there.name, there.path):
+    if config.verification.split != "validation" or here.source != there.source:
         return
     if (here.validation, config.seed) != (there.validation, trained.seed):
         raise UsageError(

@@ -150,6 +150,11 @@ class DataSection(Section):
     std: Several[Annotated[float, Field(gt=0)]] | None = None
     """As `mean`."""
 
+    @property
+    def source(self) -> tuple[str, Path | None]:
+        """Where the images come from that are divided into those that are trained on and those held out."""
+        return self.name, None if self.path is None else Path(os.path.expanduser(self.path)).resolve()
+
 
 class ReplaySection(Section):
     """Old training images in every batch, against forgetting."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -149,7 +147,7 @@ def _require_held_out(config: Config, start: Start | None) -> None:
         name = f"start_from of {name}"
     here = config.data
     for name, (data, seed) in there.items():
-        if data is None or not here.validation or _source(data) != _source(here):
+        if data is None or not here.validation or data.source != here.source:
             continue
         if (data.validation, seed) != (here.validation, config.seed):
             raise UsageError(
@@ -160,11 +158,6 @@ def _require_held_out(config: Config, start: Start | None) -> None:
 
 def _replayed(config: Config) -> DataSection | None:
     return None if config.replay is None else config.replay.data
-
-
-def _source(data: DataSection) -> tuple[str, Path | None]:
-    """Where the images come from that are divided into those that are trained on and those held out."""
-    return data.name, None if data.path is None else Path(os.path.expanduser(data.path)).resolve()
 
 
 def _asked_as(run: Config, config: Config) -> Config:

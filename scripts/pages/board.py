@@ -12,9 +12,9 @@ from pages.studies import paired_table, spreads_table
 
 
 def fill() -> None:
-    board, smaller, searched = read("board"), read("board_2_255"), read("board_2_255_searched")
-    kept = read("board_8_255")
-    larger = [*board["groups"], *kept["groups"]]
+    board, kept = read("board"), read("board_8_255")
+    smaller, searched = read("board_2_255"), read("board_2_255_searched")
+    larger = together(board, kept)["groups"]
     put(
         RESULTS / "board.md",
         board=board_table("board_cifar10_8_255", larger),
@@ -29,6 +29,14 @@ def fill() -> None:
         searched_2_255=spreads_table(searched),
         paired_2_255_searched=paired_table(searched),
     )
+
+
+def together(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+    """The groups of comparisons that were made apart, of the same images at one radius by the same bounds."""
+    for key in ("eps", "bounds", "split", "images", "confidence"):
+        if any(other[key] != first[key] for other in others):
+            raise SystemExit(f"no one table of comparisons that differ in {key}")
+    return {**first, "groups": [group for part in (first, *others) for group in part["groups"]]}
 
 
 def board_table(study: str, compared: list[dict[str, Any]]) -> str:

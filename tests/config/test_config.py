@@ -556,3 +556,11 @@ def test_a_configuration_is_the_same_when_a_run_has_stored_it(write, tmp_path, m
     stored.parent.mkdir(parents=True)
     stored.write_text(config.to_yaml())
     assert load_config(stored) == config
+
+
+@pytest.mark.parametrize("spelling", ["./images", "other/../images", "{here}/images"])
+def test_one_folder_is_one_source_however_it_is_spelled(tmp_path, monkeypatch, spelling):
+    monkeypatch.chdir(tmp_path)
+    asked = [load_config(SMALLEST, {"data": {"name": "npz", "path": path.format(here=tmp_path)}}).data.source
+             for path in ("images", spelling, "others")]  # fmt: skip
+    assert asked[0] == asked[1] != asked[2]
