@@ -85,14 +85,9 @@ def require_held_out(config: Config, run: Path) -> None:
     from certtrain.config.loading import load_config
 
     trained = load_config(folder_of(run) / "config.yaml")
-    here, there = config.data, trained.data
-    if config.verification.split != "validation" or here.source != there.source:
-        return
-    if (here.validation, config.seed) != (there.validation, trained.seed):
-        raise UsageError(
-            "verification.split validation: the run was trained on some of these images: data.validation is "
-            f"{there.validation:g} and seed {trained.seed} there, {here.validation:g} and {config.seed} here"
-        )
+    otherwise = config.data.divided_otherwise(config.seed, trained.data, trained.seed)
+    if config.verification.split == "validation" and otherwise:
+        raise UsageError(f"verification.split validation: the run was trained on some of these images: {otherwise}")
 
 
 def require_data(config: Config) -> None:

@@ -155,6 +155,18 @@ class DataSection(Section):
         """Where the images come from that are divided into those that are trained on and those held out."""
         return self.name, None if self.path is None else Path(os.path.expanduser(self.path)).resolve()
 
+    def divided_otherwise(self, seed: int, there: DataSection, seed_there: int) -> str | None:
+        """How `there` divides the same images otherwise, so that it trains on some that are held out here, if it does.
+
+        Args:
+            seed, seed_there: of the runs, which choose the images that are held out.
+        """
+        if self.source != there.source or (self.validation, seed) == (there.validation, seed_there):
+            return None
+        return (
+            f"data.validation is {there.validation:g} and seed {seed_there} there, {self.validation:g} and {seed} here"
+        )
+
 
 class ReplaySection(Section):
     """Old training images in every batch, against forgetting."""

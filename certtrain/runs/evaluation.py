@@ -9,17 +9,20 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from certtrain.bounds.linear.beta import Ascent
+from certtrain.bounds.model import evaluating
 from certtrain.config import Config
 from certtrain.config.schema import SearchSection, VerificationSection
 from certtrain.data import Dataset, Split
 from certtrain.errors import DataError
 from certtrain.runs.build import output_shape
 from certtrain.runtime.distributed import ALONE, Ranks
+from certtrain.runtime.precision import full_precision
+from certtrain.verification.answers import Question
 from certtrain.verification.attacks import APGD, PGD, Attack, Ensemble, TargetedAPGD
 from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.verification.results import ImageResult
-from certtrain.verification.verify import Verification, verify
+from certtrain.verification.verify import Verification, answers_to, verify
 
 
 def verify_run(
@@ -49,6 +52,19 @@ def verify_run(
         results=results,
         observe=observe,
     )
+
+
+def rehearse_verification(config: Config, model: nn.Module, dataset: Dataset) -> None:
+    """Try every stage of `verify_run` on an image, so that a long training does not end in an error.
+
+    Raises:
+        UsageError, DataError, UnsupportedOperation: the network will not be verified so.
+    """
+    section = config.verification
+    methods, search = tuple(section.method), build_search(section.search)
+    question = Question(methods, section.arithmetic, None, config.seed, config.backend, search)
+    with evaluating(model), full_precision():
+        answers_to(question, model, _test_images(config, model, dataset, limit=1))
 
 
 def radii_of(config: Config, model: nn.Module, dataset: Dataset, max_eps: float, limit: int | None = None) -> Radii:

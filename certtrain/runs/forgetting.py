@@ -145,15 +145,10 @@ def _require_held_out(config: Config, start: Start | None) -> None:
         if run is not None:
             there |= {name: (run.data, run.seed), f"replay.data of {name}": (_replayed(run), run.seed)}
         name = f"start_from of {name}"
-    here = config.data
     for name, (data, seed) in there.items():
-        if data is None or not here.validation or data.source != here.source:
-            continue
-        if (data.validation, seed) != (here.validation, config.seed):
-            raise UsageError(
-                f"{name}: trained on images that this run would hold out: data.validation is {data.validation:g} and "
-                f"seed {seed} there, {here.validation:g} and {config.seed} here; make them the same"
-            )
+        otherwise = None if data is None else config.data.divided_otherwise(config.seed, data, seed)
+        if config.data.validation and otherwise:
+            raise UsageError(f"{name}: trained on images that this run would hold out: {otherwise}; make them the same")
 
 
 def _replayed(config: Config) -> DataSection | None:

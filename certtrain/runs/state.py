@@ -15,6 +15,7 @@ from certtrain.errors import CheckpointError
 from certtrain.runs.checkpoint import require_same_shapes
 from certtrain.runs.provenance import processor
 from certtrain.runs.tensor_file import one_line
+from certtrain.training.optimizers import kept_after_a_step
 from certtrain.training.trainer import Trainer
 
 MOST_THREADS = 1024
@@ -156,7 +157,7 @@ def _expected(trainer: Trainer) -> Rule:
 def _optimizer(optimizer: torch.optim.Optimizer) -> Rule:
     """Of each parameter nothing yet, or what this optimizer keeps of it after a step."""
     groups = optimizer.state_dict()["param_groups"]
-    kept = {index: record(fields) for index, fields in enumerate(_kept_after_a_step(optimizer))}
+    kept = {index: like(fields) for index, fields in enumerate(kept_after_a_step(optimizer))}
 
     def state(value: Any, where: str) -> None:
         _require(isinstance(value, dict), where, "is not a mapping", value)
@@ -172,20 +173,6 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> Rule:
             record({"params": indices}, others=_anything)(group, f"{where}.{position}")
 
     return record({"state": state, "param_groups": param_groups})
-
-
-def _kept_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Rule]]:
-    """What an optimizer keeps is up to its class and settings: found by a step of its like, without gradient."""
-    groups = [
-        {**group, "params": [torch.zeros_like(p, requires_grad=True) for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    trial = type(optimizer)(groups)  # type: ignore[call-arg] # every subclass has defaults
-    trial.step()
-    return [{name: like(value) for name, value in trial.state[parameter].items()} for parameter in parameters]
 
 
 def like(template: Any) -> Rule:

@@ -24,7 +24,7 @@ from certtrain.runs.build import assemble, build, compiles, layout_of, rehearse,
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
 from certtrain.runs.directory import clear, remove_temporaries
-from certtrain.runs.evaluation import Results, summarize, verify_run
+from certtrain.runs.evaluation import Results, rehearse_verification, summarize, verify_run
 from certtrain.runs.extension import compiled_as, extend, require_same_past
 from certtrain.runs.forgetting import Forgetting, forgetting_of, load_with_old_data
 from certtrain.runs.lock import Claim
@@ -163,6 +163,8 @@ def _prepare(
         dataset = dataset.to(place)
     trainer = assemble(config, model, dataset, ranks, start)
     rehearse(trainer, config, dataset, ranks)
+    with ranks.together():
+        rehearse_verification(config, model, dataset)
     forgetting = forgetting_of(config, start, dataset, old)
     resumed = None if stored is None else _resume(folder, trainer, ranks, console, held)
     if start is not None and taken is not None:

@@ -35,10 +35,26 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
     if section.name == "Muon":
         optimizer, groups = MuonWithAdamW, groups_for_muon(groups, model)
     try:
-        return optimizer(groups, lr=section.lr, **arguments)
+        built = optimizer(groups, lr=section.lr, **arguments)
+        kept_after_a_step(built)  # some check their arguments only there
+        return built
     except (TypeError, ValueError, RuntimeError) as error:
         reason = shortened(str(error).partition("\n")[0], 160)
         raise UsageError(f"optimizer.arguments: {section.name}: {reason}") from error
+
+
+def kept_after_a_step(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What it keeps of each parameter, by a step of its like without gradient: that is up to class and settings."""
+    groups = [
+        {**group, "params": [torch.zeros_like(p, requires_grad=True) for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trial = type(optimizer)(groups)  # type: ignore[call-arg] # every subclass has defaults
+    trial.step()
+    return [trial.state[parameter] for parameter in parameters]
 
 
 def parameter_groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:

@@ -65,12 +65,21 @@ class Answers:
         return bounded_model(_fewest_operations(self.model, example) if fold else self.model, example, question.backend)
 
     def check(self) -> None:
-        """Raises UnsupportedOperation for a network that has no such bounds, or that cannot be searched."""
-        net = self.net
-        if self.question.searches:
-            image = to_float(self.data.images[:1])
-            with torch.no_grad():
-                Neurons.of(net.ibp(Box(image, image), record=True).recorded)
+        """Ask about the first image's own pixels, of which bounds cost least: what cannot be done is found out here.
+
+        Raises:
+            UnsupportedOperation: the network has no such bounds, or cannot be searched.
+            UsageError: one image's do not fit into memory.
+        """
+        arithmetic, labels = self.question.arithmetic, self.data.labels[:1]
+        box = perturbation_box(self.data.images[:1], 0.0, arithmetic)
+        with torch.no_grad():
+            for method in self.question.methods:
+                bound = "crown" if method == BRANCH_AND_BOUND else method  # what a search begins with
+                self.net.margins(box, labels, bound, arithmetic=arithmetic)
+            if self.question.searches:
+                assert isinstance(self.net, BoundedModel)
+                Neurons.of(self.net.recorded(box, None, arithmetic).recorded)
 
     def asked(self, radii: Sequence[float]) -> dict[str, Any]:
         """All that the results depend on, for a `ResultFile`."""

@@ -245,14 +245,11 @@ def verify(
     methods = (method,) if isinstance(method, str) else tuple(method)
     if not methods:
         raise UsageError("method: name at least one")
-    check_cascade(methods, backend)
     if arithmetic is not None:
-        _require_sound(backend, arithmetic)
         search = replace(search, keep_leaves=True)  # for certificates
-    answers = Answers(Question(methods, arithmetic, attack, seed, backend, search), model, data)
+    question = Question(methods, arithmetic, attack, seed, backend, search)
     with evaluating(model), full_precision(), ExitStack() as opened:
-        check_fit(model, data)
-        answers.check()
+        answers = answers_to(question, model, data)
         known, keep = _continued(results, answers.asked(radii), ranks, opened)
         done = {result.key for result in known}
         portions: list[Portion] = []
@@ -321,6 +318,22 @@ def checked_radii(eps: float | Sequence[float]) -> list[float]:
         if not (math.isfinite(radius) and radius >= 0):
             raise UsageError(f"eps: a radius is a finite number and not negative, not {radius}")
     return radii
+
+
+def answers_to(question: Question, model: nn.Module, data: Split) -> Answers:
+    """What answers `question`; it is tried on the first image's own pixels. `model` is in eval mode, `data` on its
+    device.
+
+    Raises:
+        UsageError, DataError, UnsupportedOperation: as of `verify`.
+    """
+    check_cascade(question.methods, question.backend)
+    if question.arithmetic is not None:
+        _require_sound(question.backend, question.arithmetic)
+    check_fit(model, data)
+    answers = Answers(question, model, data)
+    answers.check()
+    return answers
 
 
 def check_fit(model: nn.Module, data: Split) -> None:

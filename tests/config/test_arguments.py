@@ -12,7 +12,7 @@ from certtrain.errors import UsageError
 from certtrain.training.optimizers import build_optimizer
 
 VALUES = ["true", "false", "0", "1", "-1", "0.5", "5e-4", "text", "null", "[0.5, 0.9]", "[]", "[1, 2, 3]", "[a, b]",
-          "[true, 0.5]", "{a: 1}", "1e300", ".inf", ".nan", "1" + "0" * 35, "'5e-4'", "٣"]  # fmt: skip
+          "[true, 0.5]", "{a: 1}", "200", "1e300", ".inf", ".nan", "1" + "0" * 35, "'5e-4'", "٣"]  # fmt: skip
 
 
 def build(name, overrides):

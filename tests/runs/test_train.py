@@ -17,6 +17,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import certtrain
+from certtrain.bounds.linear.relaxations import RELAXATIONS
+from certtrain.bounds.rounding.rules import RULES as SOUND_RULES
 from certtrain.config import load_config
 from certtrain.errors import CheckpointError
 from certtrain.runs import evaluation
@@ -25,6 +27,7 @@ from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.directory import RUN_FILES
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runtime.files import write_text
+from certtrain.verification.cascade import STAGES
 from tests.commands import (
     STEPS_PER_EPOCH,
     contents,
@@ -274,6 +277,18 @@ def test_overwrite_removes_nothing_before_the_new_run_can_start(train, run, tmp_
     outcome = train("--overwrite", f"data.root={tmp_path / 'nowhere'}", wrong)
     assert outcome.code in (1, 2)
     assert outcome.error
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("rules", "asked"),
+    [(RELAXATIONS, f"verification.method=[ibp, {name}]") for name in STAGES[1:]]
+    + [(SOUND_RULES, "verification.arithmetic=float32")],
+)
+def test_what_verification_lacks_is_told_before_training(train, run, monkeypatch, rules, asked):
+    before = contents(run)
+    monkeypatch.delitem(rules, torch.nn.functional.relu)
+    assert "has no " in train("--overwrite", asked).error
     assert contents(run) == before
 
 

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.margins import proved
+from certtrain.bounds.rounding.rules import RULES as SOUND_RULES
 from certtrain.data import load_dataset, to_float
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification.attacks import PGD
 from certtrain.verification.branch_and_bound import Search
+from certtrain.verification.cascade import STAGES
 from certtrain.verification.results import VERDICTS
 from certtrain.verification.verify import verify
 from tests.commands import one_thread
@@ -222,6 +225,19 @@ def test_an_operation_without_a_split_is_refused_before_anything_is_computed(dig
     model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 10))
     with pytest.raises(UnsupportedOperation, match="MaxPool2d in module '0' has no split"):
         verify(model, digits.test, **{**ASKED, "observe": lambda one, total: pytest.fail("too late")})
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [{"method": ("ibp", name)} for name in STAGES[1:]] + [{"method": "ibp", "arithmetic": "float32"}],
+    ids=str,
+)
+def test_what_a_later_stage_lacks_is_told_before_anything_is_computed(network, digits, tmp_path, monkeypatch, lacking):
+    monkeypatch.delitem(SOUND_RULES if "arithmetic" in lacking else RELAXATIONS, nn.functional.relu)
+    asked = {**ASKED, **lacking, "results": tmp_path / "results"}
+    with pytest.raises(UnsupportedOperation, match=r"ReLU in module '[24]' has no"):
+        verify(network, digits.test, **asked)
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("method", ["crown", "alpha-crown"])
