@@ -14,6 +14,7 @@ from torch import Tensor
 from certtrain.errors import READER_LEFT, DivergedError
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runs.checkpoint import save_checkpoint
+from certtrain.runs.directory import TENSORBOARD
 from certtrain.runs.lock import Claim
 from certtrain.runs.meters import Meter
 from certtrain.runs.metrics import MetricsFile
@@ -97,7 +98,7 @@ class Recorder(Follower):
         self._claim, self._display = claim, display
         self._checkpoint_seconds = checkpoint_seconds
         self._metrics = MetricsFile(claim.folder / "metrics.jsonl", trainer.epoch)
-        self._tensorboard = TensorBoard(claim.folder / "tensorboard", trainer.epoch)
+        self._tensorboard = TensorBoard(claim.folder / TENSORBOARD, trainer.epoch)
         self._probe = probe[:PROBE_IMAGES]
         self._seconds_before, self._started = seconds_before, time.monotonic()
         self._saved_at = self._started

@@ -82,6 +82,8 @@ def run_to_continue(folder: Path, resume: bool, overwrite: bool) -> Config | Non
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, not a folder")
     occupied = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if occupied and (resume or overwrite):
+        _require_replaceable(folder)
     if occupied and resume:
         stored = stored_config(folder)
         finished = [name for name in ("model.safetensors", "summary.json") if (folder / name).exists()]
@@ -98,12 +100,21 @@ def run_to_continue(folder: Path, resume: bool, overwrite: bool) -> Config | Non
     return None
 
 
+def _require_replaceable(folder: Path) -> None:
+    """What lies where the run has its files must be files."""
+    for name in RUN_FILES:
+        replaceable(folder / name)
+    events = folder / TENSORBOARD
+    if os.path.lexists(events) and not events.is_dir():
+        raise UsageError(f"{events} is not a folder, as a run has it: move it away")
+
+
 def stored_config(folder: Path) -> Config:
     try:
         return load_config(folder / "config.yaml")
     except (OSError, ValueError) as error:
         reason = shortened(error, 160)
-        raise CheckpointError(f"{folder} holds no run to resume: its config.yaml cannot be read: {reason}") from error
+        raise CheckpointError(f"the config.yaml of the run in {folder} cannot be read: {reason}") from error
 
 
 def differences(stored: Config, asked: Config) -> dict[str, str]:
@@ -179,7 +190,7 @@ def _named(folder: Path, names: Sequence[str], ending: str) -> list[Path]:
     """Files in `folder` called as one of `names`, with an ending before the suffix, in which N is any number."""
     number = ending.replace("N", "[0-9]+")
     pattern = "|".join(f"{re.escape(name.stem)}{number}{re.escape(name.suffix)}" for name in map(Path, names))
-    return [file for file in folder.iterdir() if re.fullmatch(pattern, file.name)]
+    return [file for file in folder.iterdir() if re.fullmatch(pattern, file.name) and not file.is_dir()]
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -19,7 +19,7 @@ from certtrain.config import Config
 from certtrain.config.loading import Overrides
 from certtrain.config.schema import MetricsSection
 from certtrain.data import Dataset
-from certtrain.errors import READER_LEFT, shown
+from certtrain.errors import READER_LEFT, CheckpointError, shown
 from certtrain.runs.build import assemble, build, compiles, layout_of, rehearse, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
 from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
@@ -223,8 +223,13 @@ def _resume(folder: Path, trainer: Trainer, ranks: Ranks, console: Console, held
     state = None
     with ranks.together():
         if ranks.is_first and checkpoint.is_file():
-            state = load_checkpoint(checkpoint, partial(check_state, trainer=trainer, source=checkpoint))
-            MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
+            try:
+                state = load_checkpoint(checkpoint, partial(check_state, trainer=trainer, source=checkpoint))
+                MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{error}: train the run anew with --overwrite, or elsewhere with --out"
+                ) from error
     state = ranks.broadcast(state)
     if state is None:
         return None

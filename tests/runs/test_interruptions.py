@@ -169,6 +169,7 @@ def test_a_line_that_is_no_record_is_named_before_anything_is_done(train, interr
     before = file.read_bytes(), (interrupted / "last.ckpt").read_bytes()
     outcome = train("--resume")
     assert (outcome.code, "metrics.jsonl is missing or corrupt" in outcome.error) == (1, True)
+    assert "train the run anew with --overwrite" in outcome.error
     assert (file.read_bytes(), (interrupted / "last.ckpt").read_bytes()) == before
 
 

@@ -24,7 +24,7 @@ from certtrain.errors import CheckpointError
 from certtrain.runs import evaluation
 from certtrain.runs.callbacks import Recorder
 from certtrain.runs.checkpoint import load_checkpoint
-from certtrain.runs.directory import RUN_FILES
+from certtrain.runs.directory import RUN_FILES, TENSORBOARD
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runtime.files import write_text
 from certtrain.verification.cascade import STAGES
@@ -261,6 +261,7 @@ def test_overwrite_replaces_the_runs_own_files_alone(train, run, reference):
     derived = set(RUN_FILES) - stale.keys()
     for name in derived:
         write_text(run / name, "of the network that was here before")
+    (run / "verify-1.json").mkdir()  # a stranger, too
     assert train("seed=1", "--overwrite").code == 0
     now = contents(run)
     assert strangers.items() <= now.items()
@@ -289,6 +290,21 @@ def test_what_verification_lacks_is_told_before_training(train, run, monkeypatch
     before = contents(run)
     monkeypatch.delitem(rules, torch.nn.functional.relu)
     assert "has no " in train("--overwrite", asked).error
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("way", ["--resume", "--overwrite"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [*((name, os.mkdir) for name in RUN_FILES), *((name, os.mkfifo) for name in ("last.ckpt", TENSORBOARD))],
+)
+def test_what_lies_in_the_way_of_a_runs_files_is_found_before_one_is_removed(train, run, name, make, way):
+    shutil.rmtree(run / name) if name == TENSORBOARD else (run / name).unlink(missing_ok=True)
+    before = contents(run)
+    make(run / name)
+    outcome = train(way)
+    assert str(run / name) in outcome.error
+    (run / name).rmdir() if make is os.mkdir else (run / name).unlink()
     assert contents(run) == before
 
 
@@ -351,7 +367,7 @@ def test_a_damaged_config_is_not_resumed(train, run, content):
     before = contents(run)
     outcome = train("--resume")
     assert outcome.code == 1
-    assert "holds no run to resume: its config.yaml cannot be read" in outcome.error
+    assert f"the config.yaml of the run in {run} cannot be read: " in outcome.error
     assert contents(run) == before
 
 
@@ -362,6 +378,7 @@ def test_a_truncated_checkpoint_is_not_resumed(train, run, keep):
     outcome = train("--resume")
     assert outcome.code == 1
     assert "last.ckpt is corrupt or truncated" in outcome.error
+    assert outcome.error.endswith("train the run anew with --overwrite, or elsewhere with --out")
     assert contents(run) == before
 
 
