@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def load_npz(path: Path, download: bool) -> Dataset:
     if (brightest := int(train.images.max())) < DARK:
         raise DataError(f"{path / 'train.npz'}: the largest value is {brightest}: images must be scaled to 0 … 255")
     num_classes = 1 + max(int(split.labels.max()) for split in (train, test))
+    if min(int(split.labels.min()) for split in (train, test)) > 0:
+        warnings.warn(f"{path}: no image has label 0, which is a class all the same: labels count from 0", stacklevel=3)
     return Dataset(
         train, test, classes=tuple(map(str, range(num_classes))), **identity_normalization(train.images.shape[1])
     )

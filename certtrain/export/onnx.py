@@ -12,7 +12,7 @@ from torch import nn
 
 from certtrain.bounds.model import device_of
 from certtrain.bounds.recording import agree, probes
-from certtrain.errors import UnsupportedOperation, optional_module
+from certtrain.errors import UnsupportedOperation, optional_module, shortened
 from certtrain.importing.onnx import evaluator
 from certtrain.models.normalize import Normalize
 from certtrain.runtime.files import write_atomically
@@ -52,7 +52,8 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
                 dynamic_axes={"image": {0: "batch"}, "logits": {0: "batch"}},
             )
     except (torch.onnx.OnnxExporterError, RuntimeError) as error:
-        raise UnsupportedOperation(f"the network cannot be written as ONNX: {str(error).splitlines()[0]}") from error
+        reason = shortened(str(error).partition("\n")[0].partition(" Please feel free")[0], 160)
+        raise UnsupportedOperation(f"the network cannot be written as ONNX: {reason}") from error
     written = onnx.load_model_from_string(content.getvalue())
     onnx.checker.check_model(written, full_check=True)
     images = torch.cat([probes(example[:1]), example])  # of another batch size than the exporter has seen

@@ -41,6 +41,14 @@ def test_grey_images_need_no_channel_axis(tmp_path):
     assert data.train.labels.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(("train", "test", "told"), [([1, 2], [2], True), ([1, 2], [0], False), ([0, 2], [2], False)])
+def test_labels_that_count_from_1_are_told(tmp_path, recwarn, train, test, told):
+    for part, labels in (("train", train), ("test", test)):
+        write(tmp_path, part, rgb(len(labels)), np.array(labels))
+    assert load_dataset("npz", path=tmp_path).num_classes == 3
+    assert ["no image has label 0" in str(warning.message) for warning in recwarn] == [True] * told
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [

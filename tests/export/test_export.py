@@ -65,15 +65,23 @@ def test_a_batch_norm_over_tokens_is_not_folded_into_the_features(tmp_path):
     torch.testing.assert_close(torch.from_numpy(written), model(image).detach(), rtol=1e-5, atol=1e-5)
 
 
-def test_what_onnx_cannot_say_is_one_line(tmp_path):
-    class Solves(nn.Module):
-        def forward(self, x):
-            return torch.linalg.solve(torch.eye(4), x.flatten(1).T).T
+class Solves(nn.Module):
+    def forward(self, x):
+        return torch.linalg.solve(torch.eye(4), x.flatten(1).T).T
 
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), Solves())
-    with pytest.raises(UnsupportedOperation, match=r"cannot be written as ONNX: .*solve") as error:
-        export_onnx(model, (1, 2, 2), tmp_path / "model.onnx")
+
+@pytest.mark.parametrize(
+    ("model", "size", "named"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 1, 1), Solves()), 2, "solve"),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9, 2)), 8, "adaptive_avg_pool2d"),
+    ],
+)
+def test_what_onnx_cannot_say_is_one_line(tmp_path, model, size, named):
+    with pytest.raises(UnsupportedOperation, match=f"cannot be written as ONNX: .*{named}") as error:
+        export_onnx(model, (1, size, size), tmp_path / "model.onnx")
     assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 210
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "onnx's reference"])

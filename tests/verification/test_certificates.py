@@ -409,7 +409,7 @@ def searched(reference, tmp_path_factory):
     """A run, and certificates of images that intervals, CROWN, and branch and bound have proved."""
     run = shutil.copytree(reference, tmp_path_factory.mktemp("searched") / "run")
     file = run.parent / "certificates.parquet"
-    arguments = ["--certificates", file, "--eps", "0.03", "--limit", 60, "--device", "cpu", "--timeout", 5]
+    arguments = ["--certificates", file, "--eps", "0.03", "--limit", 60, "--device", "cpu", "--timeout", 600]
     with one_thread():
         code = main(["verify", str(run), "--method", "ibp,crown,branch-and-bound", *map(str, arguments)])
     assert code == 0
