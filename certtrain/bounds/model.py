@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
@@ -28,6 +27,7 @@ from certtrain.bounds.rounding.backward import propagate_recorded
 from certtrain.bounds.segments import propagate_in_segments
 from certtrain.bounds.tracing import structure_of, trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
+from certtrain.modules import device_of, evaluating
 from certtrain.verification.cascade import BRANCH_AND_BOUND
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
 BACKENDS = ("native", "lirpa")
 DEFAULT_ALPHA = AlphaOptions()
-CPU = torch.device("cpu")
 COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; a test counts them
 CACHE = 2**22  # bytes: arrays of coefficients that are no larger stay in a CPU's cache from one operation to the next
 
@@ -454,11 +453,6 @@ def _sizes_of(graph: Graph[Any], image: Tensor) -> _Sizes:
     return _Sizes(max(clean.largest, entering), clean.total + entering, output.shape[1:])
 
 
-def device_of(model: nn.Module, default: torch.device = CPU) -> torch.device:
-    """That of its parameters or, where it has none, of its buffers, or else `default`."""
-    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), default)
-
-
 def _require_recordable(model: nn.Module) -> None:
     for name, module in model.named_modules():
         where = f"module {name!r}" if name else "the network"
@@ -468,18 +462,6 @@ def _require_recordable(model: nn.Module) -> None:
             raise UnsupportedOperation(f"{where} comes from torch.export: give the module that it was made from")
         if any(map(is_lazy, chain(module._parameters.values(), module._buffers.values()))):
             raise UsageError(f"{where} has no shape yet: call the network on a batch first")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode; every module's own mode comes back after."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def free_memory(device: torch.device) -> int:

@@ -115,7 +115,7 @@ def _write_certificates(
     weights: Path,
     results: Sequence[Verification],
 ) -> None:
-    from certtrain.bounds.model import device_of
+    from certtrain.modules import device_of
     from certtrain.runs.provenance import versions
     from certtrain.verification.certificates import write_certificates
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from certtrain.bounds.model import device_of
 from certtrain.bounds.recording import agree, probes
 from certtrain.errors import UnsupportedOperation, optional_module, shortened
 from certtrain.importing.onnx import evaluator
 from certtrain.models.normalize import Normalize
+from certtrain.modules import device_of
 from certtrain.runtime.files import write_atomically
 from certtrain.verification.folding import fold_batch_norm
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds.model import device_of, evaluating
 from certtrain.config import Config, load_config
 from certtrain.data import Dataset, to_float
+from certtrain.modules import device_of, evaluating
 from certtrain.runs.evaluation import verify_run
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import logits_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds import Bounder, Box, linf_box
-from certtrain.bounds.model import evaluating
+from certtrain.modules import evaluating
 
 
 @dataclass(frozen=True)

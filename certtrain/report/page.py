@@ -47,15 +47,15 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
     """
     page = template("page.html")
     summary, epochs = _read_summary(run), _read_epochs(run)
-    trained, curves = stored_config(run), error_curves(run, summary)
-    drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*curves)}
+    trained, measured = stored_config(run), newest_results(run, summary)
+    drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*error_curves(measured))}
     result, examples = judge(config, model, dataset, summary["eps"], limit, EXAMPLES)
     counts = {name: int(flags.sum()) for name, flags in result.fates.items()}
     text = page.render(
         _show(trained, summary),
         title=printable(run.resolve().name),
         plots=drawn,
-        measured=_described(_measured(run, summary)),
+        measured=_described(measured),
         images=len(result.correct),
         judged_split=config.verification.split,
         data=config.data.name,
@@ -85,23 +85,22 @@ def template(name: str) -> Any:
 # --- what is read ----------------------------------------------------------------------------------------------------
 
 
-def error_curves(run: Path, summary: Mapping[str, Any]) -> tuple[float, dict[str, Curve]]:
-    """Natural error, and PGD and verified error over epsilon, of `_measured`."""
-    source = _measured(run, summary)
-    if "pgd_eps" in source:
-        natural = source["natural_error"]
+def error_curves(measured: Mapping[str, Any]) -> tuple[float, dict[str, Curve]]:
+    """Natural error, and PGD and verified error over epsilon, of `newest_results`."""
+    if "pgd_eps" in measured:
+        natural = measured["natural_error"]
         curves = {
-            "pgd": (source["pgd_eps"], source["pgd_error"]),
-            "verified": (source["eps"], source["verified_error"]),
+            "pgd": (measured["pgd_eps"], measured["pgd_error"]),
+            "verified": (measured["eps"], measured["verified_error"]),
         }
     else:
-        radii = sorted(source["radii"], key=lambda result: result["eps"])
+        radii = sorted(measured["radii"], key=lambda result: result["eps"])
         natural, eps = radii[0]["natural_error"], [result["eps"] for result in radii]
         curves = {key: (eps, [result[f"{key}_error"] for result in radii]) for key in ("pgd", "verified")}
     return natural, {key: _from_zero(natural, *curve) for key, curve in curves.items()}
 
 
-def _measured(run: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
+def newest_results(run: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
     """The newest of radius.json, else of verify.json, on no fewer images than the summary; else the summary."""
     for kind, name in ((Radii, "radius.json"), (Verified, "verify.json")):
         for file in results_in(run, name):

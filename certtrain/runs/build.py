@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from certtrain.bounds import bounded_model
-from certtrain.bounds.model import device_of
 from certtrain.config import Config
 from certtrain.config.schema import BatchNormSection, DataSection, MetricsSection
 from certtrain.data import (
@@ -29,6 +28,7 @@ from certtrain.errors import DataError, UsageError, shortened
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.models.own import explained, modules_from
+from certtrain.modules import blank_images, device_of
 from certtrain.runs.checkpoint import require_reloadable
 from certtrain.runs.start import Start, require_same_architecture
 from certtrain.runtime.compilation import compiling_pays
@@ -118,7 +118,7 @@ def build(
 
 
 def output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
-    image = torch.zeros(1, *image_shape, device=device_of(model))
+    image = blank_images(model, 1, image_shape)
     size = "×".join(map(str, image_shape))
     with explained(f"model {name} cannot take {size} images", DataError), torch.no_grad():
         output = model.eval()(image)

@@ -16,9 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from certtrain.bounds.model import evaluating
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.models import MODELS, build_model, find_model
+from certtrain.modules import evaluating
 from certtrain.runs.tensor_file import DTYPES, digest, one_line, open_tensor_file, tensor_file
 from certtrain.runtime.files import parse_json, write_atomically, write_json
 

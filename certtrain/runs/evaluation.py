@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from certtrain.bounds.linear.beta import Ascent
-from certtrain.bounds.model import evaluating
 from certtrain.config import Config
 from certtrain.config.schema import SearchSection, VerificationSection
 from certtrain.data import Dataset, Split
 from certtrain.errors import DataError
+from certtrain.modules import evaluating
 from certtrain.runs.build import output_shape
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import certtrain
-from certtrain.bounds.model import device_of
 from certtrain.config import Config
+from certtrain.modules import device_of
 from certtrain.runs.tensor_file import digest
 from certtrain.verification.digests import split_digest
 

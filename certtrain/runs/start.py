@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from certtrain.affine_layers import classifier_tensors
-from certtrain.bounds.model import device_of
 from certtrain.config import Config, load_config
 from certtrain.config.schema import StartSection
 from certtrain.errors import CheckpointError, UsageError, shortened, shown
 from certtrain.models import all_options, build_model
+from certtrain.modules import device_of
 from certtrain.runs.checkpoint import (
     Architecture,
     load_architecture,

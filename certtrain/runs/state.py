@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certtrain.bounds.model import device_of
 from certtrain.errors import CheckpointError
+from certtrain.modules import device_of
 from certtrain.runs.checkpoint import require_same_shapes
 from certtrain.runs.provenance import processor
 from certtrain.runs.tensor_file import one_line

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from certtrain.modules import blank_images, evaluating
 from certtrain.per_axis import per_axis
 from certtrain.runtime.precision import Precision
 
@@ -119,16 +120,9 @@ def convolutions_of(model: nn.Module, image_shape: Sequence[int]) -> list[Convol
 
     BatchNorm's statistics and every module's mode stay. Raises whatever the model does.
     """
-    some = next(model.parameters(), torch.empty(0))
-    images = torch.zeros(2, *image_shape, device=some.device, dtype=some.dtype)
-    training = [module for module in model.modules() if module.training]
-    recorder = _Recorder()
-    try:
-        with torch.no_grad(), recorder:
-            model.eval()(images)
-    finally:
-        for module in training:
-            module.training = True
+    images, recorder = blank_images(model, 2, image_shape), _Recorder()
+    with evaluating(model), torch.no_grad(), recorder:
+        model(images)
     return recorder.found
 
 

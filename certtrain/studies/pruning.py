@@ -8,9 +8,9 @@ import torch
 
 from certtrain.bounds import linf_box
 from certtrain.bounds.margins import proved
-from certtrain.bounds.model import device_of, evaluating
 from certtrain.config import Config
 from certtrain.data import to_float
+from certtrain.modules import device_of, evaluating
 from certtrain.runs.build import load_data
 from certtrain.training.trainer import EpochReport, Observer, Trainer
 from certtrain.verification.verify import parts_of

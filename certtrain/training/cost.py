@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from certtrain.bounds.model import evaluating
 from certtrain.errors import UsageError
 from certtrain.models import build_model
+from certtrain.modules import blank_images, evaluating
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
 
@@ -61,8 +61,7 @@ def clean_elements(model: nn.Module, image_shape: Sequence[int]) -> int:
 
 
 def _clean_pass(model: nn.Module, image_shape: Sequence[int], counter: TorchDispatchMode | FlopCounterMode) -> None:
-    some = next(model.parameters())
-    image = torch.zeros(1, *image_shape, device=some.device, dtype=some.dtype)
+    image = blank_images(model, 1, image_shape)  # made outside: that is not counted
     with evaluating(model), torch.no_grad(), counter:
         model(image)
 

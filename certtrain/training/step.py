@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from certtrain.affine_layers import affine_weights
 from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients
-from certtrain.bounds.model import CleanPass, evaluating
+from certtrain.bounds.model import CleanPass
 from certtrain.errors import UsageError
+from certtrain.modules import evaluating
 from certtrain.regularizers import l1_penalty, moments
 from certtrain.runtime.compilation import Compiled
 from certtrain.runtime.distributed import ALONE, Ranks

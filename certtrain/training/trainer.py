@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds.model import device_of
 from certtrain.errors import DivergedError
+from certtrain.modules import device_of
 from certtrain.training.averaging import AveragedWeights
 from certtrain.training.method import Scheduled, scheduled
 from certtrain.training.noise import step_keys

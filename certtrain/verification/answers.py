@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model
 from certtrain.bounds.linear.beta import Neurons
 from certtrain.bounds.margins import proved
-from certtrain.bounds.model import evaluating
 from certtrain.data import Split, to_float
 from certtrain.data.seeding import generator
 from certtrain.errors import UnsupportedOperation
+from certtrain.modules import evaluating
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack, inscribed_linf_box, logits_of
 from certtrain.verification.branch_and_bound import Search, root_margins, settle

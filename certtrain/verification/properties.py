@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box
-from certtrain.bounds.model import device_of, evaluating
 from certtrain.bounds.rounding.boxes import nearest_above, nearest_below
 from certtrain.data.seeding import generator
 from certtrain.errors import UsageError
+from certtrain.modules import device_of, evaluating
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound, root_margins

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.margins import proved
-from certtrain.bounds.model import device_of, evaluating
 from certtrain.data import Split, to_float
 from certtrain.errors import require_counts
+from certtrain.modules import device_of, evaluating
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.answers import predictions
 from certtrain.verification.attacks import Attack

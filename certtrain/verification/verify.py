@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds.model import device_of, evaluating
 from certtrain.bounds.rounding.arithmetic import arithmetic_named
 from certtrain.data import Split, to_float
 from certtrain.errors import DataError, UsageError, require_counts
+from certtrain.modules import device_of, evaluating
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.answers import Answers, Portion, Question, in_parts

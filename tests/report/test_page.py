@@ -25,7 +25,7 @@ from certtrain.data import Dataset, Split, load_dataset
 from certtrain.errors import CheckpointError
 from certtrain.report import plots
 from certtrain.report.examples import judge
-from certtrain.report.page import _read_epochs, _read_summary, _show, error_curves, write_report
+from certtrain.report.page import _read_epochs, _read_summary, _show, error_curves, newest_results, write_report
 from certtrain.runs.checkpoint import load_model
 from tests.commands import contents
 from tests.networks import Threshold
@@ -248,13 +248,13 @@ def result_at(eps, pgd, verified):
 
 
 def test_error_curves_come_from_the_best_source(tmp_path):
-    assert error_curves(tmp_path, {"radii": [result_at(0.2, 0.4, 0.6), result_at(0.1, 0.2, 0.3)]}) == (
+    assert error_curves(newest_results(tmp_path, {"radii": [result_at(0.2, 0.4, 0.6), result_at(0.1, 0.2, 0.3)]})) == (
         0.1,
         {"pgd": ([0.0, 0.1, 0.2], [0.1, 0.2, 0.4]), "verified": ([0.0, 0.1, 0.2], [0.1, 0.3, 0.6])},
     )
     (tmp_path / "verify.json").write_text(json.dumps({"radii": [result_at(0.3, 0.5, 0.7)]}))
     summary = {"radii": [result_at(0.1, 0.2, 0.3)]}
-    assert error_curves(tmp_path, summary)[1]["verified"] == ([0.0, 0.3], [0.1, 0.7])
+    assert error_curves(newest_results(tmp_path, summary))[1]["verified"] == ([0.0, 0.3], [0.1, 0.7])
     radius = {
         "natural_error": 0.05,
         "eps": [0, 0.5],
@@ -263,7 +263,7 @@ def test_error_curves_come_from_the_best_source(tmp_path):
         "pgd_error": [0.8],
     }
     (tmp_path / "radius.json").write_text(json.dumps(radius))
-    assert error_curves(tmp_path, summary) == (
+    assert error_curves(newest_results(tmp_path, summary)) == (
         0.05,
         {"pgd": ([0.0, 0.5], [0.05, 0.8]), "verified": ([0, 0.5], [0.05, 0.9])},
     )
@@ -273,14 +273,14 @@ def test_error_curves_come_from_the_best_source(tmp_path):
 def test_curves_are_of_no_fewer_images_than_the_summary(cli, run, command):
     """A look at a few images stands in the place of the errors of all, which are kept beside it."""
     before = json.loads((run / "summary.json").read_text())
-    of_all = error_curves(run, before)
+    of_all = error_curves(newest_results(run, before))
     assert cli("verify", run, *command, "--limit", 3).code == 0
-    assert error_curves(run, before) == of_all
+    assert error_curves(newest_results(run, before)) == of_all
     assert cli("verify", run, *command).code == 0
-    of_more = error_curves(run, before)
+    of_more = error_curves(newest_results(run, before))
     assert of_more != of_all
     assert cli("verify", run, *command, "--limit", 3).code == 0
-    assert error_curves(run, before) == of_more
+    assert error_curves(newest_results(run, before)) == of_more
 
 
 @pytest.mark.parametrize(
@@ -384,9 +384,9 @@ def test_edited_results_are_one_line_or_shown(reference, tmp_path_factory, name,
     try:
         summary, epochs = _read_summary(run), _read_epochs(run)
         _show(load_config(reference / "config.yaml"), summary)
-        curves = [error_curves(run, summary)]
+        curves = [error_curves(newest_results(run, summary))]
         (run / "radius.json").unlink()
-        curves.append(error_curves(run, summary))
+        curves.append(error_curves(newest_results(run, summary)))
     except CheckpointError as error:
         message = str(error)
     else:

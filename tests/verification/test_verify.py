@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.bounds.model import device_of
 from certtrain.data import Split
 from certtrain.data.seeding import generator
 from certtrain.errors import DataError, UnsupportedOperation, UsageError
+from certtrain.modules import device_of
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.verification import answers
 from certtrain.verification.attacks import PGD

@@ -1,0 +1,35 @@
+"""What any network is asked: where it lies, of what type it is, in which mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+
+
+def device_of(model: nn.Module, default: torch.device = CPU) -> torch.device:
+    """That of its parameters or, where it has none, of its buffers, or else `default`."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), default)
+
+
+def blank_images(model: nn.Module, count: int, image_shape: Sequence[int]) -> Tensor:
+    """(count, C, H, W): black images of the model's device and type."""
+    some = next(model.parameters(), torch.empty(0))
+    return torch.zeros(count, *image_shape, device=some.device, dtype=some.dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode; every module's own mode comes back after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
