@@ -329,7 +329,7 @@ def _itself(box: Box) -> Box:
 
 
 class JointPass:
-    """Walks clean input and box through the network side by side (a `tracing.Transform`), and gathers the Bounds."""
+    """Walks clean input and box through the network side by side (a `graph.Transform`), and gathers the Bounds."""
 
     settled = SETTLED_BY_CLEAN
 

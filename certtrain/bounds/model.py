@@ -25,7 +25,8 @@ from certtrain.bounds.recording import check_recording
 from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.backward import propagate_recorded
 from certtrain.bounds.segments import propagate_in_segments
-from certtrain.bounds.tracing import structure_of, trace
+from certtrain.bounds.structure import structure_of
+from certtrain.bounds.tracing import trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 from certtrain.modules import device_of, evaluating
 from certtrain.verification.cascade import BRANCH_AND_BOUND
@@ -474,7 +475,7 @@ def free_memory(device: torch.device) -> int:
 
 
 class _CleanTransform:
-    """Walks the clean input alone (a `tracing.Transform`), keeps the BatchNorms' coefficients, and counts."""
+    """Walks the clean input alone (a `graph.Transform`), keeps the BatchNorms' coefficients, and counts."""
 
     settled = SETTLED_BY_CLEAN
 

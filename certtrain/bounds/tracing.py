@@ -1,33 +1,29 @@
 """A module, once, as a line of canonical calls.
 
-torch.fx records what a network's `forward` does, hooks and subclasses' own forwards included; this file brings every
-spelling down to the records of `operations`, gives names that were written in place their new meaning, and keeps
-apart what depends on the network's input from what is computed from its buffers and shapes at every call.
+`forward.py` records what a network's `forward` does; this file brings every spelling down to the records of
+`operations`, gives names that were written in place their new meaning, and keeps apart what depends on the network's
+input from what is computed from its buffers and shapes at every call.
 
-What a recording cannot follow is refused: a branch on values, a write into shared memory that is read again, autocast
-or no_grad inside. What can change after it (a Python attribute, a submodule, a mode) is in `structure_of`.
+What cannot be followed is refused: a branch on values, a write into shared memory that is read again, autocast or
+no_grad inside. What can change after it (a Python attribute, a submodule, a mode) is in `structure.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.proxy import TraceError
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import BatchSum
+from certtrain.bounds.forward import ROOT, record_forward
 from certtrain.bounds.graph import Graph, Ref, Step, leaves, map_leaves, with_last_uses
 from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPECTING_METHODS, INSPECTIONS
 from certtrain.bounds.operations.products import padding_settings, pads_first
@@ -43,145 +39,7 @@ from certtrain.bounds.operations.record import (
     module_entry,
 )
 from certtrain.bounds.operations.softmax import LAST_FUNCTIONS
-from certtrain.errors import CerttrainError, UnsupportedOperation
-from certtrain.unchanged import unchanged
-
-ROOT = "model"
-
-
-class Root(nn.Module):
-    """Calls the model, so that its own hooks are recorded too; constants that fx keeps go here, not into the model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Any:
-        return self.model(x)
-
-
-class _Proxy(fx.Proxy):
-    """fx writes `x += y` down as an addition; that the old `x` is gone must be kept."""
-
-    def _inplace(self, function: Callable, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._inplace(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._inplace(operator.isub, other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._inplace(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._inplace(operator.itruediv, other)
-
-    def __ipow__(self, other: Any) -> fx.Proxy:
-        return self._inplace(operator.ipow, other)
-
-
-def _ambient() -> tuple[bool, ...]:
-    """What changes the meaning of an operation from outside."""
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # what is computed from a buffer is recorded, and computed again at every call
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._ambient = _ambient()
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return (
-            module_entry(m) is not None
-            or module_decomposition(m) is not None
-            or (
-                type(m).__module__.startswith("torch.nn")
-                and not isinstance(m, nn.Sequential | nn.ModuleList)
-                and "forward" not in vars(m)
-            )
-        )
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def iter(self, obj: Any) -> Iterator[fx.Proxy]:
-        """`for part in x.chunk(3, 1)`: of tensors of a number that the call says."""
-        node = obj.node
-        if node.op == "call_module":  # whatever it is named
-            module = self.root.get_submodule(str(node.target))
-            return iter([obj[0], obj[1]]) if isinstance(module, nn.MultiheadAttention) else super().iter(obj)
-        if node.target in (torch.chunk, "chunk"):
-            return iter([obj[i] for i in range(node.args[1] if len(node.args) > 1 else node.kwargs["chunks"])])
-        sizes = node.args[1] if len(node.args) > 1 else None
-        if node.target in (torch.split, "split") and isinstance(sizes, list | tuple):
-            return iter([obj[i] for i in range(len(sizes))])
-        return super().iter(obj)
-
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _ambient() != self._ambient:
-            raise UnsupportedOperation(
-                "a part of the network runs under torch.autocast or no_grad of its own, which bounds would not follow"
-            )
-        return super().create_node(*args, **kwargs)
-
-
-class _OwnTensors(TorchFunctionMode):
-    """Records what a forward computes from the network's parameters and buffers, however it came by them.
-
-    fx does so for `self.weight`; `next(self.parameters())`, `self._buffers["w"]` or a state dict give it the tensor of
-    today, and what is computed from that would be a constant.
-    """
-
-    def __init__(self, tracer: fx.Tracer, root: nn.Module) -> None:
-        super().__init__()
-        self._tracer = tracer
-        self._paths = {id(tensor): path for path, tensor in chain(root.named_parameters(), root.named_buffers())}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        property_of = getattr(func, "__self__", None) if name in ("__get__", "__set__") else None
-        shows = property_of is not None and property_of.__name__ not in _VALUED_PROPERTIES
-        if shows or name in _SHOWING or not any(id(tensor) in self._paths for tensor in leaves((args, kwargs), Tensor)):
-            return func(*args, **kwargs)
-        args, kwargs = map_leaves((args, kwargs), Tensor, self._stand_in)
-        if property_of is not None:
-            return getattr(args[0], property_of.__name__)
-        if is_tensor_method_or_property(func):
-            return getattr(args[0], name)(*args[1:], **kwargs)
-        return func(*args, **kwargs)
-
-    def _stand_in(self, tensor: Tensor) -> Any:
-        path = self._paths.get(id(tensor))
-        return tensor if path is None else self._tracer.create_proxy("get_attr", path, (), {})
-
-
-_VALUED_PROPERTIES = {"T", "mT", "H", "mH", "data", "real", "imag"}
-_SHOWING = INSPECTING_METHODS | {"__len__", "__hash__", "__repr__", "__format__", "__dir__", "is_floating_point"}
-
-
-def record_forward(model: nn.Module) -> tuple[Root, fx.Graph]:
-    """What `model`'s forward does in its present mode, as torch.fx writes it down, and the root of its targets.
-
-    Raises:
-        UnsupportedOperation: control flow that depends on the input's values, or whatever the forward raises.
-    """
-    root, tracer = Root(model), _Tracer()
-    try:
-        with unchanged(model), _OwnTensors(tracer, root):
-            return root, tracer.trace(root)
-    except CerttrainError:
-        raise
-    except Exception as error:  # of the user's forward, met with a stand-in for its input: of any type
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        asks = isinstance(error, TraceError)
-        fault = "must not branch or loop on the input" if asks else "fails with a stand-in for the input"
-        raise UnsupportedOperation(
-            f"{type(model).__name__} cannot be traced: its forward {fault} ({reason})"
-        ) from error
+from certtrain.errors import UnsupportedOperation
 
 
 def trace(model: nn.Module, batch_sum: BatchSum | None = None) -> Graph:
@@ -504,93 +362,3 @@ def _spelling(node: fx.Node, root: nn.Module) -> str:
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     return getattr(node.target, "__name__", str(node.target))
-
-
-# --- has the module changed since it was recorded? --------------------------------------------------------------------
-
-
-def structure_of(model: nn.Module) -> tuple[Any, ...]:
-    """Everything a recording has frozen: submodules, modes, hooks, which parameters and buffers there are, of what
-    shape and type, and all other attributes, of the modules and of their classes.
-    """
-    return tuple(
-        (
-            name,
-            _Same(module),
-            type(module),
-            module.training,
-            _frozen(module._forward_hooks),
-            _frozen(module._forward_pre_hooks),
-            tuple((key, _kind(value)) for key, value in (module._parameters | module._buffers).items()),
-            tuple((key, _frozen(value)) for key, value in vars(module).items() if key not in _LIVE),
-            tuple(_class_attributes(type(module))),
-        )
-        for name, module in model.named_modules(remove_duplicate=False)
-    )
-
-
-def _kind(parameter: Tensor | None) -> Any:
-    """What a forward may ask of a parameter while it is traced; its values are read at every call."""
-    return None if parameter is None else (parameter.shape, parameter.dtype)
-
-
-def _class_attributes(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
-    for base in kind.__mro__:
-        if base is nn.Module:
-            return
-        if base.__module__.startswith("torch.nn."):
-            yield "forward", _Same(vars(base).get("forward"))
-        else:
-            yield from ((key, _frozen(value)) for key, value in vars(base).items() if not key.startswith("__"))
-
-
-_LIVE = frozenset(vars(nn.Module())) | {"training"}
-_WITHOUT_STATE = (nn.Module, type, ModuleType, FunctionType, MethodType, BuiltinFunctionType)
-"""Objects whose attributes are not looked into: modules are, on their own."""
-
-
-class _Same:
-    """Equal to what is the very same object, which stays alive, so that no other takes its place in memory."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _frozen(value: Any, depth: int = 3, inside: tuple[int, ...] = ()) -> Any:
-    """`value` as it is now, so far that a change shows; of objects `depth`, one inside the other, are looked into.
-
-    inside: containers that it lies in, of which it may be one itself.
-    """
-    if value is None or isinstance(value, int | float | str | bool):
-        return value
-    if isinstance(value, Tensor):
-        return _Same(value), value._version
-    if isinstance(value, np.ndarray):
-        return value.dtype.str, value.shape, value.tobytes()
-    if id(value) in inside:
-        return None
-    if isinstance(value, list | tuple | set | frozenset):
-        return tuple(_frozen(item, depth, (*inside, id(value))) for item in value)
-    if isinstance(value, dict):
-        return tuple((key, _frozen(item, depth, (*inside, id(value)))) for key, item in value.items())
-    if depth and not isinstance(value, _WITHOUT_STATE):
-        return _Same(value), tuple((key, _frozen(item, depth - 1)) for key, item in _state_of(value))
-    return _Same(value)
-
-
-def _state_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, wherever they are kept."""
-    own = getattr(value, "__dict__", None)
-    yield from own.items() if isinstance(own, dict) else ()
-    for base in type(value).__mro__:
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name, getattr(value, name)

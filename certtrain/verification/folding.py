@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
+from certtrain.bounds.forward import ROOT, record_forward
 from certtrain.bounds.operations.record import MODULES, module_entry
 from certtrain.bounds.recording import agree, probes
-from certtrain.bounds.tracing import ROOT, record_forward
 from certtrain.errors import UnsupportedOperation
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
