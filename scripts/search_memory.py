@@ -31,7 +31,8 @@ from certtrain.data import to_float
 from certtrain.runs.build import load_data
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
-from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound, root_margins
+from certtrain.verification.branch_and_bound import Search, branch_and_bound, root_margins
+from certtrain.verification.domains import Verdict
 
 MEBIBYTE = 2**20
 

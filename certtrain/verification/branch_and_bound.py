@@ -13,7 +13,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +28,7 @@ from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.margins import no_nan, proved
 from certtrain.errors import UsageError, require_counts
 from certtrain.verification.attacks import logits_of
+from certtrain.verification.domains import Domain, ImageSearch, Leaf, Split, Verdict
 from certtrain.verification.leaf import exact_leaf
 from certtrain.verification.trees import MOST_BYTES, Trees
 
@@ -37,17 +37,6 @@ if TYPE_CHECKING:
 
 CHECKABLE = 1e-7  # least bound of a leaf that is kept: another program, rounding otherwise, is to find it above 0 too
 OVERHEAD = 1600  # bytes that a domain takes beside its slopes: multipliers, splits, and what Python adds; measured
-BLOCK = 32  # vectors of slopes
-
-
-class Verdict(StrEnum):
-    """How the search for one image ended."""
-
-    PROVED = "proved"
-    ATTACKED = "attacked"
-    TIMEOUT = "timeout"
-    MEMORY = "memory"
-    ALL_SPLIT = "all split"  # nothing is left to split, and still no proof
 
 
 @dataclass(frozen=True)
@@ -82,29 +71,6 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Split:
-    """A neuron, by its position among all (`Neurons`), at least or at most a threshold."""
-
-    neuron: int
-    threshold: float
-    above: bool
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """A domain that is proved: z_y - z_j > 0 on it.
-
-    slopes: (U,), of the image's undecided neurons; multipliers: one for each split.
-    """
-
-    target: int
-    splits: tuple[Split, ...]
-    slopes: Tensor
-    multipliers: Tensor
-    lower: float
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What the search found of one image.
 
@@ -135,70 +101,6 @@ class Outcome:
             if self.leaves
             else np.zeros((0, len(self.undecided))),
         )
-
-
-class _Slopes:
-    """Vectors of slopes by number, held in blocks: so many small tensors, one by one, would leave holes in the heap."""
-
-    def __init__(self) -> None:
-        self.blocks: list[Tensor] = []
-        self.free: list[int] = []
-
-    def put(self, slopes: Tensor) -> int:
-        if not self.free:
-            start = BLOCK * len(self.blocks)
-            self.blocks.append(slopes.new_empty(BLOCK, len(slopes)))
-            self.free += reversed(range(start, start + BLOCK))
-        number = self.free.pop()
-        self[number].copy_(slopes)
-        return number
-
-    def __getitem__(self, number: int) -> Tensor:
-        return self.blocks[number // BLOCK][number % BLOCK]
-
-    def drop(self, number: int) -> None:
-        self.free.append(number)
-
-
-@dataclass(order=True)
-class _Domain:
-    """Waiting to be split, ordered by its bound; or a leaf."""
-
-    lower: float
-    number: int
-    target: int = field(compare=False)
-    splits: tuple[Split, ...] = field(compare=False)
-    slopes: int = field(compare=False)  # their number among the image's
-    multipliers: np.ndarray = field(compare=False)
-
-
-@dataclass
-class _Image:
-    """The state of one image's search."""
-
-    position: int
-    label: int
-    lower: Tensor  # (K,), of the classes without a tree
-    undecided: Tensor  # neurons, positions
-    roots: list[_Domain] = field(default_factory=list)  # those that are not bounded yet, of classes without a proof
-    waiting: list[_Domain] = field(default_factory=list)
-    leaves: list[_Domain] = field(default_factory=list)
-    splits: int = 0  # of those leaves, together
-    slopes: _Slopes = field(default_factory=_Slopes)  # of the undecided neurons, of these domains
-    worst: dict[int, float] = field(default_factory=dict)  # by class, of its leaves
-    domains: int = 0
-    seconds: float = 0.0
-    point: Tensor | None = None
-    verdict: Verdict | None = None
-
-    def give_up(self) -> None:
-        """What waits is not searched: its bounds are what is left of it."""
-        for domain in self.waiting:
-            self.worst[domain.target] = min(domain.lower, self.worst.get(domain.target, torch.inf))
-        self.forget()
-
-    def forget(self) -> None:
-        self.roots, self.waiting, self.leaves, self.slopes = [], [], [], _Slopes()
 
 
 def branch_and_bound(
@@ -269,7 +171,7 @@ def searched_margins(
     return found
 
 
-Node = tuple[_Image, _Domain]
+Node = tuple[ImageSearch, Domain]
 
 
 class _Run:
@@ -282,12 +184,12 @@ class _Run:
         self.counter = itertools.count()
         _, undecided = self.neurons.thresholds(self.neurons.boxes(record))
         self.images = [
-            _Image(i, int(labels[i]), margins[i].clone(), undecided[i].nonzero()[:, 0]) for i in range(len(labels))
+            ImageSearch(i, int(labels[i]), margins[i].clone(), undecided[i].nonzero()[:, 0]) for i in range(len(labels))
         ]
         unproved = (margins <= 0).scatter(1, labels[:, None], False)
         empty = np.zeros(0, margins.cpu().numpy().dtype)
         for i, j in unproved.nonzero().tolist():
-            self.images[i].roots.append(_Domain(float(margins[i, j]), next(self.counter), j, (), 0, empty))
+            self.images[i].roots.append(Domain(float(margins[i, j]), next(self.counter), j, (), 0, empty))
         needed = sum(len(image.roots) * self._domain_bytes(image) for image in self.images)
         if needed > search.max_memory:
             raise UsageError(f"max_memory: the first domains of {len(labels)} images take {needed:,} bytes already")
@@ -317,7 +219,7 @@ class _Run:
         for image, _ in nodes:
             image.seconds += seconds
 
-    def _next_roots(self, searched: Sequence[_Image]) -> list[Node]:
+    def _next_roots(self, searched: Sequence[ImageSearch]) -> list[Node]:
         roots: list[Node] = []
         for image in searched:
             count = self.search.domains - len(roots)
@@ -325,7 +227,7 @@ class _Run:
             image.roots = image.roots[count:]
         return roots
 
-    def _chosen(self, searched: Sequence[_Image]) -> list[Node]:
+    def _chosen(self, searched: Sequence[ImageSearch]) -> list[Node]:
         """The worst domain of each image, in turn, until there are enough."""
         chosen: list[Node] = []
         active = list(searched)
@@ -390,14 +292,10 @@ class _Run:
     def _sides(self, node: Node, split: Split) -> list[Node]:
         image, parent = node
         multipliers = np.append(parent.multipliers, parent.multipliers.dtype.type(0))
+        sides = [(*parent.splits, side) for side in (split, replace(split, above=False))]
         return [
-            (
-                image,
-                _Domain(
-                    parent.lower, next(self.counter), parent.target, (*parent.splits, side), parent.slopes, multipliers
-                ),
-            )
-            for side in (split, replace(split, above=False))
+            (image, replace(parent, number=next(self.counter), splits=splits, multipliers=multipliers))
+            for splits in sides
         ]
 
     def _bound_roots(self, roots: Sequence[Node]) -> None:
@@ -431,7 +329,7 @@ class _Run:
     def _proves(self, lower: float) -> bool:
         return lower > (CHECKABLE if self.search.keep_leaves else 0)
 
-    def _settle_exactly(self, image: _Image, domain: _Domain) -> None:
+    def _settle_exactly(self, image: ImageSearch, domain: Domain) -> None:
         """Where nothing is left to split the network is affine, and the domain a linear program."""
         image.domains += 1
         batch = self._batch([(image, domain)])
@@ -447,7 +345,7 @@ class _Run:
             self._try_point(image, found.point)
         image.verdict = image.verdict or Verdict.ALL_SPLIT
 
-    def _try_point(self, image: _Image, point: Tensor) -> None:
+    def _try_point(self, image: ImageSearch, point: Tensor) -> None:
         if image.verdict is not None:
             return
         lower, upper = self.points.lower[image.position], self.points.upper[image.position]
@@ -455,7 +353,7 @@ class _Run:
         if int(logits_of(self.model, point[None]).argmax(1)) != image.label:
             image.verdict, image.point = Verdict.ATTACKED, point
 
-    def _keep(self, image: _Image, domain: _Domain, slopes: Tensor) -> None:
+    def _keep(self, image: ImageSearch, domain: Domain, slopes: Tensor) -> None:
         image.worst[domain.target] = min(domain.lower, image.worst.get(domain.target, torch.inf))
         if self.search.keep_leaves:
             image.leaves.append(replace(domain, slopes=image.slopes.put(slopes)))
@@ -469,17 +367,11 @@ class _Run:
             functions[row, image.label], functions[row, domain.target] = 1, -1
         most = max(len(domain.splits) for _, domain in nodes)
         neuron = torch.zeros(len(nodes), most, dtype=torch.int64, device=like.device)
-        sign, threshold = (
-            torch.zeros_like(functions[:, :1]).repeat(1, most),
-            torch.zeros_like(functions[:, :1]).repeat(1, most),
-        )
+        sign, threshold = functions.new_zeros(len(nodes), most), functions.new_zeros(len(nodes), most)
         for row, (_, domain) in enumerate(nodes):
             for i, split in enumerate(domain.splits):
-                neuron[row, i], sign[row, i], threshold[row, i] = (
-                    split.neuron,
-                    -1 if split.above else 1,
-                    split.threshold,
-                )
+                neuron[row, i], threshold[row, i] = split.neuron, split.threshold
+                sign[row, i] = -1 if split.above else 1
         return DomainBatch(self.record, self.neurons, images, functions, Splits(neuron, sign, threshold))
 
     def _parameters(self, nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:
@@ -490,11 +382,11 @@ class _Run:
             multipliers[row, : len(domain.splits)] = domain.multipliers
         return slopes, torch.from_numpy(multipliers).to(slopes)
 
-    def _spread(self, image: _Image, slopes: Tensor) -> Tensor:
+    def _spread(self, image: ImageSearch, slopes: Tensor) -> Tensor:
         """Of the undecided neurons -> of all; those of the others have no effect."""
         return slopes.new_zeros(self.neurons.total).scatter(0, image.undecided, slopes)
 
-    def _end_some(self, searched: Sequence[_Image]) -> None:
+    def _end_some(self, searched: Sequence[ImageSearch]) -> None:
         """Those that are proved, or whose time is over, or whose trees nobody would read; and of the others the
         largest, while there is too much."""
         for image in searched:
@@ -513,33 +405,24 @@ class _Run:
             if image.verdict not in (None, Verdict.PROVED):
                 image.give_up()
 
-    def _bytes(self, image: _Image) -> int:
+    def _bytes(self, image: ImageSearch) -> int:
         """What its waiting domains take, and leaves that are kept."""
         return (len(image.waiting) + len(image.leaves)) * self._domain_bytes(image)
 
-    def _tree_bytes(self, image: _Image) -> int:
+    def _tree_bytes(self, image: ImageSearch) -> int:
         return Trees.most_bytes(len(image.undecided), len(image.leaves), image.splits) if image.leaves else 0
 
-    def _domain_bytes(self, image: _Image) -> int:
+    def _domain_bytes(self, image: ImageSearch) -> int:
         return len(image.undecided) * self.record.boxes[0].like.element_size() + OVERHEAD
 
-    def _outcome(self, image: _Image) -> Outcome:
+    def _outcome(self, image: ImageSearch) -> Outcome:
         assert image.verdict is not None
         lower = image.lower.clone()
         if image.verdict not in (
             Verdict.ATTACKED,
             Verdict.ALL_SPLIT,
-        ):  # which end with domains neither proved nor waiting
+        ):  # some domains neither proved nor waiting
             for target, worst in image.worst.items():
                 lower[target] = max(float(lower[target]), worst)
-        leaves = tuple(
-            Leaf(
-                leaf.target,
-                leaf.splits,
-                image.slopes[leaf.slopes].clone(),
-                torch.from_numpy(leaf.multipliers),
-                leaf.lower,
-            )
-            for leaf in (image.leaves if image.verdict == Verdict.PROVED else ())
-        )
+        leaves = tuple(map(image.leaf, image.leaves)) if image.verdict == Verdict.PROVED else ()
         return Outcome(image.verdict, lower, image.point, image.domains, image.seconds, leaves, image.undecided)

@@ -23,8 +23,9 @@ from certtrain.errors import UsageError
 from certtrain.modules import device_of, evaluating
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack
-from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound, root_margins
+from certtrain.verification.branch_and_bound import Search, branch_and_bound, root_margins
 from certtrain.verification.cascade import BRANCH_AND_BOUND, check_cascade
+from certtrain.verification.domains import Verdict
 
 Replay = Callable[[Tensor], Tensor]
 

@@ -22,7 +22,8 @@ from certtrain.bounds.margins import proved
 from certtrain.bounds.model import METHODS
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification import branch_and_bound as module
-from certtrain.verification.branch_and_bound import Leaf, Outcome, Search, Verdict, branch_and_bound
+from certtrain.verification.branch_and_bound import Outcome, Search, branch_and_bound
+from certtrain.verification.domains import Domain, Leaf, Verdict
 
 
 def small_network(
@@ -333,7 +334,7 @@ def test_given_up_for_memory_is_the_largest_of_those_still_searched(kept, limit)
     """Whatever domains wait and leaves are kept; whoever has nothing left to search is proved."""
     network, record, labels, margins = SEVERAL
     run = module._Run(network, record, labels, margins, Search(timeout=torch.inf), record.boxes[0])
-    domain = module._Domain(-1.0, 0, 1, (), 0, np.zeros(0))
+    domain = Domain(-1.0, 0, 1, (), 0, np.zeros(0))
     for image, (waiting, leaves) in zip(run.images, kept, strict=True):
         image.roots, image.waiting, image.leaves = [], [domain] * waiting, [domain] * leaves
         image.undecided = run.images[0].undecided

@@ -20,8 +20,9 @@ from certtrain.bounds.linear.beta import Ascent, Neurons
 from certtrain.errors import CertificateError
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model, save_model
-from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound
+from certtrain.verification.branch_and_bound import Search, branch_and_bound
 from certtrain.verification.checker import SavedNetwork
+from certtrain.verification.domains import Verdict
 from certtrain.verification.pixels import pixel_box
 from certtrain.verification.trees import Trees, covers
 from tests.networks import randomized

@@ -17,8 +17,9 @@ from certtrain.bounds.linear.beta import Ascent
 from certtrain.errors import CertificateError
 from certtrain.verification import branch_and_bound as searching
 from certtrain.verification import trees as reading
-from certtrain.verification.branch_and_bound import Search, Verdict, branch_and_bound
+from certtrain.verification.branch_and_bound import Search, branch_and_bound
 from certtrain.verification.certificates import Certificates, Claim, Header, ImageSet, schema
+from certtrain.verification.domains import Verdict
 from certtrain.verification.trees import MOST_BYTES, MOST_PACKED, Trees
 from tests.verification.test_branch_and_bound import SEVERAL
 
