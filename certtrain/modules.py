@@ -18,9 +18,10 @@ def device_of(model: nn.Module, default: torch.device = CPU) -> torch.device:
 
 
 def blank_images(model: nn.Module, count: int, image_shape: Sequence[int]) -> Tensor:
-    """(count, C, H, W): black images of the model's device and type."""
-    some = next(model.parameters(), torch.empty(0))
-    return torch.zeros(count, *image_shape, device=some.device, dtype=some.dtype)
+    """(count, C, H, W): black images on the model's device, of the type of its first floating-point tensor, if any."""
+    tensors = chain(model.parameters(), model.buffers())
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    return torch.zeros(count, *image_shape, device=device_of(model), dtype=dtype)
 
 
 @contextmanager

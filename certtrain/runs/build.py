@@ -28,7 +28,7 @@ from certtrain.errors import DataError, UsageError, shortened
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.models.own import explained, modules_from
-from certtrain.modules import blank_images, device_of
+from certtrain.modules import blank_images, device_of, evaluating
 from certtrain.runs.checkpoint import require_reloadable
 from certtrain.runs.start import Start, require_same_architecture
 from certtrain.runtime.compilation import compiling_pays
@@ -120,8 +120,8 @@ def build(
 def output_shape(name: str, model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
     image = blank_images(model, 1, image_shape)
     size = "×".join(map(str, image_shape))
-    with explained(f"model {name} cannot take {size} images", DataError), torch.no_grad():
-        output = model.eval()(image)
+    with explained(f"model {name} cannot take {size} images", DataError), evaluating(model), torch.no_grad():
+        output = model(image)
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"it returns {type(output).__name__}, not a tensor of logits")
         return tuple(output.shape)

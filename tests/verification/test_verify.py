@@ -11,7 +11,6 @@ from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import Split
 from certtrain.data.seeding import generator
 from certtrain.errors import DataError, UnsupportedOperation, UsageError
-from certtrain.modules import device_of
 from certtrain.report.layer_statistics import layer_statistics
 from certtrain.verification import answers
 from certtrain.verification.attacks import PGD
@@ -69,23 +68,6 @@ def test_what_is_predicted_and_attacked_is_the_given_network(monkeypatch):
     assert result.correct.tolist() == [True, True, True]
     assert result.attacked.tolist() == [False, True, False]
     assert Threshold()(result.adversarial).argmax(1).tolist() == [0]
-
-
-class Constants(nn.Module):
-    """A network whose numbers are `kind`, on the meta device."""
-
-    def __init__(self, kind):
-        super().__init__()
-        value = torch.zeros(1, device="meta")
-        if kind == "parameters":
-            self.value = nn.Parameter(value)
-        if kind == "buffers":
-            self.register_buffer("value", value)
-
-
-@pytest.mark.parametrize(("kind", "device"), [("parameters", "meta"), ("buffers", "meta"), ("none", "cpu")])
-def test_the_device_is_that_of_whatever_tensors_a_network_has(kind, device):
-    assert device_of(Constants(kind)).type == device
 
 
 def test_the_order_of_errors_and_the_limit():
