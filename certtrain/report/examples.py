@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from certtrain.config import Config, load_config
@@ -13,7 +12,7 @@ from certtrain.data import Dataset, to_float
 from certtrain.modules import device_of, evaluating
 from certtrain.runs.evaluation import verify_run
 from certtrain.runtime.precision import full_precision
-from certtrain.verification.attacks import logits_of
+from certtrain.verification.attacks import predictions
 from certtrain.verification.verify import Verification
 
 
@@ -49,8 +48,8 @@ def judge(
 
     def example(index: int) -> Example:
         point = points[index]
-        with evaluating(model), full_precision(), torch.no_grad():
-            prediction = logits_of(model, point[None].to(device_of(model))).argmax(1).item()
+        with evaluating(model), full_precision():
+            prediction = predictions(model, point[None].to(device_of(model))).item()
         margin = result.margin[index].item()
         return Example(index, images[index], int(split.labels[index]), point, int(prediction), margin)
 

@@ -21,7 +21,7 @@ from certtrain.data.seeding import generator
 from certtrain.errors import UnsupportedOperation
 from certtrain.modules import evaluating
 from certtrain.runtime.precision import full_precision
-from certtrain.verification.attacks import Attack, inscribed_linf_box, logits_of
+from certtrain.verification.attacks import Attack, inscribed_linf_box, predictions
 from certtrain.verification.branch_and_bound import Search, root_margins, settle
 from certtrain.verification.cascade import BRANCH_AND_BOUND, VERDICTS, around_attack
 from certtrain.verification.digests import split_digest
@@ -227,13 +227,6 @@ def _model_digest(model: nn.Module) -> str:
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return content.hexdigest()
-
-
-@torch.no_grad()
-def predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """The classes (B,) of float images (B, C, H, W), -1 where a logit is NaN: that is no prediction."""
-    logits = logits_of(model, images)
-    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
 
 
 def _fewest_operations(model: nn.Module, example: Tensor) -> nn.Module:

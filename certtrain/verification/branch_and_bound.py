@@ -27,7 +27,7 @@ from certtrain.bounds.linear.crown import backward_margins
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.margins import no_nan, proved
 from certtrain.errors import UsageError, require_counts
-from certtrain.verification.attacks import logits_of
+from certtrain.verification.attacks import predictions
 from certtrain.verification.domains import Domain, ImageSearch, Leaf, Split, Verdict
 from certtrain.verification.leaf import exact_leaf
 from certtrain.verification.trees import MOST_BYTES, Trees
@@ -350,7 +350,7 @@ class _Run:
             return
         lower, upper = self.points.lower[image.position], self.points.upper[image.position]
         point = point.to(lower.dtype).clamp(lower, upper)
-        if int(logits_of(self.model, point[None]).argmax(1)) != image.label:
+        if int(predictions(self.model, point[None])) != image.label:
             image.verdict, image.point = Verdict.ATTACKED, point
 
     def _keep(self, image: ImageSearch, domain: Domain, slopes: Tensor) -> None:

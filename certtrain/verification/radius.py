@@ -15,8 +15,7 @@ from certtrain.data import Split, to_float
 from certtrain.errors import require_counts
 from certtrain.modules import device_of, evaluating
 from certtrain.runtime.precision import full_precision
-from certtrain.verification.answers import predictions
-from certtrain.verification.attacks import Attack
+from certtrain.verification.attacks import Attack, predictions
 from certtrain.verification.pixels import perturbation_box
 from certtrain.verification.verify import check_fit, checked_radii, parts_of, verify
 

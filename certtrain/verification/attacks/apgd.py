@@ -17,6 +17,7 @@ from certtrain.verification.attacks.attack import (
     first_found,
     inscribed_linf_box,
     logits_of,
+    predicted,
     uniform_in,
 )
 from certtrain.verification.attacks.losses import (
@@ -113,7 +114,7 @@ def auto_pgd(
 
     def visit(x: Tensor) -> _Visit:
         logits, value, direction = ascent(model, x, loss)
-        return _Visit(x, value, direction, logits.argmax(1) != labels)
+        return _Visit(x, value, direction, predicted(logits) != labels)
 
     here = best = first_wrong = visit(start)
     previous, size = start, torch.full_like(here.loss, 2 * eps)

@@ -68,13 +68,13 @@ class Ensemble:
 def first_found(model: nn.Module, images: Tensor, labels: Tensor, attempts: Iterable[Attempt]) -> tuple[Tensor, Tensor]:
     """What an `Attack` returns, of attempts that are made one after another for the images that are left."""
     points = images.clone()
-    found = _predictions(model, images) != labels
+    found = predictions(model, images) != labels
     for attempt in attempts:
         left = (~found).nonzero()[:, 0]
         if len(left) == 0:
             break
         candidates = attempt(left)
-        broken = _predictions(model, candidates) != labels[left]
+        broken = predictions(model, candidates) != labels[left]
         points[left[broken]] = candidates[broken]
         found[left[broken]] = True
     return points, found
@@ -108,6 +108,12 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
     return model(images.clone())
 
 
+def predicted(logits: Tensor) -> Tensor:
+    """The classes (B,) that logits (B, K) say, -1 where one of them is NaN: that is no prediction."""
+    return torch.where(logits.isnan().any(1), -1, logits.argmax(1))
+
+
 @torch.no_grad()
-def _predictions(model: nn.Module, images: Tensor) -> Tensor:
-    return logits_of(model, images).argmax(1)
+def predictions(model: nn.Module, images: Tensor) -> Tensor:
+    """What is `predicted` of images (B, C, H, W)."""
+    return predicted(logits_of(model, images))

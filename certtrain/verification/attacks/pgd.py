@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
-from certtrain.verification.attacks.attack import Generators, ascent, first_found, inscribed_linf_box, uniform_in
+from certtrain.verification.attacks.attack import (
+    Generators,
+    ascent,
+    first_found,
+    inscribed_linf_box,
+    predicted,
+    uniform_in,
+)
 from certtrain.verification.attacks.losses import negative_margin
 
 
@@ -46,7 +53,7 @@ class PGD:
         for step in range(self.steps + 1):
             logits, _, direction = ascent(model, x, partial(negative_margin, labels=labels))
             result = torch.where(broken[:, None, None, None], result, x)
-            broken = broken | (logits.argmax(1) != labels)  # not at a tie that the label wins
+            broken = broken | (predicted(logits) != labels)  # not at a tie that the label wins
             if step == self.steps or bool(broken.all()):
                 break
             size = eps * self.step_size * (1.0 if step < self.steps / 2 else 0.1)

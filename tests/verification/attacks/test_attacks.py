@@ -49,6 +49,33 @@ def least_margins(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, 
     return (rows * ends).sum(2) + bias[labels][:, None] - bias
 
 
+class Undefined(nn.Module):
+    """Two classes, by the mean; NaN in one logit or both where a pixel is more than 0.05 from 0.5."""
+
+    def __init__(self, places):
+        super().__init__()
+        self.places = places
+
+    def forward(self, x):
+        mean = x.flatten(1).mean(1)
+        logits = torch.stack([mean, 0.1 - mean], 1)
+        undefined = ((x - 0.5).abs().flatten(1).amax(1) > 0.05)[:, None] & torch.tensor(self.places)
+        return logits.masked_fill(undefined, torch.nan)
+
+
+@pytest.mark.parametrize("places", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_point_without_a_prediction_is_misclassified_whatever_the_label_is(name, label, places):
+    images, labels = torch.full((1, 1, 2, 2), 0.5), torch.tensor([label])
+    model = Undefined(places).eval()
+    if label == 0:
+        assert model(images).argmax(1) == labels
+    points, found = ATTACKS[name](model, images, labels, 0.1, seeded(1))
+    assert found.item()
+    assert label == 1 or model(points).isnan().any()
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 @pytest.mark.parametrize("classes", [2, 3, 4])
 @pytest.mark.parametrize("name", ATTACKS)
