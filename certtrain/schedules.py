@@ -12,8 +12,9 @@ class SmoothedEpsilon:
     """Perturbation radius: `initial`, then polynomial, then linear way to `max_eps`. (Gowal et al. 2018; auto_LiRPA.)
 
     `initial` until `start_step`; with m = start + ⌊mid·(end - start)⌋, initial + α(s - start)^β up to m, then a
-    straight line that reaches `max_eps` at `end_step`; α makes value and slope agree at m. Steps count from 0. An
-    `initial` above 0, which may also be above `max_eps`, is for a network that was trained at that radius before.
+    straight line that reaches `max_eps` at `end_step`; α makes value and slope agree at m. Steps count from 0, and m
+    is the floor of a rounded product, as in auto_LiRPA. An `initial` above 0, which may also be above `max_eps`, is
+    for a network that was trained at that radius before.
     """
 
     max_eps: float
@@ -84,6 +85,11 @@ class LearningRate:
         return rate * self.shape(step - self.warmup_steps)
 
 
+def _done(step: int, steps: int) -> float:
+    """The share of so many steps that is done; of none, all of it."""
+    return min(1.0, step / steps) if steps else 1.0
+
+
 @dataclass(frozen=True)
 class Linear:
     """From 1 to `final`, which the step after the last of `steps` would have."""
@@ -92,7 +98,7 @@ class Linear:
     final: float = 0.0
 
     def __call__(self, step: int) -> float:
-        return 1 + (self.final - 1) * min(1.0, step / max(1, self.steps))
+        return 1 + (self.final - 1) * _done(step, self.steps)
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,7 @@ class Cosine:
     final: float = 0.0
 
     def __call__(self, step: int) -> float:
-        share = min(1.0, step / max(1, self.steps))
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * share)) / 2
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * _done(step, self.steps))) / 2
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ class Cooldown:
     final: float = 0.0
 
     def __call__(self, step: int) -> float:
-        return Linear(self.length, self.final)(max(0, step - (self.steps - self.length)))
+        return Linear(self.length, self.final)(max(0, step - (self.steps - self.length))) if self.length else 1.0
 
 
 @dataclass(frozen=True)

@@ -121,3 +121,8 @@ def test_a_rate_grows_through_warmup_then_falls_and_is_the_product_of_its_parts(
     expected = 2.0 * fallen * ((step + 1) / warmup if step < warmup else shape(step - warmup))
     assert now == pytest.approx(expected, rel=1e-12)
     assert warmup == 0 or LearningRate(2.0, warmup_steps=warmup)(warmup - 1) == 2.0
+
+
+@pytest.mark.parametrize("shape", [Linear(0, 0.1), Cosine(0, 0.1), Infinite(100, 0, 0.1, 0)])
+def test_a_way_of_no_steps_is_at_its_end(shape):
+    assert shape(0) == pytest.approx(0.1)

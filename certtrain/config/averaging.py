@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from certtrain.config.section import Section, by_name
 
@@ -31,13 +31,21 @@ class EMASection(Section):
 
 
 class SWASection(Section):
-    """The mean of the weights at the ends of epochs. (Izmailov et al. 2018, arXiv 1803.05407.)"""
+    """The mean of the weights at the ends of epochs, or after steps. (Izmailov et al. 2018, arXiv 1803.05407.)"""
 
     name: Literal["swa"] = "swa"
     start_epoch: int = Field(ge=1)
-    """From 1; the first weights taken are those at its end."""
+    """From 1; the first weights taken are those at its end, or those after its first `every_steps` steps."""
     every_epochs: int = Field(1, ge=1)
     """Epochs from one taking of the weights to the next."""
+    every_steps: int | None = Field(None, ge=1)
+    """Steps from one taking to the next, in the place of epochs."""
+
+    @model_validator(mode="after")
+    def _one_cadence(self) -> SWASection:
+        if self.every_steps is not None and self.every_epochs != 1:
+            raise ValueError("every_epochs and every_steps both say how often: set one of them")
+        return self
 
 
 AveragingSection = NoAveragingSection | EMASection | SWASection

@@ -34,17 +34,18 @@ class StepsSection(Section):
     decay_at: Annotated[tuple[Share, ...], Field(strict=False)] = ()
     """... each time these shares of the steps are done."""
     restarts: int = Field(1, ge=1)
-    """Starts; the one with the largest loss is taken."""
+    """Starts; of what they lead to the largest loss is taken."""
+    keep: Literal["last", "worst"] = "last"
+    """What a start leads to: its last point, or of all it meets, itself included, that of the largest loss."""
 
 
 class AttackSection(StepsSection):
-    """PGD on the cross-entropy of images. (Madry et al. 2018, arXiv 1706.06083.)
-
-    Its step size is a share of the radius that is attacked, eps_factor · epsilon.
-    """
+    """PGD on the cross-entropy of images. (Madry et al. 2018, arXiv 1706.06083.)"""
 
     step_size: float = Field(0.25, gt=0)
-    """As a share of the radius that is attacked."""
+    """As a share ..."""
+    step_of: Literal["radius", "box"] = "radius"
+    """... of the radius that is attacked, or in each pixel of half the width of the box, which ends at 0 and 1."""
     start: Literal["uniform", "image"] = "uniform"
     """Where the first restart begins; the others begin anywhere."""
     eps_factor: float = Field(1.0, gt=0)
@@ -74,7 +75,7 @@ class MethodSection(Section):
 
     name: str
     proved_by: ClassVar[ProvedBy] = "bounds"  # what settles most images of its networks
-    boxes_only: ClassVar[bool] = True  # needs no more of the network than boxes, which backward may compute again
+    boxes_only: ClassVar[bool] = True  # has boxes, and needs no more of the network, so that backward may repeat them
 
     @property
     def on_lirpa(self) -> bool:
@@ -92,6 +93,7 @@ class NaturalSection(MethodSection):
 
     name: Literal["natural"] = "natural"
     proved_by: ClassVar[ProvedBy] = "nothing"
+    boxes_only: ClassVar[bool] = False
 
 
 class RobustSection(MethodSection):
@@ -130,6 +132,7 @@ class AdversarialSection(AttackingSection):
 
     name: Literal["adversarial"] = "adversarial"
     proved_by: ClassVar[ProvedBy] = "nothing"
+    boxes_only: ClassVar[bool] = False
 
 
 class IBPSection(RobustSection):

@@ -286,7 +286,7 @@ class BatchNormSection(Section):
     """
 
     statistics: Literal["clean", "adversarial", "center"] = "clean"
-    """Of the clean images, of the attacked ones, or of the box's centre."""
+    """Of the clean images, of the attacked ones (the running ones of both), or of the box's centre."""
     population: bool = False
     """Re-estimate the running statistics over the whole training set, once, at the end: before, no loss is of them,
     and of the attacks only those that say running."""
@@ -320,7 +320,7 @@ class TrainingSection(Section):
     accumulation: Positive = 1
     """Parts a batch is worked through in, to save memory."""
     activation_checkpointing: bool = False
-    """Compute the boxes again on the way back, to save memory (ibp)."""
+    """Compute the boxes again on the way back, to save memory: methods of boxes and attacked points alone."""
     precision: Precision = "float32"
     """Of products while training; verification is float32."""
     compile: Switch = "auto"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,25 +12,18 @@ from certtrain.bounds import Box, linf_box
 from certtrain.config.methods import AttackSection, StepsSection
 
 Uniform = Callable[[int], Tensor]  # number of a draw -> one number in [0, 1) for each element of the images
+Visit = Callable[[Tensor], tuple[Tensor, Tensor]]  # points -> the gradients of their losses, and the losses
 
 
 @torch.no_grad()
-def attacked(
-    options: AttackSection,
-    images: Tensor,
-    eps: Tensor,
-    gradient: Callable[[Tensor], Tensor],
-    losses: Callable[[Tensor], Tensor],
-    uniform: Uniform,
-) -> Tensor:
-    """A point near each image at which its loss is large.
+def attacked(options: AttackSection, images: Tensor, eps: Tensor, visit: Visit, uniform: Uniform) -> Tensor:
+    """A point near each image to which steps of rising loss lead.
 
     Args:
         options: how it is looked for.
         images: (B, C, H, W) in [0, 1].
         eps: the radius that is trained on, a scalar.
-        gradient: of each image's loss, at points (B, C, H, W).
-        losses: (B,) at points; asked only to choose among several restarts.
+        visit: of points (B, C, H, W) the gradient of each one's loss, and the losses (B,).
         uniform: random numbers of the images' shape.
 
     Returns:
@@ -37,17 +31,13 @@ def attacked(
     """
     radius = options.eps_factor * eps
     box = linf_box(images, radius)
-    best = ascended(options, options.step_size, _start(options, images, box, uniform, 0), box, radius, gradient)
-    for restart in range(1, options.restarts):
-        points = ascended(
-            options, options.step_size, _start(options, images, box, uniform, restart), box, radius, gradient
-        )
-        better = losses(points) > losses(best)
-        best = torch.where(better.view(-1, *[1] * (images.dim() - 1)), points, best)
+    unit = radius if options.step_of == "radius" else (box.upper - box.lower) / 2
+    starts = (_start(options, images, box, uniform, restart) for restart in range(options.restarts))
+    points = ascended(options, options.step_size, starts, box, unit, visit)
     if options.clamp_to_box:
         allowed = linf_box(images, eps)
-        best = torch.clamp(best, allowed.lower, allowed.upper)
-    return best
+        points = torch.clamp(points, allowed.lower, allowed.upper)
+    return points
 
 
 def _start(options: AttackSection, images: Tensor, box: Box, uniform: Uniform, restart: int) -> Tensor:
@@ -56,17 +46,40 @@ def _start(options: AttackSection, images: Tensor, box: Box, uniform: Uniform, r
     return box.lower + uniform(restart) * (box.upper - box.lower)
 
 
+class _Kept(NamedTuple):
+    """Points, and their losses, of which there is one for each of the points' first axes."""
+
+    points: Tensor
+    losses: Tensor
+
+    def or_worse(self, other: _Kept) -> _Kept:
+        """Of each pair of points that with the larger loss."""
+        worse = other.losses > self.losses
+        chosen = worse.view(*worse.shape, *[1] * (self.points.dim() - worse.dim()))
+        return _Kept(torch.where(chosen, other.points, self.points), torch.where(worse, other.losses, self.losses))
+
+
 def ascended(
-    options: StepsSection,
-    step_size: float,
-    x: Tensor,
-    box: Box,
-    unit: Tensor,
-    gradient: Callable[[Tensor], Tensor],
+    options: StepsSection, step_size: float, starts: Iterable[Tensor], box: Box, unit: Tensor, visit: Visit
 ) -> Tensor:
-    """Signed steps from `x` inside `box`; `unit` is what `step_size` is a share of."""
-    for step in range(options.steps):
-        decays = sum(step >= share * options.steps for share in options.decay_at)
-        size = step_size * options.decay**decays * unit
-        x = torch.clamp(x + size * gradient(x).sign(), box.lower, box.upper)
-    return x
+    """Signed steps inside `box` from each of the starts, and of what they meet what `options.keep` says.
+
+    Args:
+        unit: what `step_size` is a share of.
+        visit: of points the gradient of each one's loss, and the losses, for images (B,) or points of several (B, K).
+    """
+    kept: _Kept | None = None
+    for x in starts:
+        for step in range(options.steps):
+            gradient, losses = visit(x)
+            if options.keep == "worst":
+                kept = _Kept(x, losses) if kept is None else kept.or_worse(_Kept(x, losses))
+            decays = sum(step >= share * options.steps for share in options.decay_at)
+            size = step_size * options.decay**decays * unit
+            x = torch.clamp(x + size * gradient.sign(), box.lower, box.upper)
+        if options.keep == "last" and options.restarts == 1:
+            return x  # of which nothing needs to be known
+        last = _Kept(x, visit(x)[1])
+        kept = last if kept is None else kept.or_worse(last)
+    assert kept is not None
+    return kept.points

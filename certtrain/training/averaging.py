@@ -61,7 +61,9 @@ def build_average(
             every = section.every_steps
             share = AverageShare((section.start_epoch - 1) * steps_per_epoch + every, every, section.decay)
         case SWASection():
-            share = AverageShare(section.start_epoch * steps_per_epoch, section.every_epochs * steps_per_epoch)
+            every, start = section.every_steps or section.every_epochs * steps_per_epoch, section.start_epoch
+            before = start * steps_per_epoch if section.every_steps is None else (start - 1) * steps_per_epoch + every
+            share = AverageShare(before, every)
         case _:
             return None
     if share.first > epochs * steps_per_epoch:
@@ -76,8 +78,8 @@ def build_average(
 def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set BatchNorm's running statistics to their mean over `batches`, each weighted by its number of images.
 
-    Mean and variance within each batch, as training normalises by them; nothing else of `model` changes. Without
-    BatchNorm no batch is looked at.
+    Mean and variance within each batch, as PyTorch's running statistics take them; nothing else of `model` changes.
+    Without BatchNorm no batch is looked at.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not layers:

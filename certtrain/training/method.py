@@ -22,8 +22,8 @@ class Phase(Enum):
 
     NATURAL = "natural"  # cross-entropy of the clean logits, no bounds at all
     BEFORE = "before"  # epsilon is 0: natural cross-entropy and the regularizers
-    WARMUP = "warmup"  # epsilon grows: the method's loss and the regularizers, which fade
-    FULL = "full"  # epsilon has reached its maximum, or grows and nothing of the above differs: the loss alone
+    WARMUP = "warmup"  # on the way to epsilon's maximum: the method's loss and the regularizers, which fade
+    FULL = "full"  # at its maximum, or on the way where nothing of the above differs: the loss alone
 
 
 class Scheduled(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from certtrain.bounds import Box, linf_box
+from certtrain.bounds import Box
 
 
 def small_box(box: Box, points: Tensor, share: float) -> Box:
@@ -22,5 +22,8 @@ def small_linf_box(images: Tensor, points: Tensor, eps: Tensor, share: float) ->
 
     (Müller et al. 2023, arXiv 2210.04871, with the radius as in the authors' code.)
     """
-    slack = (1 - share) * eps
-    return linf_box(torch.clamp(points, images - slack, images + slack), share * eps)
+    slack, radius = (1 - share) * eps, share * eps
+    center = torch.clamp(points, images - slack, images + slack)
+    # What the cut takes at either end; centre and radius hold what ends of so small a box would lose to rounding.
+    below, above = (radius - center).clamp(min=0), (radius - (1 - center)).clamp(min=0)
+    return Box.around(center + (below - above) / 2, radius - (below + above) / 2)

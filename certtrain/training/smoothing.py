@@ -50,8 +50,8 @@ class SmoothedStep(ABC):
     def net(self) -> Bounder:
         return self._step.net
 
-    def phase(self, eps: float, max_eps: float) -> Phase:
-        return self._step.phase(eps, max_eps)
+    def phase(self, eps: float, ramp: float) -> Phase:
+        return self._step.phase(eps, ramp)
 
     def backward(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None) -> Metrics:
         """Add the estimated gradient to the parameters' `.grad`; see `GradientStep.backward`.

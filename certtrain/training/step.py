@@ -82,7 +82,7 @@ class Step(Protocol):
     @property
     def net(self) -> Bounder: ...
 
-    def phase(self, eps: float, max_eps: float) -> Phase: ...
+    def phase(self, eps: float, ramp: float) -> Phase: ...
 
     def backward(
         self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None
@@ -138,7 +138,7 @@ class GradientStep:
         self._require_one_pass_for_dropout()
         # A compiled method belongs to one step: its graph holds this network's parameters.
         self._compile_for, self._compiled_terms = compile_for, Compiled(self._terms) if compile_for else None
-        self._compiled_gradient = Compiled(self._input_gradient) if compile_for and method.attack else None
+        self._compiled_visit = Compiled(self._visit) if compile_for and method.attack else None
         self._whole = self._terms_of_whole
         if accumulation == 1:
             self._whole = ranks.data_parallel(net.model, self._terms_of_whole)
@@ -164,13 +164,14 @@ class GradientStep:
                 "set its probability to 0"
             )
 
-    def phase(self, eps: float, max_eps: float) -> Phase:
+    def phase(self, eps: float, ramp: float) -> Phase:
+        """What is minimised at this radius, with this share of warmup's steps done, whether the radius grows or not."""
         if not self.method.is_robust:
             return Phase.NATURAL
         if eps == 0:
             return Phase.BEFORE if self._regularizes else Phase.NATURAL
-        grows = eps < max_eps and (self._regularizes or self.method.differs_in_warmup)
-        return Phase.WARMUP if grows else Phase.FULL
+        differs = ramp < 1 and (self._regularizes or self.method.differs_in_warmup)
+        return Phase.WARMUP if differs else Phase.FULL
 
     def backward(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int | None = None) -> Metrics:
         """Add the gradient of the batch's loss to the parameters' `.grad`; updates BatchNorm's running statistics.
@@ -316,7 +317,7 @@ class GradientStep:
         options = self.method.attack
         if options is None or phase in (Phase.NATURAL, Phase.BEFORE):
             return None
-        compiled = self._compiled_gradient if size == self._compile_for else None
+        compiled = self._compiled_visit if size == self._compile_for else None
         images, labels = batch.images, batch.labels
         mode = evaluating if options.statistics == "running" else buffers_kept
         with mode(self.net.model), torch.no_grad():
@@ -325,18 +326,19 @@ class GradientStep:
                 options,
                 images,
                 at.eps,
-                lambda x: (compiled or self._input_gradient)(x, labels, coefficients),
-                lambda x: F.cross_entropy(self.net.clean_pass(x, coefficients).output, labels, reduction="none"),
+                lambda x: (compiled or self._visit)(x, labels, coefficients),
                 lambda draw: uniform(at.key, batch.positions, images.shape[1:], images, draw),
             )
 
-    def _input_gradient(self, x: Tensor, labels: Tensor, coefficients: Mapping[int, Coefficients]) -> Tensor:
-        """Of each image's cross-entropy."""
+    def _visit(self, x: Tensor, labels: Tensor, coefficients: Mapping[int, Coefficients]) -> tuple[Tensor, Tensor]:
+        """The gradient of each image's cross-entropy, (B, C, H, W), and the cross-entropies (B,)."""
 
-        def loss(x: Tensor) -> Tensor:
-            return F.cross_entropy(self.net.clean_pass(x, coefficients).output, labels, reduction="sum")
+        def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+            losses = F.cross_entropy(self.net.clean_pass(x, coefficients).output, labels, reduction="none")
+            return losses.sum(), losses
 
-        return torch.func.grad(loss)(x)
+        gradient, (_, losses) = torch.func.grad_and_value(loss, has_aux=True)(x)
+        return gradient, losses
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 
@@ -344,8 +346,8 @@ class GradientStep:
         """The clean logits, and the BatchNorm coefficients for them and all that follows."""
         if self._statistics == "clean" or batch.points is None:
             return self.net.clean_pass(batch.images)
-        coefficients = self.net.clean_pass(batch.points).coefficients
-        return CleanPass(self.net.clean_pass(batch.images, coefficients).output, coefficients)
+        clean = self.net.clean_pass(batch.images)  # the running statistics are of both, as in the authors' code
+        return CleanPass(clean.output, self.net.clean_pass(batch.points).coefficients)
 
     def _region(self, batch: Batch, at: Scheduled, phase: Phase) -> Box:
         if phase is Phase.BEFORE:

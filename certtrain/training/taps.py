@@ -30,23 +30,18 @@ def latent_points(
         uniform: random numbers of the points' shape.
     """
     lower, upper = box.lower.detach()[:, None], box.upper.detach()[:, None]
-    around = Box(lower, upper)
 
-    def excess(x: Tensor) -> Tensor:
-        return -pairwise_margins(tail(x), labels)
+    def excess(x: Tensor) -> tuple[Tensor, Tensor]:
+        found = -pairwise_margins(tail(x), labels)
+        return found.sum(), found
 
-    gradient = torch.func.grad(lambda x: excess(x).sum())
+    def visit(x: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, (_, found) = torch.func.grad_and_value(excess, has_aux=True)(x)
+        return gradient, found
+
     step_size = options.step_size or max(0.2, 2 / options.steps)
-    best: Tensor | None = None
-    for restart in range(options.restarts):
-        start = lower + uniform(restart) * (upper - lower)
-        points = ascended(options, step_size, start, around, upper - lower, gradient)
-        if best is not None:
-            better = excess(points) > excess(best)
-            points = torch.where(better.view(*better.shape, *[1] * (points.dim() - 2)), points, best)
-        best = points
-    assert best is not None
-    return best
+    starts = (lower + uniform(restart) * (upper - lower) for restart in range(options.restarts))
+    return ascended(options, step_size, starts, Box(lower, upper), upper - lower, visit)
 
 
 def pairwise_margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -60,12 +55,17 @@ def linked(points: Tensor, box: Box, share: float) -> Tensor:
 
     A point's gradient reaches the upper end where the point lies in the upper `share` c of the box's width, by
     (x - (u - c(u - l))) / (c(u - l)): not at all at the inner end of that part, whole at u. Symmetrically the lower.
+    In boxes that are next to nothing half of it reaches each end, as in the authors' code: the head then learns of the
+    point.
     """
     lower, upper = box.lower[:, None], box.upper[:, None]
     reach = share * (upper - lower).detach()
-    width = reach.clamp(min=SMALLEST_WIDTH)
-    to_upper = ((points - (upper.detach() - reach)) / width).clamp(min=0)
-    to_lower = (((lower.detach() + reach) - points) / width).clamp(min=0)
+
+    def reaching(past: Tensor) -> Tensor:
+        """The share of the gradient, by how far points are past the inner end of a part."""
+        return (past >= 0) * past.clamp(min=SMALLEST_WIDTH / 2) / reach.clamp(min=SMALLEST_WIDTH)
+
+    to_upper, to_lower = reaching(points - (upper.detach() - reach)), reaching(lower.detach() + reach - points)
     return points + to_upper * (upper - upper.detach()) + to_lower * (lower - lower.detach())
 
 

@@ -124,7 +124,7 @@ class Trainer:
         """
         ends = (step for first in range(0, self.total_steps, self.steps_per_epoch)
                 for step in (first, first + self.steps_per_epoch - 1))  # fmt: skip
-        phases = {self.gradient_step.phase(self.eps(step), self.max_eps): step for step in ends}
+        phases = {self.gradient_step.phase(self.eps(step), self.ramp(step)): step for step in ends}
         for phase, step in phases.items():
             eps = self.eps(step)
             ratio = min(1.0, eps / self.max_eps) if self.max_eps else 1.0
@@ -169,7 +169,7 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step) * group.get("rate_factor", 1.0)
-        phase = self.gradient_step.phase(self.eps(self.step), self.max_eps)
+        phase = self.gradient_step.phase(self.eps(self.step), self.ramp(self.step))
         metrics = self.gradient_step.backward(images, labels, at, phase, size)
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)

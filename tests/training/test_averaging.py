@@ -43,6 +43,7 @@ AVERAGES = {
     "{name: ema, start_epoch: 1, every_steps: 4, decay: 0.5}": ((4, 8), lambda taken: ema(taken, 0.5)),
     "{name: swa, start_epoch: 1, every_epochs: 2}": ((3, 9), lambda taken: sum(taken) / 2),
     "{name: swa, start_epoch: 3}": ((9,), lambda taken: taken[0]),
+    "{name: swa, start_epoch: 2, every_steps: 2}": ((5, 7, 9), lambda taken: sum(taken) / 3),
 }
 
 
@@ -148,6 +149,7 @@ def test_shares_of_an_average():
         ("{name: swa, start_epoch: 61}", r"training\.averaging\.start_epoch: 61 of 60 epochs"),
         ("{name: ema, start_epoch: 61}", r"training\.averaging\.start_epoch: 61 of 60 epochs"),
         ("swa", r"training\.averaging\.start_epoch is missing"),
+        ("{name: swa, start_epoch: 1, every_epochs: 2, every_steps: 3}", "training.averaging: .* both say how often"),
         ("{name: ema, decay: 1}", r"training\.averaging\.decay: .*less than 1"),
         ("{name: swa, start_epoch: 1, decay: 0.9}", r"unknown key .*decay: it belongs to training\.averaging ema"),
         ("polyak", r"training\.averaging: unknown averaging 'polyak': choose from ema, none, swa"),

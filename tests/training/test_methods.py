@@ -162,7 +162,7 @@ class Witness:
 
 
 class Link(torch.autograd.Function):
-    """A latent point of one class; its gradient goes to the ends of the box, as published, c = 0.5."""
+    """A latent point of one class; its gradient goes to the ends of the box, as the authors' code has it, c = 0.5."""
 
     @staticmethod
     def forward(ctx, low, high, x):
@@ -174,8 +174,8 @@ class Link(torch.autograd.Function):
         low, high, x = ctx.saved_tensors
         reach = 0.5 * (high - low)
         safe = reach.clamp(min=1e-5)
-        to_high = gradient * (x >= high - reach) * (x - (high - reach)) / safe
-        to_low = gradient * (x <= low + reach) * ((low + reach) - x) / safe
+        to_high = gradient * (x >= high - reach) * (x - (high - reach)).clamp(min=5e-6) / safe
+        to_low = gradient * (x <= low + reach) * ((low + reach) - x).clamp(min=5e-6) / safe
         return to_low, to_high, None
 
 
@@ -514,8 +514,7 @@ def moved(**options) -> Tensor:
         AttackSection(**options),
         images,
         eps,
-        torch.ones_like,
-        lambda x: x.flatten(1).sum(1),
+        lambda x: (torch.ones_like(x), x.flatten(1).sum(1)),
         lambda draw: uniform(key, positions, images.shape[1:], images, draw),
     )
     return (points - images) / eps
@@ -546,6 +545,56 @@ def test_a_uniform_start_lies_in_the_box_and_the_best_restart_is_taken():
     for fewer, more in itertools.pairwise(several):
         assert (fewer <= more).all()
     assert (several[0] < several[-1]).all()
+
+
+@pytest.mark.parametrize(("keep", "expected"), [("last", [0.8, 0.8]), ("worst", [0.4, 0.8])])
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_the_last_point_is_kept_or_the_worst_of_all_that_are_met(keep, expected, restarts):
+    """The loss of the first image ends at 0.4 of the way, as a step function whose gradient does not show it."""
+    images = torch.full((2, 1, 1, 1), 0.5, dtype=torch.float64)
+    cliff = torch.tensor([0.4, 9.0])
+
+    def visit(x: Tensor) -> tuple[Tensor, Tensor]:
+        moved = (x - images).flatten() / 0.1
+        return torch.ones_like(x), torch.where(moved > cliff + 1e-6, -1.0, moved)
+
+    def draw(number: int) -> Tensor:
+        return torch.full_like(images, 0.5)  # the middle of the box: the image, once more
+
+    options = AttackSection(steps=2, step_size=0.4, start="image", keep=keep, restarts=restarts)
+    points = attacked(options, images, torch.tensor(0.1, dtype=torch.float64), visit, draw)
+    moved = ((points - images) / 0.1).flatten()
+    torch.testing.assert_close(moved, torch.tensor(expected).double())
+
+
+def test_steps_are_shares_of_the_radius_or_of_what_the_cut_box_leaves_of_it():
+    images = torch.tensor([0.0, 0.02, 0.5, 0.97, 1.0], dtype=torch.float64).view(1, 1, 1, 5)
+    for step_of, widths in (("radius", [0.1] * 5), ("box", [0.05, 0.06, 0.1, 0.065, 0.05])):
+        options = AttackSection(steps=1, step_size=0.25, start="image", step_of=step_of)
+        points = attacked(
+            options,
+            images,
+            torch.tensor(0.1, dtype=torch.float64),
+            lambda x: (torch.where(x < 0.6, 1.0, -1.0).double(), x.flatten(1).sum(1)),
+            lambda number: images,
+        )
+        torch.testing.assert_close((points - images).abs().flatten(), 0.25 * torch.tensor(widths).double())
+
+
+@given(
+    share=st.sampled_from([0.0015, 0.0294, 0.4]), eps=st.sampled_from([1e-6, 1e-5, 0.01, 0.3]), seed=st.integers(0, 99)
+)
+def test_a_small_box_of_a_small_radius_is_not_rounded_away(share, eps, seed):
+    """In float32, held against float64; pixels at the ends of the range among them."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(4, 6, generator=generator).round(decimals=1)
+    points = (images + eps * (2 * torch.rand(4, 6, generator=generator) - 1)).clamp(0, 1)
+    box = small_linf_box(images, points, torch.tensor(eps), share)
+    images, points = images.double(), points.double()
+    center = torch.minimum(torch.maximum(points, images - (1 - share) * eps), images + (1 - share) * eps)
+    low, high = (center - share * eps).clamp(min=0), (center + share * eps).clamp(max=1)
+    torch.testing.assert_close(box.radius.double(), (high - low) / 2, rtol=1e-3, atol=1e-7 if eps > 1e-4 else 1e-12)
+    torch.testing.assert_close(box.center.double(), (high + low) / 2, rtol=0, atol=2e-7)
 
 
 def test_random_numbers_are_uniform_and_belong_to_an_image_and_a_step():
@@ -688,7 +737,7 @@ def test_with_dropout_a_step_is_refused_at_once_or_can_be_taken_in_every_phase(n
     trained = GradientStep(net, method, **options)
     for eps in (0.0, 0.05, 0.1):
         at = scheduled(eps, eps / 0.1, like=images)
-        assert trained.backward(images, labels, at, trained.phase(eps, 0.1))["loss"].isfinite()
+        assert trained.backward(images, labels, at, trained.phase(eps, eps / 0.1))["loss"].isfinite()
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -699,7 +748,7 @@ def test_a_rehearsal_leaves_nothing(name, parts):
     trained = GradientStep(BoundedModel(model, images), METHODS[name](), accumulation=parts)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     for eps in (0.0, 0.05, 0.1):
-        trained.rehearse(images, labels, scheduled(eps, eps / 0.1, like=images), trained.phase(eps, 0.1))
+        trained.rehearse(images, labels, scheduled(eps, eps / 0.1, like=images), trained.phase(eps, eps / 0.1))
     assert not any(module.training for module in model.modules())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -19,9 +19,10 @@ from certtrain.bounds.model import BACKENDS
 from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss
+from certtrain.schedules import SmoothedEpsilon
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Method, Phase, scheduled
-from certtrain.training.methods import IBP, SABR, Adversarial, CrownIBP, Natural
+from certtrain.training.methods import IBP, METHODS, SABR, Adversarial, CrownIBP, Natural
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import Batch, GradientStep
 from tests.networks import narrow_cnn7, randomized, residual_network
@@ -288,7 +289,20 @@ def test_proved_needs_every_margin_but_the_labels_own():
 )
 def test_phases(options, eps, phase):
     net = BoundedModel(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), torch.rand(1, 2))
-    assert GradientStep(net, **options).phase(eps, 0.3) is phase
+    assert GradientStep(net, **options).phase(eps, eps / 0.3) is phase
+
+
+@pytest.mark.parametrize("initial", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_differs_on_the_way_does_so_wherever_the_radius_comes_from(name, initial):
+    """A run may begin at the radius of another: below, at, or above its own."""
+    layers = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    trained = GradientStep(BoundedModel(layers, torch.rand(1, 2)), METHODS[name](), Regularization(0.0))
+    radius = SmoothedEpsilon(0.3, 0, 100, initial=initial)
+    phases = [trained.phase(radius(step), radius.ramp(step)) for step in (0, 10, 99, 100, 150)]
+    way = {"natural": Phase.NATURAL, "crown-ibp": Phase.WARMUP, "taps": Phase.WARMUP, "staps": Phase.WARMUP}
+    assert phases[:3] == [way.get(name, Phase.FULL)] * 3
+    assert phases[3:] == [Phase.NATURAL if name == "natural" else Phase.FULL] * 2
 
 
 # --- networks of other kinds -----------------------------------------------------------------------------------------
