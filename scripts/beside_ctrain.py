@@ -7,9 +7,9 @@
 CIFAR is a folder with train.npz and test.npz. CTRAIN is run as it is, by its own wrappers, in this process, which must
 have what it imports; after every epoch of certtrain's comes one of CTRAIN's. Both are given the same first training
 images without augmentation, the same architecture, its initialization for IBP, the same schedules of epsilon and of the
-learning rate, and BatchNorm as CTRAIN has it: the attacked images' statistics, running ones while attacking. Two things
-stay different: CTRAIN's attack keeps the worst of its points, at the price of another pass a step, and its loops take
-the clean images' error as well. Both networks are verified by certtrain. What the file has is not measured again.
+learning rate, attacks that keep the worst of their points, and BatchNorm as CTRAIN has it: the attacked images'
+statistics, running ones while attacking. The order of images and the random numbers stay different. Both networks are
+verified by certtrain. What the file has is not measured again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ VERIFIED = 1_000  # test images
 
 
 def certtrain_config(method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    attack = {"steps": STEPS[method], "step_size": STEP_SIZE[method], "statistics": "running"}
+    attack = {"steps": STEPS[method], "step_size": STEP_SIZE[method], "statistics": "running", "keep": "worst"}
     own = {"lambda": COEFFICIENT[method], "radius": "epsilon"} if method == "sabr" else {"alpha": COEFFICIENT[method]}
     natural, ramp = options.schedule
     return {
