@@ -27,7 +27,6 @@ from certtrain.verification.certificates import read_certificates
 from certtrain.verification.checker import KNOWN, SavedNetwork
 from certtrain.verification.pixels import pixel_box
 from certtrain.verification.propagation import Interval, Propagation, growth
-from certtrain.verification.verify import verify
 from tests.commands import one_thread
 from tests.networks import randomized
 from tests.verification.forging import rewrite
@@ -390,18 +389,6 @@ assert main(["check", {str(file)!r}, "--model", {str(run)!r}]) == 0
 assert not any(name.startswith(("torch", "certtrain.bounds", "certtrain.data")) for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
-
-
-def test_verification_is_float32_and_restores_the_switch_when_tf32_is_on(run):
-    model, data = certtrain.load_model(run), load_dataset("digits").test
-    expected = verify(model, data, 0.004, limit=30, arithmetic="float32")[0].margin
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        again = verify(model, data, 0.004, limit=30, arithmetic="float32")[0].margin
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = "none"
-    assert torch.equal(again, expected)
 
 
 @pytest.fixture(scope="module")
