@@ -20,9 +20,11 @@ from certtrain.bounds.linear.beta import Ascent, Neurons
 from certtrain.errors import CertificateError
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model, save_model
+from certtrain.verification import linear_checker
 from certtrain.verification.branch_and_bound import Search, branch_and_bound
 from certtrain.verification.checker import SavedNetwork
 from certtrain.verification.domains import Verdict
+from certtrain.verification.linear_checker import LinearChecker, Recording
 from certtrain.verification.pixels import pixel_box
 from certtrain.verification.trees import Trees, covers
 from tests.networks import randomized
@@ -205,18 +207,72 @@ def test_what_no_tree_has_is_refused(proof, name, value, message):
         Trees.from_bytes(changed(trees, name, index, value).to_bytes(), 5, checker.neurons)
 
 
-def test_altered_parameters_never_prove_more_than_is_true(proof):
-    """Any slopes and multipliers are sound: a leaf's bound stays below what random points of the leaf reach."""
-    checker, trees, label = proof
-    random = np.random.default_rng(0)
-    true = checker.leaf_margins(trees, label, 5)
-    for _ in range(20):
-        forged = dataclasses.replace(
-            trees, slopes=random.random(trees.slopes.shape), multiplier=10 * random.random(trees.multiplier.shape)
-        )
-        lower = checker.leaf_margins(forged, label, 5)
-        assert (lower[np.isfinite(lower)] <= true[np.isfinite(true)] + 1.0).all()
-        assert (lower[np.isfinite(lower)] < true[np.isfinite(true)] + 1e-6).any()
+def two_pixels(seed):
+    """Two layers of ReLUs and the sum of both: the checker's bounds of a box, and what points of the box reach.
+
+    Returns the checker, all that enters ReLUs (P, N), and the margins (P, 3) of class 0.
+    """
+    random = np.random.default_rng(seed)
+    shapes = {"first": (4, 2), "second": (4, 4), "last": (3, 4)}
+    weights = {f"{name}.weight": random.standard_normal(shape) for name, shape in shapes.items()}
+    weights |= {f"{name}.bias": random.standard_normal(shape[0]) for name, shape in shapes.items()}
+    radius, center = 10 ** random.uniform(-1, 0), random.random((1, 1, 2))
+    recording = Recording(weights, "float64")
+    x = recording.flatten(recording.image(center - radius, center + radius))
+    first = recording.relu(recording.linear(x, "first"))
+    second = recording.relu(recording.linear(first, "second"))
+    recording.linear(recording.add(first, second), "last")
+    checker = LinearChecker(recording)
+    for _ in checker.tightening():
+        pass
+
+    def linear(values, name):
+        return values @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    steps = np.linspace(-1, 1, 41)  # corners and edges, too
+    points = center.ravel() + radius * np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
+    entering = linear(points, "first")
+    later = linear(np.maximum(entering, 0), "second")
+    logits = linear(np.maximum(entering, 0) + np.maximum(later, 0), "last")
+    return checker, np.concatenate([entering, later], 1), logits[:, :1] - logits
+
+
+def any_leaf(checker, random):
+    """Some undecided neurons split, with any slopes and multipliers, against class 1 or 2."""
+    lower, upper = (np.concatenate([sides[end].ravel() for sides in checker.boxes.values()]) for end in (0, 1))
+    undecided = np.flatnonzero((lower < 0) & (upper > 0))
+    neuron = random.permutation(undecided)[: random.integers(0, 4)]
+    return Trees(
+        undecided=undecided,
+        target=random.integers(1, 3, 1),
+        splits=np.array([len(neuron)]),
+        neuron=neuron,
+        above=random.random(len(neuron)) < 0.5,
+        multiplier=random.choice([0.1, 1, 10]) * random.random(len(neuron)),
+        slopes=random.random((1, len(undecided))),
+    )
+
+
+def test_no_slopes_and_multipliers_prove_more_than_is_true(monkeypatch):
+    """Of any leaf, whatever the rest of its tree: no point of it is below the bound, and some are hardly above."""
+    monkeypatch.setattr(linear_checker, "covers", lambda paths: True)
+    apart = []
+    for seed in range(20):
+        checker, entering, margins = two_pixels(seed)
+        random = np.random.default_rng(seed)
+        for _ in range(100):
+            leaf = any_leaf(checker, random)
+            inside = (np.where(leaf.above, 1, -1) * entering[:, leaf.neuron] >= 0).all(1)
+            if not inside.any():
+                continue
+            (target,) = leaf.target
+            reached = margins[inside, target].min()
+            lower = checker.leaf_margins(leaf, 0, 3)[target]
+            assert lower <= reached + 1e-9
+            if (leaf.multiplier > 0).any():
+                apart.append(reached - lower)
+    assert len(apart) > 500
+    assert np.quantile(apart, 0.02) < 1e-2
 
 
 @pytest.mark.parametrize("content", [b"", b"junk", b"x\x9c" + b"\0" * 20])
