@@ -1,8 +1,10 @@
 import os
+import random
 import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; certtrain/cli/main.py says why
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -16,6 +18,23 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # of pytest 
 # The same examples every time, so that what the suite says depends on the code alone; "default" explores.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+def pytest_collectstart():
+    """What a module draws as it is imported does not depend on those before it."""
+    seed()
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws does not depend on the tests before it."""
+    seed()
+
+
+def seed():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture

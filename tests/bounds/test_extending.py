@@ -51,7 +51,7 @@ def assert_holds(model: nn.Module, x: Tensor, *methods: str) -> None:
     net = BoundedModel(model, x)
     with torch.no_grad():
         margins = [net.margins(box, LABELS, method, intersect=False) for method in methods]
-        for point in points_of(box, torch.Generator().manual_seed(0), 50):
+        for point in points_of(box, 50, torch.Generator().manual_seed(0)):
             logits = model(point)
             assert all((logits.gather(1, LABELS[:, None]) - logits >= found - 1e-9).all() for found in margins)
 

@@ -179,7 +179,7 @@ def test_fused_cross_entropy_is_above_the_cross_entropy_of_every_point(name, sha
     with torch.no_grad():
         bounds = net.ibp(box, record=True)
         fused = fused_cross_entropy(bounds, LABELS, share)
-    points = points_of(box, torch.Generator().manual_seed(0), 20)
+    points = points_of(box, 20, torch.Generator().manual_seed(0))
     points += [attack(model, box, output, sign) for output in range(5) for sign in (1, -1)]
     for point in points:
         with torch.no_grad():
@@ -230,7 +230,7 @@ def test_margins_are_below_every_point_and_grow_with_the_methods_price(drawn, ra
     with torch.no_grad():
         raw = [net.margins(box, labels, method, intersect=False, alpha=alpha) for method in BACKWARD_METHODS]
         by_price = [net.margins(box, labels, method, alpha=alpha) for method in ("ibp", *BACKWARD_METHODS)]
-    points = points_of(box, torch.Generator().manual_seed(seed + 1), 8)
+    points = points_of(box, 8, torch.Generator().manual_seed(seed + 1))
     points += [attack(model, box, i, sign) for i in range(4) for sign in (1, -1)]
     with torch.no_grad():
         found = torch.stack([logits.gather(1, labels[:, None]) - logits for logits in map(model, points)]).amin(0)
@@ -342,7 +342,7 @@ def test_max_pooling_bounds_are_below_every_point(name):
     torch.manual_seed(0)
     pool = (POOLS | CEILING)[name]
     box, a, bounds = pooled(pool, torch.randn(294, dtype=torch.float64), 0.5)
-    for point in points_of(box, torch.Generator().manual_seed(0), 200):
+    for point in points_of(box, 200, torch.Generator().manual_seed(0)):
         assert ((a * pool(point)[:, None]).flatten(2).sum(2) >= bounds - 1e-12).all()
 
 

@@ -245,7 +245,7 @@ def random_box(seed: int, radius: float) -> Box:
     return Box.around(center, radius * torch.rand(center.shape, generator=generator, dtype=torch.float64))
 
 
-def points_of(box: Box, generator: torch.Generator, count: int) -> list[Tensor]:
+def points_of(box: Box, count: int, generator: torch.Generator | None = None) -> list[Tensor]:
     shares = [torch.rand(box.shape, generator=generator, dtype=torch.float64) for _ in range(count)]
     corners = [(share > 0.5).double() for share in shares]
     return [box.lower + share * (box.upper - box.lower) for share in [*shares, *corners]]
@@ -274,7 +274,7 @@ def test_no_point_leaves_its_box(drawn, radius, labels):
     net = BoundedModel(model, box.center)
     with torch.no_grad():
         output, margins = net.ibp(box).output, net.margins(box, labels)
-    points = points_of(box, torch.Generator().manual_seed(seed + 1), 20)
+    points = points_of(box, 20, torch.Generator().manual_seed(seed + 1))
     points += [attack(model, box, i, sign) for i in range(4) for sign in (1, -1)]
     for point in points:
         with torch.no_grad():

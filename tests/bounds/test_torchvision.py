@@ -24,7 +24,7 @@ def test_bounds_of_its_mobile_networks_enclose_every_point(name):
         box = linf_box(x, radius)
         with torch.no_grad():
             output, margins = net.ibp(box).output, net.margins(box, labels, "crown-ibp", intersect=False)
-            for point in points_of(box, torch.Generator().manual_seed(0), 3 if radius else 1):
+            for point in points_of(box, 3 if radius else 1, torch.Generator().manual_seed(0)):
                 logits = model(point)
                 exact = logits.gather(1, labels[:, None]) - logits
                 slack = 1e-9 * (1 + logits.abs().max())

@@ -5,13 +5,11 @@ from PIL import Image
 from certtrain.data import load_dataset
 from certtrain.errors import DataError
 
-RNG = np.random.default_rng(0)
-
 
 def write(file, size=(4, 5), grey=False):
     """A lossless image of (height, width); returns its pixels (3, H, W)."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    pixels = RNG.integers(0, 256, size if grey else (*size, 3), dtype=np.uint8)
+    pixels = np.random.randint(0, 256, size if grey else (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
     return np.stack([pixels] * 3) if grey else pixels.transpose(2, 0, 1)
 

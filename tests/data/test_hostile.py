@@ -18,8 +18,7 @@ from certtrain.data import decoding, load_dataset
 from certtrain.data.decoding import decode_images
 from certtrain.errors import DataError
 
-RNG = np.random.default_rng(0)
-RGB = RNG.integers(0, 256, (6, 4, 3), dtype=np.uint8)
+RGB = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -46,9 +45,11 @@ def refused(folder):
 def image_of(mode):
     """An image of `mode` whose channels use their whole range."""
     if mode in ("I", "I;16", "I;16B"):
-        return Image.fromarray(RNG.integers(0, 2**16, (6, 4)).astype({"I": "<i4", "I;16": "<u2", "I;16B": ">u2"}[mode]))
+        return Image.fromarray(
+            np.random.randint(0, 2**16, (6, 4)).astype({"I": "<i4", "I;16": "<u2", "I;16B": ">u2"}[mode])
+        )
     if mode == "F":
-        return Image.fromarray(RNG.random((6, 4), dtype=np.float32))
+        return Image.fromarray(np.random.random((6, 4)).astype(np.float32))
     return Image.fromarray(RGB).convert(mode)
 
 
@@ -199,7 +200,7 @@ def test_files_that_are_no_images_are_passed_over(folder, name):
 @pytest.mark.parametrize("count", [2, 5])
 def test_a_file_of_several_images_is_not_read_as_its_first(folder, suffix, count):
     file = folder / "train" / "ape" / f"stack.{suffix}"
-    frames = [Image.fromarray(RNG.integers(0, 256, (6, 4, 3), dtype=np.uint8)) for _ in range(count)]
+    frames = [Image.fromarray(np.random.randint(0, 256, (6, 4, 3), dtype=np.uint8)) for _ in range(count)]
     frames[0].save(file, save_all=True, append_images=frames[1:])
     assert f"{file} cannot be decoded: it holds {count} images" in refused(folder)
 
@@ -252,7 +253,7 @@ def test_one_class_is_not_a_data_set(folder, tmp_path):
     (folder / "train" / "bee").rmdir()
     assert "all 2 training images have the label 0: there is nothing to tell apart" in refused(folder)
     for part in ("train", "test"):
-        np.savez(tmp_path / f"{part}.npz", images=RNG.integers(0, 256, (5, 4, 4), np.uint8), labels=np.full(5, 3))
+        np.savez(tmp_path / f"{part}.npz", images=np.random.randint(0, 256, (5, 4, 4), np.uint8), labels=np.full(5, 3))
     with pytest.raises(DataError, match="all 5 training images have the label 3"):
         load_dataset("npz", path=tmp_path)
 
@@ -260,7 +261,7 @@ def test_one_class_is_not_a_data_set(folder, tmp_path):
 def test_a_limit_that_leaves_one_class_is_refused(train, tmp_path):
     for part in ("train", "test"):
         np.savez(
-            tmp_path / f"{part}.npz", images=RNG.integers(0, 256, (40, 8, 8), np.uint8), labels=np.arange(40) // 20
+            tmp_path / f"{part}.npz", images=np.random.randint(0, 256, (40, 8, 8), np.uint8), labels=np.arange(40) // 20
         )
     outcome = train("data.name=npz", f"data.path={tmp_path}", "data.limit=15")
     assert (outcome.code, "nothing to tell apart" in outcome.error) == (1, True)
@@ -335,7 +336,7 @@ def test_a_pipe_is_no_archive(tmp_path):
 
 
 def test_a_table_is_images_of_one_pixel(tmp_path):
-    table = RNG.integers(0, 256, (30, 7), dtype=np.uint8)
+    table = np.random.randint(0, 256, (30, 7), dtype=np.uint8)
     for part in ("train", "test"):
         np.savez(tmp_path / f"{part}.npz", images=table, labels=np.arange(30) % 3)
     data = load_dataset("npz", path=tmp_path)
@@ -347,7 +348,7 @@ def test_a_table_is_images_of_one_pixel(tmp_path):
 def test_a_network_of_linear_layers_trains_on_a_table_and_is_verified(cli, tmp_path):
     """The sum of two features decides; the others are noise."""
     for part, count in (("train", 400), ("test", 80)):
-        table = RNG.integers(0, 256, (count, 6), dtype=np.uint8)
+        table = np.random.randint(0, 256, (count, 6), dtype=np.uint8)
         decided = table[:, 0].astype(int) + table[:, 1] > 255
         np.savez(tmp_path / f"{part}.npz", images=table, labels=decided.astype(int))
     overrides = ["data.name=npz", f"data.path={tmp_path}", "model={name: mlp, options: {widths: [16]}}",

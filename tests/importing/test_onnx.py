@@ -55,8 +55,7 @@ def node(kind, inputs, output, **attributes):
     return helper.make_node(kind, inputs, [output], **attributes)
 
 
-RANDOM = np.random.default_rng(0)
-WEIGHT, OTHER = RANDOM.standard_normal((12, 5), np.float32), RANDOM.standard_normal((5, 3), np.float32)
+WEIGHT, OTHER = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((12, 5), (5, 3)))
 LINEAR = {"w": WEIGHT, "b": OTHER[:, 0].copy(), "v": OTHER}
 SPELLINGS = {
     "reshaped to one input": (
@@ -147,7 +146,7 @@ def test_what_runs_is_what_the_file_says_whatever_runs_it(spelling, runtime, tmp
 @pytest.mark.parametrize(("size", "attributes"), [(9, {}), (8, {"output_shape": [8, 8]})])
 def test_an_attribute_that_onnx2torch_overlooks_is_noticed(size, attributes, tmp_path):
     nodes = [node("ConvTranspose", ["x", "k"], "y", strides=[2, 2], **attributes)]
-    kernel, file = RANDOM.standard_normal((3, 2, 3, 3), np.float32), tmp_path / "m.onnx"
+    kernel, file = np.random.standard_normal((3, 2, 3, 3)).astype(np.float32), tmp_path / "m.onnx"
     file.write_bytes(network(nodes, (1, 3, 4, 4), {"k": kernel}, 13, (1, 2, size, size)).SerializeToString())
     if not attributes:
         assert import_onnx(file).module(torch.rand(1, 3, 4, 4)).shape == (1, 2, size, size)
