@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.linear.beta import Ascent
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.margins import proved
 from certtrain.bounds.rounding.rules import RULES as SOUND_RULES
@@ -198,13 +201,24 @@ def test_a_network_that_cannot_be_sent_to_workers_is_refused(digits):
         verify(Local(nn.Flatten(), nn.Linear(64, 10)), digits.test, EPS, limit=4, workers=2)
 
 
-def test_time_and_memory_end_a_search_and_are_told(network, digits):
-    (late,) = verify(network, digits.test, **{**ASKED, "search": Search(timeout=0)})
-    assert set(late.undecided.values()) == {"timeout"}
-    assert late.summary()["verdicts"]["timeout"] == len(late.undecided)
-    assert (late.unknown.nonzero()[:, 0].tolist()) == sorted(late.undecided)
-    assert not (late.proved & late.unknown).any()
-    assert set(late.verdicts) <= set(VERDICTS)
+@pytest.mark.parametrize(
+    ("search", "reason"),
+    [
+        (Search(timeout=0), "timeout"),
+        # Room for the roots and little more, of which leaves take some; and no ascent, which would need fewer.
+        (Search(timeout=math.inf, images=1, max_memory=8 * 1700, ascent=Ascent(steps=0)), "memory"),
+    ],
+    ids=["timeout", "memory"],
+)
+def test_time_and_memory_end_a_search_and_are_told(network, digits, result, search, reason):
+    (ended,) = verify(network, digits.test, **{**ASKED, "arithmetic": "float32", "search": search})
+    assert set(ended.undecided.values()) == {reason}
+    assert ended.summary()["verdicts"][reason] == len(ended.undecided)
+    assert (ended.unknown.nonzero()[:, 0].tolist()) == sorted(ended.undecided)
+    assert not (ended.proved & ended.unknown).any()
+    for found, decided in zip(ended.verdicts, result.verdicts, strict=True):
+        assert found in (reason, decided)
+        assert found in VERDICTS
 
 
 @pytest.mark.parametrize(
