@@ -705,25 +705,11 @@ def test_every_operation_declares_a_trait(function):
     assert (o.curve is not None) == o.elementwise
 
 
-def without_linear_rule() -> set[str]:
-    """Operations that CROWN would refuse without their record saying so."""
+def test_every_operation_has_a_linear_rule_and_an_interval_rule():
     affine = {function for function, record in OPERATIONS.items() if record.affine is not Affine.NO}
-    declared = {function for function, record in OPERATIONS.items() if record.interval_only}
-    ruled = RELAXATIONS.keys() | BACKWARD.keys() | PARAMETRIZED.keys()
-    return {name_of(f) for f in OPERATIONS.keys() - affine - ruled - declared}
-
-
-def test_every_operation_has_a_linear_rule_or_is_declared_to_have_none():
-    assert without_linear_rule() == set()
+    ruled = affine | RELAXATIONS.keys() | BACKWARD.keys() | PARAMETRIZED.keys()
+    assert {name_of(f) for f in OPERATIONS.keys() - ruled} == set()
     assert {name_of(f) for f in OPERATIONS.keys() - RULES.keys() - SETTLED_BY_CLEAN.keys()} == set()
-
-
-def test_an_operation_without_a_linear_rule_is_noticed(monkeypatch):
-    monkeypatch.setitem(OPERATIONS, torch.erf, Operation(torch.erf, lambda input: (input,), increasing=True))
-    assert without_linear_rule() == {"erf"}
-    declared = Operation(torch.erf, lambda input: (input,), increasing=True, interval_only=True)
-    monkeypatch.setitem(OPERATIONS, torch.erf, declared)
-    assert without_linear_rule() == set()
 
 
 # --- spellings --------------------------------------------------------------------------------------------------------

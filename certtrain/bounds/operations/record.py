@@ -126,7 +126,6 @@ class Operation:
             A number, or what gives one for the settings (-inf where it grows everywhere).
         positive: defined for values above 0 only. A box that reaches further is an error that names the operation.
         curve: of an elementwise function.
-        interval_only: has no linear relaxation on purpose: CROWN refuses it by name.
         rectifies: passes what is above 0 and (nearly) blocks what is below, so that a neuron has states that
             regularizers balance: ReLU and its smooth or leaky kin, not functions that saturate on both sides.
         view: the result may share memory with the first operand.
@@ -152,7 +151,6 @@ class Operation:
     minimum: float | Callable[..., float] | None = None
     positive: bool = False
     curve: Curve | None = None
-    interval_only: bool = False
     rectifies: bool = False
     view: bool = False
     identity: Callable[..., bool] | None = None
