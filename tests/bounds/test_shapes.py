@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.model import METHODS
 from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError
+from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.cascade import BRANCH_AND_BOUND
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
@@ -89,7 +90,7 @@ def test_a_search_has_more_domains_than_images(name, images):
     x = X[:images]
     labels, box = model(x).argmax(1), linf_box(x, 0.6)
     net = BoundedModel(model, x)
-    found = net.margins(box, labels, BRANCH_AND_BOUND)
+    found = net.margins(box, labels, BRANCH_AND_BOUND, search=Search(timeout=torch.inf))
     assert (found >= net.margins(box, labels, "crown") - 1e-5).all()
     points = box.lower + (box.upper - box.lower) * torch.rand(500, *x.shape)
     right = torch.stack([model(point).argmax(1) == labels for point in points]).all(0)

@@ -24,7 +24,7 @@ from tests.commands import one_thread
 
 EPS = 0.08
 METHODS = ("ibp", "crown-ibp", "branch-and-bound")
-ASKED = {"eps": EPS, "method": METHODS, "attack": PGD(2, 1), "limit": 60, "search": Search(timeout=600)}
+ASKED = {"eps": EPS, "method": METHODS, "attack": PGD(2, 1), "limit": 60, "search": Search(timeout=math.inf)}
 
 
 @pytest.fixture(scope="module")

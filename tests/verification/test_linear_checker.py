@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import struct
 import zlib
 
@@ -106,7 +107,7 @@ def proved_by_search(name, folder, least):
     """A network, changed until a search proves it with so many splits; box, label, and what the search found."""
     model, _ = saved(name, folder)
     model.image_shape = NETWORKS[name][1]
-    search = Search(timeout=10, keep_leaves=True, ascent=Ascent(steps=3), domains=8)
+    search = Search(timeout=math.inf, keep_leaves=True, ascent=Ascent(steps=3), domains=8)
     for eps, share in itertools.product((0.1, 0.03), (0.2, 0.1, 0.3, 0.5)):
         box, _, label, margins = question(model, eps)
         corners = torch.rand(500, *model.image_shape, generator=torch.Generator().manual_seed(0)) > 0.5
