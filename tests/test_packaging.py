@@ -47,11 +47,14 @@ def test_every_file_that_is_no_code_is_listed():
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no repository")
-def test_git_ignores_no_code():
-    folders = [ROOT / name for name in ("certtrain", "models", "configs", "tests", "scripts")]
-    files = [str(path) for folder in folders for path in folder.rglob("*.py")]
-    ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True, text=True)
-    assert ignored.stdout == ""
+def test_git_ignores_nothing_that_belongs_to_the_repository():
+    """Neither what it holds already nor what lies among it and may be new."""
+    held = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = [ROOT / name for name in ("certtrain", "models", "configs", "tests", "scripts", "docs")]
+    new = [str(path) for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
+    command = ["git", "check-ignore", "--no-index", "--stdin", "-z"]
+    ignored = subprocess.run(command, cwd=ROOT, input=held + "\0".join(new), capture_output=True, text=True)
+    assert (ignored.stdout.split("\0"), ignored.returncode) == ([""], 1), ignored.stderr
 
 
 @pytest.mark.slow
