@@ -1,15 +1,20 @@
 """Arguments that are empty, quoted, huge or that contradict each other; terminals that show few characters."""
 
+import argparse
 import io
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+import certtrain
 from certtrain.cli import main
+from certtrain.cli.main import build_parser
 from certtrain.cli.tables import hints, show_results
 from certtrain.config import load_config
 from certtrain.errors import lines_of, shortened, shown
@@ -250,3 +255,26 @@ def test_images_that_a_run_was_trained_on_are_no_validation_images(cli, train, t
     assert cli("verify", run, "seed=1", "--limit", 2).code == 0
     assert cli("verify", run, asked, "--limit", 2).code == 0
     assert json.loads((run / "verify.json").read_text())["split"] == "validation"
+
+
+def parsers():
+    """By the words that lead to it, the program's own and each command's."""
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    return {(): parser, **{(name,): command for name, command in commands.choices.items()}}
+
+
+@pytest.mark.parametrize("words", parsers(), ids=" ".join)
+def test_help_and_version_are_shown(cli, words):
+    outcome = cli(*words, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(" ".join(("usage: certtrain", *words)))
+    assert (cli("--version").code, cli("--version").out) == (0, f"certtrain {certtrain.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "option", sorted({option for parser in parsers().values() for option in parser._option_string_actions} - {"-h"})
+)
+def test_every_option_is_given_in_some_test(option):
+    files = (Path(__file__).parents[1]).rglob("*.py")
+    assert any(re.search(rf'"{option}(=|")', file.read_text()) for file in files)

@@ -490,6 +490,18 @@ def test_every_format_holds_every_cell(cli, study, tmp_path):
     assert written[".svg"].startswith("<svg")
 
 
+def test_the_command_line_asks_what_its_options_say(cli, study, tmp_path):
+    file = tmp_path / "table.json"
+    options = ["--metric", "natural_error", "--metric", "train_seconds", "--baseline", "b_50%", "--confidence", "0.8"]
+    assert cli("compare", study, *options, "--out", file).code == 0
+    asked = {"metrics": ["natural_error", "train_seconds"], "baseline": "b_50%", "confidence": 0.8}
+    written = json.loads(file.read_text())
+    assert written == json.loads(json.dumps(compare([study], **asked).summary()))
+    for option in asked:
+        others = {name: value for name, value in asked.items() if name != option}
+        assert written != json.loads(json.dumps(compare([study], **others).summary())), option
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (2, 8), (30, 8), (30, 2), (1, 30), (8, 8)])
 def test_a_terminal_shows_every_word_whole_in_as_few_tables_as_fit(rows, columns, width):
