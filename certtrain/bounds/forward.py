@@ -1,7 +1,9 @@
 """What a network's `forward` does, hooks and subclasses' own forwards included, as torch.fx writes it down.
 
-Three things are added to fx: in-place operators stay what they are, what is computed from the network's own parameters
-and buffers is recorded however the forward came by them, and a part under autocast or no_grad of its own is refused.
+Beyond what fx does: in-place operators stay what they are; modules that the tables of operations have are one call, and
+torch's own are unless their forward is another; parts whose number the call says can be unpacked; what is computed from
+the network's own parameters and buffers is recorded however the forward came by them; and a part under autocast or
+no_grad of its own is refused.
 """
 
 from __future__ import annotations
@@ -143,7 +145,8 @@ def record_forward(model: nn.Module) -> tuple[Root, fx.Graph]:
     """What `model`'s forward does in its present mode, as torch.fx writes it down, and the root of its targets.
 
     Raises:
-        UnsupportedOperation: control flow that depends on the input's values, or whatever the forward raises.
+        UnsupportedOperation: control flow that depends on the input's values, a part under autocast or no_grad of its
+            own, or whatever the forward raises.
     """
     root, tracer = Root(model), _Tracer()
     try:

@@ -29,12 +29,12 @@ from certtrain.bounds.structure import structure_of
 from certtrain.bounds.tracing import trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 from certtrain.modules import device_of, evaluating
-from certtrain.verification.cascade import BRANCH_AND_BOUND
+from certtrain.verification.cascade import BRANCH_AND_BOUND, STAGES
 
 if TYPE_CHECKING:
     from certtrain.verification.branch_and_bound import Search
 
-METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")  # by price
+METHODS = STAGES[:-1]  # by price; all but the search
 BACKENDS = ("native", "lirpa")
 DEFAULT_ALPHA = AlphaOptions()
 COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; a test counts them
@@ -287,8 +287,8 @@ class BoundedModel:
             UnsupportedOperation: an operation has no linear relaxation, or none that covers rounding; or it cannot be
                 split.
         """
-        if method not in (*METHODS, BRANCH_AND_BOUND):
-            raise unknown("bound method", method, (*METHODS, BRANCH_AND_BOUND))
+        if method not in STAGES:
+            raise unknown("bound method", method, STAGES)
         if len(self._sizes.output) != 1:
             raise UsageError(f"margins are of logits (B, K): this network returns {tuple(self._sizes.output)} an image")
         check_question(box, labels, self.classes)

@@ -63,7 +63,7 @@ class Verification:
         arithmetic: that of the deployed network for which the bounds hold, None for real mathematics.
         prediction: the class of the unperturbed image, -1 where its logits are not all numbers.
         correct: the prediction is the label.
-        attacked: right, but a misclassified point was found, by PGD or by branch and bound.
+        attacked: right, but a misclassified point was found, by an attack or by branch and bound.
         adversarial: those points (M, C, H, W), in order.
         proved: no perturbation of at most eps in any pixel changes the prediction, which is right.
         margin: smallest lower bound of z_y - z_j, j ≠ y.
@@ -121,7 +121,7 @@ class Verification:
 
     @property
     def verdicts(self) -> list[str]:
-        """Of each image, one of `results.VERDICTS`."""
+        """Of each image, one of `cascade.VERDICTS`."""
         found = ["unknown" if right else "misclassified" for right in self.correct.tolist()]
         for name, flags in (("proved", self.proved), ("attacked", self.attacked)):
             for image in flags.nonzero()[:, 0].tolist():

@@ -17,8 +17,7 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification.attacks import PGD
 from certtrain.verification.branch_and_bound import Search
-from certtrain.verification.cascade import STAGES
-from certtrain.verification.results import VERDICTS
+from certtrain.verification.cascade import STAGES, VERDICTS
 from certtrain.verification.verify import verify
 from tests.commands import one_thread
 
