@@ -71,6 +71,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 MOST_LINES = 20  # of a message: a long list of things that are wrong has one cause
+LONGEST_LINE = 300
 
 
 def shortened(text: object, most: int = 60) -> str:
@@ -99,12 +100,12 @@ def shown(value: object, most: int = 60) -> str:
     return shortened(summary.repr(value), most)
 
 
-def lines_of(message: object, most: int = 300) -> str:
-    """A message as it is printed: a line for each thing that is wrong, none longer than `most` characters."""
+def lines_of(message: object) -> str:
+    """A message as it is printed: a line for each thing that is wrong, none longer than LONGEST_LINE characters."""
     lines = [line for line in str(message).splitlines() if line.strip()] or [type(message).__name__]
     surplus = len(lines) - MOST_LINES
     rest = [f"and {surplus} more"] if surplus > 0 else []
-    return "\n".join([*(shortened(line, most) for line in lines[:MOST_LINES]), *rest])
+    return "\n".join([*(shortened(line, LONGEST_LINE) for line in lines[:MOST_LINES]), *rest])
 
 
 def unknown(kind: str, name: str, choices: Iterable[str], otherwise: str | None = None) -> UsageError:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from ablation import CIFAR10_MEAN, CIFAR10_STD, RESULTS
+from live_bytes import LiveBytes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +40,6 @@ from certtrain.runs.build import resolve_device
 from certtrain.runs.metrics import read_records
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
-from certtrain.runtime.live_bytes import LiveBytes
 from certtrain.training.method import Method, Phase, scheduled
 from certtrain.training.methods import IBP, CrownIBP, Natural
 from certtrain.training.regularization import Regularization

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.models import build_model
+from certtrain.runs.checkpoint import WEIGHTS, save_architecture, save_weights
 
 
 def narrow_cnn7(batch_norm: bool = True) -> nn.Module:
@@ -101,6 +106,12 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
                     if tensor is not None:
                         tensor.copy_(low + (high - low) * torch.rand(tensor.shape, generator=generator).to(tensor))
     return model
+
+
+def save_model(folder: Path, model: nn.Module, architecture: Mapping[str, Any]) -> None:
+    """model.json and model.safetensors, as a run leaves them."""
+    save_architecture(folder, architecture)
+    save_weights(folder / WEIGHTS, model)
 
 
 class Threshold(nn.Module):

@@ -19,8 +19,6 @@ from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
 from certtrain.bounds.tracing import trace
 from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError
 
-IMAGES = 3
-
 
 class PointWalk:
     """Walks single points through a graph (a `graph.Transform`)."""

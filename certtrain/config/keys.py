@@ -67,9 +67,9 @@ def _is_one_of(rule: Any) -> bool:
     return isinstance(rule, AfterValidator) and isinstance(rule.func, OneOf)
 
 
-def keys_called(name: str, most: int = 3) -> list[str]:
-    """Keys that an override can name, and that are called so, or end so: training.epochs for epochs."""
-    return [key for key, _ in dotted_fields() if f".{key}".endswith(f".{name}")][:most]
+def keys_called(name: str) -> list[str]:
+    """Up to three keys that an override can name, and that are called so, or end so: training.epochs for epochs."""
+    return [key for key, _ in dotted_fields() if f".{key}".endswith(f".{name}")][:3]
 
 
 def dotted_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -144,12 +144,6 @@ class Architecture(BaseModel):
     options: dict[str, Any] = {}
 
 
-def save_model(folder: Path, model: nn.Module, architecture: Mapping[str, Any]) -> None:
-    """Write model.json and model.safetensors, from which `load_model` rebuilds the network."""
-    save_architecture(folder, architecture)
-    save_weights(folder / WEIGHTS, model)
-
-
 def save_architecture(folder: Path, architecture: Mapping[str, Any]) -> None:
     write_json(folder / "model.json", {"format": MODEL_FORMAT, "model": dict(architecture)})
 

@@ -32,7 +32,6 @@ from certtrain.bounds.operations.record import OPERATIONS, Affine
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.models import build_model
 from certtrain.per_axis import per_axis
-from certtrain.runtime.live_bytes import LiveBytes
 from tests.bounds.test_interval import assert_close
 from tests.bounds.test_properties import attack, networks, points_of, random_box
 from tests.networks import (
@@ -43,6 +42,7 @@ from tests.networks import (
     randomized,
     residual_network,
 )
+from tests.test_scripts import script
 
 BACKWARD_METHODS = ("crown-ibp", "crown", "alpha-crown")
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -518,7 +518,7 @@ def test_max_memory_is_kept_within_a_fifth(method, portion, monkeypatch):
             return net.margins(box, labels, method, max_memory=max_memory, intersect=False, alpha=AlphaOptions(steps=2))
 
     allowed = portion * bytes_needed(question)
-    with LiveBytes() as live:
+    with script("live_bytes").LiveBytes() as live:
         question(allowed)
     assert allowed / 10 < live.peak < 1.2 * allowed
 

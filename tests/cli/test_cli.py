@@ -18,8 +18,8 @@ import certtrain
 import certtrain.models
 from certtrain.config import load_config
 from certtrain.models import build_model
-from certtrain.runs.checkpoint import save_model
 from tests.commands import TINY, contents
+from tests.networks import save_model
 
 ROOT = Path(__file__).parents[2]
 

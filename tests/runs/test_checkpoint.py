@@ -10,9 +10,10 @@ import torch
 import certtrain
 from certtrain.errors import CerttrainError, CheckpointError, UsageError
 from certtrain.models import build_model
-from certtrain.runs.checkpoint import load_checkpoint, load_model, save_checkpoint, save_model
+from certtrain.runs.checkpoint import load_checkpoint, load_model, save_checkpoint
 from certtrain.runtime.files import write_atomically, write_text
 from tests.commands import contents, disk_with_room_for
+from tests.networks import save_model
 
 ARCHITECTURE = {"name": "mlp", "image_shape": [1, 4, 4], "num_classes": 3, "mean": [0.5], "std": [0.25]}
 ARCHITECTURE_8 = ARCHITECTURE | {"options": {"widths": [8]}}

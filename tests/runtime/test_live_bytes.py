@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from certtrain.runtime.live_bytes import LiveBytes
+from tests.test_scripts import script
+
+LiveBytes = script("live_bytes").LiveBytes
 
 
 def test_memory_is_counted_while_it_is_there():

@@ -22,13 +22,13 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import CertificateError, CheckpointError
 from certtrain.initialization import ibp_init_
 from certtrain.models import build_model
-from certtrain.runs.checkpoint import load_model, save_model
+from certtrain.runs.checkpoint import load_model
 from certtrain.verification.certificates import read_certificates
 from certtrain.verification.checker import KNOWN, SavedNetwork
 from certtrain.verification.pixels import pixel_box
 from certtrain.verification.propagation import Interval, Propagation, growth
 from tests.commands import one_thread
-from tests.networks import randomized
+from tests.networks import randomized, save_model
 from tests.verification.forging import rewrite
 
 

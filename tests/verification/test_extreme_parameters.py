@@ -13,9 +13,9 @@ from torch import nn
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.models import build_model
-from certtrain.runs.checkpoint import load_model, save_model
+from certtrain.runs.checkpoint import load_model
 from certtrain.verification.checker import SavedNetwork
-from tests.networks import randomized
+from tests.networks import randomized, save_model
 
 NETWORKS = {
     "mlp": ("mlp", {"widths": (6,)}),

@@ -20,14 +20,13 @@ from rich.console import Console
 from certtrain.data import Split
 from certtrain.errors import CertificateError
 from certtrain.models import build_model
-from certtrain.runs.checkpoint import save_model
 from certtrain.verification.attacks import PGD
 from certtrain.verification.certificates import METADATA, read_certificates, schema, write_certificates
 from certtrain.verification.checker import SavedNetwork, check
 from certtrain.verification.coverage import check_coverage
 from certtrain.verification.verify import verify
 from tests.commands import one_thread
-from tests.networks import randomized
+from tests.networks import randomized, save_model
 from tests.verification.forging import header_of, merged, rewrite, rows_of, sealed, with_columns, without, write
 
 IMAGES, RADII = 24, (0.05, 0.1)

@@ -202,11 +202,11 @@ class Resampled:
     laws: tuple[Laws, ...]
     drawn: int
 
-    def interval(self, values: Sequence[float], confidence: float = 0.95) -> Interval | None:
-        """Between the quantiles of one value for each of the laws; None where there are none."""
+    def interval(self, values: Sequence[float]) -> Interval | None:
+        """In which 95% of one value for each of the laws lie, as many below it as above; None where there are none."""
         if not len(values):
             return None
-        low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+        low, high = np.quantile(values, [0.025, 0.975])
         return float(low), float(high)
 
     def at(self, compute: float) -> Mapping[str, Interval | None]:
@@ -271,9 +271,7 @@ class Foretold:
         )
 
 
-def foretold(
-    points: Sequence[Point], resamples: int = 1000, seed: int = 0, approach: Approach = ISOFLOP
-) -> list[Foretold]:
+def foretold(points: Sequence[Point], resamples: int = 1000, approach: Approach = ISOFLOP) -> list[Foretold]:
     """For each optimum inside its grid that laws can be fitted below: whether they would have foretold it."""
     found = []
     for budget, curve in curves(points).items():
@@ -284,5 +282,5 @@ def foretold(
             laws = approach.fit(below)
         except UsageError:
             continue
-        found.append(Foretold(optimum, laws, bootstrap(below, resamples, seed, approach).at(optimum.compute)))
+        found.append(Foretold(optimum, laws, bootstrap(below, resamples, approach=approach).at(optimum.compute)))
     return found
