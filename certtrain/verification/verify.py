@@ -6,10 +6,9 @@ import glob
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -258,12 +257,11 @@ def verify(
             size = batch_size if workers == 1 else max(1, min(batch_size, len(left) // (8 * workers)))
             portions += [(radius, part) for part in in_parts(ranks.share(left), size)]
         total = sum(len(part) for _, part in portions)
-        streams = (
-            in_processes(answers, portions, workers) if workers > 1 else chain.from_iterable(map(answers, portions))
-        )
+        stream = in_processes(answers, portions, workers) if workers > 1 else _in_turn(answers, portions)
+        opened.enter_context(closing(stream))  # an observer that raises leaves nothing of its portion switched on
         found, seconds = [], dict.fromkeys(radii, 0.0)
         latest = time.perf_counter()
-        for result in streams:
+        for result in stream:
             keep(result)
             found.append(result)
             if observe is not None:
@@ -284,6 +282,11 @@ def verify(
         )
         for radius in radii
     ]
+
+
+def _in_turn(answers: Answers, portions: Sequence[Portion]) -> Generator[ImageResult, None, None]:
+    for portion in portions:
+        yield from answers(portion)
 
 
 def _continued(

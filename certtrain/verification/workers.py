@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar, cast
 
@@ -18,7 +18,9 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 
-def in_processes(work: Callable[[Part], Iterable[Result]], parts: Sequence[Part], workers: int) -> Iterator[Result]:
+def in_processes(
+    work: Callable[[Part], Iterable[Result]], parts: Sequence[Part], workers: int
+) -> Generator[Result, None, None]:
     """The results of `work(part)` for every part, as they come, from processes that share this one's threads.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -114,6 +115,31 @@ def test_products_are_float32_under_autocast_which_is_on_again_afterwards(name):
     expected = bits(ask())
     with torch.autocast("cpu", torch.bfloat16):
         assert bits(ask()) == expected
+        assert (a @ a).dtype is torch.bfloat16
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_a_verification_that_ends_in_the_middle_leaves_everything_as_it_was(after):
+    """Also when the interrupted computation is collected, which may be later."""
+    model, a, seen = network().train(), torch.ones(2, 2), []
+    data = images(model)
+
+    def interrupt(result, total):
+        seen.append(result)
+        if len(seen) > after:
+            raise Interrupted
+
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(Interrupted) as caught:
+            verify(model, data, EPS, "ibp", batch_size=4, observe=interrupt)
+        assert model.training
+        del caught
+        gc.collect()
+        assert model.training
         assert (a @ a).dtype is torch.bfloat16
 
 
