@@ -26,7 +26,7 @@ from certtrain.regularizers import l1_penalty, moments
 from certtrain.runtime.compilation import Compiled
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import Precision, training_precision
-from certtrain.training.attack import attacked
+from certtrain.training.attack import attacked, visiting
 from certtrain.training.losses import Metrics, classification_error, total
 from certtrain.training.method import Method, Part, Phase, Scheduled
 from certtrain.training.methods import IBP
@@ -327,18 +327,16 @@ class GradientStep:
                 images,
                 at.eps,
                 lambda x: (compiled or self._visit)(x, labels, coefficients),
+                lambda x: self._cross_entropies(x, labels, coefficients),
                 lambda draw: uniform(at.key, batch.positions, images.shape[1:], images, draw),
             )
 
     def _visit(self, x: Tensor, labels: Tensor, coefficients: Mapping[int, Coefficients]) -> tuple[Tensor, Tensor]:
         """The gradient of each image's cross-entropy, (B, C, H, W), and the cross-entropies (B,)."""
+        return visiting(lambda x: self._cross_entropies(x, labels, coefficients))(x)
 
-        def loss(x: Tensor) -> tuple[Tensor, Tensor]:
-            losses = F.cross_entropy(self.net.clean_pass(x, coefficients).output, labels, reduction="none")
-            return losses.sum(), losses
-
-        gradient, (_, losses) = torch.func.grad_and_value(loss, has_aux=True)(x)
-        return gradient, losses
+    def _cross_entropies(self, x: Tensor, labels: Tensor, coefficients: Mapping[int, Coefficients]) -> Tensor:
+        return F.cross_entropy(self.net.clean_pass(x, coefficients).output, labels, reduction="none")
 
     # --- pieces ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from certtrain.bounds import Box
 from certtrain.config.methods import LatentAttackSection
-from certtrain.training.attack import Uniform, ascended
+from certtrain.training.attack import Uniform, ascended, visiting
 
 SMALLEST_WIDTH = 1e-5  # that the link divides by
 
@@ -31,17 +31,12 @@ def latent_points(
     """
     lower, upper = box.lower.detach()[:, None], box.upper.detach()[:, None]
 
-    def excess(x: Tensor) -> tuple[Tensor, Tensor]:
-        found = -pairwise_margins(tail(x), labels)
-        return found.sum(), found
-
-    def visit(x: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, (_, found) = torch.func.grad_and_value(excess, has_aux=True)(x)
-        return gradient, found
+    def excess(x: Tensor) -> Tensor:
+        return -pairwise_margins(tail(x), labels)
 
     step_size = options.step_size or max(0.2, 2 / options.steps)
     starts = (lower + uniform(restart) * (upper - lower) for restart in range(options.restarts))
-    return ascended(options, step_size, starts, Box(lower, upper), upper - lower, visit)
+    return ascended(options, step_size, starts, Box(lower, upper), upper - lower, visiting(excess), excess)
 
 
 def pairwise_margins(logits: Tensor, labels: Tensor) -> Tensor:

@@ -515,6 +515,7 @@ def moved(**options) -> Tensor:
         images,
         eps,
         lambda x: (torch.ones_like(x), x.flatten(1).sum(1)),
+        lambda x: x.flatten(1).sum(1),
         lambda draw: uniform(key, positions, images.shape[1:], images, draw),
     )
     return (points - images) / eps
@@ -562,7 +563,7 @@ def test_the_last_point_is_kept_or_the_worst_of_all_that_are_met(keep, expected,
         return torch.full_like(images, 0.5)  # the middle of the box: the image, once more
 
     options = AttackSection(steps=2, step_size=0.4, start="image", keep=keep, restarts=restarts)
-    points = attacked(options, images, torch.tensor(0.1, dtype=torch.float64), visit, draw)
+    points = attacked(options, images, torch.tensor(0.1, dtype=torch.float64), visit, lambda x: visit(x)[1], draw)
     moved = ((points - images) / 0.1).flatten()
     torch.testing.assert_close(moved, torch.tensor(expected).double())
 
@@ -576,6 +577,7 @@ def test_steps_are_shares_of_the_radius_or_of_what_the_cut_box_leaves_of_it():
             images,
             torch.tensor(0.1, dtype=torch.float64),
             lambda x: (torch.where(x < 0.6, 1.0, -1.0).double(), x.flatten(1).sum(1)),
+            lambda x: x.flatten(1).sum(1),
             lambda number: images,
         )
         torch.testing.assert_close((points - images).abs().flatten(), 0.25 * torch.tensor(widths).double())
