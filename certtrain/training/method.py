@@ -142,6 +142,7 @@ class Method(Generic[Options]):
         raise NotImplementedError
 
     def robust_loss(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """What `losses`, means over the whole batch, come to."""
         return losses["robust_loss"]
 
     def natural_weight(self, at: Scheduled) -> Tensor | float:
