@@ -1,7 +1,7 @@
 """Does a recording compute what the module computes, and each image on its own?
 
 The recorded steps are held against the module itself: on random images, near the example and far from it, in float64
-and relative to the spread of the logits, so that networks with small logits are judged as strictly as others.
+and relative to how each logit varies, so that small ones and those with a large bias are judged as strictly as others.
 """
 
 from __future__ import annotations
@@ -163,10 +163,16 @@ def _each_alone(graph: Graph[Tensor], images: Tensor, scalings: list[tuple[Calla
         return None
 
 
-def agree(found: Tensor, expected: Tensor, relative: float, absolute: float) -> bool:
-    """Do two sets of logits (B, K) differ by less than `relative` of their spread and `absolute` of their size?"""
+def agree(found: Tensor, expected: Tensor, relative: float, absolute: float, rounding: Tensor | float = 0.0) -> bool:
+    """Are two sets of outputs (B, ...) the same?
+
+    Each output may differ by `relative` of how it varies over the batch, by `absolute` of the largest, and by
+    `rounding`, which may be a number for each (...); what is not finite must be the same.
+    """
     if found.shape != expected.shape:
         return False
-    tolerance = relative * (expected.amax() - expected.amin()) + absolute * expected.abs().amax()
-    same = ((found - expected).abs() <= tolerance) | (found == expected) | (found.isnan() & expected.isnan())
-    return bool(same.all())
+    finite = expected.isfinite()
+    low, high = expected.where(finite, torch.inf).amin(0), expected.where(finite, -torch.inf).amax(0)
+    tolerance = relative * (high - low).clamp(min=0) + absolute * expected.where(finite, 0.0).abs().amax() + rounding
+    near = finite & ((found - expected).abs() <= tolerance)
+    return bool((near | (found == expected) | (found.isnan() & expected.isnan())).all())

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from certtrain.bounds.recording import agree, probes
+from certtrain.bounds.recording import probes
 from certtrain.errors import UnsupportedOperation, optional_module, shortened
 from certtrain.importing.onnx import evaluator
 from certtrain.models.normalize import Normalize
 from certtrain.modules import device_of
 from certtrain.runtime.files import write_atomically
+from certtrain.verification.deployed import Comparison
 from certtrain.verification.folding import fold_batch_norm
 
 OPSET = 13  # has all operations of our networks, and is old enough for most verifiers
@@ -57,9 +58,8 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
     written = onnx.load_model_from_string(content.getvalue())
     onnx.checker.check_model(written, full_check=True)
     images = torch.cat([probes(example[:1]), example])  # of another batch size than the exporter has seen
-    with torch.no_grad():
-        if not agree(evaluator(written, "image")(images), folded(images), relative=1e-4, absolute=1e-5):
-            raise UnsupportedOperation("the network cannot be written as ONNX: PyTorch's exporter makes another of it")
+    if not Comparison(folded).agrees(images, evaluator(written, "image")(images)):
+        raise UnsupportedOperation("the network cannot be written as ONNX: PyTorch's exporter makes another of it")
     write_atomically(file, lambda target: target.write(content.getvalue()))
 
 

@@ -1,6 +1,7 @@
 """Networks in ONNX as torch modules that bounds can follow. onnx2torch knows the operators; shapes are settled here.
 
-onnx2torch overlooks attributes that it does not know: what it makes is held against the file, as a runtime computes it.
+onnx2torch overlooks attributes that it does not know: what it makes is held against the file, as a runtime computes it,
+here on a few inputs, of which the network may make nothing, and by `properties.decide` on those that are asked about.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import gzip
 import importlib
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from certtrain.bounds.recording import agree, probes
+from certtrain.bounds.recording import probes
 from certtrain.errors import DataError, MissingDependency, UnsupportedOperation, optional_module
+from certtrain.verification.deployed import Comparison, Replay, one_by_one
 
 EXTRA = "onnx"
 OLDEST, NEWEST = 9, 17  # versions of ONNX's operators that onnx2torch knows all of
@@ -31,11 +33,15 @@ PRELU = "OnnxPReLU"  # onnx2torch's module
 @dataclass(frozen=True, eq=False)
 class OnnxNetwork:
     """module: takes (B, *input_shape), in eval mode; run: outputs (1, ...) of one input (1, *input_shape) by
-    onnxruntime, without which by the slow reference that comes with onnx."""
+    onnxruntime, without which by the slow reference that comes with onnx.
+
+    Where the network is dead, constant or not a number between -1 and 1, that module and file agree there says little:
+    before anything is proved of other inputs, `Comparison` has to say that they agree on these, as `decide` asks it to.
+    """
 
     module: nn.Module
     input_shape: tuple[int, ...]
-    run: Callable[[Tensor], Tensor]
+    run: Replay
 
 
 def import_onnx(file: Path) -> OnnxNetwork:
@@ -245,7 +251,7 @@ def _is_by_channel(slope: Sequence[int], x: Sequence[int]) -> bool:
     return all(size == 1 or axis == 1 for axis, size in enumerate(stretched))
 
 
-def evaluator(model: Any, name: str) -> Callable[[Tensor], Tensor]:
+def evaluator(model: Any, name: str) -> Replay:
     """What a model in ONNX computes of its input `name`, by onnxruntime or else by onnx's own reference."""
     try:
         onnxruntime = optional_module("onnxruntime", EXTRA)
@@ -261,13 +267,10 @@ def evaluator(model: Any, name: str) -> Callable[[Tensor], Tensor]:
     return run
 
 
-@torch.no_grad()
-def _computes_the_same(module: nn.Module, run: Callable[[Tensor], Tensor], input_shape: Sequence[int]) -> bool:
-    """As the file, on single images of either sign: both in float32, whose sums are taken in other orders."""
-    example = torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape)
-    images = probes(example).split(1)
-    found, expected = (torch.cat([compute(image) for image in images]) for compute in (module, run))
-    return agree(found, expected, relative=1e-4, absolute=1e-5)
+def _computes_the_same(module: nn.Module, run: Replay, input_shape: Sequence[int]) -> bool:
+    """As the file, on single inputs of either sign."""
+    inputs = probes(torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape))
+    return Comparison(module).agrees(inputs, one_by_one(run, inputs))
 
 
 def _one_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ branch and bound the least of each case's constraints follows, by ReLUs, which c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.rounding.boxes import nearest_above, nearest_below
 from certtrain.data.seeding import generator
-from certtrain.errors import UsageError
+from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.modules import device_of, evaluating
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search, branch_and_bound, root_margins
 from certtrain.verification.cascade import BRANCH_AND_BOUND, check_cascade
+from certtrain.verification.deployed import Comparison, Replay, one_by_one
 from certtrain.verification.domains import Verdict
-
-Replay = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,20 +80,23 @@ def decide(
         attack: by which counterexamples are looked for first; None for none.
         search: how branch and bound searches; its timeout is that of all cases together.
         replay: outputs (1, ...) of an input (1, *input_shape) as they are computed in deployment, which alone decide
-            whether a point is a counterexample; None: the model's.
+            whether a point is a counterexample; None: the model's. It is held against the model on points of every box.
 
     Raises:
         UsageError: the cases are about inputs or outputs of other sizes; branch and bound before another method.
         UnsupportedOperation: the network has an operation without a rule, or one that branch and bound cannot split
-            and has to.
+            and has to; it computes something else in deployment, or nothing that is finite.
     """
     check_cascade(methods)
     device = device_of(model)
     undecided: list[Literal["timeout", "unknown"]] = []
     with evaluating(model), full_precision():
         _check_sizes(model, cases, torch.zeros(1, *input_shape, device=device))
+        comparison = None if replay is None else Comparison(model)
         for box, together in _by_box(cases):
             question = _Question(model, box, together, input_shape, device, replay or model)
+            if comparison is not None:
+                question.require_agreement(comparison)
             point = None if attack is None else question.attacked(attack, seed)
             refuted = torch.zeros(len(together), dtype=torch.bool)
             for method in methods:
@@ -241,6 +243,20 @@ class _Question:
         self.points = _float32_points(box).map(shaped)
         self.constraints = _Constraints(model, *_in_float32(model, self.enclosing, cases)).to(device)
 
+    def require_agreement(self, comparison: Comparison) -> None:
+        """Raises where the network, on points of the box, is not what `replay` computes."""
+        inputs = _spread_over(self.points)
+        outputs = one_by_one(self.replay, inputs)
+        if not outputs.isfinite().any(0).all():
+            raise UnsupportedOperation(
+                "an output of the network is not finite on inputs that the property is about: nothing is known of it"
+            )
+        if not comparison.agrees(inputs, outputs):
+            raise UnsupportedOperation(
+                "the network computes otherwise than in deployment on inputs that the property is about: no proof "
+                "of it would hold there"
+            )
+
     def least(self) -> nn.Module:
         """Class 1 + i is predicted where case i holds."""
         return nn.Sequential(self.constraints, _Least([1, *self.sizes]).to(self.label.device)).eval()
@@ -293,3 +309,11 @@ def _float32_points(box: Box) -> Box:
     none = lower > upper
     nearest = box.center.float()
     return Box(torch.where(none, nearest, lower), torch.where(none, nearest, upper))
+
+
+def _spread_over(box: Box) -> Tensor:
+    """(8, ...): both ends of a box (1, ...) and, always the same, three other corners and three points inside."""
+    shares = torch.rand(8, *box.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares[0], shares[1], shares[2:5] = 0.0, 1.0, shares[2:5].round()
+    lower, upper = box.lower.cpu().double(), box.upper.cpu().double()
+    return (lower + shares * (upper - lower)).to(box.lower).clamp(box.lower, box.upper)

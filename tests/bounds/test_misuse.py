@@ -477,6 +477,30 @@ def test_agreement_is_relative_to_the_spread_of_the_logits():
     assert not agree(logits[:, :2], logits, 1e-7, 1e-12)
 
 
+@pytest.mark.parametrize("bias", [0.0, 1e3, -1e6])
+@pytest.mark.parametrize("other", range(3))
+def test_agreement_on_an_output_is_hidden_by_no_bias(bias, other):
+    logits = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[:, other] += bias
+    assert agree(logits, logits.clone(), 1e-4, 1e-12)
+    for output in range(3):
+        changed = logits.clone()
+        changed[0, output] += 1e-3
+        assert not agree(changed, logits, 1e-4, 1e-12)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_agreement_elsewhere_is_hidden_by_nothing_that_is_not_finite(value):
+    logits = torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[1, 2] = value
+    assert agree(logits + 1e-9, logits, 1e-4, 1e-12)
+    for place in [(0, 0), (0, 2), (1, 2)]:
+        changed = logits.clone()
+        changed[place] = 0.5
+        assert not agree(changed, logits, 1e-4, 1e-12)
+        assert not agree(logits, changed, 1e-4, 1e-12)
+
+
 # --- several names for one tensor -------------------------------------------------------------------------------------
 
 

@@ -12,10 +12,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.errors import DataError, UnsupportedOperation
 from certtrain.export.onnx import export_onnx
 from certtrain.importing.onnx import import_onnx
+from certtrain.verification.properties import Case, decide
 from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network
 
 
@@ -155,6 +156,26 @@ def test_an_attribute_that_onnx2torch_overlooks_is_noticed(size, attributes, tmp
         import_onnx(file)
 
 
+CONVERT = onnx2torch.convert
+
+
+def tamper(monkeypatch, number, file):
+    """Have onnx2torch add to one of the weights a hundredth of the largest beside it; returns how many there are."""
+
+    def weights(module):
+        return [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+
+    def converted(model):
+        module = CONVERT(model)
+        if number is not None:
+            tensor = weights(module)[number]
+            tensor.add_(0.01 * tensor.abs().max())
+        return module
+
+    monkeypatch.setattr(onnx2torch, "convert", converted)
+    return len(weights(CONVERT(onnx.load(file))))
+
+
 @RUNTIMES
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_any_weight_that_is_another_one_is_noticed(spelling, runtime, tmp_path, monkeypatch):
@@ -162,22 +183,64 @@ def test_any_weight_that_is_another_one_is_noticed(spelling, runtime, tmp_path, 
     nodes, constants = SPELLINGS[spelling]
     (tmp_path / "m.onnx").write_bytes(network(nodes, (1, 3, 2, 2), constants, 13).SerializeToString())
     choose(runtime, monkeypatch)
-    convert = onnx2torch.convert
-
-    def tampered(which):
-        def converted(model):
-            module = convert(model)
-            weights = [t for t in module.state_dict().values() if t.is_floating_point()]
-            weights[which].add_(0.01 * weights[which].abs().max())
-            return module
-
-        return converted
-
-    floats = [t for t in convert(onnx.load(tmp_path / "m.onnx")).state_dict().values() if t.is_floating_point()]
-    for which in range(len(floats)):
-        monkeypatch.setattr(onnx2torch, "convert", tampered(which))
+    for number in range(tamper(monkeypatch, None, tmp_path / "m.onnx")):
+        tamper(monkeypatch, number, tmp_path / "m.onnx")
         with pytest.raises(UnsupportedOperation, match="computes otherwise"):
             import_onnx(tmp_path / "m.onnx")
+
+
+HIDING = {
+    "a root of what is below 0": ([node("Sqrt", ["x"], "a")], {}, LINEAR["b"], 0.25, 0.26),
+    "a logarithm of what is below 0": ([node("Log", ["x"], "a")], {}, LINEAR["b"], 2, 3),
+    "a rectifier that nothing near 0 passes": (
+        [node("Sub", ["x", "k"], "s"), node("Relu", ["s"], "a")], {"k": np.float32(10)}, LINEAR["b"], 12, 12.01
+    ),
+    "pixels as numbers up to 255, and a bias": (
+        [node("Mul", ["x", "q"], "a")], {"q": np.float32(1 / 255)}, LINEAR["b"] + 10, 254, 255
+    ),
+    "a large bias": ([node("Relu", ["x"], "a")], {}, np.array([1e4, -1, 2, 0, 1], np.float32), 0.4, 0.5),
+    "large biases": ([node("Relu", ["x"], "a")], {}, np.full(5, -1e4, np.float32), 0.4, 0.4),
+}  # fmt: skip
+
+
+@RUNTIMES
+@pytest.mark.parametrize("name", HIDING)
+def test_nothing_is_proved_where_a_weight_is_another_one(name, runtime, tmp_path, monkeypatch):
+    """Although the inputs that a network is imported with, near 0, may show nothing of it."""
+    before, constants, bias, low, high = HIDING[name]
+    nodes = [*before, node("Flatten", ["a"], "flat"), node("MatMul", ["flat", "w"], "c"), node("Add", ["c", "b"], "y")]
+    file = tmp_path / "m.onnx"
+    model = network(nodes, (1, 3, 2, 2), {"w": WEIGHT, "b": bias, **constants}, 13, (1, 5))
+    file.write_bytes(model.SerializeToString())
+    choose(runtime, monkeypatch)
+    box = Box(torch.full((12,), low).double(), torch.full((12,), high).double())
+    case = Case(box, -torch.eye(5)[:1].double(), torch.tensor([-1e5]).double())
+
+    def verdict():
+        net = import_onnx(file)
+        return decide(net.module, [case], net.input_shape, ["ibp"], replay=net.run).verdict
+
+    with np.errstate(invalid="ignore"):
+        assert verdict() == "unsat"
+    for number in range(tamper(monkeypatch, None, file)):
+        tamper(monkeypatch, number, file)
+        with pytest.raises(UnsupportedOperation, match="computes otherwise"):
+            verdict()
+
+
+@RUNTIMES
+@pytest.mark.parametrize("build", [narrow_cnn7, residual_network, pooling_network])
+def test_rounding_makes_no_network_another_one(build, runtime, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    shape = (3, 16, 16)
+    export_onnx(randomized(build()).eval(), shape, tmp_path / "m.onnx")
+    choose(runtime, monkeypatch)
+    net = import_onnx(tmp_path / "m.onnx")
+    classes = net.module(torch.zeros(1, *shape)).shape[1]
+    for width in (0, 1e-6, 1e-2):
+        low = torch.rand(768, dtype=torch.float64)
+        case = Case(Box(low, low + width), -torch.eye(classes)[:1].double(), torch.tensor([-1e9]).double())
+        assert decide(net.module, [case], shape, ["ibp"], replay=net.run).verdict == "unsat"
 
 
 @pytest.mark.parametrize("kind", [TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.INT64])

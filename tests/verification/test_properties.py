@@ -13,7 +13,7 @@ from torch import nn
 from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.linear.beta import Ascent
 from certtrain.bounds.model import METHODS
-from certtrain.errors import UsageError
+from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification import properties
 from certtrain.verification.attacks import APGD, PGD, Ensemble, TargetedAPGD
 from certtrain.verification.branch_and_bound import Search
@@ -156,14 +156,19 @@ def test_robustness_is_what_margins_say():
     ]
 
 
+def identity(size=1):
+    model = nn.Linear(size, size, bias=False).eval()
+    nn.init.eye_(model.weight)
+    return model
+
+
+def at_least(limit, low, high):
+    box = Box(torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64))
+    return Case(box, torch.tensor([[-1.0]]).double(), torch.tensor([-limit]).double())
+
+
 def test_several_boxes_are_asked_about_one_after_the_other():
-    model = nn.Sequential(nn.Linear(1, 1, bias=False)).eval()
-    nn.init.ones_(model[0].weight)
-
-    def at_least(limit, low, high):
-        box = Box(torch.tensor([low], dtype=torch.float64), torch.tensor([high], dtype=torch.float64))
-        return Case(box, torch.tensor([[-1.0]]).double(), torch.tensor([-limit]).double())
-
+    model = identity()
     assert decide(model, [at_least(2.0, 0, 1), at_least(3.0, 1, 2.5)], [1], ["ibp"], ATTACK).verdict == "unsat"
     decision = decide(model, [at_least(2.0, 0, 1), at_least(3.0, 1, 3.5)], [1], ["ibp"], ATTACK)
     assert decision.verdict == "sat"
@@ -172,11 +177,34 @@ def test_several_boxes_are_asked_about_one_after_the_other():
 
 
 def test_what_runs_in_deployment_decides_whether_a_point_counts():
-    model, cases = mlp(0), random_cases(0, 0.5, 3)
-    assert decide(model, cases, [3], ["ibp"], ATTACK).verdict == "sat"
-    elsewhere = torch.full((1, 3), 1e6)
-    cases = [Case(case.box, case.rows.abs(), case.limits) for case in cases]
-    assert decide(model, cases, [3], ["ibp"], ATTACK, replay=lambda x: elsewhere).verdict != "sat"
+    """Where rounding alone tells them apart."""
+    model, cases = identity(), [at_least(1.0, 0, 1)]
+    assert decide(model, cases, [1], ["ibp"], ATTACK).verdict == "sat"
+    assert decide(model, cases, [1], ["ibp"], ATTACK, replay=lambda x: model(x) * (1 - 1e-6)).verdict == "unknown"
+
+
+@pytest.mark.parametrize("box", [(0.0, 1.0), (3.0, 3.0 + 1e-6), (-2.0, -2.0), (254.0, 255.0), (1e6, 2e6)])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("wrong", [lambda x: 1.1 * x, lambda x: -x, lambda x: 0 * x, lambda x: x / 0 + torch.inf])
+def test_nothing_is_proved_of_a_network_that_is_another_one_in_deployment(box, offset, wrong):
+    class Shifted(nn.Module):
+        """Its second output has a bias of its own, the third is constant."""
+
+        def forward(self, x):
+            return torch.cat([x + offset, x + 1e4, torch.ones_like(x)], 1)
+
+    case, model = at_least(3e6, *box), Shifted().eval()
+    case = Case(case.box, torch.cat([case.rows, torch.zeros(1, 2)], 1), case.limits)
+    assert decide(model, [case], [1], ["ibp"], replay=model).verdict == "unsat"
+    with pytest.raises(UnsupportedOperation, match=r"computes otherwise|not finite"):
+        decide(model, [case], [1], ["ibp"], replay=lambda x: model(wrong(x)))
+
+
+def test_nothing_is_proved_of_outputs_that_are_not_finite():
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU()).eval()
+    nn.init.constant_(model[0].bias, torch.inf)
+    with pytest.raises(UnsupportedOperation, match="not finite"):
+        decide(model, [at_least(1.0, 0, 1)], [1], ["ibp"], replay=model)
 
 
 @pytest.mark.parametrize("rows", [[[1, 0], [0, -1]], [[0, -1], [1, 0]], [[1, -1]], [[-1, 0], [1, 0], [0, -1]]])
@@ -197,25 +225,26 @@ def test_a_constraint_that_is_met_with_equality_is_met(rows, methods, attack):
 
 
 def test_a_search_goes_on_from_points_that_deployment_does_not_confirm():
-    """x - 1.2·relu(x - 0.6) is at least 0.5 from x = 0.5 on; deployment gives 0 above 0.9, where the search begins."""
+    """x - 1.2·relu(x - 0.6) is 0.52 at x = 1 and above that from 0.52 on; deployment, where rounding differs, gives
+    less than the limit above 0.9, where the search begins."""
     model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1, bias=False)).eval()
     with torch.no_grad():
         model[0].weight.fill_(1.0)
         model[0].bias.copy_(torch.tensor([0.0, -0.6]))
         model[2].weight.copy_(torch.tensor([[1.0, -1.2]]))
-    box = Box(torch.zeros(1).double(), torch.ones(1).double())
-    case = Case(box, -torch.ones(1, 1).double(), torch.tensor([-0.5]).double())
+        limit = model(torch.ones(1, 1)).item() - 1e-6
     asked = []
 
     def deployed(x):
         asked.append(x.item())
-        return torch.where(x > 0.9, 0.0, model(x))
+        y = model(x)
+        return torch.where(x > 0.9, y.clamp(max=limit - 1e-6), y)
 
     search = Search(timeout=math.inf, ascent=Ascent(steps=0))
-    decision = decide(model, [case], [1], [BRANCH_AND_BOUND], search=search, replay=deployed)
-    assert asked[0] == 1
+    decision = decide(model, [at_least(limit, 0, 1)], [1], [BRANCH_AND_BOUND], search=search, replay=deployed)
+    assert asked[8] == 1, "the first but for those where both are compared"
     assert decision.verdict == "sat"
-    assert 0.5 <= decision.point.item() <= 0.9
+    assert limit <= decision.point.item() <= 0.9
 
 
 def test_an_input_that_is_fixed_between_two_floats_is_the_nearest_one():
