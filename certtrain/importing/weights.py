@@ -96,13 +96,32 @@ def _by_position(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
     given = _in_order(given, file)
     if len(given) != len(wanted):
         raise CheckpointError(f"{file} has {len(given)} layers with weights, the model has {len(wanted)}")
-    for (source, layer), (target, own) in zip(_without_cancelled_biases(given).items(), wanted.items(), strict=True):
+    normalized = _normalized_at_once(model)
+    cancelled: Tensor | None = None
+    for (source, layer), (target, own) in zip(given.items(), wanted.items(), strict=True):
         # A bias that is not there is 0, and a counter means nothing in eval mode.
         neutral = {name: torch.zeros_like(own[name]) for name in own.keys() & {"bias", "num_batches_tracked"}}
         found = layer | {name: of for name, of in neutral.items() if name not in layer}
+        # BatchNorm subtracts the mean of W x + b: without b, which our networks do not have there, that of W x.
+        cancels = "bias" in found and "bias" not in own and found["bias"].shape == normalized.get(target)
+        bias = found.pop("bias") if cancels else None
         if {name: of.shape for name, of in found.items()} != {name: of.shape for name, of in own.items()}:
             raise CheckpointError(f"{file}: {source} is {_shown(found)}, in its place the model has {_shown(own)}")
-        yield from ((f"{target}.{name}", _in_type_of(own[name], found[name])) for name in own)
+        found = {name: _in_type_of(of, found[name]) for name, of in own.items()}
+        if cancelled is not None:
+            found["running_mean"] = found["running_mean"] - cancelled.to(found["running_mean"].dtype)
+        cancelled = bias
+        yield from ((f"{target}.{name}", tensor) for name, tensor in found.items())
+
+
+def _normalized_at_once(model: nn.Module) -> dict[str, torch.Size]:
+    """Layers of a sequence that a BatchNorm with statistics comes right behind, and the shape of these."""
+    leaves = [(name, of) for name, of in model.named_modules(remove_duplicate=False) if not list(of.children())]
+    return {
+        name: behind.running_mean.shape
+        for (name, _), (_, behind) in pairwise(leaves)
+        if isinstance(behind, nn.modules.batchnorm._BatchNorm) and behind.running_mean is not None
+    }
 
 
 def _in_type_of(own: Tensor, tensor: Tensor) -> Tensor:
@@ -153,15 +172,6 @@ def _same_channels(a: Tensor, b: Tensor) -> bool:
     """Of a value for each channel, or one for all of them."""
     a, b = a.flatten().double(), b.flatten().double()
     return (len(a) == len(b) or 1 in (len(a), len(b))) and bool(((a - b).abs() <= 1e-6).all())
-
-
-def _without_cancelled_biases(layers: Mapping[str, Layer]) -> dict[str, Layer]:
-    """BatchNorm subtracts the mean of W x + b: without b, which our networks do not have there, that of W x."""
-    result = {name: dict(layer) for name, layer in layers.items()}
-    for layer, behind in pairwise(result.values()):
-        if "running_mean" in behind and "running_mean" not in layer and "bias" in layer:
-            behind["running_mean"] = behind["running_mean"] - layer.pop("bias")
-    return result
 
 
 def _shown(layer: Layer) -> str:

@@ -138,6 +138,38 @@ def test_layers_under_several_names_are_in_the_order_of_the_file_or_refused(name
         load_weights(model, file)
 
 
+def stack(*kinds, bias):
+    """Layers in a row of 4 features; a linear one right before BatchNorm has a bias where `bias` says so."""
+    made = {"bn": lambda: nn.BatchNorm1d(4), "relu": nn.ReLU, "flatten": nn.Flatten}
+    behind = [*kinds[1:], ""]
+    return nn.Sequential(
+        *(made[kind]() if kind in made else nn.Linear(4, 4, bias=bias or after != "bn")
+          for kind, after in zip(kinds, behind, strict=True))
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("flatten", "linear", "bn", "relu", "linear"),
+        ("flatten", "linear", "relu", "bn", "linear"),
+        ("flatten", "bn", "linear", "relu", "linear", "bn"),
+        ("flatten", "linear", "linear", "bn", "bn", "linear", "relu", "bn"),
+    ],
+)
+def test_a_bias_is_taken_to_where_it_says_the_same(kinds, there, here, dtype, tmp_path):
+    """Wherever BatchNorm stands, with a bias before it or without, here and there."""
+    torch.manual_seed(0)
+    other, model = randomized(stack(*kinds, bias=there)).eval().to(dtype), stack(*kinds, bias=here).eval()
+    torch.save(Layers(*other).state_dict(), tmp_path / "n.pth")
+    load_weights(model, tmp_path / "n.pth")
+    images = torch.rand(8, 4)
+    torch.testing.assert_close(model(images), other(images.to(dtype)).float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_a_state_dict_of_the_same_names_is_taken_as_it_is(prefix, tmp_path):
     torch.manual_seed(0)
@@ -171,6 +203,19 @@ def without_last(state):
     del state["19.weight"], state["19.bias"]
 
 
+def listed_by_kind(state):
+    """Convolutions and linear layers first, then the BatchNorms: in an order that is not the network's."""
+    normalizes = {name.partition(".")[0] for name in state if name.endswith("running_mean")}
+    layers = {f"layers.{name}": t for name, t in state.items() if name.partition(".")[0] not in normalizes}
+    norms = {f"norms.{name}": t for name, t in state.items() if name.partition(".")[0] in normalizes}
+    state.clear()
+    state.update(layers | norms)
+
+
+def with_short_bias(state):
+    state["0.bias"] = state["0.bias"][:1]
+
+
 def renormalized(state):
     first = {"a.0.mean": torch.tensor([0.5] * 3), "a.0.std": torch.tensor([0.2] * 3)}
     layers = {f"a.{int(name.partition('.')[0]) + 1}.{name.partition('.')[2]}": t for name, t in state.items()}
@@ -183,6 +228,8 @@ WRONG = {
                  r"0 is weight 2x3x3x3.*the model has weight 3x3x3x3"),
     "other classes": (lambda state: state.update(nn.Sequential(*published(classes=7)).state_dict()),
                       r"19 is weight 7x16, bias 7, .*the model has weight 5x16, bias 5"),
+    "a bias of another size": (with_short_bias, r"0 is weight 3x3x3x3, bias 1, in its place the model has weight 3x3"),
+    "layers by kind": (listed_by_kind, r"layers\.3 is weight 3x3x3x3, bias 3, in its place the model has weight 3"),
     "a layer less": (without_last, r"has 12 layers with weights, the model has 13"),
     "otherwise normalised": (renormalized, r"set data\.mean=\[0\.5, 0\.5, 0\.5\] data\.std=\[0\.2, 0\.2, 0\.2\]"),
     "something else in a layer": (lambda state: state.update({"0.scale": torch.ones(3)}), "scale 3"),
