@@ -39,6 +39,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
     """
     weights = _without_prefix(_read(file))
     own = model.state_dict()
+    _require_same_normalization(_layers(weights), _layers(own), file)
     if weights.keys() == own.keys():
         restore(model, {name: _in_type_of(own[name], tensor) for name, tensor in weights.items()}, file)
         return
@@ -91,7 +92,6 @@ def _is_sequence(model: nn.Module) -> bool:
 def _by_position(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> Iterator[tuple[str, Tensor]]:
     """The model's state but for its normalisation, each layer's from the one at its place in the file."""
     given, wanted = _layers(weights), _layers(model.state_dict())
-    _require_same_normalization(given, wanted, file)
     given, wanted = ({name: of for name, of in layers.items() if not _normalizes(of)} for layers in (given, wanted))
     given = _in_order(given, file)
     if len(given) != len(wanted):
@@ -168,9 +168,9 @@ def _require_same_normalization(given: Mapping[str, Layer], wanted: Mapping[str,
         raise CheckpointError(f"{file} normalises its input otherwise: set {' '.join(named)}")
 
 
-def _same_channels(a: Tensor, b: Tensor) -> bool:
-    """Of a value for each channel, or one for all of them."""
-    a, b = a.flatten().double(), b.flatten().double()
+def _same_channels(found: Tensor, own: Tensor) -> bool:
+    """Of a value for each channel, or one for all of them, in the precision that `found` has."""
+    a, b = found.flatten().double(), _in_type_of(found, own).flatten().double()
     return (len(a) == len(b) or 1 in (len(a), len(b))) and bool(((a - b).abs() <= 1e-6).all())
 
 

@@ -90,7 +90,7 @@ def build(
 
     Args:
         trust: the configuration may name code outside certtrain, as one's own may.
-        start: the network whose weights it will have, and whose input normalisation it keeps.
+        start: the network whose weights it will have, and whose input normalisation where `config` sets none.
     """
     architecture: dict[str, Any] = {
         "name": config.model.name,
@@ -102,8 +102,6 @@ def build(
     }
     if start is not None and start.architecture is not None:
         require_same_architecture(start, architecture, trust)
-        for key in ("mean", "std"):
-            architecture[key] = getattr(config.data, key) or getattr(start.architecture, key) or architecture[key]
     channels = dataset.image_shape[0]
     if {len(architecture["mean"]), len(architecture["std"])} != {channels}:
         raise UsageError(f"data.mean and data.std need one number for each of the images' {channels} channels")

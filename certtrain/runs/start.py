@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from certtrain.affine_layers import classifier_tensors
 from certtrain.config import Config, load_config
-from certtrain.config.schema import StartSection
+from certtrain.config.schema import DataSection, StartSection
 from certtrain.errors import CheckpointError, UsageError, shortened, shown
 from certtrain.models import all_options, build_model
 from certtrain.modules import device_of
@@ -32,6 +33,10 @@ from certtrain.runtime.files import parse_json, write_json
 from certtrain.training.trainer import Trainer
 
 START = "start.json"
+NORMALIZATION = {
+    "mean": "normalize.mean",
+    "std": "normalize.std",
+}  # data's keys, and names in what `build_model` builds
 
 
 class Errors(BaseModel):
@@ -217,17 +222,20 @@ class Taken:
 
     reinitialized: names of those that are not: the classifier's, where the number of classes is another one or where
     that was asked for, or else none.
+    settled: names of those that are not, as the configuration sets other values: the input normalisation's, or none.
     """
 
     file: Path
     keep: str
     weights: Mapping[str, Tensor]
     reinitialized: list[str]
+    settled: list[str]
     state: dict[str, Any] = field(default_factory=dict)
 
     def adopt(self, model: nn.Module) -> None:
         """Load the weights into `model`."""
-        restore(model, {**model.state_dict(), **_without(self.weights, self.reinitialized)}, self.file)
+        weights = _without(self.weights, [*self.reinitialized, *self.settled])
+        restore(model, {**model.state_dict(), **weights}, self.file)
 
     def continue_in(self, trainer: Trainer) -> None:
         """Load what is kept besides.
@@ -237,7 +245,9 @@ class Taken:
         """
         if self.keep == "step":
             check_state(self.state, trainer, self.file)
-            continue_from(self.state, trainer, self.file)
+            weights = {**self.weights, **{name: trainer.model.state_dict()[name] for name in self.settled}}
+            state = {**self.state, "trainer": {**self.state["trainer"], "model": weights}}
+            continue_from(state, trainer, self.file)
         elif self.keep == "optimizer":
             check_optimizer(self.state, trainer, self.reinitialized, self.file)
             take_optimizer(self.state, trainer, self.reinitialized)
@@ -248,8 +258,11 @@ class Taken:
         return start.model_copy(update=found)
 
 
-def take(start: Start, section: StartSection, model: nn.Module) -> Taken:
+def take(start: Start, section: StartSection, data: DataSection, model: nn.Module) -> Taken:
     """Read the network of `start`; what of it does not fit `model` is told before any weight is read.
+
+    Args:
+        model: of this run, normalising its input as `data` says where that says anything.
 
     Raises:
         CheckpointError: corrupt, or of another architecture; names the first tensor that differs.
@@ -263,10 +276,28 @@ def take(start: Start, section: StartSection, model: nn.Module) -> Taken:
             reinitialized.extend(name for name in classifier if _same_inputs(outline.get(name), own[name]))
         require_same_shapes(_without(own, reinitialized), _without(outline, reinitialized), file)
 
+    state: dict[str, Any] = {}
     if section.keep == "weights":
-        return Taken(file, section.keep, load_weights(file, check), reinitialized)
-    state = load_checkpoint(file, lambda outline: check(weights_of(outline, file)))
-    return Taken(file, section.keep, weights_of(state, file), reinitialized, state)
+        weights = load_weights(file, check)
+    else:
+        state = load_checkpoint(file, lambda outline: check(weights_of(outline, file)))
+        weights = weights_of(state, file)
+    settled = [
+        name for key, name in NORMALIZATION.items() if getattr(data, key) and not torch.equal(weights[name], own[name])
+    ]
+    return Taken(file, section.keep, weights, reinitialized, settled, state)
+
+
+def normalizing_as(model: nn.Module, architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """`architecture` with the input normalisation that `model` has, whatever it was built with."""
+    state, found = model.state_dict(), dict(architecture)
+    for key, name in NORMALIZATION.items():
+        values = state[name].flatten().cpu()
+        if not torch.equal(values, torch.tensor(found[key], dtype=values.dtype)):
+            found[key] = [
+                float(str(value)) for value in values.numpy()
+            ]  # the shortest number that float32 rounds to it
+    return found
 
 
 def _same_inputs(there: Tensor | None, here: Tensor) -> bool:
@@ -278,8 +309,8 @@ def _without(tensors: Mapping[str, Any], names: Collection[str]) -> dict[str, An
 
 
 def original_network(start: Start, taken: Taken, model: nn.Module, trust: bool) -> nn.Module | None:
-    """The network as it was in its own run: `model`, or with the classifier of then; None where nothing tells it."""
-    if not taken.reinitialized:
+    """The network as it was in its own run: `model`, or with what was not taken; None where nothing tells it."""
+    if not taken.reinitialized and not taken.settled:
         return model
     if start.architecture is None:
         return None

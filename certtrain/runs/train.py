@@ -33,7 +33,16 @@ from certtrain.runs.metrics import MetricsFile, read_records
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runs.provenance import made_with
 from certtrain.runs.request import Request, Stored
-from certtrain.runs.start import Start, Taken, find_start, original_network, save_start, stored_start, take
+from certtrain.runs.start import (
+    Start,
+    Taken,
+    find_start,
+    normalizing_as,
+    original_network,
+    save_start,
+    stored_start,
+    take,
+)
 from certtrain.runs.state import check_state, computed_by, continue_from
 from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
 from certtrain.runtime.compilation import announced
@@ -190,7 +199,7 @@ def _prepare(
                 write_text(folder / "config.yaml", config.to_yaml())
             if start is not None and taken is not None:
                 save_start(folder, start)
-            save_architecture(folder, architecture)
+            save_architecture(folder, normalizing_as(model, architecture))
     return Prepared(folder, config, model, dataset, trainer, resumed or 0.0, start, forgetting)
 
 
@@ -210,7 +219,7 @@ def _take(start: Start, config: Config, model: nn.Module, ranks: Ranks) -> Taken
     taken = None
     with ranks.together():
         if ranks.is_first:
-            taken = take(start, config.start_from, model)
+            taken = take(start, config.start_from, config.data, model)
     taken = ranks.broadcast(taken)
     assert taken is not None
     taken.adopt(model)

@@ -181,6 +181,22 @@ def test_a_state_dict_of_the_same_names_is_taken_as_it_is(prefix, tmp_path):
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in saved.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    ("mean", "std", "same"),
+    [(MEAN, STD, True), ([0.5] * 3, STD, False), (MEAN, [0.3] * 3, False), ([0.4924, *MEAN[1:]], STD, False)],
+)
+@pytest.mark.parametrize("names", ["the same", "others"])
+def test_another_input_normalisation_is_refused_under_whatever_names(names, mean, std, same, dtype, tmp_path):
+    saved = build_model("cnn7", (3, 16, 16), 5, mean=mean, std=std, options={"width": 3, "linear_width": 16}).to(dtype)
+    torch.save((saved if names == "the same" else Layers(*saved)).state_dict(), tmp_path / "n.pt")
+    if same:
+        load_weights(own(), tmp_path / "n.pt")
+        return
+    with pytest.raises(CheckpointError, match=r"normalises its input otherwise: set data\.mean=.* data\.std="):
+        load_weights(own(), tmp_path / "n.pt")
+
+
 def test_half_precision_is_converted(tmp_path):
     torch.manual_seed(0)
     saved, model = randomized(own()).half().state_dict(), own()

@@ -141,6 +141,61 @@ def test_a_classifier_is_reset_where_that_is_asked_for(train, tmp_path, referenc
     assert sorted(changed) == sorted(summary(tmp_path / "run")["start"]["reinitialized"]) != []
 
 
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Runs whose input normalisation is not the data set's, one of them stopped, and weights without their run."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    overrides = [*TINY, "data.mean=[0.3]", "data.std=[0.6]"]
+    with one_thread():
+        run = certtrain.train(
+            "digits", folder / "run", device="cpu", overrides=overrides, callbacks=[Told(("step", 4))]
+        )
+        certtrain.train("digits", folder / "whole", device="cpu", overrides=overrides)
+    (folder / "bare").mkdir()
+    shutil.copy(run.folder / "last.ckpt", folder / "bare")
+    shutil.copy(folder / "whole" / "model.safetensors", folder / "bare")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "keep"),
+    [
+        ("whole", "weights"),
+        ("bare/model.safetensors", "weights"),
+        pytest.param("run", "optimizer", marks=pytest.mark.slow),
+        pytest.param("run", "step", marks=pytest.mark.slow),
+        pytest.param("bare/last.ckpt", "weights", marks=pytest.mark.slow),
+        pytest.param("bare/last.ckpt", "step", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    ("changes", "mean", "std"),
+    [([], 0.3, 0.6), (["data.mean=[0.7]", "data.std=[0.25]"], 0.7, 0.25), (["data.std=[0.25]"], 0.3, 0.25)],
+)
+def test_the_input_normalisation_is_the_networks_own_unless_it_is_set(
+    train, tmp_path, elsewhere, place, keep, changes, mean, std
+):
+    """In model.json and in the network, and after the run has been resumed, too."""
+    run = tmp_path / "run"
+    arguments = [f"start_from={elsewhere / place}", f"start_from.keep={keep}", *changes, "verification.limit=10"]
+    arguments.append("start_from.evaluate_every=0" if place == "whole" else NO_TABLE)
+    assert train(*arguments).code == 0
+    for _ in range(2):
+        described = json.loads((run / "model.json").read_text())["model"]
+        assert (described["mean"], described["std"]) == ([mean], [std])
+        normalize = certtrain.load_model(run).normalize
+        assert (normalize.mean.item(), normalize.std.item()) == (float(np.float32(mean)), float(np.float32(std)))
+        (run / "summary.json").unlink()
+        (run / "model.safetensors").unlink()
+        assert train(*arguments, "--resume").code == 0
+    before = summary(run)["start"].get("before", {})
+    if place == "whole":
+        (expected,) = certtrain.verify(
+            certtrain.load_model(elsewhere / place), load_dataset("digits").test, 0.15, limit=10
+        )
+        assert before["old"]["natural_error"] == expected.natural_error, "as it was then"
+
+
 # --- schedules -------------------------------------------------------------------------------------------------------
 
 
