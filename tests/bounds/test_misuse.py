@@ -412,6 +412,20 @@ def test_negative_divisors_and_slopes_are_refused_by_name():
             BoundedModel(OfImages(function), images())
 
 
+@pytest.mark.parametrize("pad", [(1, 2), (1, 0, 0, 2), (0, -1, 2, 0, 1, 0), (0, 0), (0, 0, 0, 0, 0, 1)])
+@pytest.mark.parametrize("more", range(4))
+def test_axes_that_are_padded_by_nothing_may_be_named(pad, more):
+    """All of them, the batch axis too, as in ONNX."""
+    pad = (pad + (0, 0) * more)[:8]
+    x = torch.rand(2, 1, 2, 2, dtype=torch.float64)
+    model = OfImages(lambda x: F.pad(x, pad, value=0.3))
+    output = BoundedModel(model, x).ibp(Box(x - 0.1, x + 0.1)).output
+    ends = [model(end) for end in (x - 0.1, x + 0.1)]
+    torch.testing.assert_close(torch.stack([output.lower, output.upper]), torch.stack(ends))
+    with pytest.raises(UnsupportedOperation, match="it pads the batch axis"):
+        BoundedModel(OfImages(lambda x: F.pad(x, (*pad, *[0] * (6 - len(pad)), 0, 1)[-8:])[:-1]), x)
+
+
 # --- examples decide nothing by an absolute tolerance -----------------------------------------------------------------
 
 

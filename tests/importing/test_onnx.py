@@ -116,6 +116,19 @@ def test_networks_as_others_write_them(spelling, opset, tmp_path):
         assert (logits.gather(1, labels[:, None]) - logits >= margins - 1e-5).all()
 
 
+@pytest.mark.parametrize("opset", [11, 13, 17])
+@pytest.mark.parametrize("pads", [[0, 0, 1, 0, 0, 0, 0, 2], [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8])
+def test_a_padding_that_names_every_axis_has_bounds(pads, opset, tmp_path):
+    constants, file = {"pads": np.array(pads), "value": np.float32(0.3)}, tmp_path / "m.onnx"
+    shape = [size + before + after for size, before, after in zip((1, 3, 2, 2), pads[:4], pads[4:], strict=True)]
+    model = network([node("Pad", ["x", "pads", "value"], "y")], (1, 3, 2, 2), constants, opset, shape)
+    file.write_bytes(model.SerializeToString())
+    net, x = import_onnx(file), torch.rand(1, 3, 2, 2)
+    output = BoundedModel(net.module, x).ibp(Box(x - 0.1, x + 0.1)).output
+    for found, end in ((output.lower, x - 0.1), (output.upper, x + 0.1)):
+        torch.testing.assert_close(found, net.run(end))
+
+
 @pytest.mark.parametrize("shape", [(2,), (2, 2), (3, 2, 2), (3, 1, 2)])
 def test_slopes_of_single_elements_are_refused(shape, tmp_path):
     nodes = [node("PRelu", ["x", "slopes"], "y")]

@@ -106,7 +106,11 @@ def _indexed_axes(item: Any) -> int:
 
 
 def _bind_pad(input: Any, pad: Any, mode: str = "constant", value: float | None = None) -> tuple[Any, ...]:
-    return input, tuple(pad), mode, value
+    """Without pairs of 0 for the first axes, which ONNX writes down."""
+    pad = tuple(pad)
+    while mode == "constant" and len(pad) > 2 and pad[-2:] == (0, 0):
+        pad = pad[:-2]
+    return input, pad, mode, value
 
 
 def _pads(x: Any, pad: Any, mode: str, value: Any) -> None:
