@@ -21,6 +21,7 @@ _CHUNK = 64
 MOST_PIXELS = 1 << 24  # of an image: 4096 x 4096; more is a mistake, or a small file meant to fill the memory
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # none that starts another program, as EPS does
 MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})  # of at most 8 bits a channel
+SCALED = ("ppm", "ppm_plain")  # Pillow's decoders that are given a layout and the largest value, and scale that to 255
 
 
 def decode_images(files: Sequence[Path], title: str, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -104,5 +105,6 @@ def _require_8_bits(image: ImageFile) -> None:
     if width * height > MOST_PIXELS:
         raise ValueError(f"it claims {height}x{width} pixels, the most are {MOST_PIXELS}")
     packed = [str(tile[3]) for tile in image.tile]  # such as RGB;16B, of which only the upper bytes would be read
-    if image.mode not in MODES or any(";16" in layout for layout in packed):
+    largest = [tile[3][1] for tile in image.tile if tile[0] in SCALED and isinstance(tile[3], tuple)]  # not of a bitmap
+    if image.mode not in MODES or any(";16" in layout for layout in packed) or max(largest, default=0) > 255:
         raise ValueError(f"its pixels have more than 8 bits, or are of another kind ({image.mode}): convert it to RGB")

@@ -78,6 +78,31 @@ def test_colours_of_16_bits_are_refused_too(tmp_path):
         decode_images([tmp_path / "deep.png"], "")
 
 
+def test_a_bitmap_has_no_largest_value(tmp_path):
+    (tmp_path / "map.pbm").write_bytes(b"P1\n2 1\n0 1\n")
+    assert decode_images([tmp_path / "map.pbm"], "").tolist() == [[[[255, 0]]] * 3]
+
+
+@pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
+@pytest.mark.parametrize("largest", [1, 15, 254, 255, 256, 1023, 65534, 65535])
+def test_what_a_portable_map_has_as_its_largest_value_decides(tmp_path, kind, largest):
+    """Up to 255 it is white; a grey or a colour of more steps has more than 8 bits."""
+    values = [0, largest, largest] * (2 if kind in ("P3", "P6") else 1)
+    written = " ".join(map(str, values)).encode()
+    if kind in ("P5", "P6"):
+        written = np.array(values, ">u2" if largest > 255 else "u1").tobytes()
+    file = tmp_path / "map.ppm"
+    file.write_bytes(f"{kind}\n{len(values) // (3 if kind in ('P3', 'P6') else 1)} 1\n{largest}\n".encode() + written)
+    if largest > 255:
+        with pytest.raises(DataError, match=r"map\.ppm cannot be decoded: its pixels have more than 8 bits"):
+            decode_images([file], "")
+        return
+    (read,) = decode_images([file], "")
+    first, second = (0, 255) if kind in ("P2", "P5") else ([0, 255, 255], [0, 255, 255])
+    assert (read[:, 0, 0] == first).all()
+    assert (read[:, 0, 1] == second).all()
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
 def test_8_bits_of_every_kind_are_read_as_they_look(tmp_path, mode):
     image = image_of(mode)
