@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from certtrain.data.seeding import generator
-from certtrain.errors import DataError, UsageError
+from certtrain.errors import DataError, UsageError, shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +131,15 @@ class Dataset:
             indices: of `classes`, each at most once.
 
         Raises:
-            UsageError: there is no such class.
+            UsageError: there is no such class, none is named, or one twice.
             DataError: a split has no image of any of them.
         """
-        absent = [index for index in indices if not 0 <= index < self.num_classes]
-        if absent:
-            raise UsageError(f"data.classes: there is no class {absent[0]} in 0 to {self.num_classes - 1}")
+        indices = list(indices)
+        for index in indices:
+            if isinstance(index, bool) or not isinstance(index, Integral) or not 0 <= index < self.num_classes:
+                raise UsageError(f"data.classes: there is no class {shown(index)} in 0 to {self.num_classes - 1}")
+        if not indices or len(set(indices)) < len(indices):
+            raise UsageError(f"data.classes: {shown(indices)} must name a class, and none twice")
         number = torch.full((self.num_classes,), -1)
         number[torch.tensor(indices)] = torch.arange(len(indices))
 

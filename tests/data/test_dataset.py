@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -163,6 +164,13 @@ def test_all_classes_in_their_order_are_the_data_set():
     assert same.classes == data.classes
 
 
+@pytest.mark.parametrize("named", [(2, 0), np.array([2, 0]), [np.uint8(2), 0], range(2, -1, -2)])
+def test_classes_may_be_named_by_whole_numbers_of_any_type(named):
+    expected, found = dataset().of_classes([2, 0]), dataset().of_classes(named)
+    assert found.classes == expected.classes
+    assert torch.equal(found.train.labels, expected.train.labels)
+
+
 def test_the_images_held_out_are_the_same_ones_for_any_classes():
     whole = load_dataset("digits", validation=300, seed=5).validation
     some = load_dataset("digits", validation=300, seed=5, classes=[3, 1]).validation
@@ -176,6 +184,16 @@ def test_the_images_held_out_are_the_same_ones_for_any_classes():
     [
         ([0, 10], UsageError, r"data\.classes: there is no class 10 in 0 to 9"),
         ([-1, 0], UsageError, "there is no class -1"),
+        ([0, 1.5], UsageError, r"data\.classes: there is no class 1\.5 in 0 to 9"),
+        ([0, 1.0], UsageError, r"data\.classes: there is no class 1\.0"),
+        ([0, float("nan")], UsageError, r"data\.classes: there is no class nan"),
+        ([0, "1"], UsageError, r"data\.classes: there is no class '1'"),
+        ([0, None], UsageError, r"data\.classes: there is no class None"),
+        ([False, True], UsageError, r"data\.classes: there is no class False"),
+        ([], UsageError, r"data\.classes: \[\] must name a class, and none twice"),
+        ((), UsageError, r"data\.classes: \[\] must name a class"),
+        ([1, 1, 2], UsageError, r"data\.classes: \[1, 1, 2\] must name a class, and none twice"),
+        ([1, np.int64(1)], UsageError, r"data\.classes: .* none twice"),
         ([4], DataError, "training images have the label 0: there is nothing to tell apart"),
     ],
 )
