@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from certtrain.models.layers import classifier, convolution, divided, is_large
+from certtrain.models.layers import classifier, convolution, divided, is_large, require_sizes
 
 
 def cnn7(
@@ -21,6 +21,7 @@ def cnn7(
 
     For images of 64 pixels and more the fifth convolution has stride 2 as well.
     """
+    require_sizes("cnn7", width=width, linear_width=linear_width)
     last_stride = 2 if is_large(image_shape) else 1
     convolutions = [(width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, last_stride)]
     return _cnn(image_shape, num_classes, convolutions, [linear_width], batch_norm)
@@ -30,6 +31,7 @@ def cnn_large(
     image_shape: tuple[int, int, int], num_classes: int, *, width: int = 64, linear_width: int = 512
 ) -> nn.Sequential:
     """The "large" network of the IBP and CROWN-IBP papers, without BatchNorm. (Gowal et al. 2018.)"""
+    require_sizes("cnn-large", width=width, linear_width=linear_width)
     convolutions = [(width, 1), (width, 1), (2 * width, 2), (2 * width, 1), (2 * width, 1)]
     return _cnn(image_shape, num_classes, convolutions, [linear_width], batch_norm=False)
 
@@ -43,6 +45,7 @@ def cnn_small(
     batch_norm: bool = True,
 ) -> nn.Sequential:
     """Two convolutions (the second with stride 2 and twice the width) and two linear layers: for 8×8 digits."""
+    require_sizes("cnn-small", width=width, linear_width=linear_width)
     return _cnn(image_shape, num_classes, [(width, 1), (2 * width, 2)], [linear_width], batch_norm)
 
 
@@ -54,6 +57,7 @@ def mlp(
     batch_norm: bool = True,
 ) -> nn.Sequential:
     """Linear layers only."""
+    require_sizes("mlp", **{f"widths[{i}]": width for i, width in enumerate(widths)})
     return _cnn(image_shape, num_classes, [], widths, batch_norm)
 
 

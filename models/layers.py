@@ -6,6 +6,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from certtrain.errors import require_counts
+
+
+def require_sizes(architecture: str, **options: object) -> None:
+    """Raises UsageError for an option of an architecture that is no whole number of at least 1."""
+    require_counts(**{f"{architecture}: {name}": value for name, value in options.items()})
+
 
 def convolution(
     channels: int, out_channels: int, kernel: int = 3, stride: int = 1, *, batch_norm: bool, groups: int = 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.errors import UsageError
-from certtrain.models.layers import classifier, convolution, divided, is_large
+from certtrain.models.layers import classifier, convolution, divided, is_large, require_sizes
 
 MOST_BLOCKS = 1000  # of a stage; a greater number, in a file from elsewhere, is a trap
 
@@ -45,6 +45,7 @@ def wide_resnet(
     """
     if widen_factor is None:
         widen_factor = 10 if is_large(image_shape) else 8
+    require_sizes("wide-resnet", base_width=base_width, widen_factor=widen_factor, linear_width=linear_width)
     channels, blocks = base_width, []
     for multiple, stride in ((1, 1), (2, 2), (4, 2)):
         out = multiple * widen_factor * base_width
@@ -77,7 +78,10 @@ def resnext(
     per_stage = (2 if is_large(image_shape) else 1) if blocks is None else blocks
     if not 1 <= per_stage <= MOST_BLOCKS:
         raise UsageError(f"resnext: blocks is between 1 and {MOST_BLOCKS}, not {per_stage}")
-    bottleneck_width = bottleneck_width or (8 if is_large(image_shape) else 32)
+    if bottleneck_width is None:
+        bottleneck_width = 8 if is_large(image_shape) else 32
+    widths = {"bottleneck_width": bottleneck_width, "stem_width": stem_width, "linear_width": linear_width}
+    require_sizes("resnext", blocks=per_stage, cardinality=cardinality, **widths)
     channels, stages = stem_width, []
     for stage, first_stride in enumerate((1, 2, 2)):
         inner = cardinality * bottleneck_width * 2**stage

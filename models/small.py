@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from certtrain.models.layers import classifier
+from certtrain.models.layers import classifier, require_sizes
 
 Convolution = tuple[int, int, int, int]  # output channels, kernel, stride, padding
 
@@ -23,6 +23,7 @@ def cnn_2layer(
     batch_norm: bool = False,
 ) -> nn.Sequential:
     """Two convolutions, 4×4 with stride 2, of 4·width and 8·width channels, and one hidden linear layer."""
+    require_sizes("cnn-2layer", width=width, linear_width=linear_width)
     convolutions = [(4 * width, 4, 2, 1), (8 * width, 4, 2, 1)]
     return _network(image_shape, num_classes, convolutions, [linear_width], batch_norm)
 
@@ -40,8 +41,11 @@ def cnn_3layer(
 
     The first two are `kernel`×`kernel` with padding 1, the third is 4×4 with stride 4.
     """
+    if linear_width is None:
+        linear_width = 64 * width
+    require_sizes("cnn-3layer", width=width, kernel=kernel, linear_width=linear_width)
     convolutions = [(4 * width, kernel, 1, 1), (8 * width, kernel, 1, 1), (8 * width, 4, 4, 0)]
-    return _network(image_shape, num_classes, convolutions, [linear_width or 64 * width], batch_norm)
+    return _network(image_shape, num_classes, convolutions, [linear_width], batch_norm)
 
 
 def cnn_4layer(
@@ -53,6 +57,7 @@ def cnn_4layer(
     batch_norm: bool = False,
 ) -> nn.Sequential:
     """Convolutions 3×3, and 4×4 with stride 2, of 4·width channels and again of 8·width; two hidden linear layers."""
+    require_sizes("cnn-4layer", width=width, linear_width=linear_width)
     convolutions = [(4 * width, 3, 1, 1), (4 * width, 4, 2, 1), (8 * width, 3, 1, 1), (8 * width, 4, 2, 1)]
     return _network(image_shape, num_classes, convolutions, [linear_width, linear_width], batch_norm)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.errors import UsageError, unknown
+from certtrain.models.layers import require_sizes
 
 
 class TokenBatchNorm(nn.Module):
@@ -157,13 +158,15 @@ def vit(
     if pool not in POOLS:
         raise unknown("pool", pool, POOLS)
     height, across = image_shape[1:]
-    patch = patch or (2 if height < 16 else 4 if height < 64 else 8)
+    if patch is None:
+        patch = 2 if height < 16 else 4 if height < 64 else 8
+    hidden = 2 * width if mlp_width is None else mlp_width
+    require_sizes("vit", depth=depth, width=width, heads=heads, patch=patch, mlp_width=hidden)
     if height % patch or across % patch:
         raise UsageError(f"vit: patches of {patch} pixels do not divide images of {height}×{across}")
     tokens = (height // patch) * (across // patch)
     if width % heads:
         raise UsageError(f"vit: {heads} heads do not divide a width of {width}")
-    hidden = mlp_width or 2 * width
 
     def normalization() -> nn.Module:
         return nn.Identity() if norm == "none" else NORMS[norm_kind](width)

@@ -9,7 +9,7 @@ from torch import nn
 
 import certtrain.models
 from certtrain.errors import UsageError
-from certtrain.models import Residual, build_model
+from certtrain.models import Residual, all_options, build_model
 from certtrain.models.transformer import CenteredNorm
 
 
@@ -205,6 +205,27 @@ def test_no_variance_layer_norm_subtracts_the_mean_alone():
 def test_a_vision_transformer_that_cannot_be_is_one_line(options, message):
     with pytest.raises(UsageError, match=message):
         build_model("vit", (1, 8, 8), 10, options=options)
+
+
+SIZES = [
+    (name, option)
+    for name in certtrain.models.MODELS
+    for option, default in all_options(name, {}).items()
+    if default is None or (isinstance(default, int | tuple) and not isinstance(default, bool))
+]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+@pytest.mark.parametrize(("name", "option"), SIZES)
+def test_a_size_is_never_another_one_than_is_written(name, option, value):
+    """Nothing below 1 means the default."""
+    written = (4, value) if option == "widths" else value
+    with pytest.raises(UsageError, match=rf"^{name.removesuffix('-wide')}: {option}.* 1\b.*, not {value}$"):
+        build_model(name, (3, 32, 32), 10, options={option: written})
+
+
+def test_every_architecture_has_sizes():
+    assert {name for name, _ in SIZES} == set(certtrain.models.MODELS)
 
 
 @pytest.mark.parametrize("name", ["cnn-small", "mlp", "vit"])
