@@ -10,7 +10,7 @@ import gzip
 import importlib
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def import_onnx(file: Path) -> OnnxNetwork:
         UnsupportedOperation: it has operators that cannot be imported, and are named, or as a module computes
             something else.
     """
-    onnx, onnx2torch = optional_module("onnx", EXTRA), optional_module("onnx2torch", EXTRA)
+    onnx, _ = optional_module("onnx", EXTRA), optional_module("onnx2torch", EXTRA)
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         model = onnx.load_model_from_string(content)
@@ -66,7 +66,8 @@ def import_onnx(file: Path) -> OnnxNetwork:
     network, model = model, _in_known_version(_with_plain_constants(model))
     _require_known_operators(model, file)
     try:
-        module = _settled(onnx2torch.convert(_with_plain_shapes(model, name, shape)).eval().float(), shape)
+        model = _with_plain_shapes(model, name, shape)
+        module = _settled(_converted(model).eval().float(), model.graph.node, shape)
         run = evaluator(network, name)
         same = _computes_the_same(module, run, shape)
     except Exception as error:  # of onnx2torch or a runtime, for a network that it did not foresee: of any type
@@ -188,11 +189,50 @@ def _require_known_operators(model: Any, file: Path) -> None:
         )
 
 
+def _converted(model: Any) -> fx.GraphModule:
+    """By onnx2torch; where that fails, an UnsupportedOperation names the operator, which onnx2torch does not."""
+    from onnx2torch.node_converters import get_converter
+    from onnx2torch.onnx_graph import OnnxGraph
+
+    try:
+        return importlib.import_module("onnx2torch").convert(model)
+    except Exception:
+        graph, versions = OnnxGraph(model.graph), {entry.domain: entry.version for entry in model.opset_import}
+        for proto, node in zip(model.graph.node, graph.nodes.values(), strict=True):
+            converter = get_converter(domain=node.domain, operation_type=proto.op_type, version=versions[node.domain])
+            try:
+                converter(node, graph)
+            except Exception as error:  # of any type, for what is in none of its words
+                raise UnsupportedOperation(f"{_as_written(proto)}: {_one_line(error)}") from error
+        raise
+
+
+def _as_written(node: Any) -> str:
+    return f"operator {node.op_type} ({node.name or node.output[0]:.60}) has no import as it is written"
+
+
 class _Settling(fx.Tracer):
     """Walks through onnx2torch's modules with the file's constants as values, so that shapes are plain numbers.
 
     PRelu's, which asks for the shape of its input, is left as it is.
+
+    Args:
+        nodes: of the file, by the names of onnx2torch's modules.
     """
+
+    def __init__(self, nodes: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.nodes = nodes
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except UnsupportedOperation:
+            raise
+        except Exception as error:  # of any type: what the module asks of a value that is none yet
+            raise UnsupportedOperation(_as_written(self.nodes[self.path_of_module(m).partition(".")[0]])) from error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m).__name__ == PRELU or super().is_leaf_module(m, module_qualified_name)
@@ -206,23 +246,37 @@ class _Settling(fx.Tracer):
 class _Shapes(fx.Interpreter):
     """Runs a graph and keeps the shape of every tensor in it."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: fx.GraphModule, nodes: Mapping[str, Any]) -> None:
         super().__init__(module)
+        self.extra_traceback = False  # nothing is added to an error's message
+        self.nodes = nodes
         self.of: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # of any type: what a call of torch makes of arguments that are not its
+            source = next(iter(n.meta.get("nn_module_stack", ())), "")
+            if source not in self.nodes:
+                raise
+            raise UnsupportedOperation(_as_written(self.nodes[source])) from error
         if isinstance(value, Tensor):
             self.of[n] = tuple(value.shape)
         return value
 
 
-def _settled(module: fx.GraphModule, input_shape: Sequence[int]) -> nn.Module:
-    """The module in plain calls of torch, for any batch: a reshaping of one input has its batch axis left open."""
-    tracer = _Settling()
+def _settled(module: fx.GraphModule, nodes: Sequence[Any], input_shape: Sequence[int]) -> nn.Module:
+    """The module in plain calls of torch, for any batch: a reshaping of one input has its batch axis left open.
+
+    Args:
+        nodes: of the file, of each of which onnx2torch has made a module that it calls, in this order.
+    """
+    called = [node.target for node in module.graph.nodes if node.op == "call_module"]
+    sources = dict(zip(called, nodes, strict=True))
+    tracer = _Settling(sources)
     graph = tracer.trace(module)
     settled = fx.GraphModule(tracer.root, graph)
-    shapes = _Shapes(settled)
+    shapes = _Shapes(settled, sources)
     with torch.no_grad():
         shapes.run(torch.zeros(1, *input_shape))
     for node in settled.graph.nodes:

@@ -273,6 +273,41 @@ def test_operators_that_cannot_be_imported_are_named_all_at_once(tmp_path):
         import_onnx(tmp_path / "m.onnx")
 
 
+def whole(*values):
+    return np.array(values)
+
+
+UNFORESEEN = {
+    "Resize": ([node("Resize", ["x", "", "s"], "y", mode="nearest")], {"s": np.array([1, 1, 2, 2], np.float32)}),
+    "ReduceSum": ([node("ReduceSum", ["x"], "y", keepdims=1)], {}),
+    "Transpose": ([node("Transpose", ["x"], "y")], {}),
+    "Flatten": ([node("Flatten", ["x"], "y", axis=0)], {}),
+    "Max": ([node("Neg", ["x"], "n"), node("Max", ["x", "n"], "y")], {}),
+    "Gather": ([node("Gather", ["x", "i"], "y", axis=-1)], {"i": whole(-1, 0)}),
+    "Slice": (
+        [node("Slice", ["x", "a", "b", "c", "d"], "y")],
+        {"a": whole(-1), "b": whole(-3), "c": whole(3), "d": whole(-1)},
+    ),
+    "Clip": ([node("Clip", ["x", "", "m"], "y")], {"m": np.float32(0.5)}),
+    "Conv": ([node("Conv", ["x", "k"], "y", auto_pad="SAME_UPPER")], {"k": np.ones((3, 3, 3, 3), np.float32)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", "/layer/it"])
+@pytest.mark.parametrize("operator", UNFORESEEN)
+def test_an_operator_that_is_written_as_nobody_foresaw_is_named(operator, name, tmp_path):
+    """And nothing is said of what a tracer calls its values."""
+    nodes, constants = UNFORESEEN[operator]
+    nodes[-1].name = name
+    model = network(nodes, (1, 3, 2, 2), constants, 13, None)
+    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedOperation, match=rf"operator {operator} \({name or 'y'}\) has no import") as caught:
+        import_onnx(tmp_path / "m.onnx")
+    assert not {"Proxy", "executing"} & set(str(caught.value).split())
+    assert "\n" not in str(caught.value)
+
+
 def test_operators_without_a_rule_are_named(tmp_path):
     nodes = [node("Sign", ["x"], "a"), node("Relu", ["a"], "b"), node("Mod", ["b", "two"], "y", fmod=1)]
     model = network(nodes, (1, 3), {"two": np.array([2.0], np.float32)}, 13)
