@@ -66,20 +66,23 @@ def resnext(
     blocks: int | None = None,
     cardinality: int = 2,
     bottleneck_width: int | None = None,
-    stem_width: int = 64,
+    stem_width: int | None = None,
     linear_width: int = 512,
     batch_norm: bool = True,
 ) -> nn.Sequential:
     """ResNeXt: a stem and three stages of grouped bottleneck blocks, whose width doubles from stage to stage.
 
-    A stage has one block of bottleneck width 32 unless told otherwise, and two of width 8 for images of 64 pixels and
-    more; a block's output has twice the channels of its grouped convolution. (Xie et al. 2017, arXiv 1611.05431.)
+    Unless told otherwise, the stem has 64 channels and a stage one block of bottleneck width 32; for images of 64
+    pixels and more, 16 channels and two blocks of width 8. A block's output has twice the channels of its grouped
+    convolution. (Xie et al. 2017, arXiv 1611.05431.)
     """
     per_stage = (2 if is_large(image_shape) else 1) if blocks is None else blocks
     if not 1 <= per_stage <= MOST_BLOCKS:
         raise UsageError(f"resnext: blocks is between 1 and {MOST_BLOCKS}, not {per_stage}")
     if bottleneck_width is None:
         bottleneck_width = 8 if is_large(image_shape) else 32
+    if stem_width is None:
+        stem_width = 16 if is_large(image_shape) else 64
     widths = {"bottleneck_width": bottleneck_width, "stem_width": stem_width, "linear_width": linear_width}
     require_sizes("resnext", blocks=per_stage, cardinality=cardinality, **widths)
     channels, stages = stem_width, []
