@@ -319,9 +319,9 @@ class GradientStep:
             return None
         compiled = self._compiled_visit if size == self._compile_for else None
         images, labels = batch.images, batch.labels
-        mode = evaluating if options.statistics == "running" else buffers_kept
+        mode, seen = (evaluating, images[:1]) if options.statistics == "running" else (buffers_kept, images)
         with mode(self.net.model), torch.no_grad():
-            coefficients = self.net.clean_pass(images).coefficients
+            coefficients = self.net.clean_pass(seen).coefficients  # running statistics are the same for any images
             return attacked(
                 options,
                 images,
