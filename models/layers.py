@@ -11,7 +11,7 @@ from certtrain.errors import require_counts
 
 def require_sizes(architecture: str, **options: object) -> None:
     """Raises UsageError for an option of an architecture that is no whole number of at least 1."""
-    require_counts(**{f"{architecture}: {name}": value for name, value in options.items()})
+    require_counts(**{f"model {architecture}: {name}": value for name, value in options.items()})
 
 
 def convolution(

@@ -220,7 +220,7 @@ SIZES = [
 def test_a_size_is_never_another_one_than_is_written(name, option, value):
     """Nothing below 1 means the default."""
     written = (4, value) if option == "widths" else value
-    with pytest.raises(UsageError, match=rf"^{name.removesuffix('-wide')}: {option}.* 1\b.*, not {value}$"):
+    with pytest.raises(UsageError, match=rf"^(model )?{name.removesuffix('-wide')}: {option}.* 1\b.*, not {value}$"):
         build_model(name, (3, 32, 32), 10, options={option: written})
 
 

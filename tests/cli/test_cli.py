@@ -59,7 +59,7 @@ def two_classes_only(image_shape, num_classes):
         ("model={name: math:hypot}", "model math:hypot: "),
         ("model={name: tests.cli.test_cli:two_classes_only}", "returns shape (1, 2), not (1, 10)"),
         ("model.options.wdith=4", "model cnn-small: got an unexpected keyword argument 'wdith'"),
-        ("model.options.width=wide", "model cnn-small cannot be built: "),
+        ("model.options.width=wide", "model cnn-small: width is a whole number of at least 1, not 'wide'"),
         ("data.name=digit", "data.name: unknown data set 'digit': did you mean digits"),
         ("data.name=npz", "data set 'npz' needs the folder to read: set data.path"),
         ("data.validation=2000", "validation is 2000"),

@@ -355,7 +355,7 @@ WRONG = {
     "fewer tests": (["verification.limit=2"], "2 test images for 3 processes"),
     "one GPU for all": (["--device", "cuda:0"], "device .?cuda:0"),
     "a typo": (["optimizer.nme=SGD"], "did you mean name"),
-    "a model that cannot be": (["model.options.width=wide"], "model cnn-small cannot be built"),
+    "a model that cannot be": (["model.options.width=wide"], "model cnn-small: width is a whole number"),
     "data that is not there": (["data.name=mnist", "data.root=nowhere"], "nowhere"),
     "auto_LiRPA": (["backend=lirpa"], "backend lirpa takes whole batches: train in one process"),
     "only in the last process": (["data.name=npz", "data.path=not-on-this-machine"], "not-on-this-machine"),
