@@ -33,10 +33,8 @@ from certtrain.runtime.files import parse_json, write_json
 from certtrain.training.trainer import Trainer
 
 START = "start.json"
-NORMALIZATION = {
-    "mean": "normalize.mean",
-    "std": "normalize.std",
-}  # data's keys, and names in what `build_model` builds
+NORMALIZATION = {"mean": "normalize.mean", "std": "normalize.std"}
+"""Keys of the section `data`, and the names of these tensors in what `build_model` builds."""
 
 
 class Errors(BaseModel):
@@ -294,9 +292,7 @@ def normalizing_as(model: nn.Module, architecture: Mapping[str, Any]) -> dict[st
     for key, name in NORMALIZATION.items():
         values = state[name].flatten().cpu()
         if not torch.equal(values, torch.tensor(found[key], dtype=values.dtype)):
-            found[key] = [
-                float(str(value)) for value in values.numpy()
-            ]  # the shortest number that float32 rounds to it
+            found[key] = [float(str(value)) for value in values.numpy()]  # the shortest that float32 rounds to it
     return found
 
 

@@ -57,15 +57,15 @@ def build_average(
         UsageError: the run ends before any weights are taken.
     """
     match section:
-        case EMASection():
-            every = section.every_steps
-            share = AverageShare((section.start_epoch - 1) * steps_per_epoch + every, every, section.decay)
-        case SWASection():
-            every, start = section.every_steps or section.every_epochs * steps_per_epoch, section.start_epoch
-            before = start * steps_per_epoch if section.every_steps is None else (start - 1) * steps_per_epoch + every
-            share = AverageShare(before, every)
+        case EMASection(every_steps=every, decay=decay):
+            until_first = every
+        case SWASection(every_steps=None, every_epochs=apart):  # at the ends of epochs, that of the first one first
+            every, until_first, decay = apart * steps_per_epoch, steps_per_epoch, None
+        case SWASection(every_steps=int(every)):
+            until_first, decay = every, None
         case _:
             return None
+    share = AverageShare((section.start_epoch - 1) * steps_per_epoch + until_first, every, decay)
     if share.first > epochs * steps_per_epoch:
         raise UsageError(
             f"training.averaging would take its first weights after step {share.first}, and the run has "
