@@ -295,7 +295,8 @@ def _describe(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown key {where}: {_instead(problem['loc'])}"
     if problem["type"] == "union_tag_not_found":
-        return f"{where}.name is missing"
+        misspelt = get_close_matches("name", [str(key) for key in problem["input"]], n=1)
+        return f"unknown key {where}.{misspelt[0]}: did you mean name?" if misspelt else f"{where}.name is missing"
     if problem["type"] == "missing":
         return f"{where} is missing"
     message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")

@@ -184,6 +184,16 @@ def test_what_is_wrong_is_said_in_one_line_that_names_the_key(key, value, messag
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["nam", "nme", "Name", "names", "nmae"])
+@pytest.mark.parametrize(
+    "section", ["training.method", "training.averaging", "training.smoothing", "optimizer.schedule"]
+)
+def test_a_misspelt_name_of_a_section_is_called_so(section, key):
+    """Not missing: the mapping has no name, and hardly anything else that it could mean."""
+    with pytest.raises(UsageError, match=f"^unknown key {section}.{key}: did you mean name\\?$"):
+        load_config(SMALLEST, [f"{section}={{{key}: anything}}"])
+
+
 def test_every_error_has_a_line():
     with pytest.raises(UsageError) as caught:
         load_config({"data": {"name": "digits"}, "model": {}, "epsilon": {"max": 2}, "colour": "red"})
