@@ -12,11 +12,13 @@ set -euo pipefail
 hour=${HOUR:-3600} device=cuda results=docs/results runs=runs rehearsal=
 benchmark=(--batch 128 --rounds 30) growth=(--batch 128 --rounds 3) setting=()
 beside=(--epochs 4 --warmup-epochs 2 --milestones 3)
+search=(verification.search.timeout=20 verification.limit=1000)
 if [[ ${1:-} == --rehearse ]]; then
     shift
     device=cpu rehearsal=1
     results=${RESULTS:-$(mktemp -d)} runs=$results/runs
     benchmark=(--width 4 --batch 8 --rounds 2 --no-memory) growth=(--width 4 --batch 8 --rounds 1 --no-memory)
+    search=(verification.search.timeout=2 verification.limit=64)
     beside+=(--width 2 --linear-width 16 --images 512)
     setting=(model.options.width=2 model.options.linear_width=16 data.limit=256 training.epochs=4 epsilon.warmup_epochs=2
         'optimizer.milestones=[3]' training.batch_size=32 verification.limit=64 verification.pgd_steps=2)
@@ -45,13 +47,22 @@ part() {
     fi
 }
 
+# reproduce SHARE SETTING ARGUMENTS...: train and verify, until SHARE hundredths of the hour are over; to be continued.
+reproduce() {
+    local budget=$(($1 * hour / 100 - SECONDS)) setting_name=$2
+    shift 2
+    ((budget >= 10)) || return 0
+    echo "== $setting_name, at most $budget s, ${SECONDS} s gone"
+    uv run python scripts/reproduce.py "$setting_name" "${setting[@]}" --device "$device" --runs "$runs" \
+        --results "$results/reproduce.jsonl" --budget "$budget" "$@" || [[ $? == 75 ]] # out of time
+}
+
 # 1. Right: bounds, gradients and runs are those of a CPU.
 part "devices-$device.json" 10 uv run python scripts/compare_devices.py --device "$device" --out "$results/devices-$device.json"
 # 2. A step, beside the natural one and auto_LiRPA's; eager, compiled, tf32, bf16; and its memory.
 part "benchmark-$device.json" 15 uv run python scripts/benchmark.py --device "$device" "${benchmark[@]}" --out "$results/benchmark-$device.json"
 # 3. The run itself, in what the parts behind it leave.
-uv run python scripts/reproduce.py cifar10_8_255 "${setting[@]}" --device "$device" --runs "$runs" \
-    --results "$results/reproduce.jsonl" --budget $((hour * 80 / 100 - SECONDS)) || [[ $? == 75 ]] # out of time, to be continued
+reproduce 80 cifar10_8_255
 # 4. How time grows with batch, width and classes.
 part "growth-$device.json" 10 uv run python scripts/benchmark.py --device "$device" "${growth[@]}" --grow --out "$results/growth-$device.json"
 # 5. The authors' own code, here.
@@ -59,6 +70,10 @@ if [[ -n $authors ]]; then
     part "beside-authors-$device.json" 10 uv run python scripts/beside_authors.py --repo "$authors" --data "$cifar" \
         --device "$device" "${beside[@]}" --out "$results/beside-authors-$device.json"
 fi
-# 6. The pages, from what was measured.
+# 6. A network at 2/255, and what branch and bound proves of a thousand images.
+reproduce 95 cifar10_2_255 verification.method=ibp,crown-ibp,alpha-crown,branch-and-bound "${search[@]}"
+# 7. More seeds.
+reproduce 95 cifar10_8_255 --seeds 1 2
+# 8. The pages, from what was measured.
 [[ -n $rehearsal ]] || uv run python scripts/tables.py
 echo "== done after $SECONDS s; results in $results"
