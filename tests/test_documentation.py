@@ -15,6 +15,7 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+import torch
 
 import certtrain
 from certtrain.cli.main import build_parser
@@ -127,6 +128,29 @@ def test_pictures_are_there_and_browsers_draw_them(page, link):
         assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
     else:
         assert picture.startswith(b"\x89PNG")
+
+
+SOURCES = [
+    path
+    for folder in ("certtrain", "models", "configs", "scripts")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".yaml", ".sh")
+]
+
+
+@pytest.fixture(scope="module")
+def names():
+    """What the program calls anything, its files included, and the switches of torch that it is about."""
+    switches = {"allow_bf16_reduced_precision_reduction"}
+    assert all(hasattr(torch.backends.cuda.matmul, switch) for switch in switches)
+    return switches.union(*({path.stem, *re.findall(r"\w+", path.read_text())} for path in SOURCES))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_what_a_page_calls_by_name_is_in_the_code(page, names):
+    """`a_name_like_this` in a sentence is an identifier, a key or a file."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert set(re.findall(r"`(\w*[a-z0-9]_[a-z0-9]\w*)`", text)) - names == set()
 
 
 SHOWN = re.compile(r"^::: (?P<path>[\w.]+)$(?:\n +options:\n(?P<options>(?: +.*\n)+))?", re.MULTILINE)

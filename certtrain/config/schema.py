@@ -209,7 +209,7 @@ class ModelSection(Section):
     name: Annotated[str, AfterValidator(OneOf("model", MODELS, own=True))]
     """Architecture; or "module:callable" for one's own."""
     path: str | None = None
-    """Where that module lies; null: the config's own folder. The working directory comes next."""
+    """Where that module lies, unless it is installed; null: the config's own folder. The working directory is last."""
     options: Plain = Field(default_factory=dict)
     """Arguments of the architecture, such as width."""
 
@@ -247,7 +247,7 @@ class RegularizerSection(Section):
 
 
 class OptimizerSection(Section):
-    """Any optimizer of torch.optim, by name, with its arguments, and its learning rate.
+    """An optimizer of torch.optim, any but LBFGS and SparseAdam, by name, with its arguments, and its learning rate.
 
     The rate is lr, times warmup or `schedule`, times `factor` for each milestone that has been reached.
     """

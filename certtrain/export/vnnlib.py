@@ -24,7 +24,7 @@ def export_vnnlib(
     """Write the network, a property for each test image that is unknown, and instances.csv, which lists them.
 
     Unknown is an image that is classified right, proved neither by IBP nor by the configuration's methods, and not
-    attacked by its PGD.
+    attacked by its attacks.
 
     Args:
         folder: new, or empty.
