@@ -21,16 +21,20 @@ class Pruner(Observer):
 
     The radius is that of the test from the first epoch on, whatever warmup is at, so that epochs of all trials are
     comparable. `pruned`: the trial's pruner has ended the run.
+
+    Args:
+        warmup_epochs: before which no run is ended; None: until the run's own epsilon has grown.
     """
 
-    def __init__(self, trial: Any, config: Config) -> None:
+    def __init__(self, trial: Any, config: Config, warmup_epochs: int | None = None) -> None:
         self._trial, self._config = trial, config
+        self._warmup_epochs = config.ramp_epochs[1] if warmup_epochs is None else warmup_epochs
         self._validation = load_data(config).test  # which the configuration puts there
         self.pruned = False
 
     def after_epoch(self, trainer: Trainer, report: EpochReport) -> bool:
         self._trial.report(self._verified_error(trainer), report.epoch)
-        self.pruned = self._trial.should_prune()
+        self.pruned = report.epoch >= self._warmup_epochs and self._trial.should_prune()
         return self.pruned
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ class Range(Section):
 class Pruning(Section):
     """Trials whose verified error on validation images is above the median of the others' at that epoch are ended."""
 
-    warmup_epochs: Annotated[int, Field(ge=0)] | None = None  # before which none is; null: those of epsilon's warmup
+    warmup_epochs: Annotated[int, Field(ge=0)] | None = None  # before which none is; null: until its epsilon has grown
     startup_trials: Annotated[int, Field(ge=1)] = 5  # that are finished before one is ended
 
 

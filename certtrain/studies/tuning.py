@@ -108,12 +108,7 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
     file = tuning.file
     pruner = optuna.pruners.NopPruner()
     if file.pruning is not None:
-        epsilon = tuning.trial_config({}).epsilon
-        warmup = epsilon.start_epoch - 1 + epsilon.warmup_epochs
-        pruner = optuna.pruners.MedianPruner(
-            n_startup_trials=file.pruning.startup_trials,
-            n_warmup_steps=warmup if file.pruning.warmup_epochs is None else file.pruning.warmup_epochs,
-        )
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=file.pruning.startup_trials)
     url = file.storage or f"sqlite:///{(folder / STORAGE).resolve()}"
     try:
         study = optuna.create_study(
@@ -318,7 +313,8 @@ def train_trial(tuning: Tuning, folder: Path, number: int, config: Config, place
         if study.trials[number].state.is_finished():  # by another, since it was proposed here
             return 0
         trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
-        pruner = None if tuning.file.pruning is None else Pruner(trial, config)
+        pruning = tuning.file.pruning
+        pruner = None if pruning is None else Pruner(trial, config, pruning.warmup_epochs)
         callbacks = [] if pruner is None else [pruner]
         try:
             run = train(config, place, resume=True, device=device, console=Console(width=120), callbacks=callbacks)

@@ -475,6 +475,19 @@ def test_trials_are_pruned_by_bounds_on_validation_images(tmp_path):
     assert trial.reported[3] == run.summary["verified_error"] < 1
 
 
+@pytest.mark.parametrize(
+    ("start", "ramp", "asked", "last"), [(1, 2, None, 2), (2, 2, None, 3), (1, 2, 1, 1), (1, 0, 3, 3)]
+)
+def test_no_trial_is_ended_before_its_own_epsilon_has_grown(tmp_path, start, ramp, asked, last):
+    """Whatever that of `base` does; or before the epoch that the file names."""
+    changes = {"data.validation": 0.1, "verification": {"split": "validation"}, "training.epochs": 4}
+    config = load_config("digits", [*TINY, changes, {"epsilon": {"start_epoch": start, "warmup_epochs": ramp}}])
+    trial = Recorded(0)  # which its study would end at once
+    with one_thread():
+        train(config, tmp_path / "run", device="cpu", console=QUIET, callbacks=[Pruner(trial, config, asked)])
+    assert list(trial.reported) == list(range(1, last + 1))
+
+
 @pytest.mark.slow
 def test_a_search_ends_with_one_look_at_the_test_set(cli, tmp_path):
     file, out = tmp_path / "search.yaml", tmp_path / "out"
