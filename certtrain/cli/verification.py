@@ -159,6 +159,8 @@ def _add_verdicts(folder: Path, config: Config, split: Split, results: Sequence[
 def _asked(options: argparse.Namespace, weights: Path) -> Config:
     """The run's configuration with what the command line changes; raises where that could not be used."""
     config = config_of(options, options.run, _changes(options))
+    if options.certificates and config.verification.arithmetic is None:  # which are about what is computed
+        config = config_of(options, options.run, _changes(options, arithmetic="float32"))
     _require_search(options, config.verification)
     if options.certificates:
         _require_certifiable(weights, config)
@@ -221,13 +223,12 @@ def _is_onnx(path: Path) -> bool:
     return path.name.endswith((".onnx", ".onnx.gz"))
 
 
-def _changes(options: argparse.Namespace) -> dict[str, Any]:
-    sound = "float32" if options.sound is None and options.certificates else options.sound
+def _changes(options: argparse.Namespace, arithmetic: str | None = None) -> dict[str, Any]:
     search = None if options.timeout is None else {"timeout": options.timeout}
     named = {
         "eps": options.eps,
         "method": options.method,
-        "arithmetic": sound,
+        "arithmetic": options.sound or arithmetic,
         "attack": options.attack,
         "search": search,
     }

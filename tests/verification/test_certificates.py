@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file, save_file
 
 import certtrain
@@ -117,6 +118,23 @@ def test_what_could_not_be_checked_is_refused_by_every_rank(asked, reason, cli, 
     outcome = cli("verify", run, "--certificates", file, "--limit", 1, "--device", "cpu", *asked)
     assert (outcome.code, file.exists()) == (2, False)
     assert reason in outcome.error
+
+
+@pytest.mark.parametrize(("written", "asked", "expected"), [
+    (None, [], "float32"),
+    ("bf16", [], "bf16"),
+    (None, ["verification.arithmetic=bf16"], "bf16"),
+    ("bf16", ["--sound", "float64"], "float64"),
+    ("bf16", ["verification.arithmetic=null"], "float32"),
+])  # fmt: skip
+def test_certificates_are_of_the_arithmetic_that_was_asked_for(written, asked, expected, cli, run, tmp_path):
+    """By the run's configuration, by a value, by an option; float32's where none of them says."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["verification"]["arithmetic"] = written
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    file = tmp_path / "c.parquet"
+    assert cli("verify", run, "--certificates", file, "--limit", 2, "--device", "cpu", *asked).code == 0
+    assert set(pq.read_table(file)["arithmetic"].to_pylist()) == {expected}
 
 
 def test_what_cannot_be_certified_is_verified_nevertheless(cli, run, tmp_path):
