@@ -56,13 +56,12 @@ def build_average(
     Raises:
         UsageError: the run ends before any weights are taken.
     """
+    decay = section.decay if isinstance(section, EMASection) else None
     match section:
-        case EMASection(every_steps=every, decay=decay):
+        case EMASection(every_steps=every) | SWASection(every_steps=int(every)):
             until_first = every
-        case SWASection(every_steps=None, every_epochs=apart):  # at the ends of epochs, that of the first one first
-            every, until_first, decay = apart * steps_per_epoch, steps_per_epoch, None
-        case SWASection(every_steps=int(every)):
-            until_first, decay = every, None
+        case SWASection(every_epochs=apart):  # at the ends of epochs, that of the first one first
+            every, until_first = apart * steps_per_epoch, steps_per_epoch
         case _:
             return None
     share = AverageShare((section.start_epoch - 1) * steps_per_epoch + until_first, every, decay)
