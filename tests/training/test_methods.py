@@ -620,7 +620,14 @@ def test_random_numbers_are_uniform_and_belong_to_an_image_and_a_step():
 
 @pytest.mark.parametrize(
     ("name", "smoothing"),
-    [*((name, "none") for name in sorted(METHODS)), ("ibp", "{name: pgpe, pairs: 2}"), ("sabr", "rgs")],
+    [
+        *(
+            pytest.param(name, "none", marks=[] if name in ("ibp", "sabr", "taps") else pytest.mark.slow)
+            for name in sorted(METHODS)
+        ),
+        ("ibp", "{name: pgpe, pairs: 2}"),
+        pytest.param("sabr", "rgs", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name, smoothing, tmp_path, monkeypatch):
     few = {part: {"steps": 2} for part in ("attack", "latent") if part in METHOD_SECTIONS[name].model_fields}

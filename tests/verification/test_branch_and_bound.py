@@ -103,6 +103,7 @@ def test_verdicts_equal_enumeration(seed, widths):
         assert int(network(outcome.point[None]).argmax()) != label
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 10**6), arithmetic=st.sampled_from([None, "float64", "float32"]))
 @settings(max_examples=6, deadline=None)
 def test_margins_by_search_are_below_the_minima_and_prove_what_is_true(seed, arithmetic):
@@ -195,7 +196,10 @@ def holds_at(leaf: Leaf, neurons: Tensor) -> Tensor:
     return inside
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU, nn.LeakyReLU, *(pytest.param(smooth, marks=pytest.mark.slow) for smooth in (nn.Sigmoid, nn.Tanh))],
+)
 def test_leaves_cover_the_box_once_and_hold_where_they_are(activation):
     """Points of the box lie in one leaf of each tree, whose bound is below the margin there and can be had again."""
     trees = 0

@@ -104,7 +104,9 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [0, 1, 37, 59])
+@pytest.mark.parametrize(
+    "after", [pytest.param(0, marks=pytest.mark.slow), 1, 37, pytest.param(59, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_verification_goes_on_to_the_same_table(network, digits, result, tmp_path, after):
     file, seen = tmp_path / "results.jsonl", []
 

@@ -158,6 +158,7 @@ def write_npz(folder, count=400):
         np.savez(folder / f"{name}.npz", images=images, labels=rng.integers(0, 10, count))
 
 
+@pytest.mark.slow
 def test_the_run_does_not_say_which_images_are_meant(cli, run, tmp_path):
     """Certificates of easier images, made and checked with what the run's own config.yaml names."""
     write_npz(tmp_path)
