@@ -32,7 +32,7 @@ from certtrain.runs.build import load_data
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.verification.branch_and_bound import Search, branch_and_bound, root_margins
-from certtrain.verification.domains import Verdict
+from certtrain.verification.verdicts import Verdict
 
 MEBIBYTE = 2**20
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from certtrain.report.forgetting import forgetting_table
 from certtrain.runtime.console import tell
-from certtrain.verification.cascade import GAVE_UP
+from certtrain.verification.verdicts import GAVE_UP
 
 if TYPE_CHECKING:
     from certtrain.config import Config

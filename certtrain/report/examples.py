@@ -38,7 +38,7 @@ def judge(
     """Verify the first `limit` test images as the configuration says, at radius `eps`.
 
     Returns:
-        What was found, and under each fate the first `most` examples.
+        What was found, and under each verdict the first `most` examples.
     """
     (result,) = verify_run(load_config(config, {"verification.eps": eps}), model, dataset, limit)
     split = dataset.test.take(slice(len(result.correct)))
@@ -53,5 +53,5 @@ def judge(
         margin = result.margin[index].item()
         return Example(index, images[index], int(split.labels[index]), point, int(prediction), margin)
 
-    chosen = {name: flags.nonzero()[:most, 0].tolist() for name, flags in result.fates.items()}
-    return result, {name: [example(index) for index in indices] for name, indices in chosen.items()}
+    chosen = {verdict: flags.nonzero()[:most, 0].tolist() for verdict, flags in result.flags_by_verdict.items()}
+    return result, {verdict: [example(index) for index in indices] for verdict, indices in chosen.items()}

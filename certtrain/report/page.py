@@ -23,16 +23,17 @@ from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, ch
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.metrics import read_records
 from certtrain.runtime.files import parse_json, write_text
+from certtrain.verification.verdicts import Verdict
 
-EXAMPLES = 12  # of each fate
+EXAMPLES = 12  # of each verdict
 MEANING = {
-    "proved": "no perturbation within epsilon changes the prediction",
-    "unknown": "classified right, neither proved nor attacked",
-    "attacked": "the attack found a misclassified point within epsilon",
-    "misclassified": "wrong without any perturbation",
+    Verdict.PROVED: "no perturbation within epsilon changes the prediction",
+    Verdict.UNKNOWN: "classified right, neither proved nor attacked",
+    Verdict.ATTACKED: "the attack found a misclassified point within epsilon",
+    Verdict.MISCLASSIFIED: "wrong without any perturbation",
 }
 Curve = tuple[list[float], list[float]]  # epsilons, errors
-SHOWN = ("proved", "attacked", "unknown")
+SHOWN = (Verdict.PROVED, Verdict.ATTACKED, Verdict.UNKNOWN)
 
 
 def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, file: Path, limit: int) -> None:
@@ -50,7 +51,7 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
     trained, measured = stored_config(run), newest_results(run, summary)
     drawn = _draw(epochs) | {"errors_over_eps": plots.errors_over_eps(*error_curves(measured))}
     result, examples = judge(config, model, dataset, summary["eps"], limit, EXAMPLES)
-    counts = {name: int(flags.sum()) for name, flags in result.fates.items()}
+    counts = {verdict: int(flags.sum()) for verdict, flags in result.flags_by_verdict.items()}
     text = page.render(
         _show(trained, summary),
         title=printable(run.resolve().name),
@@ -60,10 +61,10 @@ def write_report(run: Path, config: Config, model: nn.Module, dataset: Dataset, 
         judged_split=config.verification.split,
         data=config.data.name,
         methods=", ".join(config.verification.method),
-        fates=[(name, count, MEANING[name]) for name, count in counts.items()],
+        verdicts=[(verdict, count, MEANING[verdict]) for verdict, count in counts.items()],
         gallery=[
-            (name, counts[name], [_figure(example, dataset.classes, result.eps) for example in examples[name]])
-            for name in SHOWN
+            (verdict, counts[verdict], [_figure(example, dataset.classes, result.eps) for example in examples[verdict]])
+            for verdict in SHOWN
         ],
         config=trained.to_yaml(),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from certtrain.errors import CheckpointError
 from certtrain.runtime.files import parse_json, write_json
+from certtrain.verification.verdicts import Verdict
 
 if TYPE_CHECKING:
     from certtrain.data import Split
     from certtrain.verification.verify import Verification
 
 FILE = "verdicts.json"
-LETTERS = {"proved": "p", "attacked": "a", "unknown": "u", "misclassified": "m"}
+LETTERS: Mapping[str, str] = {
+    Verdict.PROVED: "p",
+    Verdict.ATTACKED: "a",
+    Verdict.UNKNOWN: "u",
+    Verdict.MISCLASSIFIED: "m",
+}
 MOST_IMAGES = 10**7
 
 
@@ -93,7 +99,7 @@ def read_verdicts(folder: Path) -> list[Verdicts]:
 
 def _letters(result: Verification) -> str:
     letters = [""] * len(result.correct)
-    for fate, chosen in result.fates.items():
-        for index in chosen.nonzero()[:, 0].tolist():
-            letters[index] = LETTERS[fate]
+    for verdict, flags in result.flags_by_verdict.items():
+        for index in flags.nonzero()[:, 0].tolist():
+            letters[index] = LETTERS[verdict]
     return "".join(letters)

@@ -23,11 +23,12 @@ from certtrain.modules import evaluating
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack, inscribed_linf_box, predictions
 from certtrain.verification.branch_and_bound import Search, root_margins, settle
-from certtrain.verification.cascade import BRANCH_AND_BOUND, VERDICTS, around_attack
+from certtrain.verification.cascade import BRANCH_AND_BOUND, around_attack
 from certtrain.verification.digests import split_digest
 from certtrain.verification.folding import fold_batch_norm
 from certtrain.verification.pixels import perturbation_box
 from certtrain.verification.results import ImageResult
+from certtrain.verification.verdicts import Verdict
 
 Portion = tuple[float, Sequence[int]]  # a radius, and positions of images
 Seconds = list[tuple[float, ...]]  # of each image, by the methods that were asked about it
@@ -107,20 +108,22 @@ class Answers:
             prediction = predictions(self.model, images)
             correct = prediction == labels
             box = perturbation_box(part.images, eps, self.question.arithmetic)
-            cheap, dear = around_attack(self.question.methods)
+            before_attack, after_attack = around_attack(self.question.methods)
             margins = no_margins(labels, self.net.classes, box.like.dtype)
             seconds: Seconds = [()] * len(labels)
-            for i, method in enumerate(cheap):
+            for i, method in enumerate(before_attack):
                 left = correct & ~proved(margins) if i > 0 else torch.ones_like(correct)
                 margins, seconds = self._bounded(method, box, labels, left, margins, seconds)
             left = correct & ~proved(margins)
             attacked, points = self._attacks(images, labels, eps, left, positions)
-            for method in dear:
+            for method in after_attack:
                 left = correct & ~attacked & ~proved(margins)
                 margins, seconds = self._bounded(method, box, labels, left, margins, seconds)
             holds = proved(margins) & correct & ~attacked
             verdicts = np.select(
-                [array.cpu().numpy() for array in (~correct, holds, attacked)], VERDICTS[:3], "unknown"
+                [flags.cpu().numpy() for flags in (~correct, holds, attacked)],
+                [Verdict.MISCLASSIFIED, Verdict.PROVED, Verdict.ATTACKED],
+                Verdict.UNKNOWN,
             ).tolist()
             smallest = _least(margins, labels)
             found = [
@@ -129,7 +132,7 @@ class Answers:
             ]
             for i, point in zip(attacked.nonzero()[:, 0].tolist(), points, strict=True):
                 found[i] = replace(found[i], point=point.cpu())
-            unknown = [i for i, verdict in enumerate(verdicts) if verdict == "unknown" and self.question.searches]
+            unknown = [i for i, verdict in enumerate(verdicts) if verdict == Verdict.UNKNOWN and self.question.searches]
             yield from (result for i, result in enumerate(found) if i not in set(unknown))
             for some in in_parts(unknown, self.question.search.images):
                 index = torch.tensor(some, device=labels.device)

@@ -28,9 +28,10 @@ from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.margins import no_nan, proved
 from certtrain.errors import UsageError, require_counts
 from certtrain.verification.attacks import predictions
-from certtrain.verification.domains import Domain, ImageSearch, Leaf, Split, Verdict
+from certtrain.verification.domains import Domain, ImageSearch, Leaf, Split
 from certtrain.verification.leaf import exact_leaf
 from certtrain.verification.trees import MOST_BYTES, Trees
+from certtrain.verification.verdicts import Verdict
 
 if TYPE_CHECKING:
     from certtrain.bounds.model import BoundedModel

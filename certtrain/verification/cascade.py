@@ -1,4 +1,4 @@
-"""The stages of a verification by price, which of them go together, and its verdicts; told without torch."""
+"""The stages of a verification by price, and which of them go together; told without torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ STAGES = ("ibp", "crown-ibp", "crown", "alpha-crown", BRANCH_AND_BOUND)
 """The methods of `BoundedModel.margins`, and the search that decides what they leave unknown."""
 
 CHEAPER_THAN_ATTACK = ("ibp", "crown-ibp")
-
-GAVE_UP = ("timeout", "memory", "all split")
-VERDICTS = ("misclassified", "proved", "attacked", "unknown", *GAVE_UP)
-"""Of one image. GAVE_UP says why branch and bound has not decided it; "unknown", that it was not asked."""
 
 
 def around_attack(methods: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

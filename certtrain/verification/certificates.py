@@ -46,6 +46,7 @@ from certtrain.errors import CertificateError, UsageError
 from certtrain.runtime.files import parse_json
 from certtrain.verification.digests import digest, split_digest
 from certtrain.verification.trees import MOST_PACKED
+from certtrain.verification.verdicts import Verdict
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,7 +57,8 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 METADATA = b"certtrain"
-VERDICTS = ("proved", "attacked", "unknown")
+CLAIMED = (Verdict.PROVED, Verdict.ATTACKED, Verdict.UNKNOWN)
+"""Verdicts of certificates: a misclassified image is attacked by itself, one that was given up is unknown."""
 CHECKED_METHODS = ("ibp", "crown-ibp", "crown", "branch-and-bound")  # whose proofs the checker can make again
 MOST_ROWS = 10_000_000
 MOST_HEADER_BYTES = 2**22
@@ -234,8 +236,8 @@ def certificate_rows(result: Verification, data: Split) -> Iterator[dict[str, An
         }
 
 
-def _verdict(proved: bool, attacked: bool) -> str:
-    return "proved" if proved else "attacked" if attacked else "unknown"
+def _verdict(proved: bool, attacked: bool) -> Verdict:
+    return Verdict.PROVED if proved else Verdict.ATTACKED if attacked else Verdict.UNKNOWN
 
 
 def require_checkable(methods: Sequence[str], radii: Sequence[float]) -> None:
@@ -309,8 +311,8 @@ def write_certificates(
 
 def _claim(result: Verification, verdicts: Mapping[tuple[float, str], int]) -> Claim:
     epsilon, method = float(result.eps), ",".join(stage.method for stage in result.stages)
-    counts = (verdicts[epsilon, verdict] for verdict in VERDICTS)
-    return Claim(epsilon, str(result.arithmetic), method, len(result.correct), *counts)
+    counts = {verdict.value: verdicts[epsilon, verdict] for verdict in CLAIMED}
+    return Claim(epsilon, str(result.arithmetic), method, len(result.correct), **counts)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ from rich.progress import track
 
 from certtrain.errors import CertificateError
 from certtrain.runtime.files import parse_json
-from certtrain.verification.certificates import CHECKED_METHODS, VERDICTS, Certificates, Claim
+from certtrain.verification.certificates import CHECKED_METHODS, CLAIMED, Certificates, Claim
 from certtrain.verification.coverage import check_coverage
 from certtrain.verification.digests import digest, split_digest
 from certtrain.verification.linear_checker import LinearChecker, Recording
 from certtrain.verification.propagation import UNIT, Array, Interval, Propagation
 from certtrain.verification.transformer import encode
 from certtrain.verification.trees import Trees
+from certtrain.verification.verdicts import Verdict
 
 SEARCH_AGREEMENT = 1e-5  # of margins by boxes that going back has made, in float64, by two programs
 AGREEMENT = 1e-7  # relative; two derivations of one margin in float64 differ by less
@@ -291,7 +292,7 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
     methods = row["method"].split(",")
     if not set(methods) <= set(CHECKED_METHODS) or row["arithmetic"] not in UNIT:
         raise CertificateError(f"index {index}: bounds by {row['method']} in {row['arithmetic']} cannot be checked")
-    searched = methods[-1] == "branch-and-bound" and row["verdict"] == "proved"
+    searched = methods[-1] == "branch-and-bound" and row["verdict"] == Verdict.PROVED
     if row["tree"] is not None and not searched:
         raise CertificateError(f"index {index}: a tree belongs where branch and bound has proved an image")
     if not (np.isfinite(eps) and eps >= 0):
@@ -306,7 +307,7 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
 
 def _check_margin(row: Mapping[str, Any], network: SavedNetwork, lower: Array, upper: Array) -> None:
     """One by intervals is the certificate's; one by going back, or by a search that stopped, is no less."""
-    index, claimed, proved = row["index"], row["margin"], row["verdict"] == "proved"
+    index, claimed, proved = row["index"], row["margin"], row["verdict"] == Verdict.PROVED
     entering = network.classifier_input(lower, upper, row["arithmetic"])
     margin = entering.margin(row["label"])
     if row["method"] == "ibp":
@@ -346,11 +347,11 @@ def _margin_going_back(
 def _check_verdict(row: Mapping[str, Any], network: SavedNetwork, image: Array, box: tuple[Array, Array]) -> None:
     index, label, verdict, adversarial = (row[key] for key in ("index", "label", "verdict", "adversarial"))
     correct = row["prediction"] == label
-    if verdict not in VERDICTS:
+    if verdict not in CLAIMED:
         raise CertificateError(f"index {index}: unknown verdict {verdict!r}")
-    if verdict != "attacked" and not correct:
+    if verdict != Verdict.ATTACKED and not correct:
         raise CertificateError(f"index {index}: verdict {verdict}, but the prediction is not the label")
-    if (adversarial is not None) != (verdict == "attacked" and correct):
+    if (adversarial is not None) != (verdict == Verdict.ATTACKED and correct):
         raise CertificateError(f"index {index}: an adversarial image belongs where a right prediction was attacked")
     if adversarial is None:
         return
@@ -363,7 +364,7 @@ def _check_verdict(row: Mapping[str, Any], network: SavedNetwork, image: Array, 
 
 
 def _predicts(network: SavedNetwork, image: Array, row: Mapping[str, Any]) -> bool:
-    proved = row["verdict"] == "proved" and row["prediction"] == row["label"]  # which the margin has shown
+    proved = row["verdict"] == Verdict.PROVED and row["prediction"] == row["label"]  # which the margin has shown
     return proved or network.classifier_input(image, image, row["arithmetic"]).can_predict(row["prediction"])
 
 

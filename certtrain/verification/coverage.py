@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from certtrain.errors import CertificateError
-from certtrain.verification.certificates import VERDICTS, Certificates, Claim, Header
+from certtrain.verification.certificates import CLAIMED, Certificates, Claim, Header
 
 Row = Mapping[str, Any]
 
@@ -86,9 +86,9 @@ def _check_claim(claim: Claim, rows: Iterator[Row], images: int) -> int | None:
             missing = last + 1
         found[row["verdict"]] += 1
         last = index
-    if strangers := found.keys() - set(VERDICTS):
+    if strangers := found.keys() - set(CLAIMED):
         raise CertificateError(f"{claim}: unknown verdict {min(strangers)!r}")
-    for verdict in VERDICTS:
+    for verdict in CLAIMED:
         if found[verdict] != getattr(claim, verdict):
             raise CertificateError(f"{claim}: {found[verdict]} {verdict}, the header says {getattr(claim, verdict)}")
     if found.total() != claim.images:

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from certtrain.verification.verdicts import Verdict
+
 BLOCK = 32  # vectors of slopes
-
-
-class Verdict(StrEnum):
-    """How the search for one image ended."""
-
-    PROVED = "proved"
-    ATTACKED = "attacked"
-    TIMEOUT = "timeout"
-    MEMORY = "memory"
-    ALL_SPLIT = "all split"  # nothing is left to split, and still no proof
 
 
 @dataclass(frozen=True)

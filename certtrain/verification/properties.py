@@ -26,7 +26,7 @@ from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search, branch_and_bound, root_margins
 from certtrain.verification.cascade import BRANCH_AND_BOUND, check_cascade
 from certtrain.verification.deployed import Comparison, Replay, one_by_one
-from certtrain.verification.domains import Verdict
+from certtrain.verification.verdicts import Verdict
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from certtrain.errors import CheckpointError, UsageError, shown
 from certtrain.runtime.files import parse_json, replaceable
-from certtrain.verification.cascade import VERDICTS, around_attack
+from certtrain.verification.cascade import around_attack
+from certtrain.verification.verdicts import Verdict
 
 try:
     import fcntl
@@ -33,10 +34,10 @@ FORMAT = 1
 class ImageResult:
     """What was found of one image at one radius.
 
-    image: its position in the split; prediction: as of `Verification`; verdict: of VERDICTS; margin: the smallest lower
-    bound of z_y - z_j; seconds: what it took of each stage that was asked about it, of which the last has proved it if
-    any has; domains: how many branch and bound has bounded; point: misclassified, (C, H, W), where attacked; tree: what
-    proves it by branch and bound (`Trees`), where that was kept.
+    image: its position in the split; prediction: as of `Verification`; verdict: the value of a `Verdict`; margin: the
+    smallest lower bound of z_y - z_j; seconds: what it took of each stage that was asked about it, of which the last
+    has proved it if any has; domains: how many branch and bound has bounded; point: misclassified, (C, H, W), where
+    attacked; tree: what proves it by branch and bound (`Trees`), where that was kept.
     """
 
     eps: float
@@ -79,12 +80,16 @@ class ImageResult:
             point,
             None if content["tree"] is None else base64.b64decode(content["tree"], validate=True),
         )
-        known = result.verdict in VERDICTS and result.eps in question["eps"] and 0 <= result.image < question["images"]
+        known = (
+            result.verdict in tuple(Verdict)
+            and result.eps in question["eps"]
+            and 0 <= result.image < question["images"]
+        )
         methods = question["methods"]
         least = min(1, len(around_attack(methods)[0]))  # what is asked before the attack is asked of all images
         if not (known and least <= len(result.seconds) <= len(methods)):
             raise ValueError("it is of another question")
-        if (result.verdict == "attacked") != (point is not None):
+        if (result.verdict == Verdict.ATTACKED) != (point is not None):
             raise ValueError("an image is attacked by a point")
         return result
 

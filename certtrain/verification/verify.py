@@ -25,8 +25,9 @@ from certtrain.runtime.precision import full_precision
 from certtrain.verification.answers import Answers, Portion, Question, in_parts
 from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search
-from certtrain.verification.cascade import GAVE_UP, check_cascade
+from certtrain.verification.cascade import check_cascade
 from certtrain.verification.results import ImageResult, ResultFile
+from certtrain.verification.verdicts import GAVE_UP, Verdict
 from certtrain.verification.workers import in_processes
 
 DEFAULT_SEARCH = Search()
@@ -48,7 +49,7 @@ class Stage:
             for stage, seconds in zip(stages, result.seconds, strict=False):
                 stage.images += 1
                 stage.seconds += seconds
-            stages[len(result.seconds) - 1].proved += result.verdict == "proved"
+            stages[len(result.seconds) - 1].proved += result.verdict == Verdict.PROVED
         return stages
 
 
@@ -94,13 +95,13 @@ class Verification:
         return self.correct & ~self.proved & ~self.attacked
 
     @property
-    def fates(self) -> dict[str, Tensor]:
-        """A flag (N,) per image for each thing that can become of it; every image has one fate."""
+    def flags_by_verdict(self) -> dict[Verdict, Tensor]:
+        """(N,) bool of each verdict; every image has one, and those that were given up are unknown here."""
         return {
-            "proved": self.proved,
-            "unknown": self.unknown,
-            "attacked": self.attacked,
-            "misclassified": ~self.correct,
+            Verdict.PROVED: self.proved,
+            Verdict.UNKNOWN: self.unknown,
+            Verdict.ATTACKED: self.attacked,
+            Verdict.MISCLASSIFIED: ~self.correct,
         }
 
     @property
@@ -120,11 +121,11 @@ class Verification:
 
     @property
     def verdicts(self) -> list[str]:
-        """Of each image, one of `cascade.VERDICTS`."""
-        found = ["unknown" if right else "misclassified" for right in self.correct.tolist()]
-        for name, flags in (("proved", self.proved), ("attacked", self.attacked)):
+        """Of each image, the value of its `Verdict`."""
+        found = [""] * len(self.correct)
+        for verdict, flags in self.flags_by_verdict.items():
             for image in flags.nonzero()[:, 0].tolist():
-                found[image] = name
+                found[image] = verdict.value
         for image, reason in self.undecided.items():
             found[image] = reason
         return found
@@ -149,10 +150,10 @@ class Verification:
             Stage.of(methods, ordered),
             arithmetic,
             prediction=torch.tensor([result.prediction for result in ordered]),
-            correct=torch.tensor([verdict != "misclassified" for verdict in verdicts]),
-            attacked=torch.tensor([verdict == "attacked" for verdict in verdicts]),
+            correct=torch.tensor([verdict != Verdict.MISCLASSIFIED for verdict in verdicts]),
+            attacked=torch.tensor([verdict == Verdict.ATTACKED for verdict in verdicts]),
             adversarial=torch.stack(points) if points else torch.empty(0, *images.shape[1:]),
-            proved=torch.tensor([verdict == "proved" for verdict in verdicts]),
+            proved=torch.tensor([verdict == Verdict.PROVED for verdict in verdicts]),
             margin=torch.tensor([result.margin for result in ordered], dtype=_margin_type(arithmetic)),
             seconds=seconds,
             undecided={i: verdict for i, verdict in enumerate(verdicts) if verdict in GAVE_UP},

@@ -216,9 +216,9 @@ def threshold_images(restarts, limit=9, most=9):
     return judge(config, Threshold(), dataset, 5 / 255, limit, most)
 
 
-def test_every_image_has_the_fate_that_is_known():
+def test_every_image_has_the_verdict_that_is_known():
     result, examples = threshold_images(restarts=1)
-    flags = torch.stack(list(result.fates.values()))
+    flags = torch.stack(list(result.flags_by_verdict.values()))
     assert (flags.sum(0) == 1).all()
     found = {name: [example.index for example in group] for name, group in examples.items()}
     assert found == {"proved": [0], "unknown": [], "attacked": [1, 3], "misclassified": [2]}
@@ -234,7 +234,7 @@ def test_every_image_has_the_fate_that_is_known():
 def test_without_an_attack_images_are_unknown_and_only_the_first_are_shown():
     result, examples = threshold_images(restarts=0, most=1)
     assert result.attack is None
-    assert result.fates["unknown"].tolist() == [False, True, False, True]
+    assert result.flags_by_verdict["unknown"].tolist() == [False, True, False, True]
     assert [example.index for example in examples["unknown"]] == [1]
     result, _ = threshold_images(restarts=0, limit=1)
     assert len(result.correct) == 1

@@ -8,7 +8,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from certtrain.verification.certificates import METADATA, VERDICTS, ColumnDigests, schema
+from certtrain.verification.certificates import CLAIMED, METADATA, ColumnDigests, schema
 from certtrain.verification.digests import digest
 
 
@@ -61,7 +61,7 @@ def with_claims(header, rows):
     claims = []
     for kind in kinds:
         found = Counter(row["verdict"] for row in rows if (row["epsilon"], row["arithmetic"], row["method"]) == kind)
-        counts = {verdict: found[verdict] for verdict in VERDICTS}
+        counts = {verdict.value: found[verdict] for verdict in CLAIMED}
         claims.append(
             dict(zip(("epsilon", "arithmetic", "method"), kind, strict=True)) | {"images": found.total()} | counts
         )

@@ -23,7 +23,8 @@ from certtrain.bounds.model import METHODS
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification import branch_and_bound as module
 from certtrain.verification.branch_and_bound import Outcome, Search, branch_and_bound
-from certtrain.verification.domains import Domain, Leaf, Verdict
+from certtrain.verification.domains import Domain, Leaf
+from certtrain.verification.verdicts import Verdict
 
 
 def small_network(

@@ -17,7 +17,8 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification.attacks import PGD
 from certtrain.verification.branch_and_bound import Search
-from certtrain.verification.cascade import STAGES, VERDICTS
+from certtrain.verification.cascade import STAGES
+from certtrain.verification.verdicts import Verdict
 from certtrain.verification.verify import verify
 from tests.commands import one_thread
 
@@ -219,7 +220,7 @@ def test_time_and_memory_end_a_search_and_are_told(network, digits, result, sear
     assert not (ended.proved & ended.unknown).any()
     for found, decided in zip(ended.verdicts, result.verdicts, strict=True):
         assert found in (reason, decided)
-        assert found in VERDICTS
+        assert found in tuple(Verdict)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ from certtrain.runs.checkpoint import load_model
 from certtrain.verification import linear_checker
 from certtrain.verification.branch_and_bound import Search, branch_and_bound
 from certtrain.verification.checker import SavedNetwork
-from certtrain.verification.domains import Verdict
 from certtrain.verification.linear_checker import LinearChecker, Recording
 from certtrain.verification.pixels import pixel_box
 from certtrain.verification.trees import Trees, covers
+from certtrain.verification.verdicts import Verdict
 from tests.networks import randomized, save_model
 
 NORMALISED = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}

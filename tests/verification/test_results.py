@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from certtrain.errors import CheckpointError, UsageError
-from certtrain.verification.cascade import VERDICTS
 from certtrain.verification.results import ImageResult, ResultFile
+from certtrain.verification.verdicts import Verdict
 
 QUESTION = {"model_sha256": "00", "images": 6, "shape": [1, 1, 2], "eps": [0.1, 1 / 3], "methods": ["ibp", "crown"]}
 
@@ -21,7 +21,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 @st.composite
 def image_results(draw):
-    verdict = draw(st.sampled_from(VERDICTS))
+    verdict = draw(st.sampled_from([verdict.value for verdict in Verdict]))
     return ImageResult(
         draw(st.sampled_from(QUESTION["eps"])),
         draw(st.integers(0, 5)),

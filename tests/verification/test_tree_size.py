@@ -19,8 +19,8 @@ from certtrain.verification import branch_and_bound as searching
 from certtrain.verification import trees as reading
 from certtrain.verification.branch_and_bound import Search, branch_and_bound
 from certtrain.verification.certificates import Certificates, Claim, Header, ImageSet, schema
-from certtrain.verification.domains import Verdict
 from certtrain.verification.trees import MOST_BYTES, MOST_PACKED, Trees
+from certtrain.verification.verdicts import Verdict
 from tests.verification.test_branch_and_bound import SEVERAL
 
 FLOATS = st.sampled_from([np.float32, np.float64])
