@@ -99,12 +99,13 @@ def moments(box: Box) -> Moments:
 
 def tightness_of(layers: Sequence[Moments], input_radius: Tensor, tol: float) -> Tensor:
     """`tightness_loss` from each layer's moments; `input_radius` is mean(r_0)."""
-    return _stacked("ReLU layer", [torch.relu(tol - layer_tightness(m, input_radius)) / tol for m in layers]).mean()
+    tightness = [layer_tightness(m.radius / m.elements, input_radius) for m in layers]
+    return _stacked("ReLU layer", [torch.relu(tol - value) / tol for value in tightness]).mean()
 
 
-def layer_tightness(layer: Moments, input_radius: Tensor) -> Tensor:
-    """mean(r_0) / mean(r_i)."""
-    return input_radius / (layer.radius / layer.elements).clamp(min=TINY)
+def layer_tightness(radius: Tensor, input_radius: Tensor) -> Tensor:
+    """mean(r_0) / mean(r_i), of both means."""
+    return input_radius / radius.clamp(min=TINY)
 
 
 def relu_balance_of(layers: Sequence[Moments], tol: float) -> Tensor:

@@ -19,8 +19,8 @@ from rich.console import Console
 from torch import Tensor
 
 import certtrain
+from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.config.names import METHODS
 from certtrain.models import build_model
 from certtrain.runs.build import resolve_device
 from certtrain.runs.provenance import versions

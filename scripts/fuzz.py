@@ -29,9 +29,9 @@ import torch
 from fuzz_networks import CLASSES, IMAGE, Recipe
 from torch import Tensor, nn
 
+from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.linear import AlphaOptions
-from certtrain.bounds.model import METHODS
 from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.runs.provenance import versions

@@ -13,11 +13,13 @@ from certtrain.bounds.graph import Graph
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.lirpa import LirpaModel
-from certtrain.bounds.model import BACKENDS, DEFAULT_ALPHA, BoundedModel, CleanPass, Split
+from certtrain.bounds.model import DEFAULT_ALPHA, BoundedModel, CleanPass, Split
 from certtrain.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from certtrain.verification.branch_and_bound import Search
+
+BACKENDS = ("native", "lirpa")
 
 
 class Bounder(Protocol):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS, STAGES
 from certtrain.bounds import interval
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import Box
@@ -29,13 +30,10 @@ from certtrain.bounds.structure import structure_of
 from certtrain.bounds.tracing import trace
 from certtrain.errors import UnsupportedOperation, UsageError, unknown
 from certtrain.modules import device_of, evaluating
-from certtrain.verification.cascade import BRANCH_AND_BOUND, STAGES
 
 if TYPE_CHECKING:
     from certtrain.verification.branch_and_bound import Search
 
-METHODS = STAGES[:-1]  # by price; all but the search
-BACKENDS = ("native", "lirpa")
 DEFAULT_ALPHA = AlphaOptions()
 COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; a test counts them
 CACHE = 2**22  # bytes: arrays of coefficients that are no larger stay in a CPU's cache from one operation to the next
@@ -74,22 +72,15 @@ class BoundedModel:
     Args:
         model: takes one batch of inputs (B, ...), returns logits (B, K).
         example_input: any valid batch; the recorded operations are checked against the module on it.
-        backend: "native"; another one is `bounded_model`'s to give.
         batch_sum: completes sums over a batch (with gradient), where each call sees only a part of it, so that
             BatchNorm in training mode still has the statistics of all of it.
 
     Raises:
         UnsupportedOperation: the network cannot be traced, or an operation in it has no rule.
-        UsageError: another backend.
+        UsageError: an example input that is no batch, or a layer without shapes yet.
     """
 
-    def __init__(
-        self, model: nn.Module, example_input: Tensor, backend: str = "native", batch_sum: BatchSum | None = None
-    ) -> None:
-        if backend != "native":
-            if backend not in BACKENDS:
-                raise unknown("backend", backend, BACKENDS)
-            raise UsageError(f"BoundedModel is the native backend: bounded_model(model, x, {backend!r}) gives another")
+    def __init__(self, model: nn.Module, example_input: Tensor, batch_sum: BatchSum | None = None) -> None:
         if example_input.dim() == 0 or not example_input.numel():
             raise UsageError(f"example_input of shape {tuple(example_input.shape)} is no batch of at least one input")
         _require_recordable(model)

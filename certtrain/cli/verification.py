@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from certtrain.bound_methods import BRANCH_AND_BOUND, STAGES
 from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data, require_held_out
 from certtrain.cli.options import refuse
 from certtrain.cli.tables import show_results
-from certtrain.config.names import STAGES
 from certtrain.errors import UsageError, optional_module
 from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import launched
-from certtrain.verification.cascade import BRANCH_AND_BOUND
 from certtrain.verification.certificates import require_checkable
 
 if TYPE_CHECKING:

@@ -54,8 +54,6 @@ MODELS = Names(
 INITIALIZATIONS = Names(
     "certtrain.initialization", "INITIALIZATIONS", ("ibp", "kaiming", "xavier", "orthogonal", "default")
 )
-METHODS = Names("certtrain.bounds.model", "METHODS", ("ibp", "crown-ibp", "crown", "alpha-crown"))
-STAGES = Names("certtrain.verification.cascade", "STAGES", (*METHODS.declared, "branch-and-bound"))
 ARITHMETICS = Names("certtrain.bounds.rounding.arithmetic", "ARITHMETICS", ("float32", "tf32", "bf16", "float64"))
 ATTACKS = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t")
 

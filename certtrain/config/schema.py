@@ -18,9 +18,10 @@ from pydantic import (
     model_validator,
 )
 
+from certtrain.bound_methods import STAGES
 from certtrain.config.averaging import ChosenAveraging, EMASection, NoAveragingSection, SWASection
 from certtrain.config.methods import ChosenMethod, IBPSection
-from certtrain.config.names import ARITHMETICS, ATTACKS, DATASETS, INITIALIZATIONS, MODELS, OPTIMIZERS, STAGES
+from certtrain.config.names import ARITHMETICS, ATTACKS, DATASETS, INITIALIZATIONS, MODELS, OPTIMIZERS
 from certtrain.config.reading import MOST_DEPTH, write_yaml
 from certtrain.config.schedules import ChosenSchedule, ConstantSection
 from certtrain.config.section import Section, Share

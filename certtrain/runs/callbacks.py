@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from certtrain.errors import READER_LEFT, DivergedError
-from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runs.checkpoint import save_checkpoint
 from certtrain.runs.directory import TENSORBOARD
 from certtrain.runs.lock import Claim
@@ -21,6 +20,7 @@ from certtrain.runs.metrics import MetricsFile
 from certtrain.runs.progress import ProgressDisplay, TensorBoard, epoch_record
 from certtrain.runs.state import run_state
 from certtrain.runtime.distributed import Ranks
+from certtrain.training.layer_statistics import layer_statistics
 from certtrain.training.step import SMALLEST_RADIUS
 from certtrain.training.trainer import EpochReport, Observer, Trainer
 

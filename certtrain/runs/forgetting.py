@@ -12,10 +12,10 @@ from certtrain.config import Config
 from certtrain.config.schema import DataSection
 from certtrain.data import Dataset, Split
 from certtrain.errors import DataError, UsageError
-from certtrain.report.layer_statistics import LayerStatistics
 from certtrain.runs.build import load_data, load_splits
 from certtrain.runs.meters import Meter
 from certtrain.runs.start import Errors, Start
+from certtrain.training.layer_statistics import LayerStatistics
 from certtrain.training.trainer import EpochReport, Trainer
 from certtrain.verification.verify import verify
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from certtrain.report.layer_statistics import LayerStatistics, layer_statistics
 from certtrain.runs.metrics import MetricsFile
 from certtrain.training.adaptivity import step_statistics
+from certtrain.training.layer_statistics import LayerStatistics, layer_statistics
 from certtrain.training.step import SMALLEST_RADIUS
 from certtrain.training.trainer import EpochReport, Trainer
 

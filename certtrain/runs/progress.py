@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from certtrain.errors import CheckpointError
-from certtrain.report.layer_statistics import LayerStatistics
+from certtrain.training.layer_statistics import LayerStatistics
 from certtrain.training.trainer import EpochReport, Trainer
 from certtrain.verification.results import ImageResult
 

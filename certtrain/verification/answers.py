@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from certtrain.bound_methods import BRANCH_AND_BOUND
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model
 from certtrain.bounds.linear.beta import Neurons
 from certtrain.bounds.margins import proved
@@ -23,7 +24,7 @@ from certtrain.modules import evaluating
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack, inscribed_linf_box, predictions
 from certtrain.verification.branch_and_bound import Search, root_margins, settle
-from certtrain.verification.cascade import BRANCH_AND_BOUND, around_attack
+from certtrain.verification.cascade import around_attack
 from certtrain.verification.digests import split_digest
 from certtrain.verification.folding import fold_batch_norm
 from certtrain.verification.pixels import perturbation_box

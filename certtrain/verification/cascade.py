@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from certtrain.bound_methods import BRANCH_AND_BOUND
 from certtrain.errors import UsageError
-
-BRANCH_AND_BOUND = "branch-and-bound"
-STAGES = ("ibp", "crown-ibp", "crown", "alpha-crown", BRANCH_AND_BOUND)
-"""The methods of `BoundedModel.margins`, and the search that decides what they leave unknown."""
 
 CHEAPER_THAN_ATTACK = ("ibp", "crown-ibp")
 

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from certtrain.bound_methods import BRANCH_AND_BOUND
 from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.rounding.boxes import nearest_above, nearest_below
 from certtrain.data.seeding import generator
@@ -24,7 +25,7 @@ from certtrain.modules import device_of, evaluating
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search, branch_and_bound, root_margins
-from certtrain.verification.cascade import BRANCH_AND_BOUND, check_cascade
+from certtrain.verification.cascade import check_cascade
 from certtrain.verification.deployed import Comparison, Replay, one_by_one
 from certtrain.verification.verdicts import Verdict
 

@@ -42,15 +42,6 @@ def test_backend_lirpa_is_auto_lirpa_and_an_unknown_one_is_refused():
         bounded_model(model, x, "lirpa", batch_sum=lambda value: value)
 
 
-def test_the_class_of_the_native_backend_names_who_gives_others():
-    x, model = torch.rand(2, 4), nn.Linear(4, 2)
-    assert BoundedModel(model, x, backend="native").classes == 2
-    with pytest.raises(UsageError, match="bounded_model"):
-        BoundedModel(model, x, backend="lirpa")
-    with pytest.raises(UsageError, match="lirpa"):
-        BoundedModel(model, x, backend="lipra")
-
-
 @pytest.mark.parametrize(
     "question",
     [

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel, Box, linf_box
-from certtrain.bounds.model import METHODS
 from certtrain.bounds.recording import agree
 from certtrain.data import Split
 from certtrain.errors import UnsupportedOperation

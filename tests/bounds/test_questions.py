@@ -10,10 +10,9 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
+from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model, linf_box
-from certtrain.bounds.model import METHODS
 from certtrain.errors import UsageError
-from certtrain.verification.cascade import BRANCH_AND_BOUND
 
 X = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 2])

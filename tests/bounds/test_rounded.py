@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel
-from certtrain.bounds.model import METHODS
 from certtrain.bounds.rounding.arithmetic import ARITHMETICS
 from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.errors import UnsupportedOperation

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel, Box, linf_box
-from certtrain.bounds.model import METHODS
 from certtrain.bounds.rounding.arithmetic import ARITHMETICS, sum_error
 from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.errors import UnsupportedOperation, UsageError

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS
 from certtrain.bounds import BoundedModel, linf_box
-from certtrain.bounds.model import METHODS
 from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError
 from certtrain.verification.branch_and_bound import Search
-from certtrain.verification.cascade import BRANCH_AND_BOUND
 
 X = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
 

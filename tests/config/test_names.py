@@ -7,12 +7,10 @@ from typing import get_args
 import pytest
 import torch
 
-import certtrain.bounds.model
 import certtrain.bounds.rounding.arithmetic
 import certtrain.data
 import certtrain.initialization
 import certtrain.models
-import certtrain.verification.cascade
 from certtrain.config import load_config, names, schema
 from certtrain.errors import UsageError
 from certtrain.runs.evaluation import build_attack
@@ -32,8 +30,6 @@ SMALLEST = {
         (names.DATASETS, certtrain.data.DATASETS),
         (names.MODELS, certtrain.models.MODELS),
         (names.INITIALIZATIONS, certtrain.initialization.INITIALIZATIONS),
-        (names.METHODS, certtrain.bounds.model.METHODS),
-        (names.STAGES, certtrain.verification.cascade.STAGES),
         (names.ARITHMETICS, certtrain.bounds.rounding.arithmetic.ARITHMETICS),
     ],
     ids=lambda table: getattr(table, "table", ""),

@@ -17,6 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import certtrain
+from certtrain.bound_methods import STAGES
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.rounding.rules import RULES as SOUND_RULES
 from certtrain.config import load_config
@@ -27,7 +28,6 @@ from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.directory import RUN_FILES, TENSORBOARD
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runtime.files import write_text
-from certtrain.verification.cascade import STAGES
 from tests.commands import (
     STEPS_PER_EPOCH,
     contents,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from certtrain.bounds import BoundedModel, bounded_model, linf_box
+from certtrain.bounds.backends import BACKENDS
 from certtrain.bounds.linear import fused_cross_entropy
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.margins import proved
-from certtrain.bounds.model import BACKENDS
 from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.regularizers import relu_balance_loss, tightness_loss

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from certtrain.bound_methods import STAGES
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.linear.beta import Ascent
 from certtrain.bounds.linear.relaxations import RELAXATIONS
@@ -17,7 +18,6 @@ from certtrain.data import load_dataset, to_float
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification.attacks import PGD
 from certtrain.verification.branch_and_bound import Search
-from certtrain.verification.cascade import STAGES
 from certtrain.verification.verdicts import Verdict
 from certtrain.verification.verify import verify
 from tests.commands import one_thread

@@ -11,7 +11,6 @@ from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import Split
 from certtrain.data.seeding import generator
 from certtrain.errors import DataError, UnsupportedOperation, UsageError
-from certtrain.report.layer_statistics import layer_statistics
 from certtrain.verification import answers
 from certtrain.verification.attacks import PGD
 from certtrain.verification.branch_and_bound import Search
@@ -268,17 +267,3 @@ class TestPGD:
         assert torch.equal(attacked(1), attacked(1))
         assert not torch.equal(attacked(1), attacked(2))
         assert torch.equal(attacked(1)[5:7], attacked(1, slice(5, 7))), "whatever images are beside it"
-
-
-def test_layer_statistics_of_a_network_known_by_hand():
-    """Four neurons: always active, always inactive, unstable, and inactive for one image of two."""
-    model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[1.0], [1.0], [2.0], [1.0]]))
-        model[0].bias.copy_(torch.tensor([1.0, -5.0, -1.0, -0.4]))
-    images = torch.tensor([[0.5], [0.2]])
-    (layer,) = layer_statistics(BoundedModel(model, images), images, 0.05)
-    # third neuron: 2·[0.45, 0.55] - 1 unstable, 2·[0.15, 0.25] - 1 inactive; fourth: active, then inactive
-    assert (layer.active, layer.inactive, layer.unstable, layer.dead) == pytest.approx((3 / 8, 4 / 8, 1 / 8, 1 / 4))
-    assert layer.radius == pytest.approx(0.05 * (1 + 1 + 2 + 1) / 4, rel=1e-5)
-    assert layer.tightness == pytest.approx(1 / 1.25, rel=1e-5)

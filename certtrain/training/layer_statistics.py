@@ -9,6 +9,7 @@ from torch import Tensor
 
 from certtrain.bounds import Bounder, Box, linf_box
 from certtrain.modules import evaluating
+from certtrain.regularizers import layer_tightness
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,5 @@ def _statistics(box: Box, input_radius: Tensor) -> LayerStatistics:
     radius = box.radius.mean()
     shares = torch.stack([active.float().mean(), inactive.float().mean(), inactive.all(0).float().mean()])
     act, inact, dead = shares.tolist()
-    return LayerStatistics(
-        radius.item(), (input_radius / radius.clamp(min=1e-12)).item(), act, inact, 1 - act - inact, dead
-    )
+    tightness = layer_tightness(radius, input_radius)
+    return LayerStatistics(radius.item(), tightness.item(), act, inact, 1 - act - inact, dead)
