@@ -16,7 +16,7 @@ from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.interval import clipped
-from certtrain.bounds.linear.relaxations import NARROW, piecewise_linear
+from certtrain.bounds.linear.relaxations import chord_slope, narrow, piecewise_linear
 from certtrain.bounds.operations.record import OPERATIONS, Operation, PiecewiseLinear, at_settings
 
 
@@ -81,9 +81,7 @@ def below_piecewise_linear(function: Callable[..., Tensor], kinks: Any) -> Rule:
 
 def _slope(start: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor], otherwise: float) -> Tensor:
     """Of the chord from one point of the graph to another; `otherwise` where they are (nearly) the same."""
-    width = end[0] - start[0]
-    wide = width > NARROW * (1 + start[0].abs())
-    return torch.where(wide, (end[1] - start[1]) / torch.where(wide, width, 1.0), otherwise)
+    return chord_slope(end[0] - start[0], end[1] - start[1], otherwise, narrow(start[0]))
 
 
 def free_slopes_from_traits(operation: Operation) -> Rule | None:

@@ -19,7 +19,7 @@ from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call
 from certtrain.bounds.linear.bilinear import planes
 from certtrain.bounds.linear.patches import Contributions, dense, through
-from certtrain.bounds.linear.relaxations import NARROW, TINY, LinearRelaxation
+from certtrain.bounds.linear.relaxations import LEAST_WIDTH, TINY, LinearRelaxation, chord_slope
 from certtrain.bounds.normalization import count_of, sum_of_others
 
 
@@ -72,7 +72,7 @@ def _below(low: Tensor, high: Tensor, least: Tensor, most: Tensor, count: int) -
 
     width = high - low
     steep = least * (low.clamp(max=0).square() / count + least).rsqrt() ** 3
-    slope = torch.where(width > NARROW, (curve(high) - curve(low)) / width.clamp(min=NARROW), steep).clamp(min=TINY)
+    slope = chord_slope(width, curve(high) - curve(low), steep, LEAST_WIDTH).clamp(min=TINY)
     left = high.clamp(max=0)
     touching = -(count * ((least / slope) ** (2 / 3) - least)).clamp(min=TINY).sqrt()
     points = [

@@ -33,7 +33,8 @@ from certtrain.bounds.operations.record import (
 )
 
 TINY = 1e-30
-NARROW = 1e-6  # relative width of an interval over which a chord's slope would be made of rounding errors
+NARROW = 1e-6  # width of an interval, relative to 1 + |x|, over which a chord's slope would be made of rounding errors
+LEAST_WIDTH = 1e-6  # the same, wherever it lies, of functions that bend near 0 alone: s-shaped ones, exp up to 1
 GRID = 32  # points to which a smooth function is looked at
 
 
@@ -115,12 +116,25 @@ def _derivative(function: Function) -> Function:
     return derivative
 
 
+def chord_slope(width: Tensor, rise: Tensor, otherwise: Tensor | float, least_width: Tensor | float) -> Tensor:
+    """rise / width, or `otherwise`, which must do as well, over intervals that are (nearly) points.
+
+    least_width: up to which they are, where rounding would make the quotient: `narrow` or LEAST_WIDTH.
+    """
+    wide = width > least_width
+    return torch.where(wide, rise / torch.where(wide, width, 1.0), otherwise)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """Up to which width an interval at x is (nearly) a point."""
+    return NARROW * (1 + x.abs())
+
+
 def _chord(function: Function, derivative: Function, low: Tensor, high: Tensor, *settings: Any) -> Tensor:
     """Its slope; of an interval that is (nearly) a point the derivative there, a constant, as any slope would do."""
     width, middle = high - low, (low + high) / 2
-    wide = width > NARROW * (1 + middle.abs())
     rise = function(high, *settings) - function(low, *settings)
-    return torch.where(wide, rise / torch.where(wide, width, 1.0), derivative(middle.detach(), *settings).detach())
+    return chord_slope(width, rise, derivative(middle.detach(), *settings).detach(), narrow(middle))
 
 
 def _best(
@@ -160,9 +174,8 @@ def piecewise_linear(function: Function, kinks: Any) -> Relaxation:
         chord = _chord(function, derivative, points[0], points[-1], *settings)
         pieces = []
         for low, high in pairwise(points):
-            wide = high - low > NARROW * (1 + low.abs())
             rise = function(high, *settings) - function(low, *settings)
-            pieces.append(torch.where(wide, rise / torch.where(wide, high - low, 1.0), chord))
+            pieces.append(chord_slope(high - low, rise, chord, narrow(low)))
         return _best([chord, *pieces], points, values, [0.0] * len(pieces))
 
     return lines
@@ -245,12 +258,9 @@ def s_shaped(function: Function, derivative: Function) -> Relaxation:
             low_enough = tangent_is_below(middle)
             near, far = torch.where(low_enough, middle, near), torch.where(low_enough, far, middle)
         touching = torch.where(upper <= 0, (lower + upper) / 2, near).detach()
-        width = upper - lower
-        chord = torch.where(
-            width > 1e-6,
-            (function(upper) - function(lower)) / width.clamp(min=1e-6),
-            torch.minimum(derivative(lower), derivative(upper)),
-        )
+        width, rise = upper - lower, function(upper) - function(lower)
+        least = torch.minimum(derivative(lower), derivative(upper))  # of all slopes in between, so that it does as well
+        chord = chord_slope(width, rise, least, LEAST_WIDTH)
         tangent = (lower < 0) & tangent_is_below(touching)
         slope = torch.where(tangent, derivative(touching), chord)
         point = torch.where(tangent, touching, lower)

@@ -19,10 +19,9 @@ from torch import Tensor
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call
 from certtrain.bounds.linear.patches import Contributions
+from certtrain.bounds.linear.relaxations import LEAST_WIDTH, chord_slope
 from certtrain.bounds.shapes import flattened
 from certtrain.bounds.softmax import log_odds
-
-NARROW = 1e-6
 
 
 def softmax(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
@@ -42,7 +41,7 @@ def _planes(a: Tensor, lower: Tensor, upper: Tensor, logarithm: bool) -> tuple[T
     middle = (lower + upper) / 2
     low, high, width = lower.exp(), upper.exp(), upper - lower
     # Where the interval is too narrow for a chord, the steepest tangent: from `low` on it is above as well.
-    chord = torch.where(width > NARROW, (high - low) / width.clamp(min=NARROW), high)
+    chord = chord_slope(width, high - low, high, LEAST_WIDTH)
     total = (low + chord * (middle - lower)).sum(-1, keepdim=True)
     share = chord / total
     value = torch.ones_like(middle) if logarithm else middle.exp() / total
@@ -55,8 +54,7 @@ def _planes(a: Tensor, lower: Tensor, upper: Tensor, logarithm: bool) -> tuple[T
         slope, chord_of_exp = torch.ones_like(middle), log_p
     else:
         least, most = (F.logsigmoid(odds) for odds in log_odds(Box(lower, upper), -1))
-        span = most - least
-        slope = torch.where(span > NARROW, (most.exp() - least.exp()) / span.clamp(min=NARROW), most.exp())
+        slope = chord_slope(most - least, most.exp() - least.exp(), most.exp(), LEAST_WIDTH)
         chord_of_exp = least.exp() + slope * (log_p - least)
     above = chord_of_exp - slope * (middle - (p * middle).sum(-1, keepdim=True))
 
