@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from certtrain.bounds.shapes import per_channel
 from certtrain.errors import UsageError
 
 Coefficients = tuple[Tensor, Tensor]  # scale and shift of one BatchNorm
@@ -36,7 +37,7 @@ def batch_norm_coefficients(
     eps: float = 1e-5,
     batch_sum: BatchSum | None = None,
 ) -> Coefficients:
-    """Scale and shift, each (1, C, 1, ...), of a BatchNorm.
+    """Scale and shift, each (C,), of a BatchNorm.
 
     In training mode the statistics are those of `clean`, with gradient, and the running ones are updated as
     PyTorch does; otherwise they are the running ones. `batch_sum`: where `clean` is a part of the batch.
@@ -83,8 +84,7 @@ def _settle_batch_norm(
 ) -> tuple[Callable, tuple]:
     coefficients: Callable[..., Coefficients] = batch_norm_coefficients  # mypy takes *settings to fill batch_sum too
     scale, shift = coefficients(clean, *settings, batch_sum=batch_sum)
-    channelwise = (1, -1) + (1,) * (dims - 2)
-    return scale_shift, (x, scale.view(channelwise), shift.view(channelwise))
+    return scale_shift, (x, per_channel(scale, dims), per_channel(shift, dims))
 
 
 def _dropout(drop: Callable[..., Tensor]) -> Settle:

@@ -22,7 +22,7 @@ from certtrain.bounds.graph import Call, Graph, Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins, no_nan, proved
-from certtrain.bounds.recording import check_recording
+from certtrain.bounds.recording import PointWalk, check_recording
 from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.backward import propagate_recorded
 from certtrain.bounds.segments import propagate_in_segments
@@ -465,10 +465,8 @@ def free_memory(device: torch.device) -> int:
     return available
 
 
-class _CleanTransform:
-    """Walks the clean input alone (a `graph.Transform`), keeps the BatchNorms' coefficients, and counts."""
-
-    settled = SETTLED_BY_CLEAN
+class _CleanTransform(PointWalk):
+    """Walks the clean input alone, keeps the BatchNorms' coefficients, and counts."""
 
     def __init__(self) -> None:
         self.coefficients: dict[int, Coefficients] = {}
@@ -477,15 +475,9 @@ class _CleanTransform:
     def apply(self, call: Call, args: tuple[Any, ...]) -> Tensor:
         if call.function is scale_shift:
             self.coefficients[call.index] = args[1:]
-        value = call.function(*args).to(leaves(args, Tensor)[0].dtype)
+        value = super().apply(call, args)
         size = value.shape[1:].numel()
         self.largest, self.total = max(self.largest, size), self.total + size
-        return value
-
-    def clean(self, value: Tensor) -> Tensor:
-        return value
-
-    def like(self, value: Tensor) -> Tensor:
         return value
 
 

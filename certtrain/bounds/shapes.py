@@ -1,4 +1,4 @@
-"""Values of any number of axes, as rows of elements and back."""
+"""Values of any number of axes, as rows of elements and back; and what stands beside them."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ def flattened(x: Tensor, kept: int) -> Tensor:
 def shaped(rows: Tensor, shape: Sequence[int]) -> Tensor:
     """Rows (…, elements) as (…, *shape), the shape () included."""
     return rows.unflatten(-1, tuple(shape)) if shape else rows.squeeze(-1)
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ...), to be broadcast against `like` (B, ...)."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def per_channel(values: Tensor, dims: int) -> Tensor:
+    """(C,) as (1, C, 1, ...), of so many axes."""
+    return values.view(1, -1, *[1] * (dims - 2))

@@ -36,7 +36,8 @@ from certtrain.bounds.rounding.arithmetic import (
     sum_error,
 )
 from certtrain.bounds.rounding.boxes import OutwardBox, widened
-from certtrain.bounds.rounding.rules import RULES, einsum_terms, largest_of, matmul_terms, per_image, stored
+from certtrain.bounds.rounding.rules import RULES, einsum_terms, largest_of, matmul_terms, stored
+from certtrain.bounds.shapes import per_image
 from certtrain.bounds.softmax import softmax
 from certtrain.errors import UnsupportedOperation
 

@@ -35,7 +35,8 @@ from certtrain.bounds.rounding.arithmetic import (
 )
 from certtrain.bounds.rounding.boxes import OutwardBox
 from certtrain.bounds.rounding.propagation import SoundPass, propagate_by
-from certtrain.bounds.rounding.rules import EXACT
+from certtrain.bounds.rounding.rules import EXACT, scaling_of
+from certtrain.bounds.shapes import per_channel
 from certtrain.errors import UnsupportedOperation
 
 LINEAR = {
@@ -90,10 +91,8 @@ class _RecordingPass(SoundPass):
 
 def _as_scaling(call: Call, box: OutwardBox) -> Call:
     x, mean, variance, weight, bias, _, _, eps = call.args
-    scale = torch.rsqrt(variance + eps) * (1.0 if weight is None else weight)
-    shift = (0.0 if bias is None else bias) - mean * scale
-    channelwise = (1, -1) + (1,) * (box.like.dim() - 2)
-    return Call(call.index, scale_shift, (x, scale.view(channelwise), shift.view(channelwise)), call.where, affine=True)
+    scaling = (per_channel(each, box.like.dim()) for each in scaling_of(mean, variance, weight, bias, eps))
+    return Call(call.index, scale_shift, (x, *scaling), call.where, affine=True)
 
 
 @torch.no_grad()

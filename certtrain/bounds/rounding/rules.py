@@ -31,7 +31,7 @@ from certtrain.bounds.rounding.arithmetic import (
     sum_error,
 )
 from certtrain.bounds.rounding.boxes import OutwardBox, unbounded, widened
-from certtrain.bounds.shapes import flattened
+from certtrain.bounds.shapes import flattened, per_channel, per_image
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.per_axis import per_axis
 
@@ -133,9 +133,12 @@ def largest_of(magnitude: Tensor) -> Tensor:
     return flattened(magnitude, 1).amax(1)
 
 
-def per_image(flags: Tensor, like: Tensor) -> Tensor:
-    """(B,) as it stands beside `like` (B, ...)."""
-    return flags.view(-1, *[1] * (like.dim() - 1))
+def scaling_of(
+    mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of a BatchNorm in eval mode, by the roundings that eq. 7 counts."""
+    scale = torch.rsqrt(variance + eps) * (1.0 if weight is None else weight)
+    return scale, (0.0 if bias is None else bias) - mean * scale
 
 
 def _batch_norm(
@@ -158,9 +161,8 @@ def _batch_norm(
     if training:
         raise UsageError("sound bounds are those of a network in eval mode: call model.eval()")
     weight = torch.ones_like(variance) if weight is None else weight
-    scale = torch.rsqrt(variance + eps) * weight
     bias = torch.zeros_like(mean) if bias is None else bias
-    shift = bias - mean * scale
+    scale, shift = scaling_of(mean, variance, weight, bias, eps)
     if not (_is_harmless(variance + eps, scale, weight) and _is_small(mean, bias)):
         return unbounded(x.center), None
     parameters = mean.abs() * scale.abs() + bias.abs()
@@ -176,12 +178,11 @@ def _batch_norm(
         )
         met = behind.weight + behind.bias + mean.abs().amax() + bias.abs().amax()
         losses = per_image(_folding_losses(a, folded, met), x.like)
-    channelwise = (1, -1, *[1] * (x.like.dim() - 2))
-    scale, shift, parameters = scale.view(channelwise), shift.view(channelwise), parameters.view(channelwise)
+    scale, shift, parameters, mean = (per_channel(each, x.like.dim()) for each in (scale, shift, parameters, mean))
     moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
     magnitude = scale.abs() * x.magnitude + parameters
     # What is centred first meets the weight, or the reciprocal of the root, before it meets the other.
-    fits = 2 * LARGEST_FACTOR * (x.magnitude + mean.abs().view(channelwise)) <= a.largest
+    fits = 2 * LARGEST_FACTOR * (x.magnitude + mean.abs()) <= a.largest
     moved = OutwardBox.around(moved.center, torch.where(fits, moved.radius, torch.inf))
     moved = widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a)
     terms, foldings = (1, 1) if behind is None else (behind.terms, behind.foldings)
@@ -216,8 +217,7 @@ def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardB
 
 
 def _prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
-    channelwise = weight.view(1, -1, *[1] * (x.like.dim() - 2))
-    center, sizes = interval.RULES[F.prelu](x, weight), channelwise.abs().clamp(min=1)
+    center, sizes = interval.RULES[F.prelu](x, weight), per_channel(weight, x.like.dim()).abs().clamp(min=1)
     if not _is_harmless(weight):
         return unbounded(center.center)
     return widened(OutwardBox(center.lower, center.upper), elementwise_error(a, 4), x.magnitude * sizes, a)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
+from certtrain.bounds.shapes import per_image
 from certtrain.verification.attacks.attack import (
     Generators,
     ascent,
@@ -123,7 +124,7 @@ def auto_pgd(
         if bool(first_wrong.wrong.all()):
             break
         momentum = MOMENTUM if step > 1 else 1.0
-        stepped = (here.x + _per_image(size, start) * here.direction).clamp(box.lower, box.upper)
+        stepped = (here.x + per_image(size, start) * here.direction).clamp(box.lower, box.upper)
         moved = here.x + momentum * (stepped - here.x) + (1 - momentum) * (here.x - previous)
         before, here = here, visit(moved.clamp(box.lower, box.upper))
         previous = before.x
@@ -150,12 +151,7 @@ class _Visit(NamedTuple):
     def where(cls, choose: Tensor, these: _Visit, others: _Visit) -> _Visit:
         """Image by image, one or the other."""
         pairs = zip(these, others, strict=True)
-        return cls(*(torch.where(_per_image(choose, this), this, other) for this, other in pairs))
-
-
-def _per_image(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, ...), to be broadcast against `like`."""
-    return values.view(-1, *[1] * (like.dim() - 1))
+        return cls(*(torch.where(per_image(choose, this), this, other) for this, other in pairs))
 
 
 @cache
