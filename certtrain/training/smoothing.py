@@ -24,7 +24,7 @@ from certtrain.training.step import GradientStep, Step
 WEIGHT_DRAWS = 2**20  # numbers of draws apart from those of attacks
 
 
-class Question(NamedTuple):
+class StepInputs(NamedTuple):
     """The arguments of `GradientStep.backward`."""
 
     images: Tensor
@@ -60,7 +60,7 @@ class SmoothedStep(ABC):
             Its metrics, means over the evaluations.
         """
         weights = Perturbed(self.net.model)
-        gradients, metrics = self._estimate(weights, Question(images, labels, at, phase, size))
+        gradients, metrics = self._estimate(weights, StepInputs(images, labels, at, phase, size))
         weights.settle(gradients)
         return {name: torch.stack([one[name] for one in metrics]).mean() for name in metrics[0]}
 
@@ -69,19 +69,19 @@ class SmoothedStep(ABC):
         self._step.rehearse(images, labels, at, phase, size)
 
     @abstractmethod
-    def _estimate(self, weights: Perturbed, question: Question) -> tuple[list[Tensor | None], list[Metrics]]:
+    def _estimate(self, weights: Perturbed, inputs: StepInputs) -> tuple[list[Tensor | None], list[Metrics]]:
         """A gradient for each parameter, and the metrics of each evaluation."""
 
 
 class RandomizedGradientSmoothing(SmoothedStep):
     """1/n Σ ∇L(θ + σδᵢ)."""
 
-    def _estimate(self, weights: Perturbed, question: Question) -> tuple[list[Tensor | None], list[Metrics]]:
+    def _estimate(self, weights: Perturbed, inputs: StepInputs) -> tuple[list[Tensor | None], list[Metrics]]:
         metrics: list[Metrics] = []
         sums: list[Tensor | None] = [None for _ in weights.weights]
         for sample in range(self._count):
-            with weights.moved(weights.noise(question.at.key, sample), self._std):
-                metrics.append(self._step.backward(*question))
+            with weights.moved(weights.noise(inputs.at.key, sample), self._std):
+                metrics.append(self._step.backward(*inputs))
             sums = [_plus(a, b) for a, b in zip(sums, weights.taken_gradients(), strict=True)]
         return [total if total is None else total / self._count for total in sums], metrics
 
@@ -92,13 +92,13 @@ class PGPE(SmoothedStep):
     (Parameter-exploring policy gradients: Sehnke et al. 2010.)
     """
 
-    def _estimate(self, weights: Perturbed, question: Question) -> tuple[list[Tensor | None], list[Metrics]]:
+    def _estimate(self, weights: Perturbed, inputs: StepInputs) -> tuple[list[Tensor | None], list[Metrics]]:
         sums, metrics = [torch.zeros_like(weight) for weight in weights.weights], []
         for pair in range(self._count):
-            noise = weights.noise(question.at.key, pair)
+            noise = weights.noise(inputs.at.key, pair)
             for sign in (1, -1):
                 with weights.moved(noise, sign * self._std):
-                    metrics.append(self._step.evaluate(*question))
+                    metrics.append(self._step.evaluate(*inputs))
             slope = (metrics[-2]["loss"] - metrics[-1]["loss"]) / (2 * self._std * self._count)
             for total, direction in zip(sums, noise, strict=True):
                 total.addcmul_(direction, slope.to(direction.dtype))

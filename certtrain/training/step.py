@@ -250,21 +250,20 @@ class GradientStep:
             clean = self._clean_pass(batch)
             logits, part = clean.output, self._part(batch, clean.coefficients, at, phase)
         else:
-            box = self._region(batch, at, phase)
-            keep, shrink = self.method.keeps_boxes(phase), self._shrink(phase)
-            bounds = self.net.ibp(box, clean=batch.images, record=keep, shrink=shrink)
+            bounds = self._region_bounds(batch, at, phase, clean=batch.images)
             assert bounds.clean is not None
             logits, part = bounds.clean, Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
         terms = self._clean_terms(logits, batch.labels, at, phase).plus(terms)
-        return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
+        return self._with_batch_terms(terms, sums, at, phase)
 
     def _terms_of_center(self, share: float, batch: Batch, at: Scheduled, phase: Phase) -> Terms:
-        box, keep, shrink = self._region(batch, at, phase), self.method.keeps_boxes(phase), self._shrink(phase)
-        bounds = self.net.ibp(box, record=keep, from_center=True, shrink=shrink)
+        bounds = self._region_bounds(batch, at, phase, from_center=True)
         part = Part(self.net, batch.labels, batch.positions, bounds)
         terms, sums = self._part_terms(part, share, at, phase)
-        terms = terms.plus(Terms(self._l1_terms(), {}))
+        return self._with_batch_terms(terms.plus(Terms(self._l1_terms(), {})), sums, at, phase)
+
+    def _with_batch_terms(self, terms: Terms, sums: BatchSums | None, at: Scheduled, phase: Phase) -> Terms:
         return terms if sums is None else terms.plus(self._batch_terms(sums.over(self._ranks), at, phase))
 
     # --- a batch in parts -----------------------------------------------------------------------------------------
@@ -357,6 +356,19 @@ class GradientStep:
     def _shrink(self, phase: Phase) -> float | None:
         return None if phase is Phase.BEFORE else self.method.shrink
 
+    def _region_bounds(
+        self,
+        batch: Batch,
+        at: Scheduled,
+        phase: Phase,
+        clean: Tensor | None = None,
+        coefficients: Mapping[int, Coefficients] | None = None,
+        from_center: bool = False,
+    ) -> Bounds:
+        """What the network makes of the region, and of the points `clean` that go along."""
+        box, keep, shrink = self._region(batch, at, phase), self.method.keeps_boxes(phase), self._shrink(phase)
+        return self.net.ibp(box, clean, coefficients, record=keep, from_center=from_center, shrink=shrink)
+
     def _part(self, batch: Batch, coefficients: Mapping[int, Coefficients], at: Scheduled, phase: Phase) -> Part:
         """What the network makes of region and points, whose clean input has gone ahead."""
         points = batch.points if self.method.asks_for_logits else None
@@ -370,8 +382,7 @@ class GradientStep:
             box, shrink = self._region(batch, at, phase), self._shrink(phase)
             bounds = self.net.ibp_in_segments(box, coefficients, observe, shrink=shrink)
         elif self.method.has_region:
-            box, keep, shrink = self._region(batch, at, phase), self.method.keeps_boxes(phase), self._shrink(phase)
-            bounds = self.net.ibp(box, points, coefficients, record=keep, shrink=shrink)
+            bounds = self._region_bounds(batch, at, phase, points, coefficients)
             logits = bounds.clean
         return Part(self.net, batch.labels, batch.positions, bounds, logits, coefficients)
 
