@@ -263,8 +263,8 @@ def _weight_at(
 
 def _computed(source: fx.Node, modules: dict[str, nn.Module]) -> AffineWeight | None:
     attributes = [node for node in _ancestry(source) if node.op == "get_attr"]
-    behind = [weight.path for node in attributes if (weight := _weight_at(node, modules)) is not None]
-    return AffineWeight(f"what is computed from {', '.join(sorted(behind))}", None, "") if behind else None
+    origins = [weight.path for node in attributes if (weight := _weight_at(node, modules)) is not None]
+    return AffineWeight(f"what is computed from {', '.join(sorted(origins))}", None, "") if origins else None
 
 
 def _operands(node: fx.Node) -> tuple[Any, ...]:

@@ -115,12 +115,12 @@ def _by_position(model: nn.Module, weights: Mapping[str, Tensor], file: Path) ->
 
 
 def _normalized_at_once(model: nn.Module) -> dict[str, torch.Size]:
-    """Layers of a sequence that a BatchNorm with statistics comes right behind, and the shape of these."""
+    """Layers of a sequence that a BatchNorm with statistics follows at once, and the shape of these."""
     leaves = [(name, of) for name, of in model.named_modules(remove_duplicate=False) if not list(of.children())]
     return {
-        name: behind.running_mean.shape
-        for (name, _), (_, behind) in pairwise(leaves)
-        if isinstance(behind, nn.modules.batchnorm._BatchNorm) and behind.running_mean is not None
+        name: following.running_mean.shape
+        for (name, _), (_, following) in pairwise(leaves)
+        if isinstance(following, nn.modules.batchnorm._BatchNorm) and following.running_mean is not None
     }
 
 

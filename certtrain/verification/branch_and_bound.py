@@ -257,15 +257,15 @@ class _Run:
     def _looked_at(self, nodes: Sequence[Node]) -> Iterator[tuple[Tensor, list[Split]]]:
         """Of each domain the point where its bound is least, and the best candidates for a split."""
         batch = self._batch(nodes)
-        behind: dict[int, Tensor] = {}
+        coefficients: dict[int, Tensor] = {}
 
         def observe(call: Call, a: Coefficients) -> None:
-            behind[call.index] = dense(a)[:, 0]
+            coefficients[call.index] = dense(a)[:, 0]
 
         with torch.no_grad():
             bounds = batch.linear_bounds(*self._parameters(nodes), observe)
             thresholds, undecided = self.neurons.thresholds(batch.box)
-            scores = torch.where(undecided, batch.gaps(behind), -torch.inf)
+            scores = torch.where(undecided, batch.gaps(coefficients), -torch.inf)
             best, chosen = scores.topk(min(self.search.candidates, scores.shape[1]), 1)
             at = thresholds.gather(1, chosen)
         points = bounds.minimizers()[:, 0]

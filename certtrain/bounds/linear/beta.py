@@ -219,20 +219,20 @@ class DomainBatch:
             high[index] = torch.full_like(like, min((end[1] for end in allowed), default=0.0))
         return self.neurons.flat(low, self.functions[:1])[0], self.neurons.flat(high, self.functions[:1])[0]
 
-    def gaps(self, behind: Mapping[int, Tensor]) -> Tensor:
+    def gaps(self, coefficients: Mapping[int, Tensor]) -> Tensor:
         """(D, N): what the relaxation of each neuron may cost the bound.
 
         That is the largest distance between the function and the line that the sign of its coefficient selects, times
         that coefficient: for a ReLU and a negative one BaBSR's intercept score, -a·u·l / (u - l). (Bunel et al. 2020.)
 
         Args:
-            behind: by call, coefficients (D, ...) of what a function returns, as `linear_bounds` has shown them.
+            coefficients: (D, ...), by call, of what a function returns, as `linear_bounds` has shown them.
         """
         found = {index: torch.zeros_like(self.record.boxes[index].like) for index in self.neurons.values}
         for call in self.neurons.calls:
-            if call.index not in behind:
+            if call.index not in coefficients:
                 continue
-            entering, a = _entering(call), behind[call.index]
+            entering, a = _entering(call), coefficients[call.index]
             box, settings = self.record.boxes[entering], call.args[1:]
             lines = self._lines[call.index]
             middle = torch.zeros_like(box.lower).clamp(box.lower, box.upper)

@@ -38,7 +38,7 @@ class SoundPass:
     def __init__(self, arithmetic: Arithmetic, graph: Graph[OutwardBox]) -> None:
         self.arithmetic, self._output = arithmetic, graph.output
         self._foldings = foldings_of(graph)
-        self._sums: dict[int, Sum | None] = {}  # behind a value, where a linear map made it
+        self._sums: dict[int, Sum | None] = {}  # that made a value, where a linear map did
         self.entering: OutwardBox | None = None
         self._excess: dict[int, Tensor] = {}  # of a softmax: how far its sums can be from 1
         self.relu_inputs: list[OutwardBox] = []
@@ -72,7 +72,7 @@ class SoundPass:
         if call.function in WEIGHTED:
             keywords["foldings"] = self._foldings.get(call.index, 1)
         elif call.function is F.batch_norm:
-            keywords["behind"] = self._sums.get(call.args[0].index)
+            keywords["preceding"] = self._sums.get(call.args[0].index)
         elif call.function is attend:
             keywords["excess"] = self._excess[call.args[0].index]
         return RULES[call.function](self.arithmetic, *args, **keywords)
@@ -98,17 +98,18 @@ class SoundPass:
 
 
 def foldings_of(graph: Graph[Any]) -> dict[int, int]:
-    """How many BatchNorms stand behind each linear map, with nothing but moved elements in between."""
-    behind: dict[int, tuple[int, int]] = {}
+    """How many BatchNorms follow each linear map, with nothing but moved elements in between."""
+    origins: dict[int, tuple[int, int]] = {}  # of a value: the linear map that made it, and the BatchNorms since
     foldings: dict[int, int] = {}
     for index, step in enumerate(graph.steps):
         if step.function in WEIGHTED:
-            behind[index] = index, 0
+            origins[index] = index, 0
         elif step.function in EXACT | {F.batch_norm} and step.args and isinstance(step.args[0], Ref):
-            origin = behind.get(step.args[0].index)
+            origin = origins.get(step.args[0].index)
             if origin is not None:
-                behind[index] = origin[0], origin[1] + (step.function is F.batch_norm)
-                foldings[origin[0]] = max(foldings.get(origin[0], 0), behind[index][1])
+                linear, since = origin[0], origin[1] + (step.function is F.batch_norm)
+                origins[index] = linear, since
+                foldings[linear] = max(foldings.get(linear, 0), since)
     return foldings
 
 

@@ -40,10 +40,11 @@ Rule = Callable[..., OutwardBox]
 
 @dataclass(frozen=True)
 class Sum:
-    """The sums of products behind a value, as far as a BatchNorm that is folded into them must know.
+    """The sums of products that made a value, as far as a BatchNorm that is folded into them must know.
 
-    terms: products in each; foldings: BatchNorms behind it in all; largest: (B,) no less than |x| of any of its inputs;
-    weight: no less than Σ|w| of any sum, and bias than |b|, the BatchNorms so far included; done: how many those are.
+    terms: products in each; foldings: BatchNorms that follow in all; largest: (B,) no less than |x| of any of its
+    inputs; weight: no less than Σ|w| of any sum, and bias than |b|, the BatchNorms so far included; done: how many
+    those are.
     """
 
     terms: int
@@ -152,9 +153,9 @@ def _batch_norm(
     momentum: float,
     eps: float,
     *,
-    behind: Sum | None,
+    preceding: Sum | None,
 ) -> tuple[OutwardBox, Sum | None]:
-    """Eq. 7: in any of the usual orders, or folded into the sums behind it.
+    """Eq. 7: in any of the usual orders, or folded into the sums before it.
 
     Returns the box, and those sums with this BatchNorm folded into them.
     """
@@ -168,15 +169,15 @@ def _batch_norm(
     parameters = mean.abs() * scale.abs() + bias.abs()
     losses: Tensor | float = 0.0
     folded = None
-    if behind is not None:
+    if preceding is not None:
         most = scale.abs().amax()
         folded = replace(
-            behind,
-            weight=behind.weight * most,
-            bias=behind.bias * most + parameters.amax(),
-            done=behind.done + 1,
+            preceding,
+            weight=preceding.weight * most,
+            bias=preceding.bias * most + parameters.amax(),
+            done=preceding.done + 1,
         )
-        met = behind.weight + behind.bias + mean.abs().amax() + bias.abs().amax()
+        met = preceding.weight + preceding.bias + mean.abs().amax() + bias.abs().amax()
         losses = per_image(_folding_losses(a, folded, met), x.like)
     scale, shift, parameters, mean = (per_channel(each, x.like.dim()) for each in (scale, shift, parameters, mean))
     moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
@@ -185,7 +186,7 @@ def _batch_norm(
     fits = 2 * LARGEST_FACTOR * (x.magnitude + mean.abs()) <= a.largest
     moved = OutwardBox.around(moved.center, torch.where(fits, moved.radius, torch.inf))
     moved = widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a)
-    terms, foldings = (1, 1) if behind is None else (behind.terms, behind.foldings)
+    terms, foldings = (1, 1) if preceding is None else (preceding.terms, preceding.foldings)
     return widened(moved, sum_error(a, terms, foldings), parameters, a, losses=losses), folded
 
 
@@ -394,7 +395,7 @@ COMPARING = (
 )
 """What returns one of its elements, or a constant that every arithmetic has."""
 
-RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's returns the sums behind it as well
+RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's returns its sums as well
     **{function: _weighted(function) for function in WEIGHTED},
     torch.matmul: _product(torch.matmul, matmul_terms),
     einsum: _product(einsum, einsum_terms),
