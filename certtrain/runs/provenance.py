@@ -12,7 +12,7 @@ import certtrain
 from certtrain.config import Config
 from certtrain.modules import device_of
 from certtrain.runs.tensor_file import digest
-from certtrain.verification.digests import split_digest
+from certtrain.verification.digests import digest_of
 
 if TYPE_CHECKING:
     from certtrain.data import Split
@@ -27,7 +27,7 @@ def made_with(config: Config, model: nn.Module, split: Split) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "weights_sha256": digest(model.state_dict()),
-        "split_sha256": split_digest(split.images.cpu().numpy(), split.labels.cpu().numpy()),
+        "split_sha256": digest_of(split),
         "versions": versions(device_of(model)),
         "config": config.model_dump(mode="json"),
     }

@@ -49,15 +49,15 @@ class Verdicts(BaseModel):
 
 def verdicts_of(split: str, data: Split, results: Sequence[Verification]) -> list[Verdicts]:
     """Those of `results`, which are about the first images of `data`."""
-    from certtrain.verification.digests import split_digest
+    from certtrain.verification.digests import digest_of
 
-    sha256 = split_digest(data.images.cpu().numpy(), data.labels.cpu().numpy())
+    sha256 = digest_of(data)
     return [
         Verdicts(
             split=split,
             sha256=sha256,
             eps=result.eps,
-            method=",".join(stage.method for stage in result.stages),
+            method=result.method,
             arithmetic=result.arithmetic,
             images=_letters(result),
         )

@@ -25,7 +25,7 @@ from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import Attack, inscribed_linf_box, predictions
 from certtrain.verification.branch_and_bound import Search, root_margins, settle
 from certtrain.verification.cascade import around_attack
-from certtrain.verification.digests import split_digest
+from certtrain.verification.digests import digest_of
 from certtrain.verification.folding import fold_batch_norm
 from certtrain.verification.pixels import perturbation_box
 from certtrain.verification.results import ImageResult
@@ -89,7 +89,7 @@ class Answers:
         searched = {**vars(question.search), "ascent": repr(question.search.ascent)} if question.searches else {}
         return {
             "model_sha256": _model_digest(self.model),
-            "data_sha256": split_digest(self.data.images.cpu().numpy(), self.data.labels.cpu().numpy()),
+            "data_sha256": digest_of(self.data),
             "images": len(self.data),
             "shape": list(self.data.images.shape[1:]),
             "eps": list(radii),

@@ -44,7 +44,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from certtrain.errors import CertificateError, UsageError
 from certtrain.runtime.files import parse_json
-from certtrain.verification.digests import digest, split_digest
+from certtrain.verification.digests import digest, digest_of
 from certtrain.verification.trees import MOST_PACKED
 from certtrain.verification.verdicts import Verdict
 
@@ -227,7 +227,7 @@ def certificate_rows(result: Verification, data: Split) -> Iterator[dict[str, An
             "label": label,
             "prediction": prediction,
             "epsilon": float(result.eps),
-            "method": ",".join(stage.method for stage in result.stages),
+            "method": result.method,
             "arithmetic": result.arithmetic,
             "margin": float(result.margin[index]),
             "verdict": _verdict(bool(result.proved[index]), attacked or prediction != label),
@@ -290,9 +290,7 @@ def write_certificates(
         format=FORMAT,
         model_sha256=digest(model.read_bytes()),
         model=parse_json((model.parent / "model.json").read_bytes())["model"],
-        data=ImageSet(
-            config["data"]["name"], len(data), split_digest(data.images.cpu().numpy(), data.labels.cpu().numpy())
-        ),
+        data=ImageSet(config["data"]["name"], len(data), digest_of(data)),
         claims=tuple(_claim(result, verdicts) for result in results),
         config=config,
         versions=versions,
@@ -310,9 +308,9 @@ def write_certificates(
 
 
 def _claim(result: Verification, verdicts: Mapping[tuple[float, str], int]) -> Claim:
-    epsilon, method = float(result.eps), ",".join(stage.method for stage in result.stages)
+    epsilon = float(result.eps)
     counts = {verdict.value: verdicts[epsilon, verdict] for verdict in CLAIMED}
-    return Claim(epsilon, str(result.arithmetic), method, len(result.correct), **counts)
+    return Claim(epsilon, str(result.arithmetic), result.method, len(result.correct), **counts)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

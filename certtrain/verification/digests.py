@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from certtrain.data import Split
 
 
 def split_digest(images: np.ndarray, labels: np.ndarray) -> str:
@@ -13,6 +17,11 @@ def split_digest(images: np.ndarray, labels: np.ndarray) -> str:
     content.update(images.tobytes())
     content.update(labels.astype("<i8").tobytes())
     return content.hexdigest()
+
+
+def digest_of(split: Split) -> str:
+    """`split_digest` of a split whose images are tensors."""
+    return split_digest(split.images.cpu().numpy(), split.labels.cpu().numpy())
 
 
 def digest(content: bytes) -> str:

@@ -90,6 +90,11 @@ class Verification:
     domains: int = 0
 
     @property
+    def method(self) -> str:
+        """The methods of the cascade, with commas between them."""
+        return ",".join(stage.method for stage in self.stages)
+
+    @property
     def unknown(self) -> Tensor:
         """(N,) bool: classified right, neither proved nor attacked."""
         return self.correct & ~self.proved & ~self.attacked
@@ -166,7 +171,7 @@ class Verification:
         """What goes into a JSON file; errors are fractions."""
         return {
             "eps": self.eps,
-            "method": ",".join(stage.method for stage in self.stages),
+            "method": self.method,
             "arithmetic": self.arithmetic,
             "attack": self.attack,
             "images": len(self.correct),
@@ -251,16 +256,36 @@ def verify(
     with evaluating(model), full_precision(), ExitStack() as opened:
         answers = answers_to(question, model, data)
         known, keep = _continued(results, answers.asked(radii), ranks, opened)
-        done = {result.key for result in known}
-        portions: list[Portion] = []
-        for radius in dict.fromkeys(radii):
-            left = [image for image in range(len(data)) if (radius, image) not in done]
-            size = batch_size if workers == 1 else max(1, min(batch_size, len(left) // (8 * workers)))
-            portions += [(radius, part) for part in in_parts(ranks.share(left), size)]
-        total = sum(len(part) for _, part in portions)
-        stream = in_processes(answers, portions, workers) if workers > 1 else _in_turn(answers, portions)
-        opened.enter_context(closing(stream))  # an observer that raises leaves nothing of its portion switched on
-        found, seconds = [], dict.fromkeys(radii, 0.0)
+        portions = _portions_left(radii, len(data), known, ranks, batch_size, workers)
+        found, seconds = _answered(answers, portions, workers, keep, observe)
+    return _of_all_ranks(question, radii, data, known, found, seconds, ranks)
+
+
+def _portions_left(
+    radii: Sequence[float], images: int, known: Sequence[ImageResult], ranks: Ranks, batch_size: int, workers: int
+) -> list[Portion]:
+    """This rank's share of the images that are not finished, radius by radius."""
+    done = {result.key for result in known}
+    portions: list[Portion] = []
+    for radius in dict.fromkeys(radii):
+        left = [image for image in range(images) if (radius, image) not in done]
+        size = batch_size if workers == 1 else max(1, min(batch_size, len(left) // (8 * workers)))
+        portions += [(radius, part) for part in in_parts(ranks.share(left), size)]
+    return portions
+
+
+def _answered(
+    answers: Answers,
+    portions: Sequence[Portion],
+    workers: int,
+    keep: Callable[[ImageResult], object],
+    observe: Callable[[ImageResult, int], None] | None,
+) -> tuple[list[ImageResult], dict[float, float]]:
+    """The results of these portions, each kept and told as it comes, and the seconds that each radius took."""
+    total = sum(len(part) for _, part in portions)
+    found, seconds = [], dict.fromkeys((radius for radius, _ in portions), 0.0)
+    stream = in_processes(answers, portions, workers) if workers > 1 else _in_turn(answers, portions)
+    with closing(stream):  # an observer that raises leaves nothing of its portion switched on
         latest = time.perf_counter()
         for result in stream:
             keep(result)
@@ -269,17 +294,30 @@ def verify(
                 observe(result, total)
             seconds[result.eps] += time.perf_counter() - latest
             latest = time.perf_counter()
+    return found, seconds
+
+
+def _of_all_ranks(
+    question: Question,
+    radii: Sequence[float],
+    data: Split,
+    known: Sequence[ImageResult],
+    found: Sequence[ImageResult],
+    seconds: Mapping[float, float],
+    ranks: Ranks,
+) -> list[Verification]:
+    """What `known` files say and all ranks have found, a Verification per radius."""
     parts = ranks.all_gather((found, seconds), patient=True)
     everything = {result.key: result for result in (*known, *(result for part, _ in parts for result in part))}
     return [
         Verification.of(
             radius,
-            methods,
-            arithmetic,
+            question.methods,
+            question.arithmetic,
             [result for result in everything.values() if result.eps == radius],
             data.images,
-            max(spent[radius] for _, spent in parts),
-            None if attack is None else attack.name,
+            max(spent.get(radius, 0.0) for _, spent in parts),
+            None if question.attack is None else question.attack.name,
         )
         for radius in radii
     ]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds.operations.preconditions import first_alone, only, require_that
+from certtrain.bounds.operations.preconditions import first_alone, has_batch_axis, only, require_that
 from certtrain.bounds.operations.record import (
     DECOMPOSITIONS,
     WRITES,
@@ -87,7 +87,7 @@ define(
 
 def _prelu_weight(x: Any, weight: Any) -> None:
     first_alone(x, weight)
-    require_that(x.dims >= 2, "its input has one dimension only: where is the batch axis?")
+    has_batch_axis(x)
 
 
 define(

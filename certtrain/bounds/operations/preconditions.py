@@ -36,6 +36,11 @@ def batched(*dims: int) -> Callable[..., None]:
     return require
 
 
+def has_batch_axis(x: Shape) -> None:
+    """The value has another dimension beside the channels or features."""
+    require_that(x.dims >= 2, "its input has one dimension only: where is the batch axis?")
+
+
 def first_alone(x: Any, *others: Any) -> None:
     """Only the first operand is a value."""
     require_that(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.bounds.operations.arithmetic import add
-from certtrain.bounds.operations.preconditions import batched, first_alone, require_that
+from certtrain.bounds.operations.preconditions import batched, first_alone, has_batch_axis, require_that
 from certtrain.bounds.operations.record import DECOMPOSITIONS, Affine, Shape, define
 
 
@@ -59,7 +59,7 @@ def _conv_transpose_settings(m: Any) -> tuple[Any, ...]:
 def _linear_input(x: Any, weight: Any, bias: Any = None) -> None:
     first_alone(x, weight, bias)
     require_that(weight.dim() == 2, "its weight has one dimension only: give it a second, w[None]")
-    require_that(x.dims >= 2, "its input has one dimension only: where is the batch axis?")
+    has_batch_axis(x)
 
 
 define(

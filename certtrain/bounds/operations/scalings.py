@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from certtrain.bounds.operations.preconditions import batched, first_alone, require_that
+from certtrain.bounds.operations.preconditions import batched, first_alone, has_batch_axis
 from certtrain.bounds.operations.record import Affine, define
 
 
@@ -38,7 +38,7 @@ def _batch_norm_settings(m: Any) -> tuple[Any, ...]:
 
 def _channels(x: Any, *settings: Any) -> None:
     first_alone(x, *settings)
-    require_that(x.dims >= 2, "its input has one dimension only: where is the batch axis?")
+    has_batch_axis(x)
 
 
 def _bind_dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple[Any, ...]:
