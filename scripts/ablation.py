@@ -15,20 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import ERRORS, RESULTS, growth_of, train_afresh
 
-import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import load_dataset, to_float
-from certtrain.errors import DivergedError
+from certtrain.data.vision import CIFAR10_MEAN, CIFAR10_STD
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.runs.build import resolve_device
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 EPSILON = 8 / 255
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "vanilla IBP": {},
@@ -65,21 +63,20 @@ def train_variants(data: Path, seeds: list[int], runs: Path) -> None:
     for seed in seeds:
         for name, changes in VARIANTS.items():
             folder = runs / f"{name.strip('+ ').replace(' ', '-')}-{seed}"
-            row = train_once(variant_config(data, seed, **changes), folder) | {"variant": name, "seed": seed}
+            row = train_variant(variant_config(data, seed, **changes), folder) | {"variant": name, "seed": seed}
             print(json.dumps(row))
             write_json(runs / f"{folder.name}.json", row)
 
 
-def train_once(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def train_variant(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One run's errors; `diverged_at` is the epsilon at which the loss was no longer finite, if that happened."""
-    try:
-        summary = certtrain.train(config, folder, overwrite=True).summary
-    except DivergedError as error:
-        return {"diverged_at": error.eps}
+    summary = train_afresh(config, folder)
+    if "diverged_at" in summary:
+        return summary
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     layers = last["layers"]
     return {
-        **{key: summary[key] for key in ("natural_error", "pgd_error", "verified_error", "train_seconds")},
+        **{key: summary[key] for key in (*ERRORS, "train_seconds")},
         "train_verified_error": last["verified_error"],
         "dead": sum(layer["dead"] for layer in layers) / len(layers),
         "inactive": sum(layer["inactive"] for layer in layers) / len(layers),
@@ -101,9 +98,7 @@ def measure_growth(data: Path, images: int = 128) -> None:
             net = BoundedModel(initialize_(model, scheme).train(), x[:1])
             with torch.no_grad():
                 bounds = net.ibp(linf_box(x, EPSILON), clean=x)
-            start = bounds.affine_input.radius.mean()
-            growth = [(box.radius.mean() / start).item() for box in bounds.relu_inputs]
-            rows.append({"initialization": scheme, "batch_norm": batch_norm, "growth": growth})
+            rows.append({"initialization": scheme, "batch_norm": batch_norm, "growth": growth_of(bounds)})
             print(json.dumps(rows[-1]))
     write_json(RESULTS / "growth.json", {"eps": EPSILON, "images": images, "versions": versions(), "rows": rows})
 

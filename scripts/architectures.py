@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import CIFAR10_MEAN, CIFAR10_STD, EPSILON, RESULTS
+from common import RESULTS, growth_of
 
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.config import Config, load_config
 from certtrain.config.loading import runnable_configs
 from certtrain.config.methods import MethodSection
 from certtrain.data import load_dataset, to_float
+from certtrain.data.vision import CIFAR10_MEAN, CIFAR10_STD
 from certtrain.initialization import initialize_
 from certtrain.models import MODELS, build_model
 from certtrain.runs.provenance import versions
@@ -33,6 +34,7 @@ from certtrain.training.methods import build_method
 from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
 
+EPSILON = 8 / 255
 NETWORKS = ("cnn7", "wide-resnet", "resnext")
 DATA = {  # image shape, classes, training images
     "digits": ((1, 8, 8), 10, 1_437),
@@ -55,9 +57,7 @@ def measure_growth(data: Path, images: int = 32) -> None:
                     module.reset_parameters()
             with torch.no_grad():
                 bounds = BoundedModel(initialize_(model, scheme).eval(), x[:1]).ibp(linf_box(x, EPSILON))
-            start = bounds.affine_input.radius.mean()
-            growth = [(box.radius.mean() / start).item() for box in bounds.relu_inputs]
-            rows.append({"model": name, "initialization": scheme, "growth": growth})
+            rows.append({"model": name, "initialization": scheme, "growth": growth_of(bounds)})
             print(json.dumps(rows[-1]), flush=True)
     content = {"eps": EPSILON, "images": images, "seed": 0, "versions": versions(), "rows": rows}
     write_json(RESULTS / "growth_residual.json", content)

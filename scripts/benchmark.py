@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import RESULTS
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -37,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from certtrain.bounds import bounded_model
 from certtrain.config.smoothing import PGPESection, RGSSection, SmoothingSection
+from certtrain.data.vision import CIFAR10_MEAN, CIFAR10_STD
 from certtrain.errors import MissingDependency
 from certtrain.models import build_model
 from certtrain.runs.build import resolve_device
@@ -50,7 +52,6 @@ from certtrain.training.methods import IBP, METHODS, CrownIBP
 from certtrain.training.smoothing import smoothed
 from certtrain.training.step import GradientStep, Statistics
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 GROWING = ["natural, eager", "certtrain, eager", "auto_LiRPA"]
 COUNTED = ("natural, eager", "certtrain, eager")  # PyTorch's counter does not go with auto_LiRPA's tensors
 Step = Callable[[], None]
@@ -191,9 +192,9 @@ def operations_of(step: Step) -> float:
 def network(
     setting: Setting, layout: torch.memory_format = torch.contiguous_format
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    options = {"width": setting.width}
-    normalisation = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
-    model = build_model("cnn7", (3, 32, 32), setting.classes, **normalisation, options=options)
+    model = build_model(
+        "cnn7", (3, 32, 32), setting.classes, mean=CIFAR10_MEAN, std=CIFAR10_STD, options={"width": setting.width}
+    )
     model.to(setting.device, memory_format=layout).train()
     return model, torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
 

@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation import CIFAR10_MEAN, CIFAR10_STD, RESULTS
+from common import RESULTS
 from torch import Tensor
 
 from certtrain.data import Split, load_dataset
+from certtrain.data.vision import CIFAR10_MEAN, CIFAR10_STD
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 

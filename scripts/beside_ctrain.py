@@ -28,18 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import CIFAR10_MEAN, CIFAR10_STD, EPSILON, RESULTS
+from common import ERRORS, RESULTS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import certtrain
 from certtrain.data import Split, load_dataset, to_float
+from certtrain.data.vision import CIFAR10_MEAN, CIFAR10_STD
 from certtrain.models import build_model
 from certtrain.models.normalize import Normalize
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.verification.attacks import PGD
 
+EPSILON = 8 / 255
 WIDTH = {"width": 4, "linear_width": 64, "batch_norm": True}
 BATCH, LR, STEPS, STEP_SIZE = 128, 0.002, {"sabr": 4, "mtl-ibp": 1}, {"sabr": 0.5, "mtl-ibp": 10.0}
 COEFFICIENT = {"sabr": 0.9, "mtl-ibp": 0.5}  # lambda and alpha, as published for CIFAR-10 at 8/255
@@ -154,7 +156,7 @@ def one_pair(method: str, seed: int, options: argparse.Namespace) -> list[dict[s
         rows.append({"method": method, "seed": seed, "engine": name, 
                      "seconds": [wall for wall, _ in alternating.epochs[name]],
                      "cpu_seconds": [cpu for _, cpu in alternating.epochs[name]],
-                     **{key: getattr(found, key) for key in ("natural_error", "pgd_error", "verified_error")},
+                     **{key: getattr(found, key) for key in ERRORS},
                      "ibp_verified_error": 1 - found.stages[0].proved / VERIFIED})  # fmt: skip
         brief = {key: value for key, value in rows[-1].items() if not key.endswith("seconds")}
         print(brief, f"{statistics.median(rows[-1]['cpu_seconds'][1:]):.2f} CPU seconds an epoch", flush=True)

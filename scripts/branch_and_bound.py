@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import RESULTS
+from common import RESULTS
 from compare_bounds import trained_networks
 from torch import Tensor, nn
 
@@ -66,12 +66,12 @@ def left_by_ibp(model: nn.Module, data: Split, eps: float, count: int) -> list[i
     return result.unknown.nonzero()[:count, 0].tolist()
 
 
-def ours(model: nn.Module, image: Split, eps: float, timeout: float) -> dict[str, Any]:
+def verify_by_certtrain(model: nn.Module, image: Split, eps: float, timeout: float) -> dict[str, Any]:
     (result,) = verify(model, image, eps, METHODS, attack=PGD(), search=Search(timeout=timeout))
     return {"verdict": result.verdicts[0], "seconds": result.seconds, "domains": result.domains}
 
 
-def theirs(
+def verify_by_alpha_beta_crown(
     model: nn.Module, images: Mapping[int, tuple[Tensor, int]], eps: float, classes: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """alpha-beta-CROWN's verdicts and seconds, of images by position in the order given.
@@ -86,15 +86,15 @@ def theirs(
         for index, (image, label) in images.items():
             write_text(folder / f"{index}.vnnlib", vnnlib_property(*outer_box(image, eps), label, classes))
         while missing := list(images)[len(found) :]:
-            answers = asked_of_them(folder, missing, shape, "patches", options)
+            answers = run_alpha_beta_crown(folder, missing, shape, "patches", options)
             found += [answer for answer in answers if "crash" not in answer]
             if "crash" in answers[-1]:
-                (again,) = asked_of_them(folder, missing[len(answers) - 1 :][:1], shape, "matrix", options)
+                (again,) = run_alpha_beta_crown(folder, missing[len(answers) - 1 :][:1], shape, "matrix", options)
                 found.append(answers[-1] | again)
     return found
 
 
-def asked_of_them(
+def run_alpha_beta_crown(
     folder: Path, images: Sequence[int], shape: Sequence[int], convolutions: str, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """What it answers about these images, up to one at which it crashes, whose answer says how."""
@@ -153,10 +153,10 @@ def measure(options: argparse.Namespace) -> None:
         for start in range(0, len(missing), IN_TURN):
             part = missing[start : start + IN_TURN]
             images = {index: (to_float(split.images[index]), int(split.labels[index])) for index in part}
-            others = theirs(model, images, eps, classes, options) if options.abcrown else []
+            others = verify_by_alpha_beta_crown(model, images, eps, classes, options) if options.abcrown else []
             for position, index in enumerate(part):
                 row = {"network": name, "eps": eps, "image": index, "timeout": options.timeout}
-                row["certtrain"] = ours(model, split.take(slice(index, index + 1)), eps, options.timeout)
+                row["certtrain"] = verify_by_certtrain(model, split.take(slice(index, index + 1)), eps, options.timeout)
                 if others:
                     row["alpha-beta-CROWN"] = others[position]
                 rows.append(row)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ablation import RESULTS, variant_config
+from ablation import variant_config
+from common import RESULTS
 from torch import Tensor, nn
 
 import certtrain
@@ -76,7 +77,7 @@ def trained_networks(
 ) -> list[tuple[str, Path, Split, float, dict[str, int]]]:
     found = []
     if "digits" in names:
-        train_once("digits", runs / "digits")
+        train_unless_finished("digits", runs / "digits")
         found.append(("digits", runs / "digits", load_dataset("digits").test, 0.1, DIGITS_IMAGES))
     for numerator in (2, 8):
         folder = runs / f"cifar10-{numerator}"
@@ -84,13 +85,13 @@ def trained_networks(
             continue
         config = variant_config(data, 0, initialization="ibp", batch_norm=True, regularizers=True)
         config["epsilon"]["max"] = numerator / 255
-        train_once(config, folder)
+        train_unless_finished(config, folder)
         cifar = load_dataset("npz", path=data).test
         found.append((f"CIFAR-10, {numerator}/255", folder, cifar, numerator / 255, CIFAR_IMAGES))
     return found
 
 
-def train_once(config: Any, folder: Path) -> None:
+def train_unless_finished(config: Any, folder: Path) -> None:
     if not (folder / "summary.json").exists():
         certtrain.train(config, folder, resume=True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS
 from rich.console import Console
 from torch import Tensor
 
@@ -30,7 +31,6 @@ from certtrain.training.method import Phase, scheduled
 from certtrain.training.methods import METHODS as TRAINING_METHODS
 from certtrain.training.step import GradientStep
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SHAPE, CLASSES, IMAGES, EPS = (3, 8, 8), 10, 8, 2 / 255
 
 RUN = {"training.epochs": 3, "epsilon.warmup_epochs": 1, "optimizer.milestones": [], "data.limit": 256,

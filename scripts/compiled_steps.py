@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS
 from torch import Tensor
 
 from certtrain.bounds import BoundedModel
@@ -29,7 +30,6 @@ from certtrain.runtime.partitioning import CPUPartitioner, Rewrite, keep_masks_a
 from certtrain.training.method import Phase, Scheduled
 from certtrain.training.step import GradientStep
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 SHAPE, CLASSES = (3, 32, 32), 10
 NETWORKS: dict[str, tuple[str, dict[str, Any], int, int]] = {  # model, its options, batch, rounds
     "cnn-2layer, width 2": ("cnn-2layer", {"width": 2, "linear_width": 256, "batch_norm": True}, 128, 30),

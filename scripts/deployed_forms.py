@@ -21,6 +21,7 @@ from typing import Any
 
 import onnxruntime
 import torch
+from common import RESULTS
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel
@@ -32,7 +33,6 @@ from certtrain.runtime.files import write_json
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.folding import fold_batch_norm
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 IMAGE, CLASSES = (3, 16, 16), 5
 RADII = (0.0, 1e-4, 2 / 255)
 IMAGES, POINTS = 128, 4  # a round's images, and points of each image's box

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import RESULTS, ROOT
 
 from certtrain.bounds import Box
 from certtrain.bounds.linear.beta import Ascent
@@ -24,10 +25,9 @@ from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 from certtrain.verification.branch_and_bound import Search, branch_and_bound
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.verification.test_branch_and_bound import least_margins, question, small_network  # noqa: E402
+from tests.verification.test_branch_and_bound import least_margins, question, small_network
 
 WIDTHS = ((2, 4, 3), (3, 6, 2), (2, 3, 3, 3), (2, 4, 2, 2), (4, 7, 3), (2, 4, 4, 2))
 RADII = (0.1, 0.2, 0.4)
@@ -36,7 +36,7 @@ RADII = (0.1, 0.2, 0.4)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", type=int, default=3000)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "enumeration.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "enumeration.json")
     options = parser.parse_args()
     verdicts, wrong, split, started = Counter[str](), [], 0, time.perf_counter()
     for seed, (widths, radius) in zip(

@@ -27,12 +27,13 @@ from typing import Any
 
 import torch
 from fuzz_networks import CLASSES, IMAGE, Recipe
+from points import nearest_inside
 from torch import Tensor, nn
 
 from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.linear import AlphaOptions
-from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
+from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
@@ -110,9 +111,7 @@ class Question:
         return x
 
     def _inside(self, point: Tensor) -> Tensor:
-        nearest = point.float()
-        nearest = torch.where(nearest < self.lower, nearest_above(self.lower.double(), torch.float32), nearest)
-        return torch.where(nearest > self.upper, nearest_below(self.upper.double(), torch.float32), nearest)
+        return nearest_inside(point, self.lower, self.upper)
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from ablation import RESULTS, variant_config
+from ablation import variant_config
+from common import RESULTS
 from torch import nn
 
 import certtrain

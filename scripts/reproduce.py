@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from common import RESULTS
+
 import certtrain
 from certtrain.errors import NOT_OVER
 
@@ -27,7 +29,7 @@ from certtrain.errors import NOT_OVER
 if TYPE_CHECKING:
     from certtrain.config import Config
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "reproduce.jsonl"
+RECORD = RESULTS / "reproduce.jsonl"
 LONGEST_RESERVE = 60.0  # seconds of a budget that are kept for the step under way and the checkpoint
 
 
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, help="seconds from now after which this command has ended")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
-    parser.add_argument("--results", type=Path, default=RESULTS, help="default: docs/results/reproduce.jsonl")
+    parser.add_argument("--results", type=Path, default=RECORD, help="default: docs/results/reproduce.jsonl")
     options = parser.parse_intermixed_args(arguments)
     with time_limit(options.budget):
         for seed in options.seeds:

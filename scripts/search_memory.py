@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ablation import RESULTS
+from common import RESULTS
 from torch import Tensor, nn
 
 import certtrain

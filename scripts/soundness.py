@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_bounds import RESULTS, trained_networks
+from common import RESULTS
+from compare_bounds import trained_networks
+from points import nearest_inside
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import certtrain
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.rounding.arithmetic import ARITHMETICS
-from certtrain.bounds.rounding.boxes import nearest_above, nearest_below
 from certtrain.data import Split, to_float
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
@@ -58,11 +59,18 @@ def verify_double(model: nn.Module, data: Split, eps: float) -> Verification:
             least = margins.scatter(1, labels[:, None], torch.inf).amin(1)
             found.append((prediction, prediction == labels, least))
     prediction, correct, least = (torch.cat(part) for part in zip(*found, strict=True))
-    nothing = torch.zeros_like(correct)
-    seconds = time.perf_counter() - started
     return Verification(
-        eps, (), None, prediction, correct, nothing, data.images[:0], correct & (least > 0), least, seconds
-    )  # fmt: skip
+        eps=eps,
+        stages=(),
+        arithmetic=None,
+        prediction=prediction,
+        correct=correct,
+        attacked=torch.zeros_like(correct),
+        adversarial=data.images[:0],
+        proved=correct & (least > 0),
+        margin=least,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def sample(model: nn.Module, data: Split, eps: float, wanted: int) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def sample(model: nn.Module, data: Split, eps: float, wanted: int) -> dict[str, 
             for round_ in range(-(-wanted // len(data))):
                 share = torch.rand(part.images.shape, generator=generator, dtype=torch.float64)
                 share = share.round() if round_ % 2 else share
-                point = inside(box.lower + share * (box.upper - box.lower), box.lower, box.upper)
+                point = nearest_inside(box.lower + share * (box.upper - box.lower), box.lower, box.upper)
                 points += len(labels)
                 for deployed in (model, folded):
                     logits = deployed(point).double()
@@ -87,13 +95,6 @@ def sample(model: nn.Module, data: Split, eps: float, wanted: int) -> dict[str, 
                     above = (logits.gather(1, labels[:, None]) - logits >= margins).all(1)
                     outside += int((~(in_box & above)).sum())
     return {"points": points, "outside": outside}
-
-
-def inside(point: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """The nearest float32 that lies between the ends."""
-    nearest = point.float()
-    nearest = torch.where(nearest < lower, nearest_above(lower, torch.float32), nearest)
-    return torch.where(nearest > upper, nearest_below(upper, torch.float32), nearest)
 
 
 def agreement(folder: Path, model: nn.Module, data: Split, eps: float) -> dict[str, Any]:

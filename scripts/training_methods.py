@@ -18,18 +18,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common import ERRORS, RESULTS, runs_of
+
 from certtrain.runs.directory import are_of_run
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-ERRORS = ("natural_error", "pgd_error", "verified_error")
 Row = dict[str, Any]
 
 
 def rows_of(study: Path) -> list[Row]:
     """A row for each finished run."""
-    return [row_of(file.parent) for file in sorted(study.glob("*/seed-*/summary.json"))]
+    return [row_of(run) for _, _, run in runs_of(study, having="summary.json")]
 
 
 def row_of(run: Path) -> Row:

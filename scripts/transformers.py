@@ -25,15 +25,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ablation import CIFAR10_MEAN, CIFAR10_STD, RESULTS
+from common import ERRORS, RESULTS, growth_of, train_afresh
 from live_bytes import LiveBytes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import load_dataset, to_float
-from certtrain.errors import DivergedError
+from certtrain.data.vision import CIFAR10_MEAN, CIFAR10_STD
 from certtrain.initialization import initialize_
 from certtrain.models import build_model
 from certtrain.runs.build import resolve_device
@@ -119,8 +118,7 @@ def measure_initial(setting: Setting, images: int = 64, seeds: int = 3) -> None:
             for name, loss in losses.items():
                 gradients = torch.autograd.grad(loss, layers, retain_graph=True)
                 row[f"{name}_gradients"] = [float(gradient.norm()) for gradient in gradients]
-            start = bounds.affine_input.radius.mean()
-            row["radii"] = [(box.radius.mean() / start).item() for box in bounds.relu_inputs]
+            row["radii"] = growth_of(bounds)
             rows.append(row)
     write_json(
         RESULTS / f"transformers-initial-{setting.name}.json",
@@ -134,7 +132,7 @@ def train_grid(setting: Setting, seeds: list[int], runs: Path) -> None:
         if (folder / "row.json").exists():
             continue
         row = {"norm": norm, "lr_warmup": lr_warmup, "eps_warmup": eps_warmup, "seed": seed}
-        row |= train_once(setting.config(norm, lr_warmup, eps_warmup, seed), folder)
+        row |= train_cell(setting.config(norm, lr_warmup, eps_warmup, seed), folder)
         print(json.dumps({key: value for key, value in row.items() if key != "epochs"}), flush=True)
         write_json(folder / "row.json", row)
     gather(setting, runs)
@@ -149,16 +147,10 @@ def gather(setting: Setting, runs: Path) -> None:
     write_json(RESULTS / f"transformers-{setting.name}.json", {"config": config, "versions": used, "rows": rows})
 
 
-def train_once(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def train_cell(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Errors, and the course of training; `diverged_at`: the epsilon at which the loss was no longer finite."""
-    try:
-        summary = certtrain.train(config, folder, overwrite=True).summary
-    except DivergedError as error:
-        errors = {"diverged_at": error.eps}
-    else:
-        if summary is None:
-            raise KeyboardInterrupt
-        errors = {name: summary[name] for name in ("natural_error", "pgd_error", "verified_error")}
+    summary = train_afresh(config, folder)
+    errors = {name: summary[name] for name in (*ERRORS, "diverged_at") if name in summary}
     return {**errors, "epochs": [course(epoch) for epoch in read_records(folder / "metrics.jsonl")]}
 
 

@@ -10,13 +10,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pages.common import RESULTS
+from common import DOCS, RESULTS
 from run_page import commands
 
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
 
-PAGE = Path(__file__).parents[1] / "docs" / "tutorial.md"
+PAGE = DOCS / "tutorial.md"
 SHOWN = {
     "training": "certtrain train first.yaml",
     "verifying": "--method ibp,crown-ibp,crown",

@@ -13,10 +13,11 @@ import argparse
 import io
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import ERRORS, RESULTS, runs_of
 from matplotlib.figure import Figure
 from pages.warmup import WARMUPS
 
@@ -25,7 +26,6 @@ from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_atomically, write_json
 from certtrain.studies.progress import DIVERGED
 
-RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 OF_STEPS = (
     "adaptive_rate_variance",
     "adaptive_rate_log_variance",
@@ -34,20 +34,14 @@ OF_STEPS = (
     "rectification",
     "dead_relus",
 )
-OF_RUNS = ("natural_error", "pgd_error", "verified_error", "split", "images", "steps", "train_seconds")
+OF_RUNS = (*ERRORS, "split", "images", "steps", "train_seconds")
 OF_STARTS = ("before", "along", "after", "forgetting", "learned")
-
-
-def runs_of(study: Path) -> Iterator[tuple[str, int, Path]]:
-    """Cell, seed and folder of each run that was begun."""
-    for file in sorted(study.glob("*/seed-*/config.yaml")):
-        run = file.parent
-        yield run.parent.name, int(run.name.removeprefix("seed-")), run
+BEGUN = "config.yaml"  # a file of every run that was begun
 
 
 def rows_of(study: Path) -> list[dict[str, Any]]:
     """A row for each run that is finished or has diverged."""
-    return [row for cell, seed, run in runs_of(study) if (row := row_of(cell, seed, run)) is not None]
+    return [row for cell, seed, run in runs_of(study, having=BEGUN) if (row := row_of(cell, seed, run)) is not None]
 
 
 def row_of(cell: str, seed: int, run: Path) -> dict[str, Any] | None:
@@ -71,7 +65,7 @@ def row_of(cell: str, seed: int, run: Path) -> dict[str, Any] | None:
 def first_steps_of(study: Path) -> dict[str, dict[str, list[float | None]]]:
     """By cell and quantity, a mean over seeds for each step; None where no seed has a number, as of SGD's rates."""
     records: dict[str, list[list[dict[str, Any]]]] = {}
-    for cell, _, run in runs_of(study):
+    for cell, _, run in runs_of(study, having=BEGUN):
         if (run / "steps.jsonl").is_file():
             records.setdefault(cell, []).append(read_records(run / "steps.jsonl", "step"))
     return {

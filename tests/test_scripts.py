@@ -30,6 +30,7 @@ def script(name):
 
 @pytest.fixture
 def reproduce(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
     main = script("reproduce").main
 
     def run(*more):
@@ -100,7 +101,7 @@ def test_reproduce_verifies_later_what_it_had_no_time_for(reproduce, tmp_path, m
 @pytest.fixture
 def warmup_study(tmp_path, monkeypatch):
     """Two optimizers of three seeds, of which one has diverged and one is not finished, with two first steps each."""
-    monkeypatch.syspath_prepend(SCRIPTS)  # one script reads another's constants
+    monkeypatch.syspath_prepend(SCRIPTS)  # one script imports another
     study = tmp_path / "warmup_optimizers"
     images = {"adam_short": ("ppmm", "pppm", "ppuu"), "sgd_short": ("pmmm", "ppmm", None)}
     for cell, seeds in images.items():
@@ -179,7 +180,7 @@ def test_warmup_names_a_folder_without_runs(tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def transformers(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)  # one script reads another's constants
+    monkeypatch.syspath_prepend(SCRIPTS)  # one script imports another
     monkeypatch.setitem(sys.modules, "transformers", None)  # and afterwards the name is free again
     return script("transformers")
 

@@ -15,6 +15,7 @@ from certtrain.errors import DataError
 if TYPE_CHECKING:
     from torchvision.datasets import CIFAR10
 
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _DIGITS = tuple(map(str, range(10)))
 
 
@@ -36,7 +37,7 @@ def load_cifar10(root: Path, download: bool) -> Dataset:
     """CIFAR-10: 50,000 + 10,000 images, 3×32×32, from `<root>/cifar-10-batches-py/`."""
     from torchvision.datasets import CIFAR10
 
-    return _cifar_like(CIFAR10, root, download, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    return _cifar_like(CIFAR10, root, download, mean=CIFAR10_MEAN, std=CIFAR10_STD)
 
 
 def load_cifar100(root: Path, download: bool) -> Dataset:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ablation import VARIANTS
+from common import ERRORS, RESULTS
 
-from pages.common import RESULTS, put, read, spread
+from pages.common import put, read, spread
 
 
 def fill() -> None:
@@ -31,7 +32,7 @@ def ablation_table(rows: list[dict[str, Any]]) -> str:
     lines.append("|---|---:|---:|---:|---:|---:|---|")
     for name in VARIANTS:
         runs = [row for row in rows if row["variant"] == name]
-        cells = [spread(runs, key) for key in ("natural_error", "pgd_error", "verified_error", "dead")]
+        cells = [spread(runs, key) for key in (*ERRORS, "dead")]
         diverged = ", ".join(f"{row['diverged_at']:.4f}" for row in runs if row["diverged_at"] is not None)
         lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + f" | {diverged or 'none'} |")
     return "\n".join(lines)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from pages.common import RESULTS, put, read, read_if_measured, shown, spread
+from common import RESULTS
+
+from pages.common import put, read, read_if_measured, shown, spread
 
 PAGE = RESULTS / "benchmark.md"
 DEVICES = "cpu", "cpu-avx2", "cpu-upstream", "cuda"

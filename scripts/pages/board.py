@@ -5,9 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from common import RESULTS
+
 from certtrain.studies.design import load_study
 from certtrain.studies.reading import study_path
-from pages.common import RESULTS, put, read
+from pages.common import put, read
 from pages.studies import paired_table, spreads_table
 
 

@@ -1,4 +1,4 @@
-"""What several pages need: their places, results, marks, and how a figure with its interval is written."""
+"""What several pages need: results, marks, and how a figure with its interval is written."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common import ERRORS, RESULTS
+
 from certtrain.runtime.files import write_text
 from certtrain.studies.statistics import mean_interval
-
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-RESULTS = DOCS / "results"
-ERRORS = ("natural_error", "pgd_error", "verified_error")
 
 
 def read(name: str) -> Any:

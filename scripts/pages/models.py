@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages.common import RESULTS, put, read
+from common import RESULTS
+
+from pages.common import put, read
 
 
 def fill() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pages.common import ROOT, of_setting, put, seeds_table
+from common import ROOT
+
+from pages.common import of_setting, put, seeds_table
 
 
 def fill() -> None:

@@ -6,8 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from common import DOCS, RESULTS
+
 from certtrain.studies.scaling.recommend import read_record, recommend
-from pages.common import DOCS, RESULTS, estimate, put, read, with_interval
+from pages.common import estimate, put, read, with_interval
 
 
 def fill() -> None:

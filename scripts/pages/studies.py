@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from common import ERRORS, RESULTS
+
 from certtrain.report.plots import standalone
 from certtrain.runtime.files import write_text
 from certtrain.studies.design import labels
 from certtrain.studies.trials import drawn
-from pages.common import ERRORS, RESULTS, put, read, shown
+from pages.common import put, read, shown
 
 
 def fill() -> None:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
 
-from pages.common import ERRORS, RESULTS, estimate, put, read
+from common import ERRORS, RESULTS
+
+from pages.common import estimate, put, read
 
 METHODS = ("natural", "adversarial", "ibp", "crown-ibp", "sabr", "cc-ibp", "mtl-ibp", "exp-ibp", "taps", "staps")
 STATISTICS = ("clean", "adversarial", "center")

@@ -8,8 +8,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from common import ERRORS, RESULTS
+
 from certtrain.studies.statistics import mean_interval
-from pages.common import ERRORS, RESULTS, of_setting, put, read, seeds_table
+from pages.common import of_setting, put, read, seeds_table
 
 NORMS, COLOURS = ("pre", "post", "none"), ("tab:blue", "tab:red", "tab:green")
 CONSTANT = 0.89  # verified error of a network that always says the same: of ten classes the largest has a tenth or so
@@ -39,7 +41,7 @@ def validation_table(groups: Sequence[Row]) -> str:
     """Of `certtrain compare --out`, on held-out training images."""
     lines = ["| network | seeds | natural error, % | PGD error, % | verified error, % |", "|---|---:|---:|---:|---:|"]
     for group in sorted(groups, key=lambda group: group["verified_error"]["mean"]):
-        errors = " | ".join(with_interval([100 * v for v in group[name]["values"]], most=100) for name in ERRORS)
+        errors = " | ".join(mean_with_interval([100 * v for v in group[name]["values"]], most=100) for name in ERRORS)
         lines.append(f"| {group['name']} | {len(group['seeds'])} | {errors} |")
     return "\n".join(lines)
 
@@ -85,7 +87,7 @@ def grid_table(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(titles)} | loss not finite | no better than a constant |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
     for (norm, eps_warmup, lr_warmup), runs in cells(rows).items():
-        errors = " | ".join(with_interval([100 * run.get(name, 1.0) for run in runs], most=100) for name in ERRORS)
+        errors = " | ".join(mean_with_interval([100 * run.get(name, 1.0) for run in runs], most=100) for name in ERRORS)
         diverged = sum("diverged_at" in run for run in runs)
         constant = sum(run.get("verified_error", 1.0) >= CONSTANT for run in runs)
         lost = f"{diverged} of {len(runs)} | {constant} of {len(runs)}"
@@ -101,7 +103,7 @@ def warmups_table(rows: Sequence[Row]) -> str:
         runs = [row for row in rows if row["norm"] == norm]
         shorter, longer = sorted({row["eps_warmup"] for row in runs})
         gains = (differences(runs, "lr_warmup", 5, 0), differences(runs, "eps_warmup", longer, shorter))
-        lines.append(f"| {norm} | {' | '.join(with_interval(gain, sign='+') for gain in gains)} |")
+        lines.append(f"| {norm} | {' | '.join(mean_with_interval(gain, sign='+') for gain in gains)} |")
     return "\n".join(lines)
 
 
@@ -122,7 +124,7 @@ def cells(rows: Sequence[Row]) -> dict[tuple[str, int, int], list[Row]]:
     return found
 
 
-def with_interval(values: Sequence[float], sign: str = "", most: float = math.inf) -> str:
+def mean_with_interval(values: Sequence[float], sign: str = "", most: float = math.inf) -> str:
     """Mean and 95 % interval of it; values that are shares lie from 0 to `most`."""
     interval = mean_interval(values)
     between = ""

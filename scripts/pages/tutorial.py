@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pages.common import RESULTS, put, read
+from common import RESULTS
+
+from pages.common import put, read
 
 EPOCHS = (1, 2, 11, 20)  # that the page shows
 

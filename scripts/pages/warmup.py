@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pages.common import RESULTS, estimate, put, read
+from common import RESULTS
+
+from pages.common import estimate, put, read
 
 Row = Mapping[str, Any]
 WARMUPS = ("short", "half", "none")  # of epsilon, in the names of the cells of warmup_optimizers
