@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,14 @@ from common import RESULTS, growth_of
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.config import Config, load_config
 from certtrain.config.loading import runnable_configs
-from certtrain.config.methods import MethodSection
 from certtrain.data import load_dataset, to_float
 from certtrain.data.vision import CIFAR10_MEAN, CIFAR10_STD
 from certtrain.initialization import initialize_
 from certtrain.models import MODELS, build_model
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_json
-from certtrain.training.cost import network_size, step_macs
-from certtrain.training.method import Phase
-from certtrain.training.methods import build_method
-from certtrain.training.regularization import Regularization
-from certtrain.training.step import GradientStep
+from certtrain.studies.scaling.cost import OperationCounter
+from certtrain.training.cost import network_size
 
 EPSILON = 8 / 255
 NETWORKS = ("cnn7", "wide-resnet", "resnext")
@@ -78,33 +73,12 @@ def count_costs() -> None:
 
 def costs_of(config: Config) -> dict[str, Any]:
     """Multiply-accumulates of an epoch before, in and after warmup (0 where there is none), and of the whole run."""
-    training, epsilon, images = config.training, config.epsilon, DATA[config.data.name][2]
-    before, warmup = epsilon.start_epoch - 1, epsilon.warmup_epochs
-    epochs = {"before": before, "warmup": warmup, "full": training.epochs - before - warmup}
-    first = Phase.BEFORE if config.regularizers.weight else Phase.NATURAL
-    phases = {"before": first, "warmup": Phase.WARMUP, "full": Phase.FULL}
-    options = tuple(config.model.options.items())
-    method = (training.method, config.regularizers.weight)
-    macs = {
-        part: images * macs_per_image(config.data.name, config.model.name, options, *method, phase)
-        if epochs[part]
-        else 0
-        for part, phase in phases.items()
-    }
+    shape, classes, images = DATA[config.data.name]
+    phases = OperationCounter(images, shape, classes).by_phase(config).values()
+    costs = dict(zip(("before", "warmup", "full"), phases, strict=True))
+    epochs = {part: cost.epochs for part, cost in costs.items()}
+    macs = {part: images * cost.macs_per_image for part, cost in costs.items()}
     return {"epochs": epochs, "macs_per_epoch": macs, "macs": sum(epochs[part] * macs[part] for part in epochs)}
-
-
-@cache
-def macs_per_image(data: str, model: str, options: tuple, method: MethodSection, weight: float, phase: Phase) -> float:
-    shape = DATA[data][0]
-    step = GradientStep(bounded(data, model, options), build_method(method), Regularization(weight))
-    return step_macs(step, shape, phase)
-
-
-@cache
-def bounded(data: str, model: str, options: tuple) -> BoundedModel:
-    shape, classes, _ = DATA[data]
-    return BoundedModel(build_model(model, shape, classes, options=dict(options)).train(), torch.rand(2, *shape))
 
 
 def main() -> None:

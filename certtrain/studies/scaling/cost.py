@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,11 +20,19 @@ from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
 
 PER_MAC = 2  # a multiplication and an addition
+Options = tuple[tuple[str, Any], ...]  # of a model, by key, in an order
+
+
+class PhaseCost(NamedTuple):
+    """Epochs of a phase, and the multiply-accumulates for each image of its steps; 0 of both where there is none."""
+
+    epochs: int
+    macs_per_image: float
 
 
 @dataclass(frozen=True)
-class Counter:
-    """Counts runs on a data set of so many training images of shape (C, H, W)."""
+class OperationCounter:
+    """Counts the operations of runs on a data set of so many training images of shape (C, H, W)."""
 
     images: int
     image_shape: tuple[int, int, int]
@@ -36,54 +44,55 @@ class Counter:
         Args:
             last_layer: whether those of the classifier count, in proportion to its share of a clean pass.
         """
-        begin, end = config.ramp_epochs
+        counted = 1.0
+        if not last_layer:
+            _, share = _network(self.image_shape, self.classes, config.model.name, _options(config))
+            counted = 1 - share
+        phases = self.by_phase(config).values()
+        return PER_MAC * self.images * sum(phase.epochs * phase.macs_per_image * counted for phase in phases)
+
+    def by_phase(self, config: Config) -> dict[Phase, PhaseCost]:
+        """Before, in and after the warmup of epsilon, in this order."""
         epochs = config.training.epochs
+        begin, end = (epochs, epochs) if config.training.method.name == "natural" else config.ramp_epochs
         before = Phase.BEFORE if config.regularizers.weight else Phase.NATURAL
-        method = config.training.method
-        if method.name == "natural":
-            begin, end = epochs, epochs
         lengths = {before: begin, Phase.WARMUP: end - begin, Phase.FULL: epochs - end}
-        options = tuple(sorted((key, _hashable(value)) for key, value in config.model.options.items()))
-        macs = 0.0
-        for phase, length in lengths.items():
-            if length:
-                whole, share = _macs(
-                    self.image_shape,
-                    self.classes,
-                    config.model.name,
-                    options,
-                    method,
-                    config.regularizers.weight,
-                    phase,
-                )
-                macs += length * whole * (1.0 if last_layer else 1 - share)
-        return PER_MAC * self.images * macs
+        return {
+            phase: PhaseCost(length, self._macs_per_image(config, phase) if length else 0)
+            for phase, length in lengths.items()
+        }
+
+    def _macs_per_image(self, config: Config, phase: Phase) -> float:
+        network = self.image_shape, self.classes, config.model.name, _options(config)
+        return _step_macs(*network, config.training.method, config.regularizers.weight, phase)
 
 
 @cache
-def _macs(
+def _step_macs(
     shape: tuple[int, int, int],
     classes: int,
     name: str,
-    options: tuple[tuple[str, Any], ...],
+    options: Options,
     method: MethodSection,
     regularizers: float,
     phase: Phase,
-) -> tuple[float, float]:
-    """Multiply-accumulates for each image of a step, and the classifier's share of a clean pass."""
-    net, share = _network(shape, classes, name, options)
-    return step_macs(GradientStep(net, build_method(method), Regularization(regularizers)), shape, phase), share
+) -> float:
+    """For each image of a step."""
+    net, _ = _network(shape, classes, name, options)
+    return step_macs(GradientStep(net, build_method(method), Regularization(regularizers)), shape, phase)
 
 
 @cache
-def _network(
-    shape: tuple[int, int, int], classes: int, name: str, options: tuple[tuple[str, Any], ...]
-) -> tuple[BoundedModel, float]:
+def _network(shape: tuple[int, int, int], classes: int, name: str, options: Options) -> tuple[BoundedModel, float]:
     """A network, and the classifier's share of its clean pass."""
     model = build_model(name, shape, classes, options=dict(options)).train()
     tensors = model.state_dict()
     macs = sum(tensors[name].numel() for name in classifier_tensors(model) if tensors[name].dim() == 2)
     return BoundedModel(model, torch.rand(2, *shape)), macs / clean_macs(model, shape)
+
+
+def _options(config: Config) -> Options:
+    return tuple(sorted((key, _hashable(value)) for key, value in config.model.options.items()))
 
 
 def _hashable(value: Any) -> Any:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from certtrain.config import Config
 from certtrain.errors import CheckpointError, UsageError, unknown
 from certtrain.runtime.files import parse_json
-from certtrain.studies.scaling.cost import Counter
+from certtrain.studies.scaling.cost import OperationCounter
 from certtrain.studies.scaling.design import Length, Plan, ScalingFile, Settings
 from certtrain.studies.scaling.fits import Interval, Laws, PowerLaw, Resampled, SaturatingLaw
 from certtrain.studies.scaling.record import RECORD
@@ -174,7 +174,7 @@ def recommend(record: ScalingRecord, protocol: str, approach: str, compute: floa
     section = record.plan.protocols[protocol]
     rule = record.tuning.rule.rule if record.tuning is not None and section.tuned else None
     channels, height, width = record.data.image_shape
-    count = Counter(record.data.images, (channels, height, width), record.data.classes)
+    count = OperationCounter(record.data.images, (channels, height, width), record.data.classes)
     plan = Plan(record.plan, record.base, Path())
 
     def length(width: float) -> Length:

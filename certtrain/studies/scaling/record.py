@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from certtrain.studies.scaling.contrasts import Contrast
-from certtrain.studies.scaling.cost import Counter
+from certtrain.studies.scaling.cost import OperationCounter
 from certtrain.studies.scaling.design import Plan
 from certtrain.studies.scaling.fits import Foretold, Laws, Resampled
 from certtrain.studies.scaling.results import Fitted, Measured
@@ -18,7 +18,7 @@ RECORD = "scaling.json"
 
 def record(
     plan: Plan,
-    count: Counter,
+    count: OperationCounter,
     rule: TunedRule | None,
     tuning: Sequence[Measured],
     grid: Sequence[Measured],

@@ -17,7 +17,7 @@ from certtrain.studies.groups import MACHINE
 from certtrain.studies.progress import has_diverged, is_finished
 from certtrain.studies.runner import Outcome, require_fit, train_all
 from certtrain.studies.scaling.contrasts import Contrast, contrasts
-from certtrain.studies.scaling.cost import Counter
+from certtrain.studies.scaling.cost import OperationCounter
 from certtrain.studies.scaling.design import TUNING, Grid, Plan, Planned
 from certtrain.studies.scaling.record import RECORD, record
 from certtrain.studies.scaling.results import Fitted, Measured, finished_runs, fit, measured
@@ -40,10 +40,10 @@ class Scaled:
     record: dict[str, Any]
 
 
-def counter_of(plan: Plan) -> Counter:
+def counter_of(plan: Plan) -> OperationCounter:
     """Counts runs on the plan's data, without the images that are held out."""
     dataset = load_data(plan.config(plan.file.widths[0], plan.base.training.epochs))
-    return Counter(len(dataset.train), dataset.image_shape, dataset.num_classes)
+    return OperationCounter(len(dataset.train), dataset.image_shape, dataset.num_classes)
 
 
 def scale(

@@ -10,7 +10,7 @@ import pytest
 from certtrain.config import load_config
 from certtrain.errors import UsageError
 from certtrain.runs.build import assemble, build, load_data
-from certtrain.studies.scaling.cost import Counter
+from certtrain.studies.scaling.cost import OperationCounter
 from certtrain.studies.scaling.design import Settings, load_plan, require_comparable, stretched
 
 PLAN = """
@@ -72,7 +72,7 @@ def configured(width, linear):
 @pytest.mark.slow
 def test_cost_is_nine_forward_passes_for_each_image_and_epoch(plan):
     """A joint pass is three clean ones (test_cost), backward twice as much; the images' gradient is nobody's."""
-    width, counted = 8, Counter(IMAGES, (1, 8, 8), 10)
+    width, counted = 8, OperationCounter(IMAGES, (1, 8, 8), 10)
     config = plan.config(width, 12)
     images = 2 * 12 * IMAGES
     forward, first = forward_macs(width, 4 * width), config_first(width)

@@ -74,7 +74,7 @@ def pretend(folder, run, error):
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
     monkeypatch.setattr(running, "counter_of", Counted)
-    monkeypatch.setattr(recommendations, "Counter", Counted)
+    monkeypatch.setattr(recommendations, "OperationCounter", Counted)
 
 
 @pytest.fixture
