@@ -66,7 +66,8 @@ def plan_command(options: argparse.Namespace) -> int:
     if not options.law.exists():
         raise UsageError(f"--law: there is no {options.law}: certtrain scale PLAN.yaml fits a law into its folder")
 
-    from certtrain.studies.scaling.recommend import read_record, recommend
+    from certtrain.studies.scaling.recommend import recommend
+    from certtrain.studies.scaling.record import read_record
 
     record = read_record(options.law)
     eps = record.eps if options.eps is None else options.eps
@@ -125,7 +126,7 @@ def _show_fit(console: Console, fitted: Fitted, forecast: float) -> None:
     console.print(table)
     tell(console, f"noise {fitted.noise}")
     for each in fitted.foretold:
-        error, value, interval = each["error"]
+        error, value, interval = each.forecast("error")
         said = f"the budgets below foretell {value:.2%} {_interval(interval, '.2%')}"
         tell(console, f"{each.optimum.budget:.3g} FLOP: {said}, measured {error:.2%}")
     _tell_a_short_range(console, *laws.range)

@@ -15,7 +15,7 @@ from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 
 if TYPE_CHECKING:
-    from certtrain.studies.runner import Outcome
+    from certtrain.studies.runner import RunStates
 
 
 def study_command(options: argparse.Namespace) -> int:
@@ -67,7 +67,7 @@ def _show_table(console: Console, runs: Sequence[Path]) -> None:
         tell(console, f"there is no one table of all runs: {error}")
 
 
-def _tell_outcome(console: Console, outcome: Outcome, command: str) -> None:
+def _tell_outcome(console: Console, outcome: RunStates, command: str) -> None:
     lines = [f"failed: {name}: {reason}" for name, reason in outcome.failed.items()]
     lines += [f"{name} is trained by another: {who}" for name, who in outcome.elsewhere.items()]
     if outcome.left:

@@ -15,7 +15,7 @@ from certtrain.errors import UsageError, shown
 from certtrain.studies.finished import FinishedRun, bounds_of, read_finished, require_same_images, runs_in
 from certtrain.studies.groups import Group, differing_settings, grouped, in_a_grid, with_baselines
 from certtrain.studies.progress import is_finished
-from certtrain.studies.statistics import Interval, McNemar, image_interval, mcnemar, mean_interval
+from certtrain.studies.statistics import ConfidenceInterval, McNemar, image_interval, mcnemar, mean_interval
 from certtrain.verification.cascade import check_cascade
 
 ERRORS = ("natural_error", "pgd_error", "verified_error")
@@ -27,7 +27,7 @@ class Spread:
     """One metric of one group."""
 
     values: Sequence[float]
-    interval: Interval | None
+    interval: ConfidenceInterval | None
 
     @property
     def mean(self) -> float:
@@ -62,8 +62,8 @@ class Paired:
     baseline: str
     seeds: Sequence[int]
     difference: float
-    over_seeds: Interval | None
-    over_images: Interval | None
+    over_seeds: ConfidenceInterval | None
+    over_images: ConfidenceInterval | None
     tests: Mapping[int, McNemar]
 
     def summary(self) -> dict[str, Any]:

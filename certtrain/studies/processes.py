@@ -58,24 +58,24 @@ class Deadline:
 class Ended:
     """A process that is over: its exit code, 0 if all went well and minus a signal's number, and what it has to say.
 
-    asked: it ended after `Processes.end` had asked it to.
+    asked_to_end: by `Processes.end`, before it did.
     """
 
     name: str
     code: int
     message: str
-    asked: bool = False
+    asked_to_end: bool = False
 
     @property
-    def left(self) -> bool:
+    def resumable(self) -> bool:
         """What it worked on is left as it is: it was to end, by this process or by a signal, or another is at it."""
         asking = (signal.SIGTERM, signal.SIGINT)
-        return self.code == IN_USE or self._signal in asking or (self.asked and self._signal is not None)
+        return self.code == IN_USE or self._signal in asking or (self.asked_to_end and self._signal is not None)
 
     @property
     def crashed(self) -> bool:
         """A signal ended it that does not ask: a fault of the memory, or whoever kills."""
-        return self.code < 0 and not self.left
+        return self.code < 0 and not self.resumable
 
     @property
     def reason(self) -> str:
@@ -92,7 +92,7 @@ class _Started:
     process: Any  # of the chosen context
     slot: int
     messages: Connection
-    asked: bool = False  # to end
+    asked_to_end: bool = False
 
 
 class Processes:
@@ -145,7 +145,7 @@ class Processes:
     def end(self) -> list[Ended]:
         """Ask all to end, and kill those that have not after `kill_after` seconds."""
         for started in self._running.values():
-            started.asked = True
+            started.asked_to_end = True
             started.process.terminate()
         until, ended = time.monotonic() + self._kill_after, []
         while self._running and time.monotonic() < until:
@@ -164,7 +164,7 @@ class Processes:
         except (EOFError, OSError):  # it was killed
             message = ""
         started.messages.close()
-        return Ended(name, started.process.exitcode, message, started.asked)
+        return Ended(name, started.process.exitcode, message, started.asked_to_end)
 
 
 def threads_each(jobs: int) -> int:

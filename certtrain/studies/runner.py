@@ -23,7 +23,7 @@ LOOK_EVERY = 1.0  # seconds
 
 
 @dataclass
-class Outcome:
+class RunStates:
     """What has become of the runs, by name: each is in one of these.
 
     finished: by this call or before; failed: with the reason; elsewhere: who is at work in it; left: the time was up,
@@ -86,7 +86,7 @@ def train_all(
     budget: float | None = None,
     device: str = "auto",
     console: Console | None = None,
-) -> Outcome:
+) -> RunStates:
     """Train every run that is not finished, each in its own folder below `folder`, or go on with it.
 
     Any number of such calls, here and on other machines, may work on one folder: each run has one process at a time, by
@@ -104,7 +104,7 @@ def train_all(
     deadline = Deadline.after(budget)
     console = console or Console()
     make_folder(folder)
-    outcome = Outcome()
+    outcome = RunStates()
     with (
         Display(console, runs, folder, jobs) as display,
         Processes(jobs, device, folder / "logs", deadline.reserve) as processes,
@@ -140,7 +140,7 @@ def train_all(
 
 
 def _start_what_can_be(
-    runs: Sequence[PlannedRun], folder: Path, processes: Processes, outcome: Outcome, display: Display
+    runs: Sequence[PlannedRun], folder: Path, processes: Processes, outcome: RunStates, display: Display
 ) -> None:
     """Asked anew each time: another machine may have finished a run, or have died in it."""
     for run in runs:
@@ -154,10 +154,10 @@ def _start_what_can_be(
         processes.start(run.name, train_run, run.config, place)
 
 
-def _note(ended: Ended, folder: Path, outcome: Outcome, display: Display) -> None:
+def _note(ended: Ended, folder: Path, outcome: RunStates, display: Display) -> None:
     if is_finished(folder / ended.name):
         display.tell(f"{ended.name}: finished")
-    elif not ended.left:
+    elif not ended.resumable:
         log = folder / "logs" / f"{ended.name.replace('/', '--')}.log"
         outcome.failed[ended.name] = ended.reason
         display.tell(f"{ended.name}: failed: {ended.reason} ({log})")

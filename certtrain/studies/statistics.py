@@ -14,19 +14,19 @@ RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A confidence interval of a mean, and how it was had."""
 
     low: float
     high: float
     method: str
 
-    def within(self, low: float, high: float) -> Interval:
+    def within(self, low: float, high: float) -> ConfidenceInterval:
         """What of it lies between these, which bound the quantity."""
-        return Interval(max(low, self.low), min(high, self.high), self.method)
+        return ConfidenceInterval(max(low, self.low), min(high, self.high), self.method)
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval | None:
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> ConfidenceInterval | None:
     """Where the mean of the distribution lies that `values` are drawn from.
 
     None for fewer than two of them, and where all are the same, as two seeds' counts of images may be: they show no
@@ -44,22 +44,22 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         return None
     if len(sample) < FEW:
         half = float(stats.t.ppf((1 + confidence) / 2, len(sample) - 1)) * spread / math.sqrt(len(sample))
-        return Interval(mean - half, mean + half, method)
+        return ConfidenceInterval(mean - half, mean + half, method)
     return _bootstrapped(sample, confidence, "BCa", method)
 
 
-def image_interval(differences: np.ndarray, confidence: float = 0.95) -> Interval:
+def image_interval(differences: np.ndarray, confidence: float = 0.95) -> ConfidenceInterval:
     """Where the mean of `differences` (N,), one for each image, would lie on other images of the same kind.
 
     A percentile bootstrap over images; which networks are compared is taken as given.
     """
     method = "bootstrap over images"
     if len(differences) < 2 or np.ptp(differences) == 0:
-        return Interval(float(differences.mean()), float(differences.mean()), method)
+        return ConfidenceInterval(float(differences.mean()), float(differences.mean()), method)
     return _bootstrapped(differences, confidence, "percentile", method)
 
 
-def _bootstrapped(sample: np.ndarray, confidence: float, kind: str, method: str) -> Interval:
+def _bootstrapped(sample: np.ndarray, confidence: float, kind: str, method: str) -> ConfidenceInterval:
     found = stats.bootstrap(
         (sample,),
         np.mean,
@@ -69,7 +69,7 @@ def _bootstrapped(sample: np.ndarray, confidence: float, kind: str, method: str)
         method=kind,
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Interval(float(found.low), float(found.high), method)
+    return ConfidenceInterval(float(found.low), float(found.high), method)
 
 
 @dataclass(frozen=True)

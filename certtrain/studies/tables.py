@@ -15,7 +15,7 @@ from rich.text import Text
 from certtrain.errors import printable
 from certtrain.studies.compare import Comparison, Paired, Spread, is_error
 from certtrain.studies.groups import Group
-from certtrain.studies.statistics import Interval
+from certtrain.studies.statistics import ConfidenceInterval
 
 ABSENT = "–"
 _LATEX = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}"}
@@ -204,7 +204,7 @@ def _signed(value: float) -> str:
     return f"{value:+.2%}".replace("-", "−")
 
 
-def _interval(metric: str, interval: Interval | None) -> str:
+def _interval(metric: str, interval: ConfidenceInterval | None) -> str:
     if interval is None:
         return ABSENT
     return f"{_number(metric, interval.low)} to {_number(metric, interval.high)}".replace("-", "−")

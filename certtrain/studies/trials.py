@@ -18,7 +18,7 @@ from certtrain.studies.compare import compare
 from certtrain.studies.design import labels
 from certtrain.studies.page import html
 from certtrain.studies.progress import is_finished
-from certtrain.studies.runner import Outcome
+from certtrain.studies.runner import RunStates
 from certtrain.studies.tables import Sheet, percentage, sheets
 
 RECORD = "tuning.json"
@@ -78,12 +78,12 @@ class Tuned:
     trials: Sequence[Trial]
     planned_trials: int
     interrupted: bool = False
-    final: Outcome | None = None
+    final: RunStates | None = None
     chosen: Sequence[int] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
-        """As of `Outcome`: 75 while the search is not over."""
+        """As of `RunStates`: 75 while the search is not over."""
         if self.final is not None:
             return self.final.exit_code
         return 128 + signal.SIGINT if self.interrupted else NOT_OVER

@@ -279,7 +279,7 @@ def _note(study: Any, ended: Ended, say: Callable[[str], None]) -> None:
         else:
             begun.set_user_attr(CRASHED, ended.reason)
             say(f"trial {number}: {ended.reason}: once more")
-    elif not trial.state.is_finished() and not ended.left:
+    elif not trial.state.is_finished() and not ended.resumable:
         raise CerttrainError(f"the search stops at trial {number}, which the same command tries again: {ended.reason}")
     match trial.state.name:
         case "COMPLETE":

@@ -8,7 +8,8 @@ from typing import Any
 
 from common import DOCS, RESULTS
 
-from certtrain.studies.scaling.recommend import read_record, recommend
+from certtrain.studies.scaling.recommend import recommend
+from certtrain.studies.scaling.record import read_record
 from pages.common import estimate, put, read, with_interval
 
 

@@ -93,7 +93,7 @@ def test_what_is_killed_because_it_did_not_end_when_asked_has_not_failed(tmp_pat
         while not (tmp_path / "ready").exists():
             assert processes.wait(0.1) == []
         (ended,) = processes.end()
-    assert (ended.code, ended.left, ended.crashed) == (-signal.SIGKILL, True, False)
+    assert (ended.code, ended.resumable, ended.crashed) == (-signal.SIGKILL, True, False)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_what_is_killed_because_it_did_not_end_when_asked_has_not_failed(tmp_pat
 )
 def test_what_ended_by_itself_is_told_from_what_was_left(code, asked, left, crashed):
     ended = Ended("a", code, "", asked)
-    assert (ended.left, ended.crashed) == (left, crashed)
+    assert (ended.resumable, ended.crashed) == (left, crashed)
 
 
 def test_those_that_are_at_work_are_asked_to_end(tmp_path):

@@ -23,7 +23,7 @@ from certtrain.studies.compare import ERRORS, compare
 from certtrain.studies.design import load_study
 from certtrain.studies.processes import Ended
 from certtrain.studies.progress import Display, Progress, has_diverged, look_at, time_left
-from certtrain.studies.runner import Outcome, _note, require_fit, train_all
+from certtrain.studies.runner import RunStates, _note, require_fit, train_all
 from tests.commands import contents, wait_until
 from tests.studies.folders import STUDY, pretend_finished, write_run
 
@@ -95,7 +95,7 @@ def test_no_time_leaves_everything_for_the_next_call(study_file, tmp_path):
     ],
 )
 def test_what_was_ended_for_want_of_time_has_not_failed(tmp_path, code, asked, failed):
-    outcome = Outcome()
+    outcome = RunStates()
     _note(Ended("a/seed-0", code, "", asked), tmp_path, outcome, Display(QUIET, [], tmp_path, jobs=1))
     assert outcome.failed == failed
 

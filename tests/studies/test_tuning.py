@@ -31,7 +31,7 @@ from certtrain.runs.train import train
 from certtrain.studies.design import Cell, planned
 from certtrain.studies.processes import BROKEN, IN_USE, Ended
 from certtrain.studies.pruning import Pruner
-from certtrain.studies.runner import Outcome
+from certtrain.studies.runner import RunStates
 from certtrain.studies.search import Range, load_tuning
 from certtrain.studies.trials import Trial, Tuned, choose, drawn, page_of
 from certtrain.studies.trials import tested_trials as trials_before_the_test
@@ -127,7 +127,7 @@ def test_trials_with_the_same_settings_are_tested_once(tmp_path, monkeypatch, tr
     def pretended(runs, folder, **_):
         assert len({run.config.to_yaml() for run in runs}) == len(runs)
         pretend_finished(SimpleNamespace(runs=[run for run in runs if not (folder / run.name).exists()]), folder)
-        return Outcome(finished=[run.name for run in runs])
+        return RunStates(finished=[run.name for run in runs])
 
     monkeypatch.setattr("certtrain.studies.tuning.train_all", pretended)
     text = SEARCH.replace("{low: 0.001, high: 0.03, log: true}", "[0.01, 0.02, 0.03]").replace("trials: 2", "trials: 8")

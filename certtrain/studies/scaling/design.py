@@ -124,7 +124,7 @@ class Settings:
 
 
 Count = Callable[[Config, bool], float]  # (configuration, whether the last layer counts) -> operations of the whole run
-Rule = Callable[[int], Settings]  # of a width
+SettingsOfWidth = Callable[[int], Settings]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Plan:
             cells.append(Planned(TUNING, tuning.budget, width, of.compute(epochs), config, settings))
         return Grid(tuple(cells))
 
-    def grid(self, count: Count, rule: Rule | None) -> Grid:
+    def grid(self, count: Count, rule: SettingsOfWidth | None) -> Grid:
         """The runs that laws are fitted to, of the protocols that can be trained by now: `rule` is for those tuned.
 
         Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -99,6 +99,24 @@ class Laws:
             "epochs": self.epochs.exponent,
             "error": self.error.above.exponent,
         }
+
+    def to_row(self) -> list[float]:
+        """Enough to evaluate them anywhere, in six digits: what `from_row` reads."""
+        error = self.error
+        laws = (self.width, self.epochs)
+        numbers = [number for law in laws for number in (law.coefficient, law.exponent)]
+        numbers += [error.floor, error.above.coefficient, error.above.exponent]
+        return [float(f"{number:.6g}") for number in numbers]
+
+    @classmethod
+    def from_row(cls, row: Sequence[float], range: Interval) -> Laws:
+        width, width_exponent, epochs, epochs_exponent, floor, error, error_exponent = row
+        return cls(
+            PowerLaw(width, width_exponent),
+            PowerLaw(epochs, epochs_exponent),
+            SaturatingLaw(floor, PowerLaw(error, error_exponent)),
+            range,
+        )
 
 
 def isoflop_optimum(points: Sequence[Point]) -> Optimum:
@@ -254,6 +272,14 @@ def bootstrap(points: Sequence[Point], resamples: int = 1000, seed: int = 0, app
     return Resampled(tuple(fitted), resamples)
 
 
+class Forecast(NamedTuple):
+    """Of one quantity of an optimum: as measured, the value that laws foretell, and the interval of that."""
+
+    measured: float
+    value: float
+    interval: Interval | None
+
+
 @dataclass(frozen=True)
 class Foretold:
     """The optimum of a budget, and what laws of the smaller budgets alone say of it, with their intervals."""
@@ -262,13 +288,10 @@ class Foretold:
     laws: Laws
     intervals: Mapping[str, Interval | None]
 
-    def __getitem__(self, name: str) -> tuple[float, float, Interval | None]:
-        """Of "width", "epochs" or "error": as measured, as foretold, and the interval of that."""
-        return (
-            getattr(self.optimum, name),
-            float(getattr(self.laws, name)(self.optimum.compute)),
-            self.intervals[name],
-        )
+    def forecast(self, name: str) -> Forecast:
+        """Of "width", "epochs" or "error"."""
+        value = float(getattr(self.laws, name)(self.optimum.compute))
+        return Forecast(getattr(self.optimum, name), value, self.intervals[name])
 
 
 def foretold(points: Sequence[Point], resamples: int = 1000, approach: Approach = ISOFLOP) -> list[Foretold]:

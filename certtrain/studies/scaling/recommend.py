@@ -5,107 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from certtrain.config import Config
-from certtrain.errors import CheckpointError, UsageError, unknown
-from certtrain.runtime.files import parse_json
+from certtrain.errors import UsageError, unknown
 from certtrain.studies.scaling.cost import OperationCounter
-from certtrain.studies.scaling.design import Length, Plan, ScalingFile, Settings
-from certtrain.studies.scaling.fits import Interval, Laws, PowerLaw, Resampled, SaturatingLaw
-from certtrain.studies.scaling.record import RECORD
-from certtrain.studies.scaling.tuned import TunedRule
+from certtrain.studies.scaling.design import Length, Plan, Settings
+from certtrain.studies.scaling.fits import Interval
+from certtrain.studies.scaling.record import FittedLaws, ScalingRecord, Unfitted
 
 MOST_WIDTH = 100_000
-Positive = Annotated[FiniteFloat, Field(gt=0)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class Law(_Record):
-    coefficient: Positive
-    exponent: FiniteFloat
-
-    @property
-    def law(self) -> PowerLaw:
-        return PowerLaw(self.coefficient, self.exponent)
-
-
-class ErrorLaw(Law):
-    floor: Annotated[float, Field(ge=0, le=1)]
-
-
-class FittedLaws(_Record):
-    """Of one protocol, by one approach; `range`: the compute of what they were fitted to."""
-
-    width: Law
-    epochs: Law
-    error: ErrorLaw
-    resampled: list[Annotated[list[FiniteFloat], Field(min_length=7, max_length=7)]] = Field(max_length=100_000)
-    range: Annotated[list[Positive], Field(min_length=2, max_length=2)]
-
-    @property
-    def laws(self) -> Laws:
-        error = SaturatingLaw(self.error.floor, self.error.law)
-        return Laws(self.width.law, self.epochs.law, error, (self.range[0], self.range[1]))
-
-    @property
-    def again(self) -> Resampled:
-        measured = self.range[0], self.range[1]
-        rows = [
-            Laws(PowerLaw(a, b), PowerLaw(c, d), SaturatingLaw(e, PowerLaw(f, g)), measured)
-            for a, b, c, d, e, f, g in self.resampled
-        ]
-        return Resampled(tuple(rows), len(rows))
-
-
-class Unfitted(_Record):
-    why_not: str
-
-
-class Best(_Record):
-    lr: Positive
-    batch_size: int = Field(ge=1)
-    beta2: Annotated[float, Field(gt=0, lt=1)]
-
-
-class Rule(_Record):
-    lr: Law
-    batch_size: Law
-    one_minus_beta2: Law
-    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
-    beta2s: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
-    best: dict[str, Best]
-
-    @property
-    def rule(self) -> TunedRule:
-        laws = self.lr.law, self.batch_size.law, self.one_minus_beta2.law
-        return TunedRule(*laws, tuple(self.batch_sizes), tuple(self.beta2s), {})
-
-
-class Tuning(_Record):
-    rule: Rule
-
-
-class Data(_Record):
-    images: int = Field(ge=1)
-    image_shape: list[Annotated[int, Field(ge=1, le=4096)]] = Field(min_length=3, max_length=3)
-    classes: int = Field(ge=2)
-
-
-class ScalingRecord(_Record):
-    """Of scaling.json, what a recommendation needs."""
-
-    plan: ScalingFile
-    base: Config
-    eps: float
-    data: Data
-    tuning: Tuning | None
-    fits: dict[str, dict[str, FittedLaws | Unfitted]]  # by protocol and approach
 
 
 @dataclass(frozen=True)
@@ -131,24 +39,6 @@ class Recommendation:
         """How far outside of what was measured, in doublings of compute; 0 within."""
         low, high = self.range
         return max(0.0, math.log2(self.compute / high), math.log2(low / self.compute))
-
-
-def read_record(source: Path) -> ScalingRecord:
-    """scaling.json, or that in the folder `source`.
-
-    Raises:
-        UsageError: there is none.
-        CheckpointError: it is corrupt.
-    """
-    file = source / RECORD if source.is_dir() else source
-    if not file.is_file():
-        raise UsageError(f"there is no {file}: `certtrain scale PLAN.yaml` fits a law, --law names where it is")
-    try:
-        return ScalingRecord.model_validate(parse_json(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        problem = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" if problem else error
-        raise CheckpointError(f"{file} is missing or corrupt ({str(reason)[:160]})") from error
 
 
 def recommend(record: ScalingRecord, protocol: str, approach: str, compute: float, eps: float) -> Recommendation:
@@ -181,7 +71,7 @@ def recommend(record: ScalingRecord, protocol: str, approach: str, compute: floa
         whole = min(MOST_WIDTH, max(1, round(width)))
         return Length(plan, whole, section, None if rule is None else rule(whole), count)
 
-    best, intervals = length(fitted.laws.width(compute)), fitted.again.at(compute)
+    best, intervals = length(fitted.laws.width(compute)), fitted.resampled_laws.at(compute)
     epochs = best.epochs(compute)
     if epochs < best.shortest:
         raise UsageError(

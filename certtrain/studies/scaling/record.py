@@ -1,22 +1,33 @@
-"""scaling.json: every run of a plan, and what was made of them."""
+"""scaling.json: every run of a plan, and what was made of them; written, and what a recommendation needs read again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from certtrain.config import Config
+from certtrain.errors import CheckpointError, UsageError
+from certtrain.runtime.files import parse_json
 from certtrain.studies.scaling.contrasts import Contrast
 from certtrain.studies.scaling.cost import OperationCounter
-from certtrain.studies.scaling.design import Plan
-from certtrain.studies.scaling.fits import Foretold, Laws, Resampled
+from certtrain.studies.scaling.design import Plan, ScalingFile
+from certtrain.studies.scaling.fits import Foretold, Interval, Laws, PowerLaw, Resampled, SaturatingLaw
 from certtrain.studies.scaling.results import Fitted, Measured
 from certtrain.studies.scaling.tuned import TunedRule
 
 RECORD = "scaling.json"
+Positive = Annotated[FiniteFloat, Field(gt=0)]
+
+
+# --- written ----------------------------------------------------------------------------------------------------------
 
 
 def record(
+    *,
     plan: Plan,
     count: OperationCounter,
     rule: TunedRule | None,
@@ -78,7 +89,7 @@ def _fitted(fitted: Fitted, forecast: float) -> dict[str, Any]:
         "epochs": {**asdict(laws.epochs), "exponent_interval": exponents["epochs"]},
         "error": {"floor": laws.error.floor, **asdict(laws.error.above), "exponent_interval": exponents["error"]},
         "resamples": {"drawn": resampled.drawn, "fitted": len(resampled.laws)},
-        "resampled": [_laws_row(each) for each in resampled.laws],
+        "resampled": [laws.to_row() for laws in resampled.laws],
         "range": list(laws.range),
         "forecast": {"compute": forecast, **predicted(laws, resampled, forecast)},
         "foretold": [_foretold_row(each) for each in fitted.foretold],
@@ -86,16 +97,8 @@ def _fitted(fitted: Fitted, forecast: float) -> dict[str, Any]:
 
 
 def _foretold_row(each: Foretold) -> dict[str, Any]:
-    rows = {name: dict(zip(("measured", "value", "interval"), each[name], strict=True)) for name in each.intervals}
+    rows = {name: each.forecast(name)._asdict() for name in each.intervals}
     return {"budget": each.optimum.budget, "compute": each.optimum.compute, **rows}
-
-
-def _laws_row(laws: Laws) -> list[float]:
-    """Enough of a resample to evaluate it anywhere."""
-    above = laws.error.above
-    width, epochs = laws.width, laws.epochs
-    numbers = (width.coefficient, width.exponent, epochs.coefficient, epochs.exponent)
-    return [float(f"{value:.6g}") for value in (*numbers, laws.error.floor, above.coefficient, above.exponent)]
 
 
 def predicted(laws: Laws, resampled: Resampled, compute: float) -> dict[str, Any]:
@@ -103,3 +106,110 @@ def predicted(laws: Laws, resampled: Resampled, compute: float) -> dict[str, Any
     intervals = resampled.at(compute)
     values = {"width": laws.width(compute), "epochs": laws.epochs(compute), "error": laws.error(compute)}
     return {name: {"value": value, "interval": intervals[name]} for name, value in values.items()}
+
+
+# --- read -------------------------------------------------------------------------------------------------------------
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class Law(_Record):
+    coefficient: Positive
+    exponent: FiniteFloat
+
+    @property
+    def law(self) -> PowerLaw:
+        return PowerLaw(self.coefficient, self.exponent)
+
+
+class ErrorLaw(Law):
+    floor: Annotated[float, Field(ge=0, le=1)]
+
+
+class FittedLaws(_Record):
+    """Of one protocol, by one approach; `range`: the compute of what they were fitted to."""
+
+    width: Law
+    epochs: Law
+    error: ErrorLaw
+    resampled: list[Annotated[list[FiniteFloat], Field(min_length=7, max_length=7)]] = Field(max_length=100_000)
+    range: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+
+    @property
+    def compute_range(self) -> Interval:
+        return self.range[0], self.range[1]
+
+    @property
+    def laws(self) -> Laws:
+        error = SaturatingLaw(self.error.floor, self.error.law)
+        return Laws(self.width.law, self.epochs.law, error, self.compute_range)
+
+    @property
+    def resampled_laws(self) -> Resampled:
+        rows = tuple(Laws.from_row(row, self.compute_range) for row in self.resampled)
+        return Resampled(rows, len(rows))
+
+
+class Unfitted(_Record):
+    why_not: str
+
+
+class Best(_Record):
+    lr: Positive
+    batch_size: int = Field(ge=1)
+    beta2: Annotated[float, Field(gt=0, lt=1)]
+
+
+class TuningRule(_Record):
+    lr: Law
+    batch_size: Law
+    one_minus_beta2: Law
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    beta2s: list[Annotated[float, Field(gt=0, lt=1)]] = Field(min_length=1)
+    best: dict[str, Best]
+
+    @property
+    def rule(self) -> TunedRule:
+        laws = self.lr.law, self.batch_size.law, self.one_minus_beta2.law
+        return TunedRule(*laws, tuple(self.batch_sizes), tuple(self.beta2s), {})
+
+
+class Tuning(_Record):
+    rule: TuningRule
+
+
+class Data(_Record):
+    images: int = Field(ge=1)
+    image_shape: list[Annotated[int, Field(ge=1, le=4096)]] = Field(min_length=3, max_length=3)
+    classes: int = Field(ge=2)
+
+
+class ScalingRecord(_Record):
+    """Of scaling.json, what a recommendation needs."""
+
+    plan: ScalingFile
+    base: Config
+    eps: float
+    data: Data
+    tuning: Tuning | None
+    fits: dict[str, dict[str, FittedLaws | Unfitted]]  # by protocol and approach
+
+
+def read_record(source: Path) -> ScalingRecord:
+    """scaling.json, or that in the folder `source`.
+
+    Raises:
+        UsageError: there is none.
+        CheckpointError: it is corrupt.
+    """
+    file = source / RECORD if source.is_dir() else source
+    if not file.is_file():
+        raise UsageError(f"there is no {file}: `certtrain scale PLAN.yaml` fits a law, --law names where it is")
+    try:
+        return ScalingRecord.model_validate(parse_json(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        problem = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" if problem else error
+        raise CheckpointError(f"{file} is missing or corrupt ({str(reason)[:160]})") from error

@@ -15,7 +15,7 @@ from certtrain.runs.provenance import versions
 from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.groups import MACHINE
 from certtrain.studies.progress import has_diverged, is_finished
-from certtrain.studies.runner import Outcome, require_fit, train_all
+from certtrain.studies.runner import RunStates, require_fit, train_all
 from certtrain.studies.scaling.contrasts import Contrast, contrasts
 from certtrain.studies.scaling.cost import OperationCounter
 from certtrain.studies.scaling.design import TUNING, Grid, Plan, Planned
@@ -29,7 +29,7 @@ class Scaled:
     """Where a plan stands: what became of the last runs, the cells, those that are finished, the laws of each protocol
     and how those differ."""
 
-    outcome: Outcome
+    outcome: RunStates
     tuning: Grid
     grid: Grid
     tried: Sequence[Measured]
@@ -71,7 +71,7 @@ def scale(
         UsageError: the plan cannot be carried out, or `folder` holds other runs.
     """
     deadline = None if budget is None else time.monotonic() + budget
-    count, seeds, outcome = counter_of(plan), plan.file.seeds, Outcome()
+    count, seeds, outcome = counter_of(plan), plan.file.seeds, RunStates()
     plan.grid(count, None)  # what is wrong with it is said first
 
     def finished(cells: Sequence[Planned], place: Path, tries: bool = False) -> list[Measured]:
@@ -99,7 +99,17 @@ def scale(
     protocols = dict.fromkeys(result.cell.protocol for result in results)
     fits = [fitted for protocol in protocols for fitted in fit(plan, results, protocol)]
     differ = contrasts(results, plan.file.resamples)
-    content = record(plan, count, rule, tried, results, fits, differ, grid.left_out, versions())
+    content = record(
+        plan=plan,
+        count=count,
+        rule=rule,
+        tuning=tried,
+        grid=results,
+        fits=fits,
+        contrasts=differ,
+        left_out=grid.left_out,
+        versions=versions(),
+    )
     if save and (results or tried):
         make_folder(folder)
         write_json(folder / RECORD, content)

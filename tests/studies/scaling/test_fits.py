@@ -159,12 +159,12 @@ def test_budgets_are_foretold_from_those_below_alone():
     budgets = sorted({point.budget for point in points})
     assert [each.optimum.budget for each in found] == budgets[2:]
     for each in found[2:]:  # with a floor, that is
-        error, value, interval = each["error"]
+        error, value, interval = each.forecast("error")
         assert value == pytest.approx(error, rel=0.01)
         assert interval == pytest.approx((value, value), rel=1e-12)
     moved = [replace(point, error=point.error * 1.1) if point.budget == budgets[4] else point for point in points]
     for each, other in zip(found, foretold(moved, resamples=3), strict=True):
-        same = other["error"][1] == each["error"][1]
+        same = other.forecast("error").value == each.forecast("error").value
         assert same == (each.optimum.budget <= budgets[4])
 
 

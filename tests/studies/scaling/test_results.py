@@ -11,7 +11,7 @@ import pytest
 
 from certtrain.errors import CheckpointError, DivergedError, UsageError
 from certtrain.studies.progress import is_finished
-from certtrain.studies.runner import Outcome, train_run
+from certtrain.studies.runner import RunStates, train_run
 from certtrain.studies.scaling import recommend as recommendations
 from certtrain.studies.scaling import run as running
 from certtrain.studies.scaling.design import load_plan
@@ -194,7 +194,7 @@ class Trained:
         self.fate, self.runs = fate, []
 
     def __call__(self, runs, place, **_):
-        outcome = Outcome()
+        outcome = RunStates()
         for run in runs:
             if is_finished(place / run.name):
                 continue
