@@ -92,6 +92,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def one_line(error: object, most: int = 200) -> str:
+    """What another library's error says, on one line of at most `most` characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def shown(value: object, most: int = 60) -> str:
     """`value` as Python writes it, shortened; of what is large only as much is looked at as is shown."""
     summary = reprlib.Repr()

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from certtrain.bounds.graph import leaves, map_leaves
 from certtrain.bounds.operations.inspections import INSPECTING_METHODS
 from certtrain.bounds.operations.record import module_decomposition, module_entry
-from certtrain.errors import CerttrainError, UnsupportedOperation
+from certtrain.errors import CerttrainError, UnsupportedOperation, one_line
 from certtrain.unchanged import unchanged
 
 ROOT = "model"
@@ -155,7 +155,7 @@ def record_forward(model: nn.Module) -> tuple[Root, fx.Graph]:
     except CerttrainError:
         raise
     except Exception as error:  # of the user's forward, met with a stand-in for its input: of any type
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error)
         asks = isinstance(error, TraceError)
         fault = "must not branch or loop on the input" if asks else "fails with a stand-in for the input"
         raise UnsupportedOperation(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Settle
 from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
 from certtrain.bounds.tracing import trace
-from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError
+from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError, one_line
 
 
 class PointWalk:
@@ -101,7 +101,7 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
             continue
         break
     else:
-        reason = " ".join(str(failure).split())[:160]
+        reason = one_line(failure)
         raise UnsupportedOperation(f"{type(model).__name__} cannot be computed on {len(images)} images ({reason})")
     if expected.numel() == 0:
         raise UnsupportedOperation(f"{type(model).__name__} returns nothing")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import yaml
 from yaml.constructor import ConstructorError
 
-from certtrain.errors import UsageError, shortened
+from certtrain.errors import UsageError, one_line, shortened
 
 MOST_CHARACTERS = 1 << 18  # of a file, or of an override
 MOST_NODES = 10_000  # values, those that an alias repeats counted each time
@@ -55,7 +55,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.reader.ReaderError as error:
         raise NotPlainYaml(f"character {error.position + 1}: {error.reason}") from error
     except yaml.YAMLError as error:
-        raise NotPlainYaml(shortened(" ".join(str(error).split()), 120)) from error
+        raise NotPlainYaml(shortened(one_line(error), 120)) from error
 
 
 def read_yaml(path: Path) -> Any:

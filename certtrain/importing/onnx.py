@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from certtrain.bounds.recording import probes
-from certtrain.errors import DataError, MissingDependency, UnsupportedOperation, optional_module
+from certtrain.errors import DataError, MissingDependency, UnsupportedOperation, one_line, optional_module
 from certtrain.verification.deployed import Comparison, Replay, one_by_one
 
 EXTRA = "onnx"
@@ -59,9 +59,9 @@ def import_onnx(file: Path) -> OnnxNetwork:
         model = onnx.load_model_from_string(content)
         onnx.checker.check_model(model)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {_one_line(error)}") from error
+        raise DataError(f"{file} cannot be read: {one_line(error)}") from error
     except Exception as error:  # protobuf's and onnx's own, which depend on its version
-        raise DataError(f"{file} is no network in ONNX: {_one_line(error)}") from error
+        raise DataError(f"{file} is no network in ONNX: {one_line(error)}") from error
     name, shape = _input(model, file)
     network, model = model, _in_known_version(_with_plain_constants(model))
     _require_known_operators(model, file)
@@ -71,7 +71,7 @@ def import_onnx(file: Path) -> OnnxNetwork:
         run = evaluator(network, name)
         same = _computes_the_same(module, run, shape)
     except Exception as error:  # of onnx2torch or a runtime, for a network that it did not foresee: of any type
-        raise UnsupportedOperation(f"{file} cannot be imported: {_one_line(error)}") from error
+        raise UnsupportedOperation(f"{file} cannot be imported: {one_line(error)}") from error
     if not same:
         raise UnsupportedOperation(
             f"{file} cannot be imported: onnx2torch makes a network of it that computes otherwise"
@@ -203,7 +203,7 @@ def _converted(model: Any) -> fx.GraphModule:
             try:
                 converter(node, graph)
             except Exception as error:  # of any type, for what is in none of its words
-                raise UnsupportedOperation(f"{_as_written(proto)}: {_one_line(error)}") from error
+                raise UnsupportedOperation(f"{_as_written(proto)}: {one_line(error)}") from error
         raise
 
 
@@ -325,7 +325,3 @@ def _computes_the_same(module: nn.Module, run: Replay, input_shape: Sequence[int
     """As the file, on single inputs of either sign."""
     inputs = probes(torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape))
     return Comparison(module).agrees(inputs, one_by_one(run, inputs))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

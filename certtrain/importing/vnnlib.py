@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds import Box
-from certtrain.errors import DataError, shown
+from certtrain.errors import DataError, one_line, shown
 from certtrain.verification.properties import Case
 
 MOST_CASES = 10_000  # that a property may fall apart into
@@ -73,7 +73,7 @@ def read_property(file: Path) -> list[Case]:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         text = content.decode()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as VNN-LIB: {' '.join(str(error).split())[:150]}") from error
+        raise DataError(f"{file} cannot be read as VNN-LIB: {one_line(error)}") from error
     return parse_property(text, str(file))
 
 

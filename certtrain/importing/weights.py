@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from certtrain.errors import CheckpointError
+from certtrain.errors import CheckpointError, one_line
 from certtrain.runs.checkpoint import restore
-from certtrain.runs.tensor_file import one_line, open_tensor_file
+from certtrain.runs.tensor_file import open_tensor_file
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which a training program puts the state dict
 Layer = dict[str, Tensor]  # of a state dict: what belongs to one module, by its last name

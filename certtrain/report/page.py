@@ -22,7 +22,7 @@ from certtrain.report.forgetting import forgetting_table
 from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.metrics import read_records
-from certtrain.runtime.files import parse_json, write_text
+from certtrain.runtime.files import read_json, write_text
 from certtrain.verification.verdicts import Verdict
 
 EXAMPLES = 12  # of each verdict
@@ -136,11 +136,7 @@ def _read_own(kind: type[Record], file: Path, summary: Mapping[str, Any]) -> dic
 
 
 def _read(kind: type[Record], file: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
-    return checked(kind, content, file)
+    return checked(kind, read_json(file), file)
 
 
 def _read_epochs(run: Path) -> list[dict[str, Any]]:

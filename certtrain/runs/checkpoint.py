@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from certtrain.errors import CheckpointError, UsageError
+from certtrain.errors import CheckpointError, UsageError, one_line
 from certtrain.models import MODELS, build_model, find_model
 from certtrain.modules import evaluating
-from certtrain.runs.tensor_file import DTYPES, digest, one_line, open_tensor_file, tensor_file
-from certtrain.runtime.files import parse_json, write_atomically, write_json
+from certtrain.runs.tensor_file import DTYPES, digest, open_tensor_file, tensor_file
+from certtrain.runtime.files import parse_json, read_json, write_atomically, write_json
 
 FORMAT = 2  # of last.ckpt
 MODEL_FORMAT = 1  # of model.json
@@ -192,16 +193,10 @@ def load_architecture(folder: Path) -> dict[str, Any]:
         CheckpointError: model.json is missing or corrupt.
     """
     description = folder / "model.json"
-    try:
+    with suppress(OSError):  # it is missing: said below
         if description.stat().st_size > LARGEST_DESCRIPTION:
             raise CheckpointError(f"{description} is no description of a network: it is too long")
-        return Architecture.model_validate(parse_json(description.read_bytes())["model"]).model_dump()
-    except ValidationError as error:
-        problem = error.errors()[0]
-        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")
-        raise CheckpointError(f"{description} is missing or corrupt ({reason[:200]})") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{description} is missing or corrupt ({one_line(error)})") from error
+    return read_json(description, lambda content: Architecture.model_validate(content["model"]).model_dump())
 
 
 def restore(model: nn.Module, weights: Mapping[str, Tensor], source: Path | str) -> None:

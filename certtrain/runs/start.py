@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from certtrain.affine_layers import classifier_tensors
@@ -29,7 +29,7 @@ from certtrain.runs.checkpoint import (
 from certtrain.runs.metrics import read_records
 from certtrain.runs.state import check_optimizer, check_state, continue_from, take_optimizer
 from certtrain.runs.tensor_file import digest
-from certtrain.runtime.files import parse_json, write_json
+from certtrain.runtime.files import read_json, write_json
 from certtrain.training.trainer import Trainer
 
 START = "start.json"
@@ -168,12 +168,7 @@ def stored_start(folder: Path) -> Start:
     Raises:
         CheckpointError: it is missing or corrupt.
     """
-    file = folder / START
-    try:
-        return Start.model_validate(parse_json(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise CheckpointError(f"{file} is missing or corrupt ({shortened(problem, 160)})") from error
+    return read_json(folder / START, Start.model_validate)
 
 
 def save_start(folder: Path, start: Start) -> None:

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from certtrain.errors import CheckpointError
+from certtrain.errors import CheckpointError, one_line
 from certtrain.modules import device_of
 from certtrain.runs.checkpoint import require_same_shapes
 from certtrain.runs.provenance import processor
-from certtrain.runs.tensor_file import one_line
 from certtrain.training.optimizers import kept_after_a_step
 from certtrain.training.trainer import Trainer
 

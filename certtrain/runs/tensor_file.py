@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from certtrain.errors import CheckpointError
+from certtrain.errors import CheckpointError, one_line
 
 DTYPES = {
     "F64": torch.float64,
@@ -80,7 +80,3 @@ def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

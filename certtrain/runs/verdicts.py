@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from certtrain.errors import CheckpointError
-from certtrain.runtime.files import parse_json, write_json
+from certtrain.runtime.files import read_json, write_json
 from certtrain.verification.verdicts import Verdict
 
 if TYPE_CHECKING:
@@ -84,17 +83,13 @@ def read_verdicts(folder: Path) -> list[Verdicts]:
     file = folder / FILE
     if not file.exists():
         return []
-    try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-        if not isinstance(content, list):
-            raise ValueError("a list is expected")
-        return [Verdicts.model_validate(entry) for entry in content]
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise CheckpointError(f"{file} is corrupt ({where}: {problem['msg']:.150})") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
+    return read_json(file, _verdicts)
+
+
+def _verdicts(content: Any) -> list[Verdicts]:
+    if not isinstance(content, list):
+        raise ValueError("a list is expected")
+    return [Verdicts.model_validate(entry) for entry in content]
 
 
 def _letters(result: Verification) -> str:

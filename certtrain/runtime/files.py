@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from certtrain.errors import CheckpointError, UsageError
+from certtrain.errors import CheckpointError, UsageError, one_line
 
 MOST_NESTED = 100  # lists and mappings within each other, of JSON that is read
 
@@ -89,6 +89,31 @@ def parse_json(text: str | bytes) -> Any:
         if depth > MOST_NESTED:
             raise ValueError(f"it is nested more than {MOST_NESTED} deep")
     return json.loads(text)
+
+
+def read_json(file: Path, checked: Callable[[Any], Any] = lambda content: content) -> Any:
+    """What `checked` makes of the content of a JSON file of certtrain's.
+
+    Args:
+        checked: by default the content itself.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is no JSON, or `checked` refuses what it says.
+    """
+    try:
+        return checked(parse_json(file.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file} is missing or corrupt ({one_line(_reason(error))})") from error
+
+
+def _reason(error: Exception) -> object:
+    """Of what pydantic objects to only the first, with its place."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return error
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")
 
 
 def is_number(value: Any) -> bool:

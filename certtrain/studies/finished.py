@@ -18,7 +18,7 @@ from certtrain.report.records import CurvePoint, Result, checked
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.metrics import read_records
 from certtrain.runs.verdicts import LETTERS, Verdicts, read_verdicts
-from certtrain.runtime.files import is_number, parse_json
+from certtrain.runtime.files import is_number, read_json
 
 SAME_RADIUS = 1e-9
 
@@ -85,10 +85,10 @@ class _Stored:
     @classmethod
     def read(cls, folder: Path) -> _Stored:
         config = stored_config(folder)
-        summary = _json(folder / "summary.json")
+        summary = read_json(folder / "summary.json", _mapping)
         added: list[dict[str, Any]] = []
         for file in results_in(folder, "verify.json"):
-            if are_of_run(content := _json(file), summary):
+            if are_of_run(content := read_json(file, _mapping), summary):
                 added += _results(file, content, config)
         return cls(folder, config, summary, _results(folder / "summary.json", summary, config), added)
 
@@ -206,13 +206,9 @@ def _results(file: Path, content: Mapping[str, Any], config: Config) -> list[dic
     return entries if isinstance(entries, list) else [dict(content)]
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("a mapping is expected")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
+def _mapping(content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError("a mapping is expected")
     return content
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, FiniteFloat, model_validator
 from certtrain.config import Config
 from certtrain.errors import NOT_OVER, CheckpointError
 from certtrain.report.records import Count, Record, checked
-from certtrain.runtime.files import parse_json
+from certtrain.runtime.files import read_json
 from certtrain.studies.compare import compare
 from certtrain.studies.design import labels
 from certtrain.studies.page import html
@@ -151,11 +151,7 @@ def _was_tested(folder: Path) -> bool:
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    try:
-        content = parse_json((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / RECORD} is missing or corrupt ({error})") from error
-    return checked(SearchRecord, content, folder / RECORD)
+    return checked(SearchRecord, read_json(folder / RECORD), folder / RECORD)
 
 
 def page_of(folder: Path, title: str) -> str:

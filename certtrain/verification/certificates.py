@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from certtrain.errors import CertificateError, UsageError
+from certtrain.errors import CertificateError, UsageError, one_line
 from certtrain.runtime.files import parse_json
 from certtrain.verification.digests import digest, digest_of
 from certtrain.verification.trees import MOST_PACKED
@@ -341,7 +341,7 @@ class Certificates:
                         digests.add(row)
                         yield row
         except (pa.ArrowException, OSError, ValueError, struct.error) as error:
-            raise CertificateError(f"{self.file} is truncated or corrupt ({_one_line(error)})") from error
+            raise CertificateError(f"{self.file} is truncated or corrupt ({one_line(error)})") from error
         for column, found in digests.found().items():
             if self.header.columns.get(column) != found:
                 raise CertificateError(
@@ -409,7 +409,3 @@ def _opened(file: Path) -> pq.ParquetFile:
     return pq.ParquetFile(
         file, page_checksum_verification=True, thrift_string_size_limit=2**24, thrift_container_size_limit=2**20
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

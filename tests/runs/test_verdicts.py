@@ -53,7 +53,7 @@ def test_a_corrupt_file_is_found_before_the_work(cli, train, run, monkeypatch, c
         monkeypatch.setattr(f"certtrain.runs.{place}", lambda *args, **more: pytest.fail("too late"))
     before = contents(run)
     outcome = cli("verify", run) if command == "verify" else train("--resume")
-    assert (outcome.code, "verdicts.json is corrupt" in outcome.error) == (1, True)
+    assert (outcome.code, "verdicts.json is missing or corrupt" in outcome.error) == (1, True)
     assert contents(run) == before
 
 

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from certtrain.config import Config
-from certtrain.errors import CheckpointError, UsageError
-from certtrain.runtime.files import parse_json
+from certtrain.errors import UsageError
+from certtrain.runtime.files import read_json
 from certtrain.studies.scaling.contrasts import Contrast
 from certtrain.studies.scaling.cost import OperationCounter
 from certtrain.studies.scaling.design import Plan, ScalingFile
@@ -207,9 +207,4 @@ def read_record(source: Path) -> ScalingRecord:
     file = source / RECORD if source.is_dir() else source
     if not file.is_file():
         raise UsageError(f"there is no {file}: `certtrain scale PLAN.yaml` fits a law, --law names where it is")
-    try:
-        return ScalingRecord.model_validate(parse_json(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        problem = error.errors()[0] if isinstance(error, ValidationError) else None
-        reason = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" if problem else error
-        raise CheckpointError(f"{file} is missing or corrupt ({str(reason)[:160]})") from error
+    return read_json(file, ScalingRecord.model_validate)

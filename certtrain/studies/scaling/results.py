@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from certtrain.errors import CheckpointError, UsageError
-from certtrain.runtime.files import parse_json
+from certtrain.errors import UsageError
+from certtrain.runtime.files import read_json
 from certtrain.studies.progress import has_diverged, is_finished
 from certtrain.studies.scaling.design import Plan, Planned, require_comparable
 from certtrain.studies.scaling.fits import ISOFLOP, Approach, Foretold, Laws, Point, Resampled, bootstrap, foretold
@@ -47,7 +47,11 @@ def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path, diver
     found = []
     for cell in cells:
         runs = {seed: folder / run.name for seed in seeds for run in cell.runs([seed])}
-        summaries = {seed: _summary(run / "summary.json") for seed, run in runs.items() if is_finished(run)}
+        summaries = {
+            seed: read_json(run / "summary.json", _of_validation_images)
+            for seed, run in runs.items()
+            if is_finished(run)
+        }
         errors = {seed: summary["verified_error"] for seed, summary in summaries.items()}
         if diverged:
             errors |= {seed: 1.0 for seed, run in runs.items() if has_diverged(run)}
@@ -61,13 +65,9 @@ def finished_runs(results: Sequence[Measured]) -> int:
     return sum(len(result.by_seed) for result in results)
 
 
-def _summary(file: Path) -> dict[str, Any]:
-    try:
-        summary = parse_json(file.read_text(encoding="utf-8"))
-        if not (0 <= summary["verified_error"] <= 1 and summary["images"] > 0 and summary["split"] == "validation"):
-            raise ValueError("no errors on validation images")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} is missing or corrupt ({error})") from error
+def _of_validation_images(summary: dict[str, Any]) -> dict[str, Any]:
+    if not (0 <= summary["verified_error"] <= 1 and summary["images"] > 0 and summary["split"] == "validation"):
+        raise ValueError("no errors on validation images")
     return summary
 
 
