@@ -32,22 +32,22 @@ class Mixture:
     share: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.old < self.batch_size:
+        if not 0 < self.old_per_batch < self.batch_size:
             raise UsageError(
-                f"replay.share: {self.share:g} of a batch of {self.batch_size} is {self.old} images: "
+                f"replay.share: {self.share:g} of a batch of {self.batch_size} is {self.old_per_batch} images: "
                 "each batch needs old ones and new ones"
             )
 
     @property
-    def old(self) -> int:
+    def old_per_batch(self) -> int:
         """Old images in a full batch."""
         return round(self.share * self.batch_size)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """New and old images in each batch of an epoch; an incomplete one has old images in proportion."""
-        full = self.batch_size - self.old
-        return [(new, round(self.old * new / full)) for new in batch_sizes(self.images, full)]
+        full = self.batch_size - self.old_per_batch
+        return [(new, round(self.old_per_batch * new / full)) for new in batch_sizes(self.images, full)]
 
     def epoch_batches(
         self,

@@ -165,10 +165,10 @@ def compare(
         CheckpointError: a file is missing or corrupt.
     """
     method = None if method is None else _cascade(method)
-    found = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
-    finished = [folder for folder in found if is_finished(folder)]
+    known = list(dict.fromkeys(run for folder in folders for run in runs_in(folder)))
+    finished = [folder for folder in known if is_finished(folder)]
     if not finished:
-        raise UsageError(f"none of the {len(found)} runs is finished: there is nothing to compare")
+        raise UsageError(f"none of the {len(known)} runs is finished: there is nothing to compare")
     runs = read_finished(finished, eps, method)
     require_same_images(runs)
     axes, groups = in_a_grid(grouped(runs))
@@ -188,7 +188,7 @@ def compare(
         baseline=baseline,
         paired=[_paired(other, group, confidence) for group, other in pairs],
         settings=differing_settings(groups),
-        unfinished=[str(folder) for folder in found if folder not in finished],
+        unfinished=[str(folder) for folder in known if folder not in finished],
     )
 
 
@@ -226,9 +226,9 @@ def is_error(metric: str) -> bool:
     return metric.endswith("_error")
 
 
-def _chosen_metrics(runs: Sequence[FinishedRun], asked: Sequence[str]) -> list[str]:
+def _chosen_metrics(runs: Sequence[FinishedRun], names: Sequence[str]) -> list[str]:
     reported = dict.fromkeys(name for run in runs for name in run.numbers)
-    for name in asked:
+    for name in names:
         if name not in reported:
             raise UsageError(f"no run reports {shown(name)}: they report {', '.join(reported)}")
-    return list(dict.fromkeys(asked)) or [name for name in METRICS if name in reported]
+    return list(dict.fromkeys(names)) or [name for name in METRICS if name in reported]

@@ -167,10 +167,10 @@ def _listed(names: Sequence[str]) -> str:
 def _config(file: StudyFile, folder: Path, choices: Sequence[Choice], overrides: Sequence[str]) -> Config:
     bases = [*file.base, *(name for choice in choices for name in _several(choice.get("base", [])))]
     changes = [{key: value for key, value in choice.items() if key != "base"} for choice in choices]
-    said: list[str | Choice] = [dict(file.overrides), *changes, *overrides]
-    if "seed" in override_keys(said):
+    all_overrides: list[str | Choice] = [dict(file.overrides), *changes, *overrides]
+    if "seed" in override_keys(all_overrides):
         raise UsageError("seed: a study's seeds stand under seeds, as in seeds: [0, 1], and nowhere else")
-    return load_config({"base": bases}, said, folder)
+    return load_config({"base": bases}, all_overrides, folder)
 
 
 def _axes(file: StudyFile) -> dict[str, list[tuple[str, Choice]]]:
@@ -206,8 +206,8 @@ def _check_not_varied(overrides: Sequence[str], axes: Mapping[str, Sequence[tupl
     """A key that differs between the choices of an axis, set for all of them, would belie the names of the runs."""
     for key in override_keys(overrides):
         for axis, choices in axes.items():
-            said = [{name: value for name, value in leaves(choice) if _overlap(name, key)} for _, choice in choices]
-            if any(own != said[0] for own in said):
+            varied = [{name: value for name, value in leaves(choice) if _overlap(name, key)} for _, choice in choices]
+            if any(own != varied[0] for own in varied):
                 raise UsageError(f"{path}: {shortened(key)} is what {shortened(axis)} varies: set it there alone")
 
 

@@ -94,14 +94,14 @@ class _Stored:
 
     def first(self, eps: Any, method: str | None) -> Mapping[str, Any]:
         """The first result at `eps` by `method` (None: any), the summary's before those that were added."""
-        found = _at([*self.of_summary, *self.added], eps, method)
-        return found[0] if found else self._refuse(eps, f" by {method}" if method else "")
+        results = _at([*self.of_summary, *self.added], eps, method)
+        return results[0] if results else self._refuse(eps, f" by {method}" if method else "")
 
     def answers(self, like: Mapping[str, Any], of: Path) -> list[Mapping[str, Any]]:
         """Results for the radius, bounds and arithmetic of the result `like` of the run `of`; the newest first."""
-        found = _at([*self.added, *self.of_summary], like["eps"], like["method"])
-        found = [result for result in found if result.get("arithmetic") == like.get("arithmetic")]
-        return found or self._refuse(like["eps"], f" by {bounds_of(like)}, as {of} was")
+        results = _at([*self.added, *self.of_summary], like["eps"], like["method"])
+        results = [result for result in results if result.get("arithmetic") == like.get("arithmetic")]
+        return results or self._refuse(like["eps"], f" by {bounds_of(like)}, as {of} was")
 
     def _refuse(self, eps: Any, by: str) -> NoReturn:
         results = [*self.of_summary, *self.added]
@@ -122,10 +122,10 @@ class _Stored:
         Verdicts of an answer that was written elsewhere may be there alone: if they fit an older one, that is taken,
         so that numbers and verdicts are of one answer; if they fit none, there are none.
         """
-        asked = [answer for answer in answers if answer["images"] == images]
-        verdicts = [entry for entry in read_verdicts(self.folder) if self._are_about(entry, asked)]
-        pairs = [(answer, entry) for answer in asked for entry in verdicts if _fits(entry, answer)]
-        result, own = pairs[0] if pairs else (asked[0], None)
+        on_as_many = [answer for answer in answers if answer["images"] == images]
+        verdicts = [entry for entry in read_verdicts(self.folder) if self._are_about(entry, on_as_many)]
+        pairs = [(answer, entry) for answer in on_as_many for entry in verdicts if _fits(entry, answer)]
+        result, own = pairs[0] if pairs else (on_as_many[0], None)
         return FinishedRun(
             folder=self.folder,
             config=self.config,
@@ -247,18 +247,18 @@ def require_same_images(runs: Sequence[FinishedRun]) -> None:
 
 
 def _difference(first: FinishedRun, second: FinishedRun) -> str | None:
-    one, other = (run.config for run in (first, second))
-    if one.data.name != other.data.name:
-        return f"data set {one.data.name}, and {other.data.name}"
-    if one.data.classes != other.data.classes:
+    config, other_config = (run.config for run in (first, second))
+    if config.data.name != other_config.data.name:
+        return f"data set {config.data.name}, and {other_config.data.name}"
+    if config.data.classes != other_config.data.classes:
         return "other classes of the data set"
     if first.split != second.split:
         return f"verified on the {first.split} split, and on the {second.split} split"
     known = first.split == "test" and first.sha256 and second.sha256
     if known and first.sha256 != second.sha256:
         return "the images, or their labels, are others"
-    if not known and one.data.path != other.data.path:
-        return f"images of {one.data.path}, and of {other.data.path}"
+    if not known and config.data.path != other_config.data.path:
+        return f"images of {config.data.path}, and of {other_config.data.path}"
     return None
 
 

@@ -69,12 +69,12 @@ def _start(runs: Sequence[FinishedRun]) -> str | None:
     paths = [re.split(r"([0-9]+)", "" if start is None else start.path) for start in starts]
     if len({len(path) for path in paths}) > 1:
         return None
-    seeds, found = tuple(str(run.seed) for run in runs), ""
+    seeds, shared = tuple(str(run.seed) for run in runs), ""
     for parts in zip(*paths, strict=True):
         if len(set(parts)) > 1 and parts != seeds:
             return None
-        found += parts[0] if len(set(parts)) == 1 else "{seed}"
-    return found
+        shared += parts[0] if len(set(parts)) == 1 else "{seed}"
+    return shared
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

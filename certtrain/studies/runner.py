@@ -61,11 +61,11 @@ def require_fit(runs: Sequence[PlannedRun], folder: Path, free: Collection[str] 
         if not (folder / run.name / "config.yaml").exists():
             continue
         try:
-            found = differences(stored_config(folder / run.name), run.config)
+            changes = differences(stored_config(folder / run.name), run.config)
         except CheckpointError as error:
             wrong.append(str(error))
             continue
-        if different := [text for key, text in found.items() if key not in free]:
+        if different := [text for key, text in changes.items() if key not in free]:
             wrong.append(f"{folder / run.name} no longer fits the study: {'; '.join(different)}")
     if wrong:
         remedy = f"{len(wrong)} of {len(runs)} runs: undo the change, move these folders away, or name another --out"

@@ -60,7 +60,7 @@ def image_interval(differences: np.ndarray, confidence: float = 0.95) -> Confide
 
 
 def _bootstrapped(sample: np.ndarray, confidence: float, kind: str, method: str) -> ConfidenceInterval:
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (sample,),
         np.mean,
         n_resamples=RESAMPLES,
@@ -69,7 +69,7 @@ def _bootstrapped(sample: np.ndarray, confidence: float, kind: str, method: str)
         method=kind,
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return ConfidenceInterval(float(found.low), float(found.high), method)
+    return ConfidenceInterval(float(interval.low), float(interval.high), method)
 
 
 @dataclass(frozen=True)

@@ -56,14 +56,14 @@ def common(results: Sequence[Measured], *protocols: str) -> tuple[list[Measured]
         {(result.cell.budget, result.cell.width): result for result in results if result.cell.protocol == protocol}
         for protocol in protocols
     ]
-    found: tuple[list[Measured], ...] = tuple([] for _ in protocols)
+    by_protocol: tuple[list[Measured], ...] = tuple([] for _ in protocols)
     for place in sorted(set.intersection(*map(set, cells))):
         alike = [of_protocol[place] for of_protocol in cells]
         seeds = [seed for seed in alike[0].by_seed if all(seed in result.by_seed for result in alike)]
         if seeds:
-            for side, result in zip(found, alike, strict=True):
+            for side, result in zip(by_protocol, alike, strict=True):
                 side.append(replace(result, by_seed={seed: result.by_seed[seed] for seed in seeds}))
-    return found
+    return by_protocol
 
 
 def _exponents(sides: Sequence[Sequence[Point]], approach: Approach, resamples: int) -> dict[str, Exponent]:

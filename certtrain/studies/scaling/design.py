@@ -304,10 +304,10 @@ def load_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
         UsageError: one line per thing that is wrong.
     """
     file = read_section(ScalingFile, path)
-    said: list[str | Mapping[str, Any]] = [dict(file.overrides), *overrides]
+    all_overrides: list[str | Mapping[str, Any]] = [dict(file.overrides), *overrides]
     try:
-        _require_left_open(file, override_keys(said))
-        base = load_config({"base": list(file.base)}, said, path.parent)
+        _require_left_open(file, override_keys(all_overrides))
+        base = load_config({"base": list(file.base)}, all_overrides, path.parent)
         plan = Plan(file, base, path.parent)
         plan.config(file.widths[0], base.training.epochs)
     except UsageError as error:

@@ -207,10 +207,10 @@ def _dropped(points: Sequence[Point], optima: Sequence[Optimum]) -> Iterator[str
 
 def curves(points: Sequence[Point]) -> dict[float, list[Point]]:
     """The points of each budget that has enough of them."""
-    found: dict[float, list[Point]] = {}
+    by_budget: dict[float, list[Point]] = {}
     for point in sorted(points, key=lambda point: (point.budget, point.width)):
-        found.setdefault(point.budget, []).append(point)
-    return {budget: curve for budget, curve in found.items() if len(curve) >= FEWEST_SIZES}
+        by_budget.setdefault(point.budget, []).append(point)
+    return {budget: curve for budget, curve in by_budget.items() if len(curve) >= FEWEST_SIZES}
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class Foretold:
 
 def foretold(points: Sequence[Point], resamples: int = 1000, approach: Approach = ISOFLOP) -> list[Foretold]:
     """For each optimum inside its grid that laws can be fitted below: whether they would have foretold it."""
-    found = []
+    tests = []
     for budget, curve in curves(points).items():
         optimum, below = isoflop_optimum(curve), [point for point in points if point.budget < budget]
         if optimum.at_edge:
@@ -305,5 +305,5 @@ def foretold(points: Sequence[Point], resamples: int = 1000, approach: Approach 
             laws = approach.fit(below)
         except UsageError:
             continue
-        found.append(Foretold(optimum, laws, bootstrap(below, resamples, approach=approach).at(optimum.compute)))
-    return found
+        tests.append(Foretold(optimum, laws, bootstrap(below, resamples, approach=approach).at(optimum.compute)))
+    return tests

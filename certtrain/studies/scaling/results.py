@@ -44,7 +44,7 @@ def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path, diver
     Raises:
         CheckpointError: a summary is corrupt.
     """
-    found = []
+    results = []
     for cell in cells:
         runs = {seed: folder / run.name for seed in seeds for run in cell.runs([seed])}
         summaries = {
@@ -57,8 +57,8 @@ def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path, diver
             errors |= {seed: 1.0 for seed, run in runs.items() if has_diverged(run)}
         if errors:
             images = next((summary["images"] for summary in summaries.values()), 0)
-            found.append(Measured(cell, dict(sorted(errors.items())), images))
-    return found
+            results.append(Measured(cell, dict(sorted(errors.items())), images))
+    return results
 
 
 def finished_runs(results: Sequence[Measured]) -> int:
