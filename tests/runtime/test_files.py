@@ -13,10 +13,11 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from pydantic import BaseModel
 
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.runs.directory import RUN_FILES, remove_temporaries
-from certtrain.runtime.files import parse_json, write_atomically, write_text
+from certtrain.runtime.files import parse_json, read_json, write_atomically, write_text
 from tests.commands import contents
 
 
@@ -134,3 +135,38 @@ def test_json_that_is_nested_deeply_is_an_error_however_deep_python_may_recurse(
     finally:
         sys.setrecursionlimit(before)
     assert parse_json('["' + "[" * 1000 + '"]') == ["[" * 1000]
+
+
+class Counted(BaseModel):
+    counts: list[int]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file"),
+        (b"{", "line 1 column 2"),
+        (b"\xff", "utf-8"),
+        (b"[" * 200, "nested more than"),
+        (b"[]", "indices must be integers"),
+        (b"{}", "'counted'"),
+        (b'{"counted": {"counts": [0, "many"]}}', "counts.1: Input should be a valid integer"),
+    ],
+)
+def test_a_file_of_json_that_is_missing_or_says_something_else_is_one_line(tmp_path, content, reason):
+    file = tmp_path / "counts.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        read_json(file, lambda said: Counted.model_validate(said["counted"]))
+    message = str(caught.value)
+    assert message.startswith(f"{file} is missing or corrupt (")
+    assert reason in message
+    assert "\n" not in message
+
+
+def test_a_file_of_json_is_what_is_made_of_it(tmp_path):
+    file = tmp_path / "counts.json"
+    file.write_text('{"counts": [3]}')
+    assert read_json(file) == {"counts": [3]}
+    assert read_json(file, Counted.model_validate).counts == [3]

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from certtrain.errors import UsageError
 from certtrain.studies.scaling.fits import (
+    Laws,
     Point,
     PowerLaw,
+    SaturatingLaw,
     bootstrap,
     fit_optima,
     foretold,
@@ -173,3 +175,11 @@ def test_an_optimum_at_the_edge_is_not_foretold():
     last = max(point.budget for point in points)
     cut = [point for point in points if point.budget < last or point.width < 5]
     assert last not in [each.optimum.budget for each in foretold(cut, resamples=3)]
+
+
+def test_a_row_of_laws_says_the_same_in_six_digits():
+    laws = Laws(PowerLaw(1 / 3, 0.2), PowerLaw(2e-7, 0.7), SaturatingLaw(0.1, PowerLaw(50.0, -0.05)), (1e12, 1e15))
+    row = laws.to_row()
+    assert row == [0.333333, 0.2, 2e-7, 0.7, 0.1, 50.0, -0.05]
+    read = Laws.from_row(row, laws.range)
+    assert read == replace(laws, width=PowerLaw(0.333333, 0.2))
