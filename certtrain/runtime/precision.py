@@ -58,6 +58,17 @@ def full_precision() -> Iterator[None]:
 
 
 @contextmanager
+def plain_convolutions() -> Iterator[None]:
+    """Without cuDNN, whose convolutions need not be sums of products (Winograd, FFT), as sound bounds are."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
+@contextmanager
 def _products(rounding: str, *backends: Any) -> Iterator[None]:
     """Set how the backends round float32 products, "ieee" or "tf32", and restore what was set.
 

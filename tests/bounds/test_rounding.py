@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from fractions import Fraction
 from functools import cache
 
@@ -12,12 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.bounds.rounding.arithmetic import ARITHMETICS, sum_error
 from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, nearest_below
 from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.folding import fold_batch_norm
 from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network
 
@@ -418,3 +421,46 @@ def test_what_is_asked_wrongly_is_refused():
     model.train()
     with pytest.raises(UsageError, match="eval mode"):
         net.margins(box, labels, arithmetic="float32")
+
+
+# --- convolutions -----------------------------------------------------------------------------------------------------
+
+
+class Convolutions(TorchDispatchMode):
+    """Whether cuDNN, which may take transforms instead of sums, was allowed at each convolution of float64 bounds."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_cudnn = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket is torch.ops.aten.convolution and args[0].dtype == torch.float64:
+            self.by_cudnn.append(torch.backends.cudnn.enabled)
+        return function(*args, **(kwargs or {}))
+
+
+CONVOLUTIONAL = {
+    "2d": nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, (1, 3)), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)
+    ),
+    "1d": nn.Sequential(
+        nn.Flatten(2), nn.Conv1d(1, 3, 3), nn.ReLU(), nn.Conv1d(3, 2, 3), nn.Flatten(), nn.Linear(64, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [*METHODS, "branch-and-bound"])
+@pytest.mark.parametrize("network", CONVOLUTIONAL)
+def test_bounds_that_cover_rounding_take_convolutions_as_sums(network, method):
+    """Forwards and backwards, in the search too; and the setting is back afterwards, on as it was or off."""
+    model, labels = randomized(copy.deepcopy(CONVOLUTIONAL[network])).eval(), torch.zeros(1, dtype=torch.int64)
+    images = torch.rand(1, 1, 6, 6)
+    search = {"search": Search(timeout=math.inf)} if method == "branch-and-bound" else {}
+    for enabled in (True, False):
+        with torch.backends.cudnn.flags(enabled=enabled), Convolutions() as seen:
+            net = BoundedModel(model, images)
+            seen.by_cudnn.clear()  # what was recorded was no bound
+            net.margins(linf_box(images, 0.1), labels, method, arithmetic="float32", **search)
+            assert torch.backends.cudnn.enabled == enabled
+        assert seen.by_cudnn
+        assert not any(seen.by_cudnn)

@@ -51,6 +51,7 @@ from certtrain.bounds.operations.movement import cast, differentiable, identity,
 from certtrain.bounds.shapes import flattened
 from certtrain.errors import UnsupportedOperation
 from certtrain.per_axis import per_axis
+from certtrain.runtime.precision import plain_convolutions
 
 Slopes = Mapping[int, Tensor]  # by call: slope of the line below, or parameter of the planes, (B, 1 or R, ...)
 Lines = dict[int, LinearRelaxation]  # by call
@@ -340,8 +341,21 @@ def linear_bounds(
     Where the record has slack the bounds are those of every value that the network can compute, less what this pass may
     have lost itself. (docs/soundness.md)
     """
-    pending = dict(functions)
     lines = {} if lines is None else lines
+    if record.slack is None:
+        return _pulled_back(record, functions, slopes, lines, observe)
+    with plain_convolutions():  # the slack is that of sums
+        return _pulled_back(record, functions, slopes, lines, observe)
+
+
+def _pulled_back(
+    record: Record,
+    functions: Mapping[int, Coefficients],
+    slopes: Slopes | None,
+    lines: Lines,
+    observe: Callable[[Call, Coefficients], None] | None,
+) -> LinearBounds:
+    pending = dict(functions)
     total: Tensor | float = 0.0
     for call in reversed(record.calls):
         coefficients = pending.pop(call.index, None)

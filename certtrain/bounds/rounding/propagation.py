@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -26,6 +24,7 @@ from certtrain.bounds.rounding.boxes import OutwardBox, down, outward, widened
 from certtrain.bounds.rounding.rules import EXACT, EXACT_METHODS, RULES, Sum, largest_of, sum_range, terms_of
 from certtrain.bounds.tracing import Method, record_of
 from certtrain.errors import UnsupportedOperation
+from certtrain.runtime.precision import plain_convolutions
 
 
 class SoundPass:
@@ -111,17 +110,6 @@ def foldings_of(graph: Graph[Any]) -> dict[int, int]:
                 origins[index] = linear, since
                 foldings[linear] = max(foldings.get(linear, 0), since)
     return foldings
-
-
-@contextmanager
-def plain_convolutions() -> Iterator[None]:
-    """Without cuDNN, whose convolutions need not be sums of products (Winograd, FFT)."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = before
 
 
 @torch.no_grad()
