@@ -90,14 +90,14 @@ class Outcome:
     def trees(self) -> Trees:
         """The leaves as certificates hold them."""
         splits = [split for leaf in self.leaves for split in leaf.splits]
-        multipliers = [leaf.multipliers for leaf in self.leaves]
+        multipliers = [leaf.multipliers.cpu().numpy() for leaf in self.leaves]
         return Trees(
             undecided=self.undecided.cpu().numpy(),
             target=np.array([leaf.target for leaf in self.leaves], np.int64),
             splits=np.array([len(leaf.splits) for leaf in self.leaves], np.int64),
             neuron=np.array([split.neuron for split in splits], np.int64),
             above=np.array([split.above for split in splits], bool),
-            multiplier=torch.cat([*multipliers, self.lower.new_zeros(0)]).cpu().numpy(),
+            multiplier=np.concatenate(multipliers) if multipliers else np.zeros(0),
             slopes=np.stack([leaf.slopes.cpu().numpy() for leaf in self.leaves])
             if self.leaves
             else np.zeros((0, len(self.undecided))),

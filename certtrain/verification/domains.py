@@ -92,7 +92,8 @@ class ImageSearch:
 
     def leaf(self, domain: Domain) -> Leaf:
         """One of `leaves`, to be kept."""
-        slopes, multipliers = self.slopes[domain.slopes].clone(), torch.from_numpy(domain.multipliers)
+        slopes = self.slopes[domain.slopes].clone()
+        multipliers = torch.from_numpy(domain.multipliers).to(slopes.device)
         return Leaf(domain.target, domain.splits, slopes, multipliers, domain.lower)
 
     def give_up(self) -> None:

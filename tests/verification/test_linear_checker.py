@@ -138,6 +138,14 @@ def proof(searched):
     return checker, outcome.trees(), label
 
 
+@pytest.mark.parametrize("leaves", [slice(None), slice(0)])
+def test_trees_are_made_of_the_leaves_wherever_the_search_was(searched, leaves):
+    """Beside its own bounds on a device from which numpy reads nothing, as on a GPU."""
+    outcome = dataclasses.replace(searched[1], leaves=searched[1].leaves[leaves])
+    elsewhere = dataclasses.replace(outcome, lower=outcome.lower.to("meta"))
+    assert elsewhere.trees().to_bytes() == outcome.trees().to_bytes()
+
+
 def test_leaves_are_proved_again(searched):
     checker, outcome, label = searched
     trees = Trees.from_bytes(outcome.trees().to_bytes(), 5, checker.neurons)
