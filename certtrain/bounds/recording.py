@@ -82,7 +82,7 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
     images, failure = probes(image), None
     for candidate, dtype in _candidates(model, image.dtype):
         try:
-            with _seeded(0):  # Dropout's masks are drawn in one order
+            with _seeded(0, image.device):  # Dropout's masks are drawn in one order
                 expected = candidate(images.to(dtype, copy=True))  # the module may write into its input
             graph: Graph[Tensor] = trace(candidate)
             with torch.enable_grad():  # bounds are wanted with gradients and without, and the forward may ask
@@ -90,9 +90,9 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
             recorded = []
             for each in [graph] if _meaning(other) == _meaning(graph) else [other, graph]:
                 together = _Keeping()
-                with _seeded(0):
+                with _seeded(0, image.device):
                     recorded.append(_walk(each, images.to(dtype), together))
-            with _seeded(1):
+            with _seeded(1, image.device):
                 alone = _each_alone(graph, images.to(dtype), together.scalings if model.training else None)
         except CerttrainError:
             raise
@@ -118,9 +118,14 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The CPU's generator and that of `device` begin at `seed`; afterwards they are as they were, as all others are."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 def structure_of(model: nn.Module) -> tuple[Any, ...]:
     """Everything a recording has frozen: submodules, modes, hooks, which parameters and buffers there are, of what
-    shape and type, and all other attributes, of the modules and of their classes.
+    shape and type and where, and all other attributes, of the modules and of their classes.
     """
     return tuple(
         (
@@ -32,7 +32,7 @@ def structure_of(model: nn.Module) -> tuple[Any, ...]:
 
 def _kind(parameter: Tensor | None) -> Any:
     """What a forward may ask of a parameter while it is traced; its values are read at every call."""
-    return None if parameter is None else (parameter.shape, parameter.dtype)
+    return None if parameter is None else (parameter.shape, parameter.dtype, parameter.device)
 
 
 def _class_attributes(kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from certtrain.config.averaging import AveragingSection, EMASection, SWASection
 from certtrain.errors import UsageError
+from certtrain.runtime.precision import full_precision
 from certtrain.schedules import AverageShare
 
 
@@ -77,7 +78,8 @@ def build_average(
 def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set BatchNorm's running statistics to their mean over `batches`, each weighted by its number of images.
 
-    Mean and variance within each batch, as PyTorch's running statistics take them; nothing else of `model` changes.
+    Mean and variance within each batch, as PyTorch's running statistics take them, in float32 whatever the network was
+    trained in, as it is proved; nothing else of `model` changes.
     Without BatchNorm no batch is looked at.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
@@ -86,11 +88,12 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     before, mode, seen = [layer.momentum for layer in layers], model.training, 0
     counts = [_count(layer).clone() for layer in layers]
     model.train()
-    for images in batches:
-        seen += len(images)
-        for layer in layers:
-            layer.momentum = len(images) / seen
-        model(images)
+    with full_precision():
+        for images in batches:
+            seen += len(images)
+            for layer in layers:
+                layer.momentum = len(images) / seen
+            model(images)
     for layer, momentum, count in zip(layers, before, counts, strict=True):
         layer.momentum = momentum
         _count(layer).copy_(count)

@@ -10,6 +10,7 @@ from torch import Tensor
 from certtrain.bounds import Bounder, Box, linf_box
 from certtrain.modules import evaluating
 from certtrain.regularizers import layer_tightness
+from certtrain.runtime.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class LayerStatistics:
 
 @torch.no_grad()
 def layer_statistics(net: Bounder, images: Tensor, eps: float) -> list[LayerStatistics]:
-    """Statistics of every ReLU, in eval mode, for the boxes of radius `eps` around `images` (B, C, H, W)."""
-    with evaluating(net.model):
+    """Statistics of every ReLU for the boxes of radius `eps` around `images` (B, C, H, W): in eval mode, in float32."""
+    with evaluating(net.model), full_precision():
         bounds = net.ibp(linf_box(images, eps))
     first = bounds.affine_input.radius.mean()
     return [_statistics(box, first) for box in bounds.relu_inputs]

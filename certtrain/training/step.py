@@ -223,7 +223,11 @@ class GradientStep:
 
     def _batch(self, images: Tensor, labels: Tensor, at: Scheduled, phase: Phase, size: int) -> Batch:
         """With the points that the method attacks, where it does."""
-        batch = Batch(images, labels, torch.tensor(self._ranks.share(range(size)), device=images.device))
+        share = self._ranks.share(range(size))
+        positions = torch.arange(
+            share.start, share.stop, device=images.device
+        )  # made there: a copy would be waited for
+        batch = Batch(images, labels, positions)
         return batch._replace(points=self._attacked(size, batch, at, phase))
 
     def _metrics(self, terms: Terms) -> Metrics:

@@ -196,6 +196,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         average = {} if self.average is None else {"average": self.average.weights}
+        device = device_of(self.model)
         return {
             **average,
             "step": self.step,
@@ -205,7 +206,7 @@ class Trainer:
             "sums": vars(self.sums),
             "random": {
                 "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
             },
         }
 
@@ -216,7 +217,8 @@ class Trainer:
         if self.average is not None:
             self.average.load(state["average"])
         self.step = state["step"]
-        self.sums = Sums(**state["sums"]).to(device_of(self.model))
+        device = device_of(self.model)
+        self.sums = Sums(**state["sums"]).to(device)
         torch.set_rng_state(state["random"]["cpu"].cpu())
-        if state["random"]["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([s.cpu() for s in state["random"]["cuda"]][: torch.cuda.device_count()])
+        for generator in state["random"]["cuda"] if device.type == "cuda" else ():  # that of the run's GPU, whichever
+            torch.cuda.set_rng_state(generator.cpu(), device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from certtrain.data.seeding import generator
 from certtrain.errors import UnsupportedOperation
 from certtrain.modules import evaluating
 from certtrain.runtime.precision import full_precision
+from certtrain.runtime.timing import now_on
 from certtrain.verification.attacks import Attack, inscribed_linf_box, predictions
 from certtrain.verification.branch_and_bound import Search, root_margins, settle
 from certtrain.verification.cascade import around_attack
@@ -150,10 +150,10 @@ class Answers:
     ) -> Iterator[ImageResult]:
         """By branch and bound; its points are looked for in the network as it is deployed."""
         assert isinstance(self.net, BoundedModel)
-        started, search = time.perf_counter(), self.question.search
+        started, search = now_on(labels.device), self.question.search
         record = self.net.tightened(box, self.question.arithmetic)
         margins = root_margins(record, labels, margins)
-        spent = (time.perf_counter() - started) / len(left)
+        spent = (now_on(labels.device) - started) / len(left)
         points = inscribed_linf_box(images, left[0].eps)
         rest = replace(search, timeout=max(0.0, search.timeout - spent))
         for i, outcome in settle(self.model, record, labels, margins, rest, points):
@@ -197,10 +197,10 @@ class Answers:
         chosen = left.nonzero()[:, 0]
         if len(chosen) == 0:
             return margins, seconds
-        started = time.perf_counter()
+        started = now_on(labels.device)
         arithmetic, stops = self.question.arithmetic, self.question.backend == "native"
         bounds = self.net.margins(box.take(chosen), labels[chosen], method, arithmetic=arithmetic, early_stop=stops)
-        each = (time.perf_counter() - started) / len(chosen)
+        each = (now_on(labels.device) - started) / len(chosen)
         spent = [(*known, each) if asked else known for known, asked in zip(seconds, left.tolist(), strict=True)]
         return margins.index_copy(0, chosen, torch.maximum(margins[chosen], bounds)), spent
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds.structure import structure_of
 
 X = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1])
@@ -52,6 +53,13 @@ class Network(nn.Module):
         z = self.layer(self.norm(x)) * self.scale()
         z = z if self.shift is None else z + self.shift
         return z if self.offset is None else z + self.offset
+
+
+def test_where_a_network_lies_is_part_of_what_was_recorded():
+    """A forward may make its constants where the parameters are."""
+    here = structure_of(Network())
+    assert here[0][6] == structure_of(Network())[0][6]
+    assert structure_of(Network().to("meta"))[1][6] != here[1][6]
 
 
 def of_class(net: Network) -> None:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
 from certtrain.bounds.margins import merged_margins
+from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runtime import precision as precisions
 from certtrain.runtime.precision import full_precision, takes_bfloat16, training_precision
+from certtrain.training.averaging import reestimate_statistics
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
 from tests.networks import narrow_cnn7, pooling_network, residual_network
@@ -142,3 +144,18 @@ def test_gpus_before_ampere_imitate_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: asked.update(options) or False)
     assert not takes_bfloat16(torch.device("cuda"))
     assert asked == {"including_emulation": False}
+
+
+def test_statistics_are_taken_in_float32_whatever_is_switched_on():
+    """Those that BatchNorm is evaluated with, and those of layers, by which epochs are compared."""
+    torch.manual_seed(0)
+    images, found = torch.rand(8, 3, 16, 16), []
+    for reduced in (False, True):
+        model = narrow_cnn7(batch_norm=True).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=reduced):
+            reestimate_statistics(model, [images[:5], images[5:]])
+            layers = layer_statistics(BoundedModel(model, images[:1]), images, 0.01)
+        found.append((dict(model.named_buffers()), layers))
+    (expected, expected_layers), (buffers, layers) = found
+    assert all(torch.equal(buffers[name], expected[name]) for name in expected)
+    assert layers == expected_layers
