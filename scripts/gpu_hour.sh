@@ -6,9 +6,11 @@
 #
 # CIFAR holds torchvision's cifar-10-batches-py, or train.npz and test.npz of the same images; AUTHORS is a checkout of the
 # authors' repository. A part that fails or takes too long is named, and the next one begins; in a rehearsal it
-# is an error. A rehearsal writes nothing into docs, but into RESULTS, a new folder if not given.
+# is an error. A rehearsal writes nothing into docs, but into RESULTS, a new folder if not given. PYTHON is the
+# interpreter, where it is not uv's.
 set -euo pipefail
 
+read -ra python <<<"${PYTHON:-uv run python}"
 hour=${HOUR:-3600} device=cuda results=docs/results runs=runs rehearsal=
 benchmark=(--batch 128 --rounds 30) growth=(--batch 128 --rounds 3) setting=()
 beside=(--epochs 4 --warmup-epochs 2 --milestones 3)
@@ -35,45 +37,59 @@ setting+=("$@")
 cd "$(dirname "$0")/.."
 mkdir -p "$results"
 
-# part NAME SHARE COMMAND...: what leaves NAME behind in the results, in at most SHARE hundredths of the hour.
+# failed WHAT: a rehearsal ends with it.
+failed() {
+    echo "== $1: failed, or out of time; going on without"
+    [[ -z $rehearsal ]]
+}
+
+# part NAME SECONDS SCRIPT ARGUMENTS...: what leaves NAME behind in the results when it has come to its end; until then
+# what it has is in NAME.part, with which it may go on. Not begun where less than half of its seconds are left.
 part() {
-    local name=$1 seconds=$(($2 * hour / 100))
+    local name=$1 seconds=$2 left=$((hour - SECONDS))
     shift 2
     [[ -e $results/$name ]] && return
+    ((left >= seconds / 2)) || return 0
+    ((seconds > left)) && seconds=$left
     echo "== $name, at most $seconds s, ${SECONDS} s gone"
-    if ! timeout --signal=INT --kill-after=60 "$seconds" "$@"; then
-        echo "== $name: failed, or out of time; going on without"
-        [[ -z $rehearsal ]]
+    if timeout --signal=INT --kill-after=10 "$seconds" "${python[@]}" "$@" --device "$device" --out "$results/$name.part"; then
+        mv "$results/$name.part" "$results/$name"
+    else
+        failed "$name"
     fi
 }
 
 # reproduce SHARE SETTING ARGUMENTS...: train and verify, until SHARE hundredths of the hour are over; to be continued.
 reproduce() {
-    local budget=$(($1 * hour / 100 - SECONDS)) setting_name=$2
+    local budget=$(($1 * hour / 100 - SECONDS)) setting_name=$2 code=0
     shift 2
     ((budget >= 10)) || return 0
     echo "== $setting_name, at most $budget s, ${SECONDS} s gone"
-    uv run python scripts/reproduce.py "$setting_name" "${setting[@]}" --device "$device" --runs "$runs" \
-        --results "$results/reproduce.jsonl" --budget "$budget" "$@" || [[ $? == 75 ]] # out of time
+    "${python[@]}" scripts/reproduce.py "$setting_name" "${setting[@]}" --device "$device" --runs "$runs" \
+        --results "$results/reproduce.jsonl" --budget "$budget" "$@" || code=$?
+    case $code in
+        0 | 75) ;; # done, or out of time: to be continued
+        130) exit 130 ;;
+        *) failed "$setting_name" ;;
+    esac
 }
 
 # 1. Right: bounds, gradients and runs are those of a CPU.
-part "devices-$device.json" 10 uv run python scripts/compare_devices.py --device "$device" --out "$results/devices-$device.json"
+part "devices-$device.json" 180 scripts/compare_devices.py
 # 2. A step, beside the natural one and auto_LiRPA's; eager, compiled, tf32, bf16; and its memory.
-part "benchmark-$device.json" 15 uv run python scripts/benchmark.py --device "$device" "${benchmark[@]}" --out "$results/benchmark-$device.json"
+part "benchmark-$device.json" 420 scripts/benchmark.py "${benchmark[@]}"
 # 3. The run itself, in what the parts behind it leave.
 reproduce 80 cifar10_8_255
 # 4. How time grows with batch, width and classes.
-part "growth-$device.json" 10 uv run python scripts/benchmark.py --device "$device" "${growth[@]}" --grow --out "$results/growth-$device.json"
+part "growth-$device.json" 300 scripts/benchmark.py "${growth[@]}" --grow
 # 5. The authors' own code, here.
 if [[ -n $authors ]]; then
-    part "beside-authors-$device.json" 10 uv run python scripts/beside_authors.py --repo "$authors" --data "$cifar" \
-        --device "$device" "${beside[@]}" --out "$results/beside-authors-$device.json"
+    part "beside-authors-$device.json" 420 scripts/beside_authors.py --repo "$authors" --data "$cifar" "${beside[@]}"
 fi
 # 6. A network at 2/255, and what branch and bound proves of a thousand images.
 reproduce 95 cifar10_2_255 verification.method=ibp,crown-ibp,alpha-crown,branch-and-bound "${search[@]}"
 # 7. More seeds.
 reproduce 95 cifar10_8_255 --seeds 1 2
 # 8. The pages, from what was measured.
-[[ -n $rehearsal ]] || uv run python scripts/tables.py
+[[ -n $rehearsal ]] || "${python[@]}" scripts/tables.py
 echo "== done after $SECONDS s; results in $results"
