@@ -387,6 +387,8 @@ def main() -> None:
             if any(row.items() <= done.items() for done in result["rows"]):
                 continue
             row |= asdict(program.train(setting, seed, images, Path(name) / f"{program_name}-{seed}"))
+            if setting.device != "cpu":
+                row["peak_bytes"] = None  # the process's is the host's, mostly CUDA's own; of the card's nobody tells
             result["rows"].append(row)
             write_json(file, result)
             print(json.dumps(row), flush=True)

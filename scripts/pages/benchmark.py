@@ -57,7 +57,8 @@ def beside_table(measured: dict[str, Any]) -> str:
         errors = [spread(runs, key) for key in ("natural_error", "verified_error", "by_certtrain")]
         costs = [f"{statistics.median(seconds for run in runs for seconds in run['seconds']):.2f}"]
         costs += [f"{statistics.median(run['processor_seconds'] for run in runs):.0f}"]
-        costs += [f"{max(run['peak_bytes'] for run in runs) / 2**20:.0f}"]
+        peaks = [run["peak_bytes"] for run in runs if run["peak_bytes"]]
+        costs += [shown(max(peaks, default=0) / 2**20 or None, "{:.0f}")]
         written = sum(map(len, program["written"]))
         cells = [name, str(len(runs)), *errors, *costs, str(len(program["install"])), str(written)]
         lines.append(f"| {' | '.join(cells)} |")
