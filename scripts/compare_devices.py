@@ -4,7 +4,8 @@
 
 Bounds by every method, and the loss and gradient of every training method, are compared with those of the CPU in
 float64, in the largest difference relative to the largest value; beside them stands what float32 on the CPU is off by,
-which is what to expect. A row that the file has is not measured again. Two short runs of one seed, and one that is interrupted and resumed, are compared bit for bit.
+which is what to expect. Two short runs of one seed, and one that is interrupted and resumed, are compared bit for bit.
+A row that the file has is not measured again.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Bounds, Box, linf_box
 from certtrain.bounds.margins import merged_margins
-from certtrain.report.layer_statistics import layer_statistics
 from certtrain.runtime import precision as precisions
 from certtrain.runtime.precision import full_precision, takes_bfloat16, training_precision
 from certtrain.training.averaging import reestimate_statistics
+from certtrain.training.layer_statistics import layer_statistics
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.step import GradientStep
 from tests.networks import narrow_cnn7, pooling_network, residual_network
