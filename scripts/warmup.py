@@ -21,10 +21,10 @@ from common import ERRORS, RESULTS, runs_of
 from matplotlib.figure import Figure
 from pages.warmup import WARMUPS
 
+from certtrain.runs.files import DIVERGED
 from certtrain.runs.metrics import read_records
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import write_atomically, write_json
-from certtrain.studies.progress import DIVERGED
 
 OF_STEPS = (
     "adaptive_rate_variance",

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certtrain.models import build_model
-from certtrain.runs.checkpoint import WEIGHTS, save_architecture, save_weights
+from certtrain.runs.checkpoint import save_architecture, save_weights
+from certtrain.runs.files import WEIGHTS
 
 
 def narrow_cnn7(batch_norm: bool = True) -> nn.Module:

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from certtrain.cli.named_run import config_of, folder_of, open_network, require_data, require_held_out
 from certtrain.cli.options import refuse
-from certtrain.cli.studies import is_run_folder, report_study
+from certtrain.cli.studies import report_study
 from certtrain.cli.tables import hints, show_forgetting, show_results
 from certtrain.errors import READER_LEFT, CheckpointError, UsageError
+from certtrain.runs.files import ONNX, RAW_WEIGHTS, REPORT, has_traces_of_run, holds_runs
 from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
@@ -29,7 +30,6 @@ def train_command(options: argparse.Namespace) -> int:
         _check_training(options)
 
     from certtrain.config.loading import load_config
-    from certtrain.runs.checkpoint import RAW_WEIGHTS
     from certtrain.runs.train import train
     from certtrain.runtime.allocation import keep_freed_memory
 
@@ -105,9 +105,9 @@ def export_command(options: argparse.Namespace) -> int:
     from certtrain.runs.directory import check_output
 
     folder = folder_of(options.run)
-    file = folder / "model.onnx" if options.onnx is True else options.onnx
+    file = folder / ONNX if options.onnx is True else options.onnx
     if file is not None:
-        check_output(file, options.run, own="model.onnx")
+        check_output(file, options.run, own=ONNX)
     model = open_network(options, config)
     if file is not None:
         export_onnx(model, load_architecture(folder)["image_shape"], file)
@@ -122,9 +122,9 @@ def export_command(options: argparse.Namespace) -> int:
 
 
 def report_command(options: argparse.Namespace) -> int:
-    from certtrain.runs.directory import check_output, holds_runs, stored_config
+    from certtrain.runs.directory import check_output, stored_config
 
-    if options.run.is_dir() and not is_run_folder(options.run) and holds_runs(options.run):
+    if options.run.is_dir() and not has_traces_of_run(options.run) and holds_runs(options.run):
         return report_study(options)
     config = config_of(options, options.run)
     if config.test_radii != stored_config(folder_of(options.run)).test_radii:
@@ -135,8 +135,8 @@ def report_command(options: argparse.Namespace) -> int:
     from certtrain.report.page import write_report
     from certtrain.runs.build import load_data
 
-    file = options.out or folder_of(options.run) / "report.html"
-    check_output(file, options.run, own="report.html")
+    file = options.out or folder_of(options.run) / REPORT
+    check_output(file, options.run, own=REPORT)
     model = open_network(options, config)
     write_report(folder_of(options.run), config, model, load_data(config), file, options.limit or REPORTED)
     print(f"wrote {file}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certtrain.errors import CheckpointError, DataError, UsageError, shown
+from certtrain.runs.files import CONFIG, has_traces_of_run
 from certtrain.runtime.device import check_device_name
 
 if TYPE_CHECKING:
@@ -46,10 +47,10 @@ def config_of(options: argparse.Namespace, run: Path, changes: Mapping[str, Any]
     if settled:
         raise UsageError(f"{shown(settled[0])}: training has settled that; only {CHANGEABLE} can be changed")
     check_device_name(getattr(options, "device", "cpu"))
-    file = folder_of(run) / "config.yaml"
+    file = folder_of(run) / CONFIG
     if file.is_file():
         return load_config(file, [*options.overrides, changes or {}])
-    if any((folder_of(run) / name).exists() for name in ("model.json", "model.safetensors", "last.ckpt")):
+    if has_traces_of_run(folder_of(run)):
         raise CheckpointError(f"{folder_of(run)} is not a run directory: it has no config.yaml")
     raise CheckpointError(f"there is no model at {run}: expected a run directory or its model.safetensors")
 
@@ -84,7 +85,7 @@ def require_held_out(config: Config, run: Path) -> None:
     """
     from certtrain.config.loading import load_config
 
-    trained = load_config(folder_of(run) / "config.yaml")
+    trained = load_config(folder_of(run) / CONFIG)
     otherwise = config.data.divided_otherwise(config.seed, trained.data, trained.seed)
     if config.verification.split == "validation" and otherwise:
         raise UsageError(f"verification.split validation: the run was trained on some of these images: {otherwise}")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from certtrain.errors import UsageError
+from certtrain.runs.files import SCALING, SCALING_PLOT
 from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 
@@ -57,8 +58,8 @@ def scale_command(options: argparse.Namespace) -> int:
         _show_contrast(console, contrast)
     if scaled.fits:
         image = picture(scaled.fits, plan.file.forecast)
-        write_atomically(folder / "scaling.png", lambda file: file.write(image))
-        tell(console, f"wrote {folder / 'scaling.json'} and scaling.png")
+        write_atomically(folder / SCALING_PLOT, lambda file: file.write(image))
+        tell(console, f"wrote {folder / SCALING} and {SCALING_PLOT}")
     return scaled.outcome.exit_code
 
 

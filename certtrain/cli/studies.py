@@ -11,6 +11,7 @@ from rich.console import Console
 
 from certtrain.cli.options import refuse
 from certtrain.errors import UsageError
+from certtrain.runs.files import REPORT, SEARCH, has_traces_of_run
 from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 
@@ -52,7 +53,7 @@ def study_command(options: argparse.Namespace) -> int:
 def _folder_of_runs(options: argparse.Namespace, study: Path) -> Path:
     """Where the runs of `study` go: not into a run, where `compare` and `report` would see that one alone."""
     folder = options.out or Path("runs") / study.stem
-    if is_run_folder(folder):
+    if has_traces_of_run(folder):
         raise UsageError(f"{folder} is a run itself, and no folder for others: name another --out")
     return folder
 
@@ -129,10 +130,6 @@ def compare_command(options: argparse.Namespace) -> int:
 # --- a page for a study -----------------------------------------------------------------------------------------------
 
 
-def is_run_folder(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.yaml", "model.json", "model.safetensors", "last.ckpt"))
-
-
 def report_study(options: argparse.Namespace) -> int:
     """The page of a study or a tuning, without looking at single images."""
     if options.overrides:
@@ -144,10 +141,10 @@ def report_study(options: argparse.Namespace) -> int:
     from certtrain.studies.compare import compare
     from certtrain.studies.page import html
 
-    file = options.out or options.run / "report.html"
+    file = options.out or options.run / REPORT
     check_output(file, options.run)
     title = options.run.resolve().name
-    if (options.run / "tuning.json").is_file():
+    if (options.run / SEARCH).is_file():
         from certtrain.studies.trials import page_of
 
         text = page_of(options.run, title)

@@ -16,6 +16,7 @@ from certtrain.cli.named_run import config_of, folder_of, open_network, open_wei
 from certtrain.cli.options import refuse
 from certtrain.cli.tables import show_results
 from certtrain.errors import UsageError, optional_module
+from certtrain.runs.files import RADII, RADII_PLOT, VERIFIED, WEIGHTS
 from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import launched
@@ -43,8 +44,8 @@ def verify_command(options: argparse.Namespace) -> int:
 
 def _verify_images(options: argparse.Namespace) -> int:
     folder, elsewhere = folder_of(options.run), options.model_weights is not None
-    weights = folder / "model.safetensors" if options.run.is_dir() else options.run
-    handed_out = not elsewhere and weights.name == "model.safetensors"  # not a checkpoint on the way
+    weights = folder / WEIGHTS if options.run.is_dir() else options.run
+    handed_out = not elsewhere and weights.name == WEIGHTS  # not a checkpoint on the way
     if not launched():  # ranks fail together, inside
         require_data(_asked(options, weights))
 
@@ -90,7 +91,7 @@ def _verify_images(options: argparse.Namespace) -> int:
 
 def _results_file(options: argparse.Namespace) -> Path | None:
     """Where the errors go, if they go anywhere: those of weights from elsewhere have no folder of their own."""
-    return options.json or (None if options.model_weights else folder_of(options.run) / "verify.json")
+    return options.json or (None if options.model_weights else folder_of(options.run) / VERIFIED)
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
@@ -101,7 +102,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     if options.certificates:
         check_output(options.certificates, used)
     if file is not None:
-        check_output(file, used, *filter(None, [options.certificates]), own="verify.json")
+        check_output(file, used, *filter(None, [options.certificates]), own=VERIFIED)
     if options.results:
         check_output(options.results, used, *filter(None, [options.certificates, options.json]))
 
@@ -261,23 +262,21 @@ def _verify_radii(options: argparse.Namespace) -> int:
     largest = 2 * max(config.test_radii) if options.radius is True else options.radius
     if largest <= 0:
         raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
-    for name in ("radius.json", "radius.png"):
+    for name in (RADII, RADII_PLOT):
         check_output(folder / name, options.run, own=name)
     model, dataset = open_network(options, config), load_data(config)
     content = radii_of(config, model, dataset, largest, limit=options.limit).summary()
     about = made_with(config, model, dataset.test)
-    kept = write_results(folder / "radius.json", {**content, "model": str(options.run), **about})
+    kept = write_results(folder / RADII, {**content, "model": str(options.run), **about})
     curves = {
         "pgd": (content["pgd_eps"], content["pgd_error"]),
         "verified": (content["eps"], content["verified_error"]),
     }
     picture = errors_over_eps_png(content["natural_error"], curves)
-    write_atomically(folder / "radius.png", lambda file: file.write(picture))
+    write_atomically(folder / RADII_PLOT, lambda file: file.write(picture))
     shares = [f"{share:.0%} of the images: {_quantile(content['radii'], share):.5f}" for share in (0.25, 0.5, 0.75)]
     print("proved radius of at least " + ", ".join(shares))
-    print(
-        f"wrote {folder / 'radius.json'} and radius.png" + (f"; the earlier radii are kept in {kept}" if kept else "")
-    )
+    print(f"wrote {folder / RADII} and {RADII_PLOT}" + (f"; the earlier radii are kept in {kept}" if kept else ""))
     return 0
 
 
@@ -302,7 +301,7 @@ def check_command(options: argparse.Namespace) -> int:
     from certtrain.verification.raw_images import read_test_set
 
     certificates = read_certificates(options.certificates)
-    network = SavedNetwork.read(folder_of(options.model) / "model.safetensors")
+    network = SavedNetwork.read(folder_of(options.model) / WEIGHTS)
     name = options.dataset or certificates.header.data.name
     images, labels = read_test_set(name, options.data)
     console = Output(highlight=False, markup=False, soft_wrap=True)

@@ -21,6 +21,7 @@ from certtrain.report.examples import Example, judge
 from certtrain.report.forgetting import forgetting_table
 from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
 from certtrain.runs.directory import are_of_run, results_in, stored_config
+from certtrain.runs.files import METRICS, RADII, SUMMARY, VERIFIED, is_finished
 from certtrain.runs.metrics import read_records
 from certtrain.runtime.files import read_json, write_text
 from certtrain.verification.verdicts import Verdict
@@ -103,7 +104,7 @@ def error_curves(measured: Mapping[str, Any]) -> tuple[float, dict[str, Curve]]:
 
 def newest_results(run: Path, summary: Mapping[str, Any]) -> Mapping[str, Any]:
     """The newest of radius.json, else of verify.json, on no fewer images than the summary; else the summary."""
-    for kind, name in ((Radii, "radius.json"), (Verified, "verify.json")):
+    for kind, name in ((Radii, RADII), (Verified, VERIFIED)):
         for file in results_in(run, name):
             content = _read_own(kind, file, summary)
             if content is not None and (content["images"] or math.inf) >= summary.get("images", 0):
@@ -124,9 +125,9 @@ def _from_zero(natural: float, eps: Sequence[float], errors: Sequence[float]) ->
 
 
 def _read_summary(run: Path) -> dict[str, Any]:
-    if not (run / "summary.json").is_file():
-        raise CheckpointError(f"{run} holds no finished run (it has no summary.json): continue it with train --resume")
-    return _read(Summary, run / "summary.json")
+    if not is_finished(run):
+        raise CheckpointError(f"{run} holds no finished run (it has no {SUMMARY}): continue it with train --resume")
+    return _read(Summary, run / SUMMARY)
 
 
 def _read_own(kind: type[Record], file: Path, summary: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -140,7 +141,7 @@ def _read(kind: type[Record], file: Path) -> dict[str, Any]:
 
 
 def _read_epochs(run: Path) -> list[dict[str, Any]]:
-    file = run / "metrics.jsonl"
+    file = run / METRICS
     epochs = [checked(Epoch, record, file) for record in read_records(file)]
     if not epochs:
         raise CheckpointError(f"{file} is empty: there is nothing to plot")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from certtrain.errors import READER_LEFT, DivergedError
 from certtrain.runs.checkpoint import save_checkpoint
-from certtrain.runs.directory import TENSORBOARD
+from certtrain.runs.files import CHECKPOINT, METRICS, TENSORBOARD
 from certtrain.runs.lock import Claim
 from certtrain.runs.meters import Meter
 from certtrain.runs.metrics import MetricsFile
@@ -97,7 +97,7 @@ class Recorder(Follower):
         self._meters = meters
         self._claim, self._display = claim, display
         self._checkpoint_seconds = checkpoint_seconds
-        self._metrics = MetricsFile(claim.folder / "metrics.jsonl", trainer.epoch)
+        self._metrics = MetricsFile(claim.folder / METRICS, trainer.epoch)
         self._tensorboard = TensorBoard(claim.folder / TENSORBOARD, trainer.epoch)
         self._probe = probe[:PROBE_IMAGES]
         self._seconds_before, self._started = seconds_before, time.monotonic()
@@ -147,5 +147,5 @@ class Recorder(Follower):
 
     def save(self, trainer: Trainer) -> None:
         self._claim.require()
-        save_checkpoint(self._claim.folder / "last.ckpt", run_state(trainer, self.seconds))
+        save_checkpoint(self._claim.folder / CHECKPOINT, run_state(trainer, self.seconds))
         self._saved_at = time.monotonic()

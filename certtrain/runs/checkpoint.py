@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from certtrain.errors import CheckpointError, UsageError, one_line
 from certtrain.models import MODELS, build_model, find_model
 from certtrain.modules import evaluating
+from certtrain.runs.files import ARCHITECTURE, CHECKPOINT, WEIGHTS
 from certtrain.runs.tensor_file import DTYPES, digest, open_tensor_file, tensor_file
 from certtrain.runtime.files import parse_json, read_json, write_atomically, write_json
 
 FORMAT = 2  # of last.ckpt
 MODEL_FORMAT = 1  # of model.json
 LARGEST_DESCRIPTION = 2**16  # bytes of model.json
-WEIGHTS = "model.safetensors"  # of the network that a run hands out: the averaged one, where weights are averaged
-RAW_WEIGHTS = "model-raw.safetensors"  # those after the last step, where the others are an average
 
 # --- the resume point -------------------------------------------------------------------------------------------------
 
@@ -146,7 +145,7 @@ class Architecture(BaseModel):
 
 
 def save_architecture(folder: Path, architecture: Mapping[str, Any]) -> None:
-    write_json(folder / "model.json", {"format": MODEL_FORMAT, "model": dict(architecture)})
+    write_json(folder / ARCHITECTURE, {"format": MODEL_FORMAT, "model": dict(architecture)})
 
 
 def save_weights(file: Path, model: nn.Module) -> None:
@@ -168,8 +167,8 @@ def load_model(source: str | Path, device: torch.device | str = "cpu", *, trust:
     """
     source = Path(source)
     folder, file = (source, source / WEIGHTS) if source.is_dir() else (source.parent, source)
-    if source.is_dir() and not file.exists() and (source / "last.ckpt").exists():
-        raise CheckpointError(f"the run in {source} is not finished: resume it, or name {source / 'last.ckpt'}")
+    if source.is_dir() and not file.exists() and (source / CHECKPOINT).exists():
+        raise CheckpointError(f"the run in {source} is not finished: resume it, or name {source / CHECKPOINT}")
     if not file.is_file():
         raise CheckpointError(f"there is no model at {source}: expected a run directory or its model.safetensors")
     architecture = load_architecture(folder)
@@ -181,7 +180,7 @@ def load_model(source: str | Path, device: torch.device | str = "cpu", *, trust:
     except (UsageError, CheckpointError):
         raise
     except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
-        raise CheckpointError(f"{folder / 'model.json'} is missing or corrupt ({one_line(error)})") from error
+        raise CheckpointError(f"{folder / ARCHITECTURE} is missing or corrupt ({one_line(error)})") from error
     restore(model, weights, file)
     return model.eval().to(device)
 
@@ -192,7 +191,7 @@ def load_architecture(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: model.json is missing or corrupt.
     """
-    description = folder / "model.json"
+    description = folder / ARCHITECTURE
     with suppress(OSError):  # it is missing: said below
         if description.stat().st_size > LARGEST_DESCRIPTION:
             raise CheckpointError(f"{description} is no description of a network: it is too long")

@@ -13,47 +13,22 @@ from typing import Any
 from certtrain.config import Config, load_config
 from certtrain.config.loading import Overrides, leaves, override_keys
 from certtrain.errors import CheckpointError, UsageError, shortened
+from certtrain.runs.files import (
+    CHECKPOINT,
+    CONFIG,
+    NUMBERED,
+    OF_NETWORK,
+    RUN_FILES,
+    STUDY_FILES,
+    SUMMARY,
+    TENSORBOARD,
+    WEIGHTS,
+    holds_runs,
+    is_run,
+)
 from certtrain.runtime.files import parse_json, replaceable, write_atomically, write_json
 
-RUN_FILES = (
-    "config.yaml",
-    "metrics.jsonl",
-    "steps.jsonl",
-    "start.json",
-    "last.ckpt",
-    "diverged.json",
-    "model.safetensors",
-    "model-raw.safetensors",
-    "model.json",
-    "summary.json",
-    "verify.json",
-    "verdicts.json",
-    "radius.json",
-    "radius.png",
-    "model.onnx",
-    "report.html",
-)
-OF_A_FINISHED_RUN = (  # files that say something of its network
-    "model.safetensors",
-    "model-raw.safetensors",
-    "summary.json",
-    "verify.json",
-    "verdicts.json",
-    "radius.json",
-    "radius.png",
-    "model.onnx",
-    "report.html",
-)
-STUDY_FILES = (  # of a folder of runs: what a study, a search and a scaling law keep there
-    "study.json",
-    "tuning.json",
-    "optuna.db",
-    "scaling.json",
-    "scaling.png",
-)
-RESULTS = ("verify.json", "radius.json")  # written by `write_results`
 SUBJECT = ("weights_sha256", "split_sha256")  # in them and in the summary: what network they are about, what images
-TENSORBOARD = "tensorboard"
 
 
 def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
@@ -61,10 +36,6 @@ def default_folder(config: str | Path | Mapping[str, Any] | Config) -> Path:
     if not isinstance(config, str | Path):
         raise UsageError("a run that is not read from a file needs an output folder: pass out=")
     return Path("runs") / Path(config).stem
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and (folder / "model.json").is_file()
 
 
 # --- entering ---------------------------------------------------------------------------------------------------------
@@ -86,16 +57,16 @@ def run_to_continue(folder: Path, resume: bool, overwrite: bool) -> Config | Non
         _require_replaceable(folder)
     if occupied and resume:
         stored = stored_config(folder)
-        finished = [name for name in ("model.safetensors", "summary.json") if (folder / name).exists()]
-        if finished and not (folder / "last.ckpt").is_file():
+        finished = [name for name in (WEIGHTS, SUMMARY) if (folder / name).exists()]
+        if finished and not (folder / CHECKPOINT).is_file():
             raise CheckpointError(
-                f"{folder} has a {finished[0]} but no last.ckpt to continue from: "
+                f"{folder} has a {finished[0]} but no {CHECKPOINT} to continue from: "
                 "train it anew with --overwrite, or elsewhere with --out"
             )
         return stored
     if occupied and not overwrite:
         raise UsageError(f"{folder} holds a run: continue it with --resume, replace it with --overwrite, or name --out")
-    if occupied and not (folder / "config.yaml").exists():
+    if occupied and not is_run(folder):
         raise UsageError(f"{folder} is not a run directory (it has no config.yaml): it is not overwritten")
     return None
 
@@ -111,7 +82,7 @@ def _require_replaceable(folder: Path) -> None:
 
 def stored_config(folder: Path) -> Config:
     try:
-        return load_config(folder / "config.yaml")
+        return load_config(folder / CONFIG)
     except (OSError, ValueError) as error:
         reason = shortened(error, 160)
         raise CheckpointError(f"the config.yaml of the run in {folder} cannot be read: {reason}") from error
@@ -164,7 +135,7 @@ def extended(stored: Config, asked: Config) -> Config:
 def clear(folder: Path) -> None:
     """Remove a run's own files but config.yaml, which makes it one; anything else that lies there stays."""
     for name in RUN_FILES:
-        if name != "config.yaml":
+        if name != CONFIG:
             (folder / name).unlink(missing_ok=True)
     for kept in (*_kept_results(folder), *_set_aside(folder)):
         kept.unlink()
@@ -175,7 +146,7 @@ def clear(folder: Path) -> None:
 def set_aside(folder: Path, epochs: int) -> list[str]:
     """Rename what is said of the network after so many epochs, since training it goes on; the new names."""
     renamed = []
-    for file in (*(folder / name for name in OF_A_FINISHED_RUN), *_kept_results(folder)):
+    for file in (*(folder / name for name in OF_NETWORK), *_kept_results(folder)):
         if file.is_file():
             renamed.append(f"{file.stem}-{epochs}-epochs{file.suffix}")
             file.replace(folder / renamed[-1])
@@ -183,7 +154,7 @@ def set_aside(folder: Path, epochs: int) -> list[str]:
 
 
 def _set_aside(folder: Path) -> list[Path]:
-    return [*_named(folder, OF_A_FINISHED_RUN, "-N-epochs"), *_named(folder, RESULTS, "-N-N-epochs")]
+    return [*_named(folder, OF_NETWORK, "-N-epochs"), *_named(folder, NUMBERED, "-N-N-epochs")]
 
 
 def _named(folder: Path, names: Sequence[str], ending: str) -> list[Path]:
@@ -226,24 +197,18 @@ def check_output(path: Path, *used: Path, own: str | None = None) -> None:
         for kind, owned in _owned(folder):
             if owned.name != own and (target == owned.resolve() or (target.exists() and _same(target, owned))):
                 raise UsageError(f"{path} is {owned.name} of the {kind} in {folder}: name another file")
-    if target.parent.name == TENSORBOARD and (target.parent.parent / "config.yaml").is_file():
+    if target.parent.name == TENSORBOARD and is_run(target.parent.parent):
         raise UsageError(f"{path} is among the TensorBoard files of a run: name another file")
 
 
 def _owned(folder: Path) -> Iterator[tuple[str, Path]]:
     """The files that are a run's in `folder`, and a study's, whether they are there or not yet."""
-    if (folder / "config.yaml").is_file():
+    if is_run(folder):
         for file in (*(folder / name for name in RUN_FILES), *_kept_results(folder), *_set_aside(folder)):
             yield "run", file
     if holds_runs(folder) or any((folder / name).exists() for name in STUDY_FILES):
         for name in STUDY_FILES:
             yield "study", folder / name
-
-
-def holds_runs(folder: Path) -> bool:
-    """Whether it is the folder of a study, or of a search."""
-    patterns = ("*/config.yaml", "*/seed-*/config.yaml", "trials/*/config.yaml")
-    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def is_writable(folder: Path) -> bool:
@@ -283,7 +248,7 @@ def results_in(folder: Path, name: str) -> list[Path]:
 
 
 def _kept_results(folder: Path) -> list[Path]:
-    return _named(folder, RESULTS, "-N")
+    return _named(folder, NUMBERED, "-N")
 
 
 def are_of_run(results: Mapping[str, Any], summary: Mapping[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from certtrain.data import Dataset
 from certtrain.errors import UsageError
 from certtrain.runs.build import compiles, learning_rate
 from certtrain.runs.directory import set_aside
+from certtrain.runs.files import CONFIG
 from certtrain.runtime.files import write_text
 
 
@@ -45,7 +46,7 @@ def extend(
     """Make the run in `folder`, which was of `shorter`, one of `longer`, and say what that changes."""
     epochs = shorter.training.epochs
     kept = set_aside(folder, epochs)
-    write_text(folder / "config.yaml", longer.to_yaml())
+    write_text(folder / CONFIG, longer.to_yaml())
     tell(f"training.epochs is {longer.training.epochs} from now on, instead of {epochs}")
     if kept:
         tell(f"what there is of the network after {epochs} epochs is kept: {', '.join(kept)}")

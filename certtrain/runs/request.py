@@ -11,7 +11,8 @@ from typing import Any
 from certtrain.config import Config, load_config
 from certtrain.config.loading import Overrides, is_config, shipped_configs
 from certtrain.errors import UsageError, shown
-from certtrain.runs.directory import default_folder, extended, is_named, is_run, require_agreement, run_to_continue
+from certtrain.runs.directory import default_folder, extended, is_named, require_agreement, run_to_continue
+from certtrain.runs.files import CONFIG, is_started
 from certtrain.runs.lock import Claim, claimed
 
 
@@ -54,7 +55,7 @@ class Request:
         overrides: Overrides,
     ) -> Request:
         file = Path(config) if isinstance(config, str | Path) else None
-        if resume and out is None and file is not None and file.name == "config.yaml" and is_run(file.parent):
+        if resume and out is None and file is not None and file.name == CONFIG and is_started(file.parent):
             file = file.parent  # rather than a new run of its configuration
         run = file if file is not None and file.is_dir() and str(config) not in shipped_configs() else None
         if run is not None and not resume:
@@ -70,7 +71,7 @@ class Request:
             assert continued is not None
             return cls(continued, None, overrides, resume, overwrite, whole=False, own=False)
         folder = Path(out) if out is not None else default_folder(config)
-        own = not (file is not None and file.is_file() and is_run(file.parent))
+        own = not (file is not None and file.is_file() and is_started(file.parent))
         return cls(folder, load_config(config, overrides), overrides, resume, overwrite, whole=file is None, own=own)
 
     def stored(self) -> Stored | None:

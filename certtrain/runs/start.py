@@ -26,13 +26,13 @@ from certtrain.runs.checkpoint import (
     restore,
     weights_of,
 )
+from certtrain.runs.files import ARCHITECTURE, CHECKPOINT, CONFIG, METRICS, START, WEIGHTS
 from certtrain.runs.metrics import read_records
 from certtrain.runs.state import check_optimizer, check_state, continue_from, take_optimizer
 from certtrain.runs.tensor_file import digest
 from certtrain.runtime.files import read_json, write_json
 from certtrain.training.trainer import Trainer
 
-START = "start.json"
 NORMALIZATION = {"mean": "normalize.mean", "std": "normalize.std"}
 """Keys of the section `data`, and the names of these tensors in what `build_model` builds."""
 
@@ -104,7 +104,7 @@ def find_start(section: StartSection, folder: Path) -> Start:
     beside = file.parent
     if beside.resolve() == folder.resolve():
         raise UsageError(f"start_from: {file} lies in the folder of this very run: name another --out")
-    architecture = Architecture(**load_architecture(beside)) if (beside / "model.json").is_file() else None
+    architecture = Architecture(**load_architecture(beside)) if (beside / ARCHITECTURE).is_file() else None
     config = _config_in(beside)
     eps = _last_radius(beside, config)
     start = Start(
@@ -130,7 +130,7 @@ def _runs_before(folder: Path) -> list[Config]:
 
 def _config_in(folder: Path) -> Config | None:
     """Of the run in `folder`, where that is one."""
-    file = folder / "config.yaml"
+    file = folder / CONFIG
     try:
         return load_config(file) if file.is_file() else None
     except ValueError as error:
@@ -139,7 +139,7 @@ def _config_in(folder: Path) -> Config | None:
 
 def _file_of(source: Path, keep: str) -> Path:
     """The weights in a run directory, finished or not, or the file that was named."""
-    names = ("model.safetensors", "last.ckpt") if keep == "weights" else ("last.ckpt",)
+    names = (WEIGHTS, CHECKPOINT) if keep == "weights" else (CHECKPOINT,)
     files = [source / name for name in names] if source.is_dir() else [source]
     file = next((file for file in files if file.is_file()), None)
     if file is None and source.is_dir():
@@ -154,7 +154,7 @@ def _file_of(source: Path, keep: str) -> Path:
 def _last_radius(folder: Path, config: Config | None) -> float:
     if config is None or config.training.method.name == "natural":
         return 0.0
-    file = folder / "metrics.jsonl"
+    file = folder / METRICS
     records = read_records(file) if file.is_file() else []
     last = records[-1].get("eps") if records else config.epsilon.train_factor * config.epsilon.max
     if not isinstance(last, int | float) or not 0 <= last <= 1:

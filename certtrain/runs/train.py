@@ -22,10 +22,11 @@ from certtrain.data import Dataset
 from certtrain.errors import READER_LEFT, CheckpointError, shown
 from certtrain.runs.build import assemble, build, compiles, layout_of, rehearse, resolve_device, training_batches
 from certtrain.runs.callbacks import Follower, Recorder
-from certtrain.runs.checkpoint import RAW_WEIGHTS, WEIGHTS, load_checkpoint, save_architecture, save_weights
+from certtrain.runs.checkpoint import load_checkpoint, save_architecture, save_weights
 from certtrain.runs.directory import clear, remove_temporaries
 from certtrain.runs.evaluation import Results, rehearse_verification, summarize, verify_run
 from certtrain.runs.extension import compiled_as, extend, require_same_past
+from certtrain.runs.files import CHECKPOINT, CONFIG, METRICS, RAW_WEIGHTS, STEPS, SUMMARY, WEIGHTS
 from certtrain.runs.forgetting import Forgetting, forgetting_of, load_with_old_data
 from certtrain.runs.lock import Claim
 from certtrain.runs.meters import Meter, OptimizerMeter
@@ -196,7 +197,7 @@ def _prepare(
             if shorter is not None:
                 extend(folder, shorter, config, trainer.step, trainer.steps_per_epoch, partial(tell, console))
             elif resumed is None:
-                write_text(folder / "config.yaml", config.to_yaml())
+                write_text(folder / CONFIG, config.to_yaml())
             if start is not None and taken is not None:
                 save_start(folder, start)
             save_architecture(folder, normalizing_as(model, architecture))
@@ -208,7 +209,7 @@ def _find_start(folder: Path, config: Config, continued: bool, ranks: Ranks) -> 
     start = None
     with ranks.together():
         if ranks.is_first and config.start_from is not None:
-            resumed = continued and (folder / "last.ckpt").is_file()
+            resumed = continued and (folder / CHECKPOINT).is_file()
             start = stored_start(folder) if resumed else find_start(config.start_from, folder)
     return ranks.broadcast(start)
 
@@ -228,13 +229,13 @@ def _take(start: Start, config: Config, model: nn.Module, ranks: Ranks) -> Taken
 
 def _resume(folder: Path, trainer: Trainer, ranks: Ranks, console: Console, held: ExitStack) -> float | None:
     """Bring the trainer to the run's resume point, if it has one: seconds trained until then."""
-    checkpoint = folder / "last.ckpt"
+    checkpoint = folder / CHECKPOINT
     state = None
     with ranks.together():
         if ranks.is_first and checkpoint.is_file():
             try:
                 state = load_checkpoint(checkpoint, partial(check_state, trainer=trainer, source=checkpoint))
-                MetricsFile(folder / "metrics.jsonl", state["trainer"]["step"])  # can be read
+                MetricsFile(folder / METRICS, state["trainer"]["step"])  # can be read
             except CheckpointError as error:
                 raise CheckpointError(
                     f"{error}: train the run anew with --overwrite, or elsewhere with --out"
@@ -261,7 +262,7 @@ def _fit(
             meters: list[Meter] = [] if run.forgetting is None else [run.forgetting]
             if run.config.metrics != MetricsSection():
                 first_steps = run.config.metrics.first_steps
-                meters.append(OptimizerMeter(run.folder / "steps.jsonl", first_steps, trainer.step))
+                meters.append(OptimizerMeter(run.folder / STEPS, first_steps, trainer.step))
             observer = Recorder(claim, every, trainer, probe, display, ranks, run.seconds_before, callbacks, meters)
         compiled = compiles(run.config, run.model, run.dataset)
         told = announced(display.compiling, display.compiled) if compiled else nullcontext()
@@ -302,7 +303,7 @@ def _evaluate(run: Prepared, claim: Claim, observer: Follower, ranks: Ranks) -> 
         if run.start is not None:
             summary["start"] = _started(run, run.start)
         add_verdicts(run.folder, verdicts_of(run.config.verification.split, run.dataset.test, results.test))
-        write_json(run.folder / "summary.json", summary)
+        write_json(run.folder / SUMMARY, summary)
     return ranks.broadcast(summary)
 
 
@@ -327,7 +328,7 @@ def _started(run: Prepared, start: Start) -> dict[str, Any]:
     origin = {"file": start.file, "sha256": start.sha256, "keep": start.keep, "reinitialized": start.reinitialized}
     if run.forgetting is None:
         return origin
-    return origin | run.forgetting.summary(start, read_records(run.folder / "metrics.jsonl"), run.model)
+    return origin | run.forgetting.summary(start, read_records(run.folder / METRICS), run.model)
 
 
 def _keep_rounding(state: Mapping[str, Any], trainer: Trainer, console: Console, held: ExitStack) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from certtrain.runs.files import VERDICTS
 from certtrain.runtime.files import read_json, write_json
 from certtrain.verification.verdicts import Verdict
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from certtrain.data import Split
     from certtrain.verification.verify import Verification
 
-FILE = "verdicts.json"
 LETTERS: Mapping[str, str] = {
     Verdict.PROVED: "p",
     Verdict.ATTACKED: "a",
@@ -71,7 +71,7 @@ def add_verdicts(folder: Path, verdicts: Sequence[Verdicts]) -> None:
         CheckpointError: the file that is there is corrupt.
     """
     answered = {answer.question: answer for answer in (*read_verdicts(folder), *verdicts)}
-    write_json(folder / FILE, [answer.model_dump() for answer in answered.values()])
+    write_json(folder / VERDICTS, [answer.model_dump() for answer in answered.values()])
 
 
 def read_verdicts(folder: Path) -> list[Verdicts]:
@@ -80,7 +80,7 @@ def read_verdicts(folder: Path) -> list[Verdicts]:
     Raises:
         CheckpointError: it is corrupt.
     """
-    file = folder / FILE
+    file = folder / VERDICTS
     if not file.exists():
         return []
     return read_json(file, _verdicts)

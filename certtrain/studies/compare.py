@@ -12,9 +12,9 @@ import numpy as np
 
 from certtrain.config.loading import load_verification
 from certtrain.errors import UsageError, shown
+from certtrain.runs.files import is_finished
 from certtrain.studies.finished import FinishedRun, bounds_of, read_finished, require_same_images, runs_in
 from certtrain.studies.groups import Group, differing_settings, grouped, in_a_grid, with_baselines
-from certtrain.studies.progress import is_finished
 from certtrain.studies.statistics import ConfidenceInterval, McNemar, image_interval, mcnemar, mean_interval
 from certtrain.verification.cascade import check_cascade
 

@@ -17,12 +17,13 @@ from certtrain.config.loading import leaves, override_keys
 from certtrain.config.schema import MOST_SEED, Plain, Several
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
-from certtrain.studies.grid import GRID_FILE, Grid
+from certtrain.runs.files import GRID
+from certtrain.studies.grid import Grid
 from certtrain.studies.reading import list_or_mapping, read_section
 
 MOST_RUNS = 10_000
 CONFIGS_AXIS = "configuration"
-RESERVED = {"logs", "final", "trials", GRID_FILE}  # in a study's folder, and no cell's
+RESERVED = {"logs", "final", "trials", GRID}  # in a study's folder, and no cell's
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=,+-]{0,119}")
 
 Choice = dict[str, Any]  # overrides, and under `base` the configs they come after

@@ -16,6 +16,7 @@ from certtrain.config import Config
 from certtrain.errors import CheckpointError, UsageError, shortened
 from certtrain.report.records import CurvePoint, Result, checked
 from certtrain.runs.directory import are_of_run, results_in, stored_config
+from certtrain.runs.files import CONFIG, METRICS, SUMMARY, VERIFIED, is_run
 from certtrain.runs.metrics import read_records
 from certtrain.runs.verdicts import LETTERS, Verdicts, read_verdicts
 from certtrain.runtime.files import is_number, read_json
@@ -57,11 +58,11 @@ class FinishedRun:
 
 def runs_in(folder: Path) -> list[Path]:
     """The run directory itself, or those in it."""
-    if (folder / "config.yaml").is_file():
+    if is_run(folder):
         return [folder]
     if not folder.is_dir():
         raise UsageError(f"{folder} is no run directory, and no folder of them")
-    files = [*folder.glob("*/config.yaml"), *folder.glob("*/seed-*/config.yaml")]
+    files = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/seed-*/{CONFIG}")]
     if not files:
         raise UsageError(f"{folder} holds no runs: name run directories, or the folder of a study")
     return sorted({file.parent for file in files}, key=_natural_order)
@@ -85,12 +86,12 @@ class _Stored:
     @classmethod
     def read(cls, folder: Path) -> _Stored:
         config = stored_config(folder)
-        summary = read_json(folder / "summary.json", _mapping)
+        summary = read_json(folder / SUMMARY, _mapping)
         added: list[dict[str, Any]] = []
-        for file in results_in(folder, "verify.json"):
+        for file in results_in(folder, VERIFIED):
             if are_of_run(content := read_json(file, _mapping), summary):
                 added += _results(file, content, config)
-        return cls(folder, config, summary, _results(folder / "summary.json", summary, config), added)
+        return cls(folder, config, summary, _results(folder / SUMMARY, summary, config), added)
 
     def first(self, eps: Any, method: str | None) -> Mapping[str, Any]:
         """The first result at `eps` by `method` (None: any), the summary's before those that were added."""
@@ -130,11 +131,11 @@ class _Stored:
             folder=self.folder,
             config=self.config,
             result=result,
-            numbers=_numbers(self.folder / "summary.json", {**self.summary, **result}),
+            numbers=_numbers(self.folder / SUMMARY, {**self.summary, **result}),
             verdicts=own,
             sha256=verdicts[0].sha256 if verdicts else None,
             image_counts=frozenset(answer["images"] for answer in answers),
-            epochs=_curve(self.folder / "metrics.jsonl"),
+            epochs=_curve(self.folder / METRICS),
         )
 
     def _are_about(self, verdicts: Verdicts, answers: Sequence[Mapping[str, Any]]) -> bool:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from certtrain.errors import CheckpointError
+from certtrain.runs.files import GRID
 from certtrain.runtime.files import make_folder, parse_json, write_json
-
-GRID_FILE = "study.json"
 
 
 class Grid(NamedTuple):
@@ -21,7 +20,7 @@ class Grid(NamedTuple):
     def write(self, folder: Path) -> None:
         """Into a study's folder, in place of what an earlier call wrote."""
         make_folder(folder)
-        write_json(folder / GRID_FILE, self._asdict())
+        write_json(folder / GRID, self._asdict())
 
 
 def read_grid(folder: Path) -> Grid | None:
@@ -30,7 +29,7 @@ def read_grid(folder: Path) -> Grid | None:
     Raises:
         CheckpointError: the file is corrupt.
     """
-    file = folder / GRID_FILE
+    file = folder / GRID
     try:
         content = parse_json(file.read_bytes())
         axes, choices = _texts(content["axes"]), {name: _texts(own) for name, own in content["choices"].items()}

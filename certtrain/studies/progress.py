@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from certtrain.config.schema import MOST
+from certtrain.runs.files import DIVERGED, METRICS, SUMMARY, is_finished
 from certtrain.runs.lock import LOCK
 from certtrain.runtime.console import tell
 from certtrain.runtime.files import is_number, parse_json
 from certtrain.studies.design import PlannedRun, cells_of
 
-DIVERGED = "diverged.json"  # in a run's folder: at which epsilon
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl in which the last epoch's record is looked for
 REFRESH = 2.0  # seconds between two looks
 
@@ -43,19 +43,14 @@ class Progress:
 
 def look_at(run: PlannedRun, folder: Path) -> Progress:
     """How far `run` is in `folder`, its own; a file that cannot be read, or says nothing of it, counts as none."""
-    summary, epochs = _json(folder / "summary.json"), run.config.training.epochs
+    summary, epochs = _json(folder / SUMMARY), run.config.training.epochs
     if summary is not None and not _within(summary.get("verified_error"), 1):
         summary = None
-    record = _last_record(folder / "metrics.jsonl")
+    record = _last_record(folder / METRICS)
     done, seconds = record.get("epoch", 0), record.get("seconds", 0.0)
     if not (isinstance(done, int) and _within(done, epochs) and _within(seconds, MOST)):
         done, seconds = 0, 0.0
     return Progress(run.name, done, epochs, seconds, summary, (folder / LOCK).exists())
-
-
-def is_finished(folder: Path) -> bool:
-    """The summary is what a run writes last."""
-    return (folder / "summary.json").is_file()
 
 
 def has_diverged(folder: Path) -> bool:

@@ -13,11 +13,12 @@ from rich.console import Console
 from certtrain.config import Config
 from certtrain.errors import NOT_OVER, CheckpointError, DivergedError, UsageError, lines_of
 from certtrain.runs.directory import differences, stored_config
+from certtrain.runs.files import CHECKPOINT, CONFIG, DIVERGED, is_finished
 from certtrain.runs.lock import can_lock, holder
 from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.design import PlannedRun
 from certtrain.studies.processes import Deadline, Ended, Processes
-from certtrain.studies.progress import DIVERGED, Display, is_finished
+from certtrain.studies.progress import Display
 
 LOOK_EVERY = 1.0  # seconds
 
@@ -58,7 +59,7 @@ def require_fit(runs: Sequence[PlannedRun], folder: Path, free: Collection[str] 
     """
     wrong = []
     for run in runs:
-        if not (folder / run.name / "config.yaml").exists():
+        if not (folder / run.name / CONFIG).exists():
             continue
         try:
             changes = differences(stored_config(folder / run.name), run.config)
@@ -73,7 +74,7 @@ def require_fit(runs: Sequence[PlannedRun], folder: Path, free: Collection[str] 
     named = {(folder / run.name).resolve() for run in runs}
     return sorted(
         str(file.parent.relative_to(folder))
-        for file in folder.glob("*/seed-*/config.yaml")
+        for file in folder.glob(f"*/seed-*/{CONFIG}")
         if file.parent.resolve() not in named
     )
 
@@ -150,7 +151,7 @@ def _start_what_can_be(
         started = run.name in processes.names or run.name in outcome.failed
         if started or is_finished(place) or holder(place) is not None:
             continue
-        display.tell(f"{run.name}: {'goes on' if (place / 'last.ckpt').exists() else 'starts'}")
+        display.tell(f"{run.name}: {'goes on' if (place / CHECKPOINT).exists() else 'starts'}")
         processes.start(run.name, train_run, run.config, place)
 
 

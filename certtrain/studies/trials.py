@@ -13,15 +13,14 @@ from pydantic import Field, FiniteFloat, model_validator
 from certtrain.config import Config
 from certtrain.errors import NOT_OVER, CheckpointError
 from certtrain.report.records import Count, Record, checked
+from certtrain.runs.files import CONFIG, SEARCH, is_finished
 from certtrain.runtime.files import read_json
 from certtrain.studies.compare import compare
 from certtrain.studies.design import labels
 from certtrain.studies.page import html
-from certtrain.studies.progress import is_finished
 from certtrain.studies.runner import RunStates
 from certtrain.studies.tables import Sheet, percentage, sheets
 
-RECORD = "tuning.json"
 BASE = "base"  # the cell of the settings that were there before, among the runs that are tested
 
 
@@ -138,7 +137,7 @@ def cell_name(number: int) -> str:
 def _tested_folders(folder: Path, chosen: Sequence[int]) -> list[Path]:
     """Those of base and of the trials chosen, where they are not the same; what else lies in final/ is not compared."""
     cells = [folder / "final" / name for name in (BASE, *map(cell_name, sorted(chosen)))]
-    return [cell for cell in cells if any(cell.glob("seed-*/config.yaml"))]
+    return [cell for cell in cells if any(cell.glob(f"seed-*/{CONFIG}"))]
 
 
 def tested_trials(folder: Path) -> int | None:
@@ -147,11 +146,11 @@ def tested_trials(folder: Path) -> int | None:
 
 
 def _was_tested(folder: Path) -> bool:
-    return any(is_finished(file.parent) for file in (folder / "final").glob("*/seed-*/config.yaml"))
+    return any(is_finished(file.parent) for file in (folder / "final").glob(f"*/seed-*/{CONFIG}"))
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    return checked(SearchRecord, read_json(folder / RECORD), folder / RECORD)
+    return checked(SearchRecord, read_json(folder / SEARCH), folder / SEARCH)
 
 
 def page_of(folder: Path, title: str) -> str:

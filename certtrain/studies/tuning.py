@@ -28,6 +28,7 @@ from certtrain.errors import (
     shortened,
 )
 from certtrain.runs.directory import differences, stored_config
+from certtrain.runs.files import CONFIG, SEARCH, SEARCH_STORAGE
 from certtrain.runs.lock import claimed, holder
 from certtrain.runtime.console import tell
 from certtrain.runtime.files import make_folder, write_json
@@ -35,9 +36,8 @@ from certtrain.studies.design import Cell, PlannedRun, planned
 from certtrain.studies.processes import Deadline, Ended, Processes
 from certtrain.studies.runner import interruptible, train_all
 from certtrain.studies.search import Range, Tuning
-from certtrain.studies.trials import BASE, RECORD, Trial, Tuned, cell_name, choose, tested_trials
+from certtrain.studies.trials import BASE, Trial, Tuned, cell_name, choose, tested_trials
 
-STORAGE = "optuna.db"
 STUDY = "certtrain"  # its name in the storage
 SETTINGS = "settings"  # user attribute of a trial: the keys it changes, and to what
 ERROR = "error"  # user attribute: why it has failed
@@ -87,7 +87,7 @@ def tune(
     over = [trial for trial in result.trials if trial.state != "running"]
     if len(over) >= tuning.file.trials and len(over) == len(result.trials):
         choose(result, tuning.file.final.most, tuning.final_config)
-        write_json(folder / RECORD, result.summary())  # after how many trials the test set was looked at
+        write_json(folder / SEARCH, result.summary())  # after how many trials the test set was looked at
         if not interrupted and not deadline.passed:
             console.print("the search is over; now the test set, once", highlight=False)
             runs = _final_runs(tuning, result)
@@ -97,7 +97,7 @@ def tune(
                 )
             finally:
                 _note_tested(study, folder)
-    write_json(folder / RECORD, result.summary())
+    write_json(folder / SEARCH, result.summary())
     return result
 
 
@@ -109,7 +109,7 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
     pruner = optuna.pruners.NopPruner()
     if file.pruning is not None:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=file.pruning.startup_trials)
-    url = file.storage or f"sqlite:///{(folder / STORAGE).resolve()}"
+    url = file.storage or f"sqlite:///{(folder / SEARCH_STORAGE).resolve()}"
     try:
         study = optuna.create_study(
             study_name=STUDY,
@@ -216,7 +216,7 @@ def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) 
             continue  # another has finished it since
         if config is None:
             continue
-        if (place / "config.yaml").exists() and (different := differences(stored_config(place), config)):
+        if (place / CONFIG).exists() and (different := differences(stored_config(place), config)):
             raise UsageError(f"{place} no longer fits the search: {'; '.join(different.values())}")
         return begun.number, config
     while sum(trial.state != optuna.trial.TrialState.WAITING for trial in study.get_trials()) < tuning.file.trials:

@@ -16,7 +16,8 @@ import pytest
 import certtrain
 from certtrain.errors import CheckpointError, FolderInUse, UsageError
 from certtrain.runs import evaluation
-from certtrain.runs.directory import RUN_FILES, clear, write_results
+from certtrain.runs.directory import clear, write_results
+from certtrain.runs.files import RUN_FILES
 from certtrain.runs.lock import LOCK, claimed
 from certtrain.training.trainer import Observer
 from tests.commands import TINY, contents, one_thread, train_arguments

@@ -25,7 +25,7 @@ from certtrain.errors import CheckpointError
 from certtrain.runs import evaluation
 from certtrain.runs.callbacks import Recorder
 from certtrain.runs.checkpoint import load_checkpoint
-from certtrain.runs.directory import RUN_FILES, TENSORBOARD
+from certtrain.runs.files import RUN_FILES, TENSORBOARD
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runtime.files import write_text
 from tests.commands import (

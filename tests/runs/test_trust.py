@@ -19,7 +19,7 @@ import yaml
 
 from certtrain.errors import CerttrainError, UsageError
 from certtrain.runs.checkpoint import load_model
-from certtrain.runs.directory import RUN_FILES
+from certtrain.runs.files import RUN_FILES
 from tests.commands import TINY
 
 MODULE = "sent_by_others"

@@ -16,7 +16,8 @@ from hypothesis import given
 from pydantic import BaseModel
 
 from certtrain.errors import CheckpointError, UsageError
-from certtrain.runs.directory import RUN_FILES, remove_temporaries
+from certtrain.runs.directory import remove_temporaries
+from certtrain.runs.files import RUN_FILES
 from certtrain.runtime.files import parse_json, read_json, write_atomically, write_text
 from tests.commands import contents
 

@@ -19,9 +19,10 @@ from rich.console import Console
 
 from certtrain.cli import main
 from certtrain.errors import CheckpointError, UsageError, printable
+from certtrain.runs.files import GRID
 from certtrain.studies.compare import compare
 from certtrain.studies.design import load_study
-from certtrain.studies.grid import GRID_FILE, Grid, read_grid
+from certtrain.studies.grid import Grid, read_grid
 from certtrain.studies.tables import Sheet, sheets, show, to_latex, to_markdown
 from tests.commands import exit_code, into_a_pipe_that_nobody_reads, start
 from tests.report.test_page import Page
@@ -176,14 +177,14 @@ def test_runs_that_are_on_no_grid_are_compared_without_one(tmp_path, study):
     grid_of(tmp_path / "grid", {"method": ["ibp", "mtl"], "model": ["w2", "w4"]})
     assert compare([tmp_path / "grid"]).axes == ("method", "model")
     assert compare([tmp_path / "grid" / "ibp_w2", study / "b_50%"]).axes == ()  # whose folder has no study.json
-    file = tmp_path / "grid" / GRID_FILE
+    file = tmp_path / "grid" / GRID
     broken = ["", "[]", "[" * 10_000, '{"axes": ["a"]}', '{"axes": 3, "choices": {}}', '{"axes": [], "choices": []}']
     for text in [*broken, '{"axes": ["a"], "choices": {"ibp_w2": []}}']:
         file.write_text(text)
         with pytest.raises(CheckpointError, match=r"study\.json is corrupt"):
             compare([tmp_path / "grid"])
     write_run(tmp_path / "runs" / "one", "p" * 10)
-    (tmp_path / GRID_FILE).write_text("somebody else's")
+    (tmp_path / GRID).write_text("somebody else's")
     assert compare([tmp_path / "runs" / "one"]).axes == ()
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from certtrain.config import Config
 from certtrain.errors import UsageError
+from certtrain.runs.files import SCALING
 from certtrain.runtime.files import read_json
 from certtrain.studies.scaling.contrasts import Contrast
 from certtrain.studies.scaling.cost import OperationCounter
@@ -19,7 +20,6 @@ from certtrain.studies.scaling.fits import Foretold, Interval, Laws, PowerLaw, R
 from certtrain.studies.scaling.results import Fitted, Measured
 from certtrain.studies.scaling.tuned import TunedRule
 
-RECORD = "scaling.json"
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 
 
@@ -204,7 +204,7 @@ def read_record(source: Path) -> ScalingRecord:
         UsageError: there is none.
         CheckpointError: it is corrupt.
     """
-    file = source / RECORD if source.is_dir() else source
+    file = source / SCALING if source.is_dir() else source
     if not file.is_file():
         raise UsageError(f"there is no {file}: `certtrain scale PLAN.yaml` fits a law, --law names where it is")
     return read_json(file, ScalingRecord.model_validate)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from certtrain.errors import UsageError
+from certtrain.runs.files import SUMMARY, is_finished
 from certtrain.runtime.files import read_json
-from certtrain.studies.progress import has_diverged, is_finished
+from certtrain.studies.progress import has_diverged
 from certtrain.studies.scaling.design import Plan, Planned, require_comparable
 from certtrain.studies.scaling.fits import ISOFLOP, Approach, Foretold, Laws, Point, Resampled, bootstrap, foretold
 from certtrain.studies.scaling.joint import JOINT
@@ -48,9 +49,7 @@ def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path, diver
     for cell in cells:
         runs = {seed: folder / run.name for seed in seeds for run in cell.runs([seed])}
         summaries = {
-            seed: read_json(run / "summary.json", _of_validation_images)
-            for seed, run in runs.items()
-            if is_finished(run)
+            seed: read_json(run / SUMMARY, _of_validation_images) for seed, run in runs.items() if is_finished(run)
         }
         errors = {seed: summary["verified_error"] for seed, summary in summaries.items()}
         if diverged:

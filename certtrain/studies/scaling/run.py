@@ -11,15 +11,16 @@ from typing import Any
 from rich.console import Console
 
 from certtrain.runs.build import load_data
+from certtrain.runs.files import SCALING, is_finished
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import make_folder, write_json
 from certtrain.studies.groups import MACHINE
-from certtrain.studies.progress import has_diverged, is_finished
+from certtrain.studies.progress import has_diverged
 from certtrain.studies.runner import RunStates, require_fit, train_all
 from certtrain.studies.scaling.contrasts import Contrast, contrasts
 from certtrain.studies.scaling.cost import OperationCounter
 from certtrain.studies.scaling.design import TUNING, Grid, Plan, Planned
-from certtrain.studies.scaling.record import RECORD, record
+from certtrain.studies.scaling.record import record
 from certtrain.studies.scaling.results import Fitted, Measured, finished_runs, fit, measured
 from certtrain.studies.scaling.tuned import TunedRule, tuned_rule
 
@@ -112,5 +113,5 @@ def scale(
     )
     if save and (results or tried):
         make_folder(folder)
-        write_json(folder / RECORD, content)
+        write_json(folder / SCALING, content)
     return Scaled(outcome, tuning, grid, tried, results, rule, fits, differ, content)

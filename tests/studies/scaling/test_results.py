@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from certtrain.errors import CheckpointError, DivergedError, UsageError
-from certtrain.studies.progress import is_finished
+from certtrain.runs.files import is_finished
 from certtrain.studies.runner import RunStates, train_run
 from certtrain.studies.scaling import recommend as recommendations
 from certtrain.studies.scaling import run as running
