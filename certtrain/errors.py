@@ -10,6 +10,10 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Integral
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 READER_LEFT: int = getattr(signal, "SIGPIPE", 13)  # the signal of a pipe that nobody reads, which Windows does not name
 NOT_OVER = 75  # exit code where the same command goes on: EX_TEMPFAIL, which Windows does not name either
@@ -95,6 +99,13 @@ def printable(text: str) -> str:
 def one_line(error: object, most: int = 200) -> str:
     """What another library's error says, on one line of at most `most` characters; its type where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def first_problem(error: ValidationError, most: int = 200) -> str:
+    """What pydantic finds first, on one line of at most `most` characters: the keys that lead there, and what it is."""
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    return shortened((f"{where}: " if where else "") + problem["msg"], most)
 
 
 def shown(value: object, most: int = 60) -> str:

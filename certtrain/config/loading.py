@@ -6,7 +6,7 @@ import importlib.resources
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from certtrain.config.keys import keys_called, keys_of, variants_of
+from certtrain.config.problems import describe
 from certtrain.config.reading import NotPlainYaml, parse_yaml, read_yaml
 from certtrain.config.schema import Config, VerificationSection
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
@@ -55,7 +56,7 @@ def load_config(
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        lines = [_origin(_place(problem["loc"])[0], values, layers) + _describe(problem) for problem in error.errors()]
+        lines = [_origin(_place(problem["loc"])[0], values, layers) + _described(problem) for problem in error.errors()]
         raise UsageError(lines_of("\n".join(lines))) from error
     return _with_model_path(config, layers, folder)
 
@@ -73,7 +74,7 @@ def load_verification(overrides: Overrides) -> VerificationSection:
         section = VerificationSection.model_validate(values.get("verification", {}))
     except ValidationError as error:
         problems = [{**problem, "loc": ("verification", *problem["loc"])} for problem in error.errors()]
-        raise UsageError(lines_of("\n".join(map(_describe, problems)))) from error
+        raise UsageError(lines_of("\n".join(map(_described, problems)))) from error
     if unused := [key for key in section.model_fields_set if not key.startswith(OF_PROPERTIES)]:
         raise UsageError(f"verification.{min(unused)}: a property is decided without it")
     return section
@@ -288,28 +289,8 @@ def _at(location: Sequence[str | int], values: Any) -> Any:
     return values
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's findings."""
-    location, _ = _place(problem["loc"])
-    where = shortened(".".join(shortened(part) for part in location), 120)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {where}: {_instead(problem['loc'])}"
-    if problem["type"] == "union_tag_not_found":
-        misspelt = get_close_matches("name", [str(key) for key in problem["input"]], n=1)
-        return f"unknown key {where}.{misspelt[0]}: did you mean name?" if misspelt else f"{where}.name is missing"
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] == "value_error" else f" (got {shown(problem['input'])})"
-    return (f"{where}: " if where else "") + message + got
-
-
-_MESSAGES = {  # where pydantic speaks of Python rather than of YAML
-    "model_type": "a section is expected, key: value",
-    "model_attributes_type": "a name is expected, or a section, key: value",  # where the name says which section
-    "dict_type": "a mapping is expected, key: value",
-    "tuple_type": "a list is expected",
-}
+def _described(problem: Mapping[str, Any]) -> str:
+    return describe(problem, _place(problem["loc"])[0], partial(_instead, problem["loc"]))
 
 
 def _instead(location: Sequence[str | int]) -> str:

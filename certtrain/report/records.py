@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from certtrain.errors import CheckpointError
+from certtrain.errors import CheckpointError, first_problem
 
 MOST_LAYERS = 1000
 Count = Annotated[int, Field(ge=0)]
@@ -174,8 +174,4 @@ def checked(kind: type[R], content: Any, file: Path) -> dict[str, Any]:
     try:
         return kind.model_validate(content).model_dump()
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise CheckpointError(
-            f"{file} was written by another version, or edited: {where + ': ' if where else ''}{problem['msg']:.150}"
-        ) from error
+        raise CheckpointError(f"{file} was written by another version, or edited: {first_problem(error)}") from error

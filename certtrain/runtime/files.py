@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from certtrain.errors import CheckpointError, UsageError, one_line
+from certtrain.errors import CheckpointError, UsageError, first_problem, one_line
 
 MOST_NESTED = 100  # lists and mappings within each other, of JSON that is read
 
@@ -110,10 +110,7 @@ def _reason(error: Exception) -> object:
     """Of what pydantic objects to only the first, with its place."""
     from pydantic import ValidationError
 
-    if not isinstance(error, ValidationError):
-        return error
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}".removeprefix(": ")
+    return first_problem(error) if isinstance(error, ValidationError) else error
 
 
 def is_number(value: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import Discriminator, Tag, ValidationError
 
 from certtrain.config.loading import shipped_studies
+from certtrain.config.problems import describe
 from certtrain.config.reading import read_yaml
 from certtrain.config.section import Section
 from certtrain.errors import UsageError, lines_of, shortened, shown, unknown
@@ -51,26 +52,18 @@ def list_or_mapping(of_list: Any, of_mapping: Any) -> Any:
 
 
 _TAGS = ("as a list", "as a mapping")  # no keys of a file
-_MESSAGES = {
-    "list_type": "a list is expected",
-    "tuple_type": "a list is expected",
-    "dict_type": "a mapping is expected, key: value",
-    "model_type": "a mapping is expected, key: value",
-}
 
 
 def _described(problem: Any, kind: type[Section]) -> str:
-    location = [str(part) for part in problem["loc"] if part not in _TAGS]
-    where = shortened(".".join(map(shortened, location)), 120)
-    if problem["type"] == "extra_forbidden":
-        keys = _section_at(kind, location[:-1]).model_fields
-        near = get_close_matches(shortened(location[-1]), keys, n=1, cutoff=0.5)
-        return f"unknown key {where}: " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}")
-    if problem["type"] == "missing":
-        return f"{where} is missing"
-    message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] == "value_error" else f" (got {shown(problem['input'])})"
-    return (f"{where}: " if where else "") + message + got
+    keys = [str(part) for part in problem["loc"] if part not in _TAGS]
+    return describe(problem, keys, lambda: _instead(keys, kind))
+
+
+def _instead(keys: Sequence[str], kind: type[Section]) -> str:
+    """What could be meant by an unknown key."""
+    known = _section_at(kind, keys[:-1]).model_fields
+    near = get_close_matches(shortened(keys[-1]), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
