@@ -1,4 +1,4 @@
-"""What each command does: it calls the library, and shows what that returns.
+"""The commands about one run, or none: the options of each, and what it does: it calls the library, and shows that.
 
 Options, paths and configurations are checked first, and only then is the library imported that needs torch, so that
 whatever was mistyped is answered at once.
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from rich.table import Table
 
+from certtrain.cli import completion, values
 from certtrain.cli.named_run import config_of, folder_of, open_network, require_data, require_held_out
-from certtrain.cli.options import refuse
+from certtrain.cli.options import Subparsers, add_command, refuse, take_config, take_run, take_trust
 from certtrain.cli.studies import report_study
 from certtrain.cli.tables import hints, show_forgetting, show_results
 from certtrain.errors import READER_LEFT, CheckpointError, UsageError
@@ -23,6 +24,16 @@ from certtrain.runtime.device import check_device_name
 from certtrain.runtime.launch import is_first_process, launched
 
 REPORTED = 200  # images that a report looks at
+
+
+def add_train(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "train", "train a network from a YAML config, and verify it", train_command)
+    take_config(command, "a YAML file, or the name of a shipped one, such as digits; to resume, a run directory")
+    command.add_argument("--out", type=values.path, help="run directory (default: runs/NAME)")
+    existing = command.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue the run in that directory")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in that directory")
+    take_trust(command)
 
 
 def train_command(options: argparse.Namespace) -> int:
@@ -90,6 +101,27 @@ def _asked(options: argparse.Namespace) -> tuple[str | None, list[str]]:
     return config, overrides
 
 
+def add_export(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "export", "write a trained network for other tools", export_command)
+    take_run(command)
+    command.add_argument(
+        "--onnx",
+        nargs="?",
+        type=values.path,
+        const=True,
+        metavar="FILE",
+        help="as ONNX (default: model.onnx in the run)",
+    )
+    command.add_argument(
+        "--vnnlib", type=values.path, metavar="DIR", help="with a VNN-LIB property for each unknown image"
+    )
+    command.add_argument(
+        "--eps", type=values.radius, help="radius of the properties (default: epsilon.max of the config)"
+    )
+    command.add_argument("--limit", type=values.positive, help="only the first N test images")
+    command.add_argument("--timeout", type=values.positive, help="of a property, in instances.csv (default: 300)")
+
+
 def export_command(options: argparse.Namespace) -> int:
     if options.onnx is None and options.vnnlib is None:
         raise UsageError("say what to export: --onnx, or --vnnlib DIR")
@@ -121,6 +153,14 @@ def export_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_report(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "report", "show a run, or a study, as an HTML page", report_command)
+    take_run(command)
+    command.add_argument("--out", type=values.path, help="where to write the page (default: report.html in the run)")
+    looked_at = f"how many test images to look at (default: {REPORTED})"
+    command.add_argument("--limit", type=values.positive, help=looked_at)
+
+
 def report_command(options: argparse.Namespace) -> int:
     from certtrain.runs.directory import check_output, stored_config
 
@@ -143,6 +183,17 @@ def report_command(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_config(subparsers: Subparsers) -> None:
+    command = add_command(
+        subparsers,
+        "config",
+        "a config with all its values, or the names of those there are",
+        config_command,
+        device=False,
+    )
+    take_config(command, "a YAML file, or the name of a shipped one; without it, their names")
+
+
 def config_command(options: argparse.Namespace) -> int:
     from certtrain.config.loading import load_config, runnable_configs
 
@@ -159,6 +210,13 @@ def config_command(options: argparse.Namespace) -> int:
         for method, names in methods.items():
             print(f"  {method}", *(f"    {name}" for name in names), sep="\n")
     return 0
+
+
+def add_init(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "init", "write a commented config to begin from", init_command, device=False)
+    take_config(command, "a shipped config, or a YAML file, whose values it has (default: digits)", default="digits")
+    command.add_argument("--out", type=values.path, metavar="FILE", help="default: NAME.yaml in the working directory")
+    command.add_argument("--overwrite", action="store_true", help="replace the file that is there")
 
 
 def init_command(options: argparse.Namespace) -> int:
@@ -178,16 +236,33 @@ def init_command(options: argparse.Namespace) -> int:
     return 0
 
 
-def completion_command(options: argparse.Namespace) -> int:
-    from certtrain.cli.completion import script
+def add_completion(subparsers: Subparsers) -> None:
+    command = add_command(
+        subparsers,
+        "completion",
+        "print a shell's completion of these commands",
+        completion_command,
+        device=False,
+    )
+    command.add_argument("shell", choices=completion.SHELLS)
 
-    print(script(options.shell))
+
+def completion_command(options: argparse.Namespace) -> int:
+    print(completion.script(options.shell))
     return 0
 
 
 def _fraction(radius: float) -> str:
     """As it is written: a short decimal, or else k/255."""
     return f"{radius:g}" if float(f"{radius:g}") == radius else f"{255 * radius:g}/255"
+
+
+def add_models(subparsers: Subparsers) -> None:
+    command = add_command(
+        subparsers, "models", "the networks that can be named, and their size", models_command, device=False
+    )
+    command.add_argument("--input", type=values.image_shape, default=(3, 32, 32), help="image shape (default: 3x32x32)")
+    command.add_argument("--classes", type=values.positive, default=10, help="number of classes (default: 10)")
 
 
 def models_command(options: argparse.Namespace) -> int:

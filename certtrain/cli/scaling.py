@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from certtrain.cli import values
+from certtrain.cli.options import Subparsers, add_command, take_study
 from certtrain.errors import UsageError
 from certtrain.runs.files import SCALING, SCALING_PLOT
 from certtrain.runtime.console import Output, tell
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
     from certtrain.studies.scaling.run import Scaled
 
 TRUSTED_ORDERS = 2  # of magnitude of compute, that a law should be fitted to
+
+
+def add_scale(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "scale", "fit a scaling law to a grid of widths and budgets", scale_command)
+    take_study(command)
+    without = command.add_mutually_exclusive_group()
+    without.add_argument("--show", action="store_true", help="show the runs and what they cost, and train none")
+    without.add_argument("--fit", action="store_true", help="fit to the runs that are finished, and train none")
 
 
 def scale_command(options: argparse.Namespace) -> int:
@@ -61,6 +71,28 @@ def scale_command(options: argparse.Namespace) -> int:
         write_atomically(folder / SCALING_PLOT, lambda file: file.write(image))
         tell(console, f"wrote {folder / SCALING} and {SCALING_PLOT}")
     return scaled.outcome.exit_code
+
+
+def add_plan(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "plan", "width, epochs, lr for a budget, by a law", plan_command, device=False)
+    command.add_argument(
+        "--budget",
+        type=values.operations,
+        required=True,
+        metavar="FLOP",
+        help="floating-point operations, such as 2e15",
+    )
+    command.add_argument("--eps", type=values.radius, help="the radius (default: that of the law)")
+    command.add_argument(
+        "--law",
+        type=values.path,
+        default=Path("runs/scaling"),
+        help="scaling.json, or its folder (default: runs/scaling)",
+    )
+    command.add_argument("--protocol", default="corrected", metavar="NAME", help="of the plan (default: corrected)")
+    command.add_argument(
+        "--approach", default="isoflop", metavar="NAME", help="isoflop (default) or joint: how laws are fitted"
+    )
 
 
 def plan_command(options: argparse.Namespace) -> int:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from certtrain.cli.options import refuse
+from certtrain.cli import values
+from certtrain.cli.options import Subparsers, add_command, refuse, take_study
 from certtrain.errors import UsageError
 from certtrain.runs.files import REPORT, SEARCH, has_traces_of_run
 from certtrain.runtime.console import Output, tell
@@ -17,6 +18,17 @@ from certtrain.runtime.device import check_device_name
 
 if TYPE_CHECKING:
     from certtrain.studies.runner import RunStates
+
+
+def add_study(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "study", "train a grid of configs with several seeds", study_command)
+    take_study(command)
+    command.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="configurations of that name; may be repeated"
+    )
+    command.add_argument(
+        "--slurm", type=values.positive, metavar="N", help="leave it to N jobs of the batch system Slurm, by submitit"
+    )
 
 
 def study_command(options: argparse.Namespace) -> int:
@@ -77,6 +89,11 @@ def _tell_outcome(console: Console, outcome: RunStates, command: str) -> None:
         tell(console, line)
 
 
+def add_tune(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "tune", "search for good settings on validation images", tune_command)
+    take_study(command)
+
+
 def tune_command(options: argparse.Namespace) -> int:
     from certtrain.studies.reading import study_path
     from certtrain.studies.search import load_tuning
@@ -93,6 +110,27 @@ def tune_command(options: argparse.Namespace) -> int:
     result = tune(tuning, folder, jobs=options.jobs, budget=options.budget, device=options.device, console=console)
     show(console, result.sheets())
     return result.exit_code
+
+
+def add_compare(subparsers: Subparsers) -> None:
+    command = add_command(
+        subparsers, "compare", "runs beside each other, with intervals and tests", compare_command, device=False
+    )
+    command.add_argument("runs", nargs="+", type=values.path, metavar="RUN", help="run directories, or folders of them")
+    command.add_argument("--eps", type=values.radius, help="the radius (default: that of the first run's summary)")
+    command.add_argument("--method", help="bounds of results that `verify` added, such as ibp,crown")
+    command.add_argument("--metric", action="append", default=[], help="instead of the errors; may be repeated")
+    baseline = "what the others are paired with: a row, or a choice of the study (default: the first row)"
+    command.add_argument("--baseline", metavar="NAME", help=baseline)
+    command.add_argument("--confidence", type=values.share, default=0.95, help="of intervals (default: 0.95)")
+    command.add_argument(
+        "--out",
+        type=values.path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write it as .json, .md, .tex, .html or .svg (the learning curves); may be repeated",
+    )
 
 
 def compare_command(options: argparse.Namespace) -> int:

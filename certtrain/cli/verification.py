@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from certtrain.bound_methods import BRANCH_AND_BOUND, STAGES
+from certtrain.cli import values
 from certtrain.cli.named_run import config_of, folder_of, open_network, open_weights, require_data, require_held_out
-from certtrain.cli.options import refuse
+from certtrain.cli.options import Subparsers, add_command, refuse, take_run
 from certtrain.cli.tables import show_results
 from certtrain.errors import UsageError, optional_module
 from certtrain.runs.files import RADII, RADII_PLOT, VERIFIED, WEIGHTS
@@ -30,6 +31,61 @@ if TYPE_CHECKING:
     from certtrain.data import Split
     from certtrain.verification.certificates import ImageSet
     from certtrain.verification.verify import Verification
+
+
+def add_verify(subparsers: Subparsers) -> None:
+    command = add_command(subparsers, "verify", "natural, PGD and verified error of a trained network", verify_command)
+    take_run(command, "; with --vnnlib an ONNX file, with --model-weights a config")
+    command.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
+    command.add_argument(
+        "--method",
+        help="bounds, each for what those before left unknown: ibp,crown-ibp,crown,alpha-crown,branch-and-bound",
+    )
+    command.add_argument(
+        "--timeout",
+        type=values.seconds,
+        metavar="SECONDS",
+        help="of branch and bound, for each image, or for the property (default: 100)",
+    )
+    command.add_argument(
+        "--workers", type=values.positive, metavar="N", help="processes that share images and CPUs (default: 1)"
+    )
+    command.add_argument(
+        "--results", type=values.path, metavar="FILE", help="where images that are finished stand; go on from there"
+    )
+    command.add_argument(
+        "--attack", help="attacks, each on what those before left: pgd,apgd-ce,apgd-dlr,apgd-t (default: the config's)"
+    )
+    command.add_argument("--limit", type=values.positive, help="only the first N test images")
+    command.add_argument(
+        "--sound", metavar="ARITHMETIC", help="bounds that cover the rounding of float32, tf32, bf16 or float64"
+    )
+    command.add_argument(
+        "--certificates", type=values.path, metavar="FILE", help="write a Parquet file that `check` reads"
+    )
+    command.add_argument(
+        "--radius",
+        nargs="?",
+        const=True,
+        type=values.radius,
+        metavar="MAX",
+        help="instead: the largest radius proved for each image, up to MAX (default: twice the largest tested)",
+    )
+    command.add_argument(
+        "--model-weights",
+        type=values.path,
+        metavar="FILE",
+        help="a network trained elsewhere: its state dict, .pth or .safetensors, for the model of the config",
+    )
+    command.add_argument(
+        "--vnnlib",
+        type=values.path,
+        metavar="FILE",
+        help="instead: decide this property, and print the verdict as in VNN-COMP",
+    )
+    command.add_argument(
+        "--json", type=values.path, help="where to write the results (default: verify.json in the run)"
+    )
 
 
 def verify_command(options: argparse.Namespace) -> int:
@@ -292,6 +348,29 @@ def _require_search(options: argparse.Namespace, section: VerificationSection) -
         raise UsageError(
             f"--timeout cannot be combined with method {','.join(section.method)}: it is for {BRANCH_AND_BOUND}"
         )
+
+
+def add_check(subparsers: Subparsers) -> None:
+    command = add_command(
+        subparsers,
+        "check",
+        "prove certificates again, by an independent program",
+        check_command,
+        device=False,
+    )
+    command.add_argument("certificates", type=values.path, help="a Parquet file that `verify --certificates` wrote")
+    command.add_argument(
+        "--model", type=values.path, required=True, metavar="RUN", help="the run directory they are about"
+    )
+    command.add_argument("--dataset", metavar="NAME", help="the data set that they must be about (default: any)")
+    command.add_argument(
+        "--data",
+        type=values.path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where its files are: the folder of test.npz or test/, or that of the named data sets (default: data)",
+    )
+    command.add_argument("--allow-partial", action="store_true", help="permit certificates for some of the images only")
 
 
 def check_command(options: argparse.Namespace) -> int:
