@@ -196,6 +196,7 @@ def add_config(subparsers: Subparsers) -> None:
 
 def config_command(options: argparse.Namespace) -> int:
     from certtrain.config.loading import load_config, runnable_configs
+    from certtrain.config.radius import format_radius
 
     if options.config is not None:
         print(load_config(options.config, options.overrides).to_yaml(), end="")
@@ -203,7 +204,7 @@ def config_command(options: argparse.Namespace) -> int:
     groups: dict[str, dict[str, list[str]]] = {}
     for name in runnable_configs():
         config = load_config(name)
-        problem = f"{config.data.name}, epsilon {_fraction(max(config.test_radii))}"
+        problem = f"{config.data.name}, epsilon {format_radius(max(config.test_radii))}"
         groups.setdefault(problem, {}).setdefault(config.training.method.name, []).append(name)
     for problem, methods in sorted(groups.items()):
         print(problem)
@@ -250,11 +251,6 @@ def add_completion(subparsers: Subparsers) -> None:
 def completion_command(options: argparse.Namespace) -> int:
     print(completion.script(options.shell))
     return 0
-
-
-def _fraction(radius: float) -> str:
-    """As it is written: a short decimal, or else k/255."""
-    return f"{radius:g}" if float(f"{radius:g}") == radius else f"{255 * radius:g}/255"
 
 
 def add_models(subparsers: Subparsers) -> None:

@@ -34,7 +34,7 @@ def path(text: str) -> Path:
 
 
 def radius(text: str) -> float:
-    from certtrain.config.schema import parse_radius
+    from certtrain.config.radius import parse_radius
 
     try:
         return parse_radius(text)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,6 +20,7 @@ from certtrain.bound_methods import STAGES
 from certtrain.config.averaging import ChosenAveraging, EMASection, NoAveragingSection, SWASection
 from certtrain.config.methods import ChosenMethod, IBPSection
 from certtrain.config.names import ARITHMETICS, ATTACKS, DATASETS, INITIALIZATIONS, MODELS, OPTIMIZERS
+from certtrain.config.radius import parse_radius
 from certtrain.config.reading import MOST_DEPTH, write_yaml
 from certtrain.config.schedules import ChosenSchedule, ConstantSection
 from certtrain.config.section import Section, Share
@@ -31,31 +30,6 @@ from certtrain.verification.cascade import check_cascade
 
 MOST = 2**31 - 1  # of a count: what 32 bits hold
 MOST_SEED = 2**63 - 1  # what every random generator takes
-
-# ASCII digits, and few: Python reads those of every script, and takes hours over 1e99999999 as a fraction.
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][-+]?[0-9]{1,3})?")
-_RATIO = re.compile(r"([-+]?[0-9]{1,40}) */ *([0-9]{1,40})")
-
-
-def parse_radius(value: Any) -> float:
-    """A perturbation radius in pixel units of [0, 1], written as a number or as a fraction like "8/255".
-
-    Raises:
-        ValueError: not a number, or outside [0, 1].
-    """
-    radius = _number(value.strip()) if isinstance(value, str) else value
-    if isinstance(radius, bool) or not isinstance(radius, Real):
-        raise ValueError(f"{shown(value)} is not a radius: write a number or a fraction such as 8/255")
-    if not 0 <= radius <= 1:  # type: ignore[operator] # Real's stub has no order
-        raise ValueError(f"a radius lies between 0 and 1 (pixels are scaled to [0, 1]), not {shown(value)}")
-    return float(radius)
-
-
-def _number(text: str) -> float | None:
-    if ratio := _RATIO.fullmatch(text):
-        numerator, denominator = map(int, ratio.groups())
-        return numerator / denominator if denominator else None
-    return float(text) if _NUMBER.fullmatch(text) else None
 
 
 def _amount(value: Any) -> Any:

@@ -11,8 +11,9 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from certtrain.config.keys import choices_of, fields_of, sections_of, variants_of
+from certtrain.config.radius import format_radius, parse_radius
 from certtrain.config.reading import write_value
-from certtrain.config.schema import Config, parse_radius
+from certtrain.config.schema import Config
 from certtrain.config.section import Section
 
 WIDTH = 118
@@ -42,7 +43,7 @@ def _rows(section: type[Section], values: Mapping[str, Any], indent: str, about:
             yield f"{indent}{key}:", field.description or _summary(inner)
             yield from _rows(inner, value, indent + "  ", f"{_summary(inner)} {_choices(field)}" if variants else "")
         if not sections:
-            text = _radius(value) if BeforeValidator(parse_radius) in field.metadata else write_value(value)
+            text = format_radius(value) if BeforeValidator(parse_radius) in field.metadata else write_value(value)
             yield f"{indent}{key}: {text}", about if about and key == "name" else _comment(field, value)
 
 
@@ -57,12 +58,6 @@ def _comment(field: FieldInfo, value: Any) -> str:
 def _choices(field: FieldInfo) -> str:
     words = choices_of(field)
     return f"One of {', '.join(words)}." if words else ""
-
-
-def _radius(value: float) -> str:
-    """As a fraction of 255 where that is what it is."""
-    numerator = round(value * 255)
-    return f"{numerator}/255" if 0 < numerator < 255 and numerator / 255 == value else write_value(value)
 
 
 def _summary(section: type[Section]) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from certtrain.config import Config
+from certtrain.config.radius import format_radius
 from certtrain.data import Dataset
 from certtrain.errors import CheckpointError, optional_module, printable
 from certtrain.report import plots
@@ -222,9 +223,9 @@ def _stage_rows(results: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
 
 
 def _radius(eps: float) -> str:
-    """In steps of 8-bit pixels, where it is a whole number of them."""
-    steps = round(eps * 255)
-    return f"{steps}/255" if steps > 0 and abs(eps * 255 - steps) < 1e-6 else f"{eps:.5g}"
+    """Five digits are enough for a reader."""
+    text = format_radius(eps)
+    return text if text.endswith("/255") else f"{eps:.5g}"
 
 
 def _figure(example: Example, classes: Sequence[str], eps: float) -> dict[str, Any]:

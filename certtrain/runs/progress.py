@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from certtrain.errors import CheckpointError
+from certtrain.runtime.console import clock
 from certtrain.training.layer_statistics import LayerStatistics
 from certtrain.training.trainer import EpochReport, Trainer
 from certtrain.verification.results import ImageResult
@@ -129,9 +130,7 @@ class ProgressDisplay:
 
     def _remaining(self, step: int) -> str:
         pace = (time.monotonic() - self._started) / max(1, step - self._steps_before)
-        seconds = round(pace * (self._total - step))
-        hours, minutes = divmod(seconds // 60, 60)
-        return f"{hours}:{minutes:02}:{seconds % 60:02}"
+        return clock(pace * (self._total - step))
 
 
 class VerificationDisplay:

@@ -16,3 +16,9 @@ class Output(Console):
 def tell(console: Console, line: str) -> None:
     """A line as it is: rich takes no bracket in it for a style, colours no number, and breaks no path in two."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -17,7 +17,7 @@ from rich.text import Text
 from certtrain.config.schema import MOST
 from certtrain.runs.files import DIVERGED, METRICS, SUMMARY, is_finished
 from certtrain.runs.lock import LOCK
-from certtrain.runtime.console import tell
+from certtrain.runtime.console import clock, tell
 from certtrain.runtime.files import is_number, parse_json
 from certtrain.studies.design import PlannedRun, cells_of
 
@@ -130,12 +130,6 @@ class Display:
                 " ".join(f"{error:.2%}" for error in errors),
             )
         return table
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _within(value: Any, most: float) -> bool:

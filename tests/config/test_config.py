@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from certtrain.config import Config, load_config
-from certtrain.config.schema import parse_radius
+from certtrain.config.radius import format_radius, parse_radius
 from certtrain.errors import UsageError
 
 SMALLEST = {
@@ -533,6 +533,24 @@ def test_a_radius_is_read_as_the_number_that_is_written(radius):
 def test_a_fraction_is_rounded_once(numerator, denominator):
     numerator, denominator = sorted((numerator, denominator))
     assert parse_radius(f"{numerator} / {denominator}") == float(Fraction(numerator, denominator))
+
+
+@given(st.one_of(st.floats(0, 1), st.integers(0, 255).map(lambda steps: steps / 255)))
+def test_a_radius_that_is_written_is_read_as_the_same(radius):
+    assert parse_radius(format_radius(radius)) == radius
+    assert load_config(SMALLEST, [f"epsilon.max={format_radius(radius)}"]).epsilon.max == radius
+
+
+@pytest.mark.parametrize("steps", range(1, 255))
+def test_a_radius_is_written_in_steps_of_pixels_where_no_short_decimal_is_it(steps):
+    tenths = Fraction(10 * steps, 255)  # 255 is 3 · 5 · 17: where more digits would do, there is no finite decimal
+    text = f"0.{tenths}" if tenths.denominator == 1 else f"{steps}/255"
+    assert format_radius(steps / 255) == text
+
+
+@pytest.mark.parametrize(("radius", "text"), [(0.0, "0.0"), (0.1, "0.1"), (1.0, "1.0"), (1e-3, "0.001")])
+def test_a_short_decimal_is_written_as_it_is(radius, text):
+    assert format_radius(radius) == text
 
 
 # --- a network of one's own -------------------------------------------------------------------------------------------
