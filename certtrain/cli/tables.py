@@ -76,12 +76,12 @@ def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:
     if summary["verified_error"] < NOTHING_PROVED:
         return []
     method = config.training.method
-    if method.proved_by == "nothing":
+    if method.usual_prover == "nothing":
         return [f"hint: hardly anything is proved: training.method {method.name} does not train for that, ibp does"]
     smaller = f"a smaller radius (epsilon.max={config.epsilon.max / 2:.3g})"
     if summary["natural_error"] >= NOTHING_PROVED / 2:
         return [f"hint: the network has learned little: try {smaller}, more epochs, another optimizer.lr"]
-    if method.proved_by == "search" and "branch-and-bound" not in config.verification.method:
+    if method.usual_prover == "search" and "branch-and-bound" not in config.verification.method:
         asked = "certtrain verify RUN --method ibp,crown-ibp,alpha-crown,branch-and-bound"
         return [f"hint: hardly anything is proved by bounds alone: networks by {method.name} need a search, {asked}"]
     epsilon, epochs = config.epsilon, config.training.epochs

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from certtrain.config.keys import keys_called, keys_of, variants_of
+from certtrain.config.keys import dotted_fields, keys_called, keys_of, variants_of
 from certtrain.config.problems import describe
 from certtrain.config.reading import NotPlainYaml, parse_yaml, read_yaml
 from certtrain.config.schema import Config, VerificationSection
@@ -213,23 +213,27 @@ def _base(folder: Path, name: Path) -> Path:
     return _shipped(name)
 
 
-VARIANTS = ("method", "schedule", "averaging", "smoothing")  # sections whose fields depend on their name
-SHORTHANDS = dict.fromkeys(VARIANTS, "name") | {"start_from": "path"}  # sections that may be written as one text
+Place = tuple[Any, ...]  # the keys that lead to a value
+
+VARIANTS: set[Place] = {  # sections whose fields depend on their name
+    tuple(key.removesuffix(".name").split(".")) for key, field in dotted_fields() if variants_of(field.annotation)
+}
+SHORTHANDS = dict.fromkeys(VARIANTS, "name") | {("start_from",): "path"}  # sections that may be written as one text
 
 
-def _merged(low: Any, high: Any, key: str = "") -> Any:
+def _merged(low: Any, high: Any, place: Place = ()) -> Any:
     """`high` over `low`: mappings key by key, anything else whole, and so a variant over another one."""
-    low = _spelt_out(low, key)
+    low = _spelt_out(low, place)
     if not (isinstance(low, Mapping) and isinstance(high, Mapping)):
         return high
-    if key in VARIANTS and high.get("name", low.get("name")) != low.get("name"):
+    if place in VARIANTS and high.get("name", low.get("name")) != low.get("name"):
         return high
-    return {**low, **{key: _merged(low.get(key), value, key) for key, value in high.items()}}
+    return {**low, **{key: _merged(low.get(key), value, (*place, key)) for key, value in high.items()}}
 
 
-def _spelt_out(value: Any, key: str) -> Any:
+def _spelt_out(value: Any, place: Place) -> Any:
     """A bare text as the section that it stands for."""
-    return {SHORTHANDS[key]: value} if key in SHORTHANDS and isinstance(value, str) else value
+    return {SHORTHANDS[place]: value} if place in SHORTHANDS and isinstance(value, str) else value
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,13 +262,14 @@ def _changed(values: Mapping[str, Any], override: str) -> dict[str, Any]:
     return _replaced(values, parts, value)
 
 
-def _replaced(values: Any, parts: Sequence[str], value: Any) -> Any:
+def _replaced(values: Any, parts: Sequence[str], value: Any, place: Place = ()) -> Any:
     if not parts:
         return value
     first, *rest = parts
+    place = (*place, first)
     values = values if isinstance(values, Mapping) else {}
-    inner = _spelt_out(values.get(first), first) if rest else values.get(first)
-    return {**values, first: _replaced(inner, rest, value)}
+    inner = _spelt_out(values.get(first), place) if rest else values.get(first)
+    return {**values, first: _replaced(inner, rest, value, place)}
 
 
 def _parts(key: Any) -> list[str] | None:

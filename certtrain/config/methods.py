@@ -67,24 +67,25 @@ class LatentAttackSection(StepsSection):
     """... each time these shares of the steps are done."""
 
 
-ProvedBy = Literal["bounds", "search", "nothing"]
+Prover = Literal["bounds", "search", "nothing"]
 
 
 class MethodSection(Section):
     """A training method by name."""
 
     name: str
-    proved_by: ClassVar[ProvedBy] = "bounds"  # what settles most images of its networks
-    boxes_only: ClassVar[bool] = True  # has boxes, and needs no more of the network, so that backward may repeat them
+    usual_prover: ClassVar[Prover] = "bounds"  # what settles most images of its networks
+    supports_checkpointing: ClassVar[bool] = True  # all it needs of the network is boxes, which backward may repeat
+    loss_of_one_box: ClassVar[bool] = False  # its robust loss is a function of the propagated box alone
 
     @property
-    def on_lirpa(self) -> bool:
+    def supports_lirpa(self) -> bool:
         """Whether auto_LiRPA can compute what it needs."""
         return True
 
     @property
-    def trains_on_box_alone(self) -> bool:
-        """Whether its loss, once epsilon is above 0, is a function of nothing but one box."""
+    def needs_no_clean_pass(self) -> bool:
+        """Whether its loss, once epsilon is above 0, is a function of one box alone."""
         return False
 
 
@@ -92,14 +93,13 @@ class NaturalSection(MethodSection):
     """Cross-entropy of clean images, no bounds."""
 
     name: Literal["natural"] = "natural"
-    proved_by: ClassVar[ProvedBy] = "nothing"
-    boxes_only: ClassVar[bool] = False
+    usual_prover: ClassVar[Prover] = "nothing"
+    supports_checkpointing: ClassVar[bool] = False
 
 
 class RobustSection(MethodSection):
     """What all methods but natural training have: a loss of clean images beside the robust one."""
 
-    loss_of_one_box: ClassVar[bool] = False  # its robust loss is a function of the propagated box alone
     w: Share = 1.0
     """Weight of the robust loss, 1 - w that of the clean one (CTBench)."""
     kappa: Ramp = (0.0, 0.0)
@@ -112,18 +112,18 @@ class RobustSection(MethodSection):
         return self
 
     @property
-    def trains_on_box_alone(self) -> bool:
+    def needs_no_clean_pass(self) -> bool:
         return self.loss_of_one_box and self.w == 1 and not any(self.kappa)
 
 
 class AttackingSection(RobustSection):
     """What the methods have that look for bad points first."""
 
-    proved_by: ClassVar[ProvedBy] = "search"
+    usual_prover: ClassVar[Prover] = "search"
     attack: AttackSection = AttackSection()
 
     @property
-    def on_lirpa(self) -> bool:
+    def supports_lirpa(self) -> bool:
         return False
 
 
@@ -131,8 +131,8 @@ class AdversarialSection(AttackingSection):
     """Cross-entropy at attacked points, no bounds. (Madry et al. 2018, arXiv 1706.06083.)"""
 
     name: Literal["adversarial"] = "adversarial"
-    proved_by: ClassVar[ProvedBy] = "nothing"
-    boxes_only: ClassVar[bool] = False
+    usual_prover: ClassVar[Prover] = "nothing"
+    supports_checkpointing: ClassVar[bool] = False
 
 
 class IBPSection(RobustSection):
@@ -153,10 +153,10 @@ class CrownIBPSection(RobustSection):
     """Weight of CROWN-IBP, along warmup."""
     beta_along: Literal["epsilon", "steps"] = "epsilon"
     """What β is linear in: epsilon / its maximum, or the steps of warmup."""
-    boxes_only: ClassVar[bool] = False
+    supports_checkpointing: ClassVar[bool] = False
 
     @property
-    def on_lirpa(self) -> bool:
+    def supports_lirpa(self) -> bool:
         return not self.loss_fusion
 
 
@@ -213,11 +213,11 @@ class TailSection(RobustSection):
     """Of the losses' means over the batch, or of each image's."""
     shrink: Shrink = 1.0
     """What upper ends behind unstable ReLUs are multiplied by while training; 1: nothing."""
-    proved_by: ClassVar[ProvedBy] = "search"
-    boxes_only: ClassVar[bool] = False
+    usual_prover: ClassVar[Prover] = "search"
+    supports_checkpointing: ClassVar[bool] = False
 
     @property
-    def on_lirpa(self) -> bool:
+    def supports_lirpa(self) -> bool:
         return False
 
 

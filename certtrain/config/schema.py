@@ -18,7 +18,7 @@ from pydantic import (
 
 from certtrain.bound_methods import STAGES
 from certtrain.config.averaging import ChosenAveraging, EMASection, NoAveragingSection, SWASection
-from certtrain.config.methods import ChosenMethod, IBPSection
+from certtrain.config.methods import METHOD_SECTIONS, ChosenMethod, IBPSection
 from certtrain.config.names import ARITHMETICS, ATTACKS, DATASETS, INITIALIZATIONS, MODELS, OPTIMIZERS
 from certtrain.config.radius import parse_radius
 from certtrain.config.reading import MOST_DEPTH, write_yaml
@@ -305,6 +305,11 @@ class TrainingSection(Section):
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Longest time between two saves, which is what a killed run loses; 0: one after each epoch."""
 
+    @property
+    def saves_memory(self) -> bool:
+        """Whether a batch is not worked through in one go, forward and back."""
+        return self.accumulation > 1 or self.activation_checkpointing
+
 
 class SearchSection(Section):
     """Of branch and bound, the last method of a cascade."""
@@ -386,56 +391,90 @@ class Config(Section):
     backend: Literal["native", "lirpa"] = "native"
     """Who computes bounds; lirpa is auto_LiRPA, where installed."""
 
+    # One rule each of how sections go together; the first that is broken is told.
+
     @model_validator(mode="after")
-    def _fits_the_run(self) -> Config:
-        epochs, epsilon = self.training.epochs, self.epsilon
-        _, ramp_end = self.ramp_epochs
-        first = ramp_end if self.optimizer.milestones_from == "ramp" else 0
+    def _milestones_are_reached(self) -> Config:
+        first = self.ramp_epochs[1] if self.optimizer.milestones_from == "ramp" else 0
+        epochs = self.training.epochs
         late = [first + milestone for milestone in self.optimizer.milestones if first + milestone >= epochs]
         if late:
             raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
-        method = self.training.method
-        saves_memory = self.training.accumulation > 1 or self.training.activation_checkpointing
-        if self.training.compile is True and saves_memory:
+        return self
+
+    @model_validator(mode="after")
+    def _steps_can_be_divided(self) -> Config:
+        training, method = self.training, self.training.method
+        if training.compile is True and training.saves_memory:
             raise ValueError("training.compile is for whole steps: not with accumulation or activation_checkpointing")
-        if self.training.activation_checkpointing and not method.boxes_only:
+        if training.activation_checkpointing and not method.supports_checkpointing:
             raise ValueError(f"training.activation_checkpointing is not for training.method {method.name}")
+        return self
+
+    @model_validator(mode="after")
+    def _backend_can_do_it(self) -> Config:
         check_cascade(self.verification.method, self.backend)
-        if self.backend == "lirpa" and (saves_memory or self.training.compile is True):
+        if self.backend == "lirpa" and (self.training.saves_memory or self.training.compile is True):
             raise ValueError("backend lirpa supports none of training.accumulation, activation_checkpointing, compile")
-        if self.training.smoothing.name == "pgpe" and saves_memory:
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing_saves_memory_itself(self) -> Config:
+        if self.training.smoothing.name == "pgpe" and self.training.saves_memory:
             raise ValueError(
                 "training.smoothing pgpe never goes backward, and needs none of training.accumulation, "
                 "activation_checkpointing"
             )
-        averaging = self.training.averaging
+        return self
+
+    @model_validator(mode="after")
+    def _averaging_begins(self) -> Config:
+        averaging, epochs = self.training.averaging, self.training.epochs
         if isinstance(averaging, EMASection | SWASection) and averaging.start_epoch > epochs:
             raise ValueError(f"training.averaging.start_epoch: {averaging.start_epoch} of {epochs} epochs")
-        statistics = self.training.batch_norm.statistics
+        return self
+
+    @model_validator(mode="after")
+    def _method_fits_statistics_and_backend(self) -> Config:
+        method, statistics = self.training.method, self.training.batch_norm.statistics
         if statistics == "adversarial" and not hasattr(method, "attack"):
             raise ValueError(f"training.batch_norm.statistics adversarial: method {method.name} attacks no images")
-        if statistics == "center" and (saves_memory or not method.trains_on_box_alone):
+        if statistics == "center" and (self.training.saves_memory or not method.needs_no_clean_pass):
+            names = [name for name, section in METHOD_SECTIONS.items() if section.loss_of_one_box]
             raise ValueError(
-                "training.batch_norm.statistics center is for methods that need no clean pass (ibp, crown-ibp, sabr, "
+                f"training.batch_norm.statistics center is for methods that need no clean pass ({', '.join(names)}, "
                 "without w or kappa), and not with accumulation or activation_checkpointing"
             )
-        if self.backend == "lirpa" and not (method.on_lirpa and statistics == "clean"):
+        if self.backend == "lirpa" and not (method.supports_lirpa and statistics == "clean"):
             raise ValueError(f"backend lirpa does not support training.method {method.name} as configured")
+        return self
+
+    @model_validator(mode="after")
+    def _validation_images_are_there(self) -> Config:
         if self.verification.split == "validation" and not self.data.validation:
             raise ValueError("verification.split validation: data.validation says how many images that are, and is 0")
+        return self
+
+    @model_validator(mode="after")
+    def _warmups_end(self) -> Config:
+        epochs, epsilon, ramp_end = self.training.epochs, self.epsilon, self.ramp_epochs[1]
         if self.optimizer.warmup_epochs > epochs:
             raise ValueError(f"optimizer.warmup_epochs: {self.optimizer.warmup_epochs:g} of {epochs} epochs")
         if epsilon.train_factor * epsilon.max > 1:
             raise ValueError(f"epsilon.train_factor: {epsilon.train_factor:g} times max is above 1, the whole range")
-        if method.name != "natural" and ramp_end > epochs:
+        if self.training.method.name != "natural" and ramp_end > epochs:
             raise ValueError(
                 f"epsilon: warmup would end after {ramp_end} epochs "
                 f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _start_and_replay_have_what_they_take(self) -> Config:
         start = self.start_from
         if start is not None and start.keep == "step" and (start.epsilon != "zero" or start.reset_classifier):
             raise ValueError("start_from.keep step goes on with all that was: without epsilon and reset_classifier")
-        if start is not None and start.epsilon == "end" and epsilon.warmup_epochs == 0:
+        if start is not None and start.epsilon == "end" and self.epsilon.warmup_epochs == 0:
             raise ValueError("start_from.epsilon end is where warmup begins: set epsilon.warmup_epochs, or say at-once")
         if self.replay is not None and self.replay.data is None and start is None:
             raise ValueError("replay: there is no old data: name a run in start_from, or the data in replay.data")

@@ -271,6 +271,34 @@ def test_options_of_a_model_are_merged_and_a_null_overrules(write):
     assert config.optimizer.clip is None
 
 
+@pytest.mark.parametrize("section", ["model.options", "optimizer.arguments"])
+@pytest.mark.parametrize("key", ["method", "schedule", "averaging", "smoothing", "start_from"])
+def test_ones_own_values_may_be_called_as_sections_that_have_a_name(section, key):
+    def merged(*overrides):
+        outer, inner = section.split(".")
+        return load_config(SMALLEST, overrides).model_dump()[outer][inner][key]
+
+    one, other = ({f"{section}.{key}": {"name": name, name: 1}} for name in ("one", "other"))
+    assert merged(one, other) == {"name": "other", "one": 1, "other": 1}
+    assert merged(f"{section}.{key}=text", f"{section}.{key}.inner=1") == {"inner": 1}
+
+
+@pytest.mark.parametrize(
+    ("section", "one", "other", "only"),
+    [
+        ("training.method", "sabr", "cc-ibp", {"lambda": 0.5}),
+        ("training.smoothing", "rgs", "pgpe", {"samples": 3}),
+        ("training.averaging", "ema", "none", {"decay": 0.5}),
+        ("optimizer.schedule", "cosine", "constant", {"final": 0.1}),
+    ],
+)
+def test_a_section_of_another_name_replaces_all_of_it(section, one, other, only):
+    """Whichever way the name is written, and what only the first of them has is not kept."""
+    values = {section: {"name": one, **only}}
+    for name in (other, {"name": other}):
+        assert load_config(SMALLEST, [values, {section: name}]) == load_config(SMALLEST, [f"{section}={other}"])
+
+
 def test_a_base_is_looked_for_beside_the_file_then_among_the_shipped(write, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -451,7 +451,7 @@ def random_start(method: Method) -> Method:
 @pytest.mark.parametrize("name", METHODS_SHOWN)
 def test_in_parts_or_computed_again_a_step_is_the_same(name, phase, options):
     model, other, method = network(), network(), random_start(METHODS_SHOWN[name])
-    cannot = "activation_checkpointing" in options and not method.options.boxes_only
+    cannot = "activation_checkpointing" in options and not method.options.supports_checkpointing
     if cannot or (name == "adversarial" and phase is Phase.BEFORE):
         pytest.skip("refused, or without a box before warmup")
     metrics = step(model, method, phase, 0.25, regularization=Regularization(), **options)
@@ -721,8 +721,8 @@ def takes(name: str, options: dict[str, Any]) -> bool:
     """Whether the configuration lets a method have these options."""
     section = METHODS[name].Section()
     if "activation_checkpointing" in options:
-        return section.boxes_only
-    return section.trains_on_box_alone or "statistics" not in options
+        return section.supports_checkpointing
+    return section.needs_no_clean_pass or "statistics" not in options
 
 
 WAYS: list[dict[str, Any]] = [{}, {"accumulation": 2}, {"activation_checkpointing": True}, {"statistics": "center"}]
