@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -113,12 +113,15 @@ def train(
         console = console or Output(quiet=not ranks.is_first)
         with ranks.together():
             request = Request.of(config, out, resume, overwrite, overrides)
-            place = resolve_device(device, ranks)
+            resolved = resolve_device(device, ranks)
             claim, stored = Claim(request.folder), None  # the first process's is what is checked
             if ranks.is_first:
                 claim, stored = request.enter(held, partial(tell, console))
         stored = ranks.broadcast(stored)
-        prepared = _prepare(request, stored, place, trust, ranks, console, held)
+        prepared = _prepare(request, stored, resolved, trust, ranks, console, held)
+        with ranks.together():
+            if ranks.is_first:
+                _write_head(prepared, request.overwrite, partial(tell, console))
         observer, finished = _fit(prepared, claim, ranks, console, callbacks)
         if not finished:
             ranks.barrier()  # torchrun ends all as soon as one has ended
@@ -133,14 +136,20 @@ def train(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that can start, or go on."""
+    """A run that can start, or go on.
+
+    shorter: what it was configured as, where that was for fewer epochs; architecture: the arguments of `build_model`.
+    seconds_before: of training until its resume point; None where it has none.
+    """
 
     folder: Path
     config: Config
+    shorter: Config | None
     model: nn.Module
+    architecture: Mapping[str, Any]
     dataset: Dataset
     trainer: Trainer
-    seconds_before: float
+    seconds_before: float | None
     start: Start | None
     forgetting: Forgetting | None
 
@@ -148,13 +157,13 @@ class Prepared:
 def _prepare(
     request: Request,
     stored: Stored | None,
-    place: torch.device,
+    device: torch.device,
     trust: bool,
     ranks: Ranks,
     console: Console,
     held: ExitStack,
 ) -> Prepared:
-    """Everything that can be wrong is found before a file is written."""
+    """Everything that can be wrong is found here; no file is written or removed."""
     folder, config = request.folder, stored.config if stored else request.config
     assert config is not None  # a run that is continued has one stored
     shorter = stored.shorter if stored else None
@@ -166,11 +175,11 @@ def _prepare(
         model, architecture = build(config, dataset, trusted, start)
     taken = None if start is None or start.is_recorded else _take(start, config, model, ranks)
     with ranks.together():
-        model.to(place)
+        model.to(device)
         if shorter is not None:
             config = compiled_as(shorter, config, model, dataset)
         lay_out_(model, layout_of(config, model, dataset), dataset.image_shape)
-        dataset = dataset.to(place)
+        dataset = dataset.to(device)
     trainer = assemble(config, model, dataset, ranks, start)
     rehearse(trainer, config, dataset, ranks)
     with ranks.together():
@@ -189,19 +198,25 @@ def _prepare(
     with ranks.together():
         if resumed is not None and shorter is not None:
             require_same_past(shorter, config, trainer.step, trainer.steps_per_epoch)
-        if ranks.is_first:
-            if resumed is None and request.overwrite:
-                clear(folder)
+        if ranks.is_first and (resumed is not None or not request.overwrite):  # which removes them
             read_verdicts(folder)  # can be added to
-            remove_temporaries(folder)
-            if shorter is not None:
-                extend(folder, shorter, config, trainer.step, trainer.steps_per_epoch, partial(tell, console))
-            elif resumed is None:
-                write_text(folder / CONFIG, config.to_yaml())
-            if start is not None and taken is not None:
-                save_start(folder, start)
-            save_architecture(folder, normalizing_as(model, architecture))
-    return Prepared(folder, config, model, dataset, trainer, resumed or 0.0, start, forgetting)
+        architecture = normalizing_as(model, architecture)
+    return Prepared(folder, config, shorter, model, architecture, dataset, trainer, resumed, start, forgetting)
+
+
+def _write_head(run: Prepared, overwrite: bool, told: Callable[[str], None]) -> None:
+    """What a run has in its folder before its first step, in the place of what was there."""
+    begins = run.seconds_before is None
+    if begins and overwrite:
+        clear(run.folder)
+    remove_temporaries(run.folder)
+    if run.shorter is not None:
+        extend(run.folder, run.shorter, run.config, run.trainer.step, run.trainer.steps_per_epoch, told)
+    elif begins:
+        write_text(run.folder / CONFIG, run.config.to_yaml())
+    if begins and run.start is not None:
+        save_start(run.folder, run.start)
+    save_architecture(run.folder, run.architecture)
 
 
 def _find_start(folder: Path, config: Config, continued: bool, ranks: Ranks) -> Start | None:
@@ -263,7 +278,9 @@ def _fit(
             if run.config.metrics != MetricsSection():
                 first_steps = run.config.metrics.first_steps
                 meters.append(OptimizerMeter(run.folder / STEPS, first_steps, trainer.step))
-            observer = Recorder(claim, every, trainer, probe, display, ranks, run.seconds_before, callbacks, meters)
+            observer = Recorder(
+                claim, every, trainer, probe, display, ranks, run.seconds_before or 0.0, callbacks, meters
+            )
         compiled = compiles(run.config, run.model, run.dataset)
         told = announced(display.compiling, display.compiled) if compiled else nullcontext()
         with observer.until_signalled(), safe_convolutions(run.model, run.dataset.image_shape), told:
