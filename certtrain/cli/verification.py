@@ -45,7 +45,7 @@ def add_verify(subparsers: Subparsers) -> None:
         "--timeout",
         type=values.seconds,
         metavar="SECONDS",
-        help="of branch and bound, for each image, or for the property (default: 100)",
+        help="of branch and bound, for each image, or for the property (default: the config's, or 100)",
     )
     command.add_argument(
         "--workers", type=values.positive, metavar="N", help="processes that share images and CPUs (default: 1)"
@@ -54,7 +54,9 @@ def add_verify(subparsers: Subparsers) -> None:
         "--results", type=values.path, metavar="FILE", help="where images that are finished stand; go on from there"
     )
     command.add_argument(
-        "--attack", help="attacks, each on what those before left: pgd,apgd-ce,apgd-dlr,apgd-t (default: the config's)"
+        "--attack",
+        help="attacks, each on what those before left: pgd,apgd-ce,apgd-dlr,apgd-t (default: the config's; of a "
+        "property pgd,apgd-ce,apgd-t)",
     )
     command.add_argument("--limit", type=values.positive, help="only the first N test images")
     command.add_argument(
@@ -368,7 +370,8 @@ def add_check(subparsers: Subparsers) -> None:
         type=values.path,
         default=Path("data"),
         metavar="DIR",
-        help="where its files are: the folder of test.npz or test/, or that of the named data sets (default: data)",
+        help="where its files are: the folder of test.npz, or of train/, which numbers the classes, and test/, or that "
+        "of the named data sets (default: data)",
     )
     command.add_argument("--allow-partial", action="store_true", help="permit certificates for some of the images only")
 

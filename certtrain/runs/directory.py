@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from certtrain.runs.files import (
     STUDY_FILES,
     SUMMARY,
     TENSORBOARD,
+    VERIFYING,
     WEIGHTS,
     holds_runs,
     is_run,
@@ -141,6 +143,7 @@ def clear(folder: Path) -> None:
         kept.unlink()
     for events in (folder / TENSORBOARD).glob("events.out.tfevents.*"):
         events.unlink()
+    shutil.rmtree(folder / VERIFYING, ignore_errors=True)
 
 
 def set_aside(folder: Path, epochs: int) -> list[str]:

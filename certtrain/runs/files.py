@@ -26,6 +26,7 @@ ONNX = "model.onnx"
 REPORT = "report.html"
 
 TENSORBOARD = "tensorboard"  # a folder
+VERIFYING = ".verifying"  # a folder, while the run's own verification searches: what is known of each image
 
 
 class RunFile(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from certtrain.bound_methods import BRANCH_AND_BOUND
 from certtrain.config import Config
 from certtrain.config.loading import Overrides
 from certtrain.config.schema import MetricsSection
@@ -26,7 +28,7 @@ from certtrain.runs.checkpoint import load_checkpoint, save_architecture, save_w
 from certtrain.runs.directory import clear, remove_temporaries
 from certtrain.runs.evaluation import Results, rehearse_verification, summarize, verify_run
 from certtrain.runs.extension import compiled_as, extend, require_same_past
-from certtrain.runs.files import CHECKPOINT, CONFIG, METRICS, RAW_WEIGHTS, STEPS, SUMMARY, WEIGHTS
+from certtrain.runs.files import CHECKPOINT, CONFIG, METRICS, RAW_WEIGHTS, STEPS, SUMMARY, VERIFYING, WEIGHTS
 from certtrain.runs.forgetting import Forgetting, forgetting_of, load_with_old_data
 from certtrain.runs.lock import Claim
 from certtrain.runs.meters import Meter, OptimizerMeter
@@ -45,6 +47,7 @@ from certtrain.runs.start import (
     take,
 )
 from certtrain.runs.state import check_state, computed_by, continue_from
+from certtrain.runs.tensor_file import digest
 from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
 from certtrain.runtime.compilation import announced
 from certtrain.runtime.console import Output, tell
@@ -53,6 +56,7 @@ from certtrain.runtime.files import write_json, write_text
 from certtrain.runtime.layout import lay_out_, safe_convolutions
 from certtrain.training.averaging import reestimate_statistics
 from certtrain.training.trainer import Observer, Trainer
+from certtrain.verification.verify import Verification
 
 
 @dataclass(frozen=True)
@@ -321,6 +325,7 @@ def _evaluate(run: Prepared, claim: Claim, observer: Follower, ranks: Ranks) -> 
             summary["start"] = _started(run, run.start)
         add_verdicts(run.folder, verdicts_of(run.config.verification.split, run.dataset.test, results.test))
         write_json(run.folder / SUMMARY, summary)
+        shutil.rmtree(run.folder / VERIFYING, ignore_errors=True)
     return ranks.broadcast(summary)
 
 
@@ -333,11 +338,23 @@ def _hand_out(run: Prepared, claim: Claim, file: str, population: bool, ranks: R
     if ranks.is_first:
         claim.require()
         save_weights(run.folder / file, model)
-    results = verify_run(config, model, dataset, ranks=ranks)
-    held_out = (
-        [] if dataset.validation is None else verify_run(config, model, dataset.tested_on_validation(), ranks=ranks)
-    )
-    return Results(results, held_out)
+    results = _verified(run, claim, dataset, "test", ranks)
+    if dataset.validation is None:
+        return Results(results, [])
+    return Results(results, _verified(run, claim, dataset.tested_on_validation(), "validation", ranks))
+
+
+def _verified(run: Prepared, claim: Claim, dataset: Dataset, split: str, ranks: Ranks) -> list[Verification]:
+    """Errors on the test images; a search, which may take hours, goes on with what one that was cut off has found."""
+    results = None
+    if BRANCH_AND_BOUND in run.config.verification.method:
+        weights = ranks.broadcast(digest(run.model.state_dict()))
+        results = run.folder / VERIFYING / f"{weights[:16]}-{split}.jsonl"
+        with ranks.together():
+            if ranks.is_first:
+                claim.require()
+                results.parent.mkdir(exist_ok=True)
+    return verify_run(run.config, run.model, dataset, ranks=ranks, results=results)
 
 
 def _started(run: Prepared, start: Start) -> dict[str, Any]:

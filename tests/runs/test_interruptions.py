@@ -16,6 +16,7 @@ from certtrain.runs.checkpoint import load_checkpoint, save_checkpoint
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runs.train import train as train_here
 from certtrain.runtime.console import Output
+from certtrain.verification.results import ResultFile
 from tests.commands import (
     STEPS_PER_EPOCH,
     TINY,
@@ -39,6 +40,31 @@ class Pipe(io.StringIO):
     def flush(self):
         if self.getvalue().count("\n") > self.lines:
             raise BrokenPipeError
+
+
+@pytest.mark.parametrize("overwritten", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_search_of_the_runs_own_goes_on_where_it_was_cut_off(train, tmp_path, monkeypatch, overwritten):
+    """Image by image, of every network and split; what it had kept is gone in the end, and with --overwrite at once."""
+    searched = ["verification.method=ibp,branch-and-bound", "verification.limit=20", "data.validation=10",
+                "verification.search.steps=1", "training.averaging={name: ema}"]  # fmt: skip
+    whole, add, taken = train("--out", tmp_path / "whole", *searched), ResultFile.add, []
+
+    def until_the_50th(file, result):
+        if len(taken) == 50:  # of 20 + 10 of each network
+            raise KeyboardInterrupt
+        taken.append(result.image)
+        add(file, result)
+
+    monkeypatch.setattr(ResultFile, "add", until_the_50th)
+    assert train("--out", tmp_path / "cut", *searched).code == 130
+    monkeypatch.setattr(ResultFile, "add", lambda file, result: (taken.append(result.image), add(file, result)))
+    assert train("--out", tmp_path / "cut", *searched, "--overwrite" if overwritten else "--resume").code == 0
+    assert len(taken) == 50 + (60 if overwritten else 10)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "cut")]
+    for key in ("verdicts", "natural_error", "verified_error", "domains"):
+        assert summaries[0][key] == summaries[1][key]
+    assert whole.code == 0
+    assert not any(path.name == ".verifying" for path in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("console", [Output, Console], ids=["ours", "rich's"])
