@@ -286,7 +286,7 @@ def _changes(options: argparse.Namespace, arithmetic: str | None = None) -> dict
     named = {
         "eps": options.eps,
         "method": options.method,
-        "arithmetic": options.sound or arithmetic,
+        "arithmetic": arithmetic if options.sound is None else options.sound,
         "attack": options.attack,
         "search": search,
     }
