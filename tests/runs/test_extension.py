@@ -44,7 +44,10 @@ def check_is_the_longer(run, longer):
     [
         ["optimizer.milestones=[0]", "optimizer.milestones_from=ramp", "data.flip=true"],
         ["training.averaging={name: swa, start_epoch: 2}", "optimizer.schedule=inverse-root"],
-        ["training.averaging={name: ema, decay: 0.5}", "training.smoothing={name: rgs, samples: 2}"],
+        pytest.param(
+            ["training.averaging={name: ema, decay: 0.5}", "training.smoothing={name: rgs, samples: 2}"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["relative milestones", "swa", "ema and rgs"],
 )

@@ -170,7 +170,11 @@ def elsewhere(tmp_path_factory):
 )
 @pytest.mark.parametrize(
     ("changes", "mean", "std"),
-    [([], 0.3, 0.6), (["data.mean=[0.7]", "data.std=[0.25]"], 0.7, 0.25), (["data.std=[0.25]"], 0.3, 0.25)],
+    [
+        ([], 0.3, 0.6),
+        pytest.param(["data.mean=[0.7]", "data.std=[0.25]"], 0.7, 0.25, marks=pytest.mark.slow),
+        (["data.std=[0.25]"], 0.3, 0.25),
+    ],
 )
 def test_the_input_normalisation_is_the_networks_own_unless_it_is_set(
     train, tmp_path, elsewhere, place, keep, changes, mean, std

@@ -197,6 +197,7 @@ def test_a_last_smaller_batch_is_not_compiled(only_captured):
     assert counters["stats"]["unique_graphs"] == 0
 
 
+@pytest.mark.slow
 def test_without_a_compiler_one_warning_and_the_eager_step():
     missing = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     model, twin = (nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2))

@@ -162,7 +162,7 @@ def alone():
         return {"steps": steps(ALONE), "proofs": list(map(vars, proofs(ALONE)))}
 
 
-@pytest.fixture(scope="module", params=[2, FOUR])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), FOUR])
 def together(request, tmp_path_factory):
     """What each of several processes found."""
     folder = tmp_path_factory.mktemp("ranks")

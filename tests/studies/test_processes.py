@@ -39,6 +39,7 @@ def wait_for_ever(device):
     signal.pause()
 
 
+@pytest.mark.slow
 def test_each_says_how_it_ended(tmp_path):
     work = {"a/good": succeed, "wrong": find_fault, "taken": find_it_taken, "broken": break_down, "killed": die}
     ended = {}

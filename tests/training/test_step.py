@@ -180,7 +180,7 @@ def test_crown_ibp_ends_as_ibp(eps, fusion):
     assert loss(CrownIBP(loss_fusion=fusion)) == pytest.approx(loss(IBP()), rel=1e-9)
 
 
-@pytest.mark.parametrize("parts", [2, 4, 5])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4, 5])
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize(
     "method",

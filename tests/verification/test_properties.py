@@ -64,7 +64,7 @@ def random_cases(seed: int, radius: float, count: int) -> list[Case]:
     return [Case(box, drawn(size, 3), drawn(size) / 2) for size in (1 + i % 3 for i in range(count))]
 
 
-@pytest.mark.parametrize("radius", [0.05, 0.5])
+@pytest.mark.parametrize("radius", [0.05, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_verdicts_are_those_of_linear_programs(radius):
     """Of every pattern of activations; constraints of more than one conjunction and of several rows among them."""
     verdicts = []

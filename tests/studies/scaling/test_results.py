@@ -110,6 +110,7 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_tuned_rule_is_a_power_law_through_the_best(scaled):
     rule = scaled.rule
     assert {width: (s.lr, s.batch_size, s.beta2) for width, s in rule.best.items()} == {
