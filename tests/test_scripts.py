@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -199,3 +201,45 @@ def test_every_script_finds_what_it_imports(name, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
     monkeypatch.setitem(sys.modules, name, None)  # and afterwards the name is free again
     script(name)
+
+
+INTERPRETER = """#!/usr/bin/env bash
+echo "$*" >> "$ASKED"
+out=
+for word in "$@"; do [[ $previous == --out ]] && out=$word; previous=$word; done
+[[ -z $out ]] || echo "{}" > "$out"
+[[ "$*" == *$FAILS* ]] && exit "$CODE"
+exit 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "ends", "asked", "whole"),
+    [
+        ("nothing", 0, 0, 6, ["benchmark", "devices", "growth"]),
+        ("reproduce.py cifar10_8_255", 75, 0, 6, ["benchmark", "devices", "growth"]),  # out of time, to be continued
+        ("reproduce.py cifar10_2_255", 1, 1, 5, ["benchmark", "devices", "growth"]),
+        ("reproduce.py cifar10_8_255", 130, 130, 3, ["benchmark", "devices"]),  # Ctrl-C is meant for all of it
+        ("--grow", 2, 1, 4, ["benchmark", "devices"]),
+    ],
+)
+def test_an_hour_on_a_gpu_keeps_whole_results_and_ends_where_a_rehearsal_fails(
+    tmp_path, fails, code, ends, asked, whole
+):
+    """Of an interpreter that writes what it is asked for, and fails at one thing; then again, where nothing fails."""
+    interpreter, data, log = tmp_path / "python", tmp_path / "data", tmp_path / "asked"
+    interpreter.write_text(INTERPRETER)
+    interpreter.chmod(0o755)
+    data.mkdir()
+    (data / "train.npz").touch()
+    results = tmp_path / "results"
+    names = {"PYTHON": str(interpreter), "RESULTS": str(results), "ASKED": str(log), "CODE": str(code)}
+    command = ["bash", str(SCRIPTS / "gpu_hour.sh"), "--rehearse", str(data)]
+    first = subprocess.run(command, env={**os.environ, **names, "FAILS": fails}, capture_output=True, text=True)
+    assert (first.returncode, len(log.read_text().splitlines())) == (ends, asked), first.stderr
+    assert sorted(file.name for file in results.glob("*.json")) == [f"{name}-cpu.json" for name in whole]
+    again = subprocess.run(command, env={**os.environ, **names, "FAILS": "nothing"}, capture_output=True, text=True)
+    assert again.returncode == 0
+    done = log.read_text().splitlines()[asked:]
+    assert [line for line in done if "benchmark.py" in line and "--grow" not in line] == []  # not measured again
+    assert sum("--grow" in line for line in done) == ("growth" not in whole)
