@@ -465,7 +465,7 @@ def test_trials_are_pruned_by_bounds_on_validation_images(tmp_path):
     config = load_config("digits", [*TINY, changes, "optimizer.lr=0.05"])
     for epochs in (1, 99):
         trial = Recorded(epochs)
-        pruner = Pruner(trial, config)
+        pruner = Pruner(trial, config, warmup_epochs=0)
         with one_thread():
             run = train(config, tmp_path / str(epochs), device="cpu", console=QUIET, callbacks=[pruner])
         assert len(trial.reported) == min(epochs, 3)
