@@ -1,7 +1,15 @@
 import os
 import random
 import shutil
+import sys
+import tempfile
 
+# Where no bytecode is to be written, as in many containers, each process of the suite would compile torch anew.
+if sys.dont_write_bytecode:
+    BYTECODE = tempfile.TemporaryDirectory(prefix="bytecode-")  # removed as this process ends, after its workers
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = BYTECODE.name
+    sys.dont_write_bytecode = False
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; certtrain/cli/main.py says why
 
 import numpy as np
