@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -78,7 +78,7 @@ class Propagation:
         mean_, std_ = self.weights[mean], self.weights[std]
         shifted = self.widened(Interval(x.center - mean_, x.radius), self.elementwise(2), x.magnitude + np.abs(mean_))
         size = np.abs(std_)
-        if not (self.is_harmless(std_) and size.all()):
+        if not self.is_harmless(std_).all():
             return shifted._replace(radius=np.full_like(shifted.radius, np.inf))
         scaled = Interval(shifted.center / std_, shifted.radius / size)
         return self.widened(scaled, self.elementwise(4), shifted.magnitude / size)
@@ -109,15 +109,17 @@ class Propagation:
             self.weights[f"{name}.{part}"].reshape(-1, *[1] * (x.center.ndim - 1))
             for part in ("running_mean", "running_var", "weight", "bias")
         )
-        scale = weight / np.sqrt(variance + 1e-5)
+        # A difference of a variance below 0 and 1e-5 has a greater relative error than is counted.
+        known = (variance >= 0) & self.is_harmless(variance + 1e-5)
+        scale = weight / np.sqrt(np.where(known, variance, 1.0) + 1e-5)
+        known &= self.is_small(scale) & self.is_small(weight) & self.is_small(mean) & self.is_small(bias)
+        mean, scale, bias = (np.where(known, each, 0.0) for each in (mean, scale, bias))
         parameters = np.abs(mean * scale) + np.abs(bias)
         moved = Interval((x.center - mean) * scale + bias, x.radius * np.abs(scale))
-        small = max(np.abs(mean).max(), np.abs(bias).max()) < LARGEST_SCALE
-        if not (small and self.is_harmless(variance + 1e-5, scale, weight)):
-            return moved._replace(radius=np.full_like(moved.radius, np.inf))
         # What is centred first meets the weight, or the reciprocal of the root, before it meets the other.
-        fits = 2 * LARGEST_SCALE * (x.magnitude + np.abs(mean)) <= LARGEST[self.arithmetic]
-        moved = moved._replace(radius=np.where(fits, moved.radius, np.inf))
+        entering = x.magnitude + np.abs(mean)
+        fits = known & (2 * LARGEST_SCALE * entering <= LARGEST[self.arithmetic])
+        moved = moved._replace(radius=np.where(fits, moved.radius + self.flushed(entering), np.inf))
         magnitude = np.abs(scale) * x.magnitude + parameters
         moved = self.widened(moved, self.elementwise(FOLDING_ROUNDINGS), magnitude)
         if x.sums is not None and x.sums.normalized:
@@ -135,6 +137,7 @@ class Propagation:
         met: no less than what meets the BatchNorm's weight as it is folded, perhaps before the root of its variance.
         """
         lost = 8 * sums.terms * LARGEST_SCALE * TINY[self.arithmetic] * (1 + sums.largest)
+        lost = lost + self.flushed(sums.weight * sums.largest + sums.bias)
         folded = sums.weight * scale * (1 + sums.largest) + sums.bias * scale + parameters
         fits = 2 * max(folded, LARGEST_SCALE * met) <= LARGEST[self.arithmetic]
         radius = (x.radius + lost) * (1 + 2.0**-40) if fits else np.full_like(x.radius, np.inf)
@@ -197,10 +200,16 @@ class Propagation:
         fits = 2 * terms * (magnitude + radius) <= LARGEST[self.arithmetic]
         return Interval(x.center, np.where(fits, radius, np.inf))
 
-    def is_harmless(self, *parameters: Array) -> bool:
-        """No intermediate result of a BatchNorm can overflow, or lose more in an underflow than `widened` allows."""
-        sizes = np.abs(np.concatenate([values.ravel() for values in parameters]))
-        return bool(((sizes == 0) | ((sizes > 1 / LARGEST_SCALE) & (sizes < LARGEST_SCALE))).all())
+    def is_harmless(self, value: Array) -> Array:
+        """Where quotients by it, and its root, neither overflow nor lose more in an underflow than `widened` allows."""
+        return (np.abs(value) > 1 / LARGEST_SCALE) & self.is_small(value)
+
+    def is_small(self, value: Array) -> Array:
+        return np.abs(value) < LARGEST_SCALE
+
+    def flushed(self, magnitude: Any) -> Any:
+        """What factors that are too small to be normal numbers lose as they meet values."""
+        return 8 * FOLDING_ROUNDINGS * LARGEST_SCALE * TINY[self.arithmetic] * magnitude
 
 
 def _patches(image: Array, kernel: tuple[int, ...], stride: int, padding: int) -> Array:

@@ -89,11 +89,11 @@ def _add_constant(p: Propagation, x: Interval, constant: Array) -> Interval:
 
 
 def _scaled(p: Propagation, x: Interval, factor: Array) -> Interval:
+    known = p.is_small(factor)
+    factor = np.where(known, factor, 0.0)
     size = np.abs(factor)
-    product = Interval(x.center * factor, x.radius * size)
-    if not p.is_harmless(factor):
-        return Interval(product.center, np.full_like(product.radius, np.inf))
-    return p.widened(product, p.elementwise(4), x.magnitude * size)
+    radius = np.where(known, x.radius * size + p.flushed(x.magnitude), np.inf)
+    return p.widened(Interval(x.center * factor, radius), p.elementwise(4), x.magnitude * size)
 
 
 def _mean(p: Propagation, x: Interval, axis: int) -> Interval:

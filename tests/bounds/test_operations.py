@@ -936,7 +936,7 @@ def test_sound_boxes_hold_what_float32_computes(function):
                 assert output.contains(model(point.float()).double()).all()
 
 
-@pytest.mark.parametrize("function", [gelu, F.elu, torch.exp, F.hardsigmoid, F.softplus, torch.sqrt], ids=name_of)
+@pytest.mark.parametrize("function", [gelu, F.elu, torch.exp, F.softplus, torch.tanh, torch.log], ids=name_of)
 def test_transcendental_functions_have_no_sound_rule(function):
     x = inputs(EXAMPLES[function]).float()
     with pytest.raises(UnsupportedOperation, match=f"(?i){name_of(function)}.*no sound rule"):

@@ -345,6 +345,22 @@ def clamped(a: Adversary, x: Values, lower: float | None, upper: float | None) -
     return x if upper is None else np.minimum(x, a.constant(upper))
 
 
+def hard_sigmoid(a: Adversary, x: Values) -> Values:
+    return a.stored(sixth(a, relu6(a.rounded(x + 3))))
+
+
+def hard_swish(a: Adversary, x: Values) -> Values:
+    return a.stored(sixth(a, a.rounded(x * relu6(a.rounded(x + 3)))))
+
+
+def sixth(a: Adversary, x: Values) -> Values:
+    return a.rounded(x * a.rounded(exactly(Fraction(1, 6)))) if a.fused else a.rounded(x / 6)
+
+
+def relu6(x: Values) -> Values:
+    return np.minimum(np.maximum(x, Fraction(0)), Fraction(6))
+
+
 def prelu(a: Adversary, x: Values, weight: Tensor) -> Values:
     slope = a.constant(weight).reshape(1, -1, *[1] * (x.ndim - 2))
     return a.stored(np.where(x > 0, x, a.rounded(x * slope)))
@@ -401,7 +417,12 @@ BY_HAND: dict[Callable, Callable[..., Values]] = {
             torch.amin,
         )
     },
-    F.relu6: lambda a, x: np.minimum(np.maximum(x, Fraction(0)), Fraction(6)),
+    F.relu6: lambda a, x: relu6(x),
+    F.hardsigmoid: hard_sigmoid,
+    F.hardswish: hard_swish,
+    torch.sqrt: lambda a, x: a.stored(a.root(x)),
+    torch.rsqrt: lambda a, x: a.stored(a.rounded(1 / a.root(x))),
+    torch.reciprocal: lambda a, x: a.stored(a.rounded(1 / x)),
     F.prelu: prelu,
     torch.clamp: clamped,
     F.hardtanh: clamped,
@@ -505,6 +526,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "amax": (lambda: One(lambda self, x: torch.cat([x.amax((1, 3)), x.amin(2).flatten(1)], 1)), SHAPE),
     "abs": (lambda: One(lambda self, x: x.abs()), SHAPE),
     "relu6": (lambda: nn.ReLU6(), SHAPE),
+    "hardsigmoid": (lambda: nn.Hardsigmoid(), SHAPE),
+    "hardswish": (lambda: nn.Hardswish(), SHAPE),
+    "roots": (lambda: One(lambda self, x: torch.cat([x.sqrt(), x.rsqrt(), x.reciprocal()], 1)), SHAPE),
     "prelu": (lambda: nn.PReLU(2), SHAPE),
     "clamp": (lambda: One(lambda self, x: x.clamp(-0.1, 0.7).clamp(max=0.3)), SHAPE),
     "hardtanh": (lambda: nn.Hardtanh(-0.3, 0.1), SHAPE),
@@ -590,7 +614,8 @@ IDENTITIES = {function for function in EXACT if function.__name__ == "identity"}
 def setting(name: str, seed: int = 0) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(seed)
     make, shape = CASES[name]
-    return spread_(make()).eval(), spread(1, *shape)
+    module, x = spread_(make()).eval(), spread(1, *shape)
+    return module, x.abs() if name == "roots" else x
 
 
 def adversaries(arithmetic: str, formulas: int = 1) -> list[Adversary]:

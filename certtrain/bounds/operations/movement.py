@@ -208,9 +208,13 @@ moves(operator.getitem, lambda x, index: (x, index), _indexes, methods=("__getit
 define(F.pad, _bind_pad, affine=Affine.FIRST, increasing=True, require=_pads)
 
 
+DIFFERENTIABLE: dict[Callable[..., Any], Callable[..., Any]] = {Tensor.detach: identity}
+"""Of functions whose derivative is no transpose (that of `detach` is 0, as of a constant): the same maps with one."""
+
+
 def differentiable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same map where derivatives are taken to transpose it: `detach` would have none, as if it were a constant."""
-    return identity if function is Tensor.detach else function
+    """The same map where derivatives are taken to transpose it."""
+    return DIFFERENTIABLE.get(function, function)
 
 
 for _suffix in ("1d", "2d", "3d"):  # of modules that call it; what they pad with they hold themselves

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certtrain.bounds.operations.movement import DIFFERENTIABLE
 from certtrain.bounds.operations.preconditions import batched, only, reduces, require_that
 from certtrain.bounds.operations.record import Affine, define
 
@@ -238,3 +239,16 @@ define(
     require=_interpolates,
     modules={nn.Upsample: lambda m: (m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor)},
 )
+
+
+def _resized(x: Tensor, size: Any, scale_factor: Any, mode: str, *settings: Any) -> Tensor:
+    """With copies of the pixels that it copies: the derivative of PyTorch's may take others than it does in float64."""
+    if mode not in COPYING:
+        return F.interpolate(x, size, scale_factor, mode, *settings)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    numbers = torch.arange(x.shape[2:].numel(), dtype=dtype, device=x.device).view(1, 1, *x.shape[2:])
+    places = F.interpolate(numbers, size, scale_factor, mode, *settings).long()
+    return x.flatten(2).index_select(2, places.flatten()).unflatten(2, places.shape[2:])
+
+
+DIFFERENTIABLE[F.interpolate] = _resized

@@ -106,5 +106,6 @@ def widened(
     return OutwardBox.around(box.center, torch.where(fits, radius, torch.inf))
 
 
-def unbounded(x: Tensor) -> OutwardBox:
-    return OutwardBox.around(x, torch.full_like(x, torch.inf))
+def unbounded_unless(known: Tensor, box: OutwardBox) -> OutwardBox:
+    """`box`, and all reals for the elements of which nothing is known."""
+    return OutwardBox.around(box.center, torch.where(known, box.radius, torch.inf))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +21,9 @@ from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPEC
 from certtrain.bounds.operations.products import WEIGHTED
 from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.rounding.arithmetic import Arithmetic, arithmetic_named, inflation, rounded_up, sum_error
-from certtrain.bounds.rounding.boxes import OutwardBox, down, outward, widened
+from certtrain.bounds.rounding.boxes import OutwardBox, down, outward, unbounded_unless, widened
 from certtrain.bounds.rounding.rules import EXACT, EXACT_METHODS, RULES, Sum, largest_of, sum_range, terms_of
+from certtrain.bounds.shapes import flattened, per_image
 from certtrain.bounds.tracing import Method, record_of
 from certtrain.errors import UnsupportedOperation
 from certtrain.runtime.precision import plain_convolutions
@@ -59,6 +61,8 @@ class SoundPass:
             result, self._sums[call.index] = result
         elif call.function is torch.softmax:
             result, self._excess[call.index] = result
+        if not call.affine:
+            result = _unknown_from_unknown(call, args, result)
         self.keep(call, args, result)
         return result
 
@@ -94,6 +98,18 @@ class SoundPass:
 
     def like(self, value: OutwardBox) -> Tensor:
         return value.like
+
+
+def _unknown_from_unknown(call: Call, args: tuple[Any, ...], result: OutwardBox) -> OutwardBox:
+    """What has overflowed may be no number, which no comparison brings back between two ends.
+
+    Sums and products of it are unbounded by themselves. Of what is neither elementwise nor these, whole images are.
+    """
+    finite = [box.radius.isfinite() for box in leaves(args, OutwardBox)]
+    if not OPERATIONS[call.function].elementwise:
+        finite = [per_image(flattened(each, 1).all(1), result.like) for each in finite]
+    known = reduce(torch.logical_and, finite)
+    return unbounded_unless(known, result)
 
 
 def foldings_of(graph: Graph[Any]) -> dict[int, int]:

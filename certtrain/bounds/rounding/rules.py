@@ -30,7 +30,7 @@ from certtrain.bounds.rounding.arithmetic import (
     inflation,
     sum_error,
 )
-from certtrain.bounds.rounding.boxes import OutwardBox, unbounded, widened
+from certtrain.bounds.rounding.boxes import OutwardBox, unbounded_unless, widened
 from certtrain.bounds.shapes import flattened, per_channel, per_image
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.per_axis import per_axis
@@ -163,9 +163,10 @@ def _batch_norm(
         raise UsageError("sound bounds are those of a network in eval mode: call model.eval()")
     weight = torch.ones_like(variance) if weight is None else weight
     bias = torch.zeros_like(mean) if bias is None else bias
-    scale, shift = scaling_of(mean, variance, weight, bias, eps)
-    if not (_is_harmless(variance + eps, scale, weight) and _is_small(mean, bias)):
-        return unbounded(x.center), None
+    known = _is_harmless(variance + eps) & (variance >= 0) & (eps >= 0)  # a difference has a greater relative error
+    known = known & _is_small(scaling_of(mean, variance, weight, bias, eps)[0], weight, mean, bias)
+    mean, weight, bias = (torch.where(known, each, 0.0) for each in (mean, weight, bias))
+    scale, shift = scaling_of(mean, torch.where(known, variance, 1.0), weight, bias, eps)
     parameters = mean.abs() * scale.abs() + bias.abs()
     losses: Tensor | float = 0.0
     folded = None
@@ -178,50 +179,61 @@ def _batch_norm(
             done=preceding.done + 1,
         )
         met = preceding.weight + preceding.bias + mean.abs().amax() + bias.abs().amax()
-        losses = per_image(_folding_losses(a, folded, met), x.like)
-    scale, shift, parameters, mean = (per_channel(each, x.like.dim()) for each in (scale, shift, parameters, mean))
+        losses = per_image(_folding_losses(a, preceding, folded, met), x.like)
+    scale, shift, parameters, mean, known = (
+        per_channel(each, x.like.dim()) for each in (scale, shift, parameters, mean, known)
+    )
     moved = OutwardBox.around(torch.addcmul(shift, x.center, scale), x.radius * scale.abs())
     magnitude = scale.abs() * x.magnitude + parameters
     # What is centred first meets the weight, or the reciprocal of the root, before it meets the other.
-    fits = 2 * LARGEST_FACTOR * (x.magnitude + mean.abs()) <= a.largest
-    moved = OutwardBox.around(moved.center, torch.where(fits, moved.radius, torch.inf))
-    moved = widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a)
+    entering = x.magnitude + mean.abs()
+    moved = unbounded_unless(known & (2 * LARGEST_FACTOR * entering <= a.largest), moved)
+    moved = widened(moved, elementwise_error(a, COEFFICIENT_ROUNDINGS), magnitude, a, losses=_flushed(a, entering))
     terms, foldings = (1, 1) if preceding is None else (preceding.terms, preceding.foldings)
     return widened(moved, sum_error(a, terms, foldings), parameters, a, losses=losses), folded
 
 
-def _folding_losses(a: Arithmetic, folded: Sum, met: Tensor) -> Tensor:
-    """(B,): what underflows of folded weights cost, met by the inputs; infinite where a folded sum may overflow.
+def _folding_losses(a: Arithmetic, preceding: Sum, folded: Sum, met: Tensor) -> Tensor:
+    """(B,): what underflows of folded weights, and of what they are multiplied by, cost as they meet the inputs.
 
-    met: no less than what meets the BatchNorm's weight as it is folded, perhaps before the root of its variance.
+    Infinite where a folded sum may overflow. met: no less than what meets the BatchNorm's weight as it is folded,
+    perhaps before the root of its variance.
     """
     lost = 8 * folded.terms * LARGEST_FACTOR**folded.done * a.tiny * (1 + folded.largest)
+    lost = lost + _flushed(a, preceding.weight * folded.largest + preceding.bias)
     largest = torch.maximum(folded.weight * (1 + folded.largest) + folded.bias, LARGEST_FACTOR * met)
     return torch.where(2 * largest <= a.largest, lost, torch.inf)
 
 
-def _is_harmless(*values: Tensor) -> bool:
-    """Far enough from underflow and overflow that products and quotients of them are normal numbers; zero is."""
-    sizes = torch.cat([value.abs().flatten() for value in values])
-    return bool(((sizes == 0) | ((sizes > 1 / LARGEST_FACTOR) & (sizes < LARGEST_FACTOR))).all())
+def _is_harmless(value: Tensor) -> Tensor:
+    """Far enough from underflow and overflow that quotients by it, and its root, are normal numbers."""
+    return (value.abs() > 1 / LARGEST_FACTOR) & _is_small(value)
 
 
-def _is_small(*values: Tensor) -> bool:
-    return all(bool((value.abs() < LARGEST_FACTOR).all()) for value in values)
+def _is_small(*values: Tensor) -> Tensor:
+    return reduce(torch.logical_and, [value.abs() < LARGEST_FACTOR for value in values])
+
+
+def _flushed(a: Arithmetic, magnitude: Tensor) -> Tensor:
+    """What factors lose that are too small to be normal numbers, by underflow or flushed to zero, as they meet values.
+
+    A factor has at most `COEFFICIENT_ROUNDINGS` of them; each loses one `tiny`, times what else it is multiplied by.
+    """
+    return 8 * COEFFICIENT_ROUNDINGS * LARGEST_FACTOR * a.tiny * magnitude
 
 
 def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardBox:
     if not 0 <= negative_slope <= 1:
         raise UnsupportedOperation(f"LeakyReLU with negative_slope={negative_slope} has no sound rule")
     ends = OutwardBox(F.leaky_relu(x.lower, negative_slope), F.leaky_relu(x.upper, negative_slope))
-    return widened(ends, elementwise_error(a, 2), x.magnitude, a)
+    return widened(ends, elementwise_error(a, 2), x.magnitude, a, losses=_flushed(a, x.magnitude))
 
 
 def _prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
-    center, sizes = interval.RULES[F.prelu](x, weight), per_channel(weight, x.like.dim()).abs().clamp(min=1)
-    if not _is_harmless(weight):
-        return unbounded(center.center)
-    return widened(OutwardBox(center.lower, center.upper), elementwise_error(a, 4), x.magnitude * sizes, a)
+    known, sizes = (per_channel(each, x.like.dim()) for each in (_is_small(weight), weight.abs().clamp(min=1)))
+    found = interval.RULES[F.prelu](x, torch.where(_is_small(weight), weight, 0.0))
+    ends = unbounded_unless(known, OutwardBox(found.lower, found.upper))
+    return widened(ends, elementwise_error(a, 4), x.magnitude * sizes, a, losses=_flushed(a, x.magnitude))
 
 
 def _clamped(function: Callable[..., Tensor]) -> Rule:
@@ -241,9 +253,37 @@ def _abs(a: Arithmetic, x: OutwardBox) -> OutwardBox:
 
 
 def _extremum(function: Callable[..., Tensor]) -> Rule:
+    """Of two values, or of a value and a constant, which is rounded as it is stored."""
+
     def rule(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
-        x, y = (value if isinstance(value, Box) else stored(a, value) for value in (x, y))
-        return OutwardBox(function(x.lower, y.lower), function(x.upper, y.upper))
+        found = interval.RULES[function](x, y)
+        ends = OutwardBox(found.lower, found.upper)
+        constants = [value.abs() for value in (x, y) if not isinstance(value, Box)]
+        if not constants:
+            return ends
+        return widened(ends, elementwise_error(a, 1), constants[0].expand_as(ends.like), a)
+
+    return rule
+
+
+def _root(function: Callable[..., Tensor]) -> Rule:
+    """Roots and reciprocals, correctly rounded or off by two units in the last place, of values that are above 0."""
+
+    def rule(a: Arithmetic, x: OutwardBox) -> OutwardBox:
+        known = x.lower > 1 / LARGEST_FACTOR
+        found = interval.RULES[function](Box(*(torch.where(known, end, 1.0) for end in (x.lower, x.upper))))
+        ends = unbounded_unless(known, OutwardBox(found.lower, found.upper))
+        return widened(ends, elementwise_error(a, 4), found.upper, a)
+
+    return rule
+
+
+def _hard(function: Callable[..., Tensor], magnitude: Callable[[Tensor], Tensor]) -> Rule:
+    """(x + 3) / 6 between 0 and 1, or x times that; `magnitude`, of |x|: no less than what is combined."""
+
+    def rule(a: Arithmetic, x: OutwardBox) -> OutwardBox:
+        found = interval.RULES[function](x)
+        return widened(OutwardBox(found.lower, found.upper), elementwise_error(a, 6), magnitude(x.magnitude), a)
 
     return rule
 
@@ -278,7 +318,7 @@ def _interpolate(
 
 def _add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
     """A constant is rounded as it is stored, and so is alpha; then come its product and the sum."""
-    if not _is_harmless(torch.tensor(float(alpha), dtype=torch.float64)):
+    if alpha and not _is_harmless(torch.tensor(float(alpha), dtype=torch.float64)):
         raise UnsupportedOperation(f"alpha={alpha} has no sound rule")
     boxes = [(value, factor) for value, factor in ((x, 1.0), (y, abs(alpha))) if isinstance(value, Box)]
     center = _center(x) + alpha * _center(y)
@@ -294,20 +334,27 @@ def _neg(a: Arithmetic, x: OutwardBox) -> OutwardBox:
 
 def _mul(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
     box, factor = (x, y) if isinstance(x, OutwardBox) else (y, x)
-    return _scaled(a, box, factor, lambda value, factor: value * factor)
+    factor = _as_constant(factor, box)
+    return _scaled(a, box, factor, _is_small(factor), torch.mul)
 
 
 def _div(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
-    return _scaled(a, x, y, lambda value, divisor: value / divisor)
+    divisor = _as_constant(y, x)
+    return _scaled(a, x, divisor, _is_harmless(divisor), torch.div)
 
 
-def _scaled(a: Arithmetic, x: OutwardBox, factor: Any, operation: Callable[[Tensor, Any], Tensor]) -> OutwardBox:
-    sizes = torch.as_tensor(factor, dtype=torch.float64, device=x.like.device)
-    center = operation(x.center, factor)
-    if not _is_harmless(sizes):
-        return unbounded(center)
-    radius, magnitude = operation(x.radius, sizes.abs()), operation(x.magnitude, sizes.abs())
-    return widened(OutwardBox.around(center, radius), elementwise_error(a, 4), magnitude, a)
+def _as_constant(value: Any, box: OutwardBox) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=box.like.device)
+
+
+def _scaled(
+    a: Arithmetic, x: OutwardBox, factor: Tensor, known: Tensor, operation: Callable[..., Tensor]
+) -> OutwardBox:
+    factor = torch.where(known, factor, 1.0)
+    moved = OutwardBox.around(operation(x.center, factor), operation(x.radius, factor.abs()))
+    magnitude = operation(x.magnitude, factor.abs())
+    moved = unbounded_unless(known, moved)
+    return widened(moved, elementwise_error(a, 4), magnitude, a, losses=_flushed(a, x.magnitude))
 
 
 def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> Rule:
@@ -413,6 +460,9 @@ RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's re
     **{function: _clamped(function) for function in (torch.clamp, F.hardtanh)},
     torch.abs: _abs,
     **{function: _extremum(function) for function in (torch.maximum, torch.minimum)},
+    **{function: _root(function) for function in (torch.sqrt, torch.rsqrt, torch.reciprocal)},
+    F.hardsigmoid: _hard(F.hardsigmoid, lambda size: (size + 3) / 6),
+    F.hardswish: _hard(F.hardswish, lambda size: size * (size + 3) / 6),
     F.interpolate: _interpolate,
     F.pad: _pad,
     cast: _cast,
