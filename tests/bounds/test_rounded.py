@@ -13,11 +13,25 @@ from torch import Tensor, nn
 
 from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel
+from certtrain.bounds.linear.backward import lower_bounds
 from certtrain.bounds.rounding.arithmetic import ARITHMETICS
-from certtrain.bounds.rounding.boxes import enclosing_linf_box
+from certtrain.bounds.rounding.backward import AFFINE, MET
+from certtrain.bounds.rounding.boxes import OutwardBox, enclosing_linf_box
+from certtrain.bounds.rounding.rules import RULES
 from certtrain.errors import UnsupportedOperation
 from tests.bounds.test_rounding import OrderDetector
-from tests.bounds.test_roundings import MODES, ORDERS, Adversary, ByHand, exactly, spread_
+from tests.bounds.test_roundings import (
+    CASES,
+    MODES,
+    ORDERS,
+    ROUNDING,
+    Adversary,
+    ByHand,
+    exactly,
+    spread,
+    spread_,
+)
+from tests.bounds.test_roundings import setting as operation
 
 LINEAR = METHODS[1:]
 LABEL = torch.tensor([1])
@@ -100,15 +114,82 @@ def test_a_network_that_fools_a_plain_verifier_is_not_proved(method):
         assert not (net.margins(box, label, method, arithmetic="float32")[0, 1] > 0).item()
 
 
-@pytest.mark.parametrize(
-    ("layer", "named"), [(nn.MaxPool2d(2), "MaxPool2d"), (nn.ReLU6(), "ReLU6"), (nn.Hardtanh(), "Hardtanh")]
-)
-def test_what_linear_bounds_cannot_go_back_through_soundly_is_named(layer, named):
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), layer, nn.Flatten(), nn.LazyLinear(3))
-    x = torch.rand(1, 1, 4, 4)
-    model(x)
-    box = enclosing_linf_box(x, 0.1)
-    net = BoundedModel(model.eval(), x)
-    assert net.margins(box, LABEL, arithmetic="float32").isfinite().all()
-    with pytest.raises(UnsupportedOperation, match=rf"{named}.* covers rounding; methods that support it: ibp"):
-        net.margins(box, LABEL, "crown-ibp", arithmetic="float32")
+# --- every operation --------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "softmax",
+    "attention",
+    "layer norm",
+    "group norm",
+    "instance norm",
+    "rms norm",
+    "roots",
+    "interpolate",
+    "interpolate, exact",
+}
+LINEAR_CASES = [name for name in CASES if name not in REFUSED]
+
+
+def between(name: str, wide: bool) -> tuple[BoundedModel, OutwardBox, list[Tensor]]:
+    """A network of one operation, a box, and points of it: its opposite corners, and others."""
+    model, x = operation(name)
+    y = x + wide * 0.3 * spread(*x.shape)
+    points = [x, y, *(torch.where(torch.rand_like(x) < 0.5, x, y) for _ in range(2))] if wide else [x]
+    return BoundedModel(model, x), OutwardBox(torch.minimum(x, y).double(), torch.maximum(x, y).double()), points
+
+
+def functions_of(output: Tensor) -> Tensor:
+    """(1, R, ...): some elements of the result and their negatives, and sums of all."""
+    eye = torch.eye(output[0].numel(), dtype=torch.float64)[torch.randperm(output[0].numel())[:8]]
+    rows = torch.cat([eye, -eye, spread(3, eye.shape[1]).double()])
+    return rows.view(1, -1, *output.shape[1:])
+
+
+def falls_below(net: BoundedModel, box: OutwardBox, points: list[Tensor], arithmetic: str, size: int = 1) -> int:
+    """How often an adversary's result is below the bounds that a backward pass gives of linear functions of it."""
+    record = net.recorded(box, arithmetic=arithmetic).recorded
+    rows = functions_of(record.boxes[record.output].like)
+    lower = [Fraction(bound) for bound in lower_bounds(record, record.output, rows)[0].tolist()]
+    coefficients = [exactly(row) for row in rows[0]]
+    count = 0
+    for mode, fused in itertools.product(("up", "down", "random"), (False, True)):
+        for point in points:
+            adversary = Adversary(ARITHMETICS[arithmetic], mode, fused=fused, size=size)
+            entering = exactly(point) if arithmetic != "bf16" else adversary.stored(exactly(point))
+            result = net.graph.run(entering, ByHand(adversary)).reshape(-1)
+            values = [(row.reshape(-1) * result).sum() for row in coefficients]
+            count += sum(value < bound for value, bound in zip(values, lower, strict=True))
+    return count
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["point", "box"])
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_no_adversary_falls_below_what_a_backward_pass_gives_of_an_operation(name, wide):
+    assert falls_below(*between(name, wide), "float32") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arithmetic", [name for name in ARITHMETICS if name != "float32"])
+@pytest.mark.parametrize("name", LINEAR_CASES)
+def test_nor_in_other_arithmetics(name, arithmetic):
+    for wide in (False, True):
+        assert falls_below(*between(name, wide), arithmetic) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in LINEAR_CASES if name in ROUNDING])
+def test_greater_errors_of_an_operation_are_noticed(name):
+    assert falls_below(*between(name, wide=False), "float32", size=256) > 0
+
+
+def test_every_operation_is_gone_back_through_or_refused():
+    assert {function.__name__ for function in set(RULES) - AFFINE - MET.keys()} == {
+        *("softmax", "attend", "deviation", "inverse_root", "normalized", "sqrt", "rsqrt", "reciprocal", "interpolate")
+    }
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_linear_bounds_cannot_go_back_through_soundly_is_named(name):
+    net, box, _ = between(name, wide=False)
+    assert net.ibp(box, arithmetic="float32").output.lower.isfinite().any()
+    with pytest.raises(UnsupportedOperation, match=r"covers rounding; methods that support it: ibp"):
+        net.recorded(box, arithmetic="float32")

@@ -43,7 +43,7 @@ from certtrain.bounds.linear.patches import (
     scaling_of,
     through,
 )
-from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, above_in_exact_arithmetic, relu
+from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, relu
 from certtrain.bounds.linear.softmax import softmax
 from certtrain.bounds.normalization import normalized
 from certtrain.bounds.operations.arithmetic import add, sub
@@ -380,9 +380,7 @@ def _pulled_back(
 
 def _relaxation(call: Call, record: Record) -> LinearRelaxation:
     (ref,) = leaves(call.args, Ref)
-    box, settings = record.boxes[ref.index], call.args[1:]
-    lines = RELAXATIONS[call.function](box, *settings)
-    return lines if record.slack is None else above_in_exact_arithmetic(lines, box, call.function, *settings)
+    return RELAXATIONS[call.function](record.boxes[ref.index], *call.args[1:])
 
 
 def _pulled(

@@ -84,20 +84,6 @@ def relu(x: Box) -> LinearRelaxation:
     return leaky_relu(x, 0.0)
 
 
-def above_in_exact_arithmetic(
-    lines: LinearRelaxation, x: Box, function: Callable[..., Tensor], negative_slope: float = 0.0
-) -> LinearRelaxation:
-    """The lines of a (leaky) ReLU of slope at most 1, in float64, the chord raised until rounding cannot have sunk it.
-
-    The line below goes through 0 and is exact. The function is convex: a line that is above it at both ends is above it
-    in between. What is needed there is computed with three roundings of values no larger than the ends.
-    """
-    ends = x.lower.clamp(max=0), x.upper.clamp(min=0)
-    needed = torch.maximum((negative_slope - lines.upper_slope) * ends[0], (1 - lines.upper_slope) * ends[1])
-    raised = needed + 2.0**-49 * (ends[1] - ends[0])
-    return lines._replace(upper_offset=torch.where(unstable_relus(x), raised, 0.0))
-
-
 def unstable_relus(x: Box) -> Tensor:
     return (x.lower < 0) & (x.upper > 0)
 

@@ -8,6 +8,7 @@ record's `slack`. (docs/soundness.md, eq. 11 and 12.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -20,8 +21,8 @@ from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves, map_leaves
 from certtrain.bounds.interval import Bounds, Record
-from certtrain.bounds.linear.backward import PARAMETRIZED
 from certtrain.bounds.operations.arithmetic import add, sub
+from certtrain.bounds.operations.joining import cat
 from certtrain.bounds.operations.movement import cast
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.operations.record import OPERATIONS
@@ -35,18 +36,44 @@ from certtrain.bounds.rounding.arithmetic import (
 )
 from certtrain.bounds.rounding.boxes import OutwardBox
 from certtrain.bounds.rounding.propagation import SoundPass, propagate_by
-from certtrain.bounds.rounding.rules import EXACT, scaling_of
+from certtrain.bounds.rounding.rules import COMPARING, EXACT, scaling_of
 from certtrain.bounds.shapes import per_channel
 from certtrain.errors import UnsupportedOperation
 
-LINEAR = {
+AFFINE = {
     *WEIGHTED,
     *EXACT,
-    *(function for function, operation in OPERATIONS.items() if operation.averaging),
-    *(F.batch_norm, F.relu, F.leaky_relu),
-    *(add, sub, cast, einsum, torch.matmul, torch.mul, torch.div, torch.neg),
+    *(function for function, operation in OPERATIONS.items() if operation.averaging and function is not F.interpolate),
+    *(F.batch_norm, F.pad),
+    *(add, sub, cast, cat, einsum, torch.matmul, torch.mul, torch.div, torch.neg),
 }
-"""What linear bounds that cover rounding go back through."""
+"""What linear bounds that cover rounding go back through by its transpose. Not resizing: its place may be rounded."""
+
+
+def _line(steepest: float = 1.0) -> Callable[..., Tensor]:
+    return lambda result, x, *settings: result + 3 * steepest * x
+
+
+def _planes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda result, *values: result + 8 * function(*values)
+
+
+MET: dict[Callable, Callable[..., Tensor]] = {
+    **{
+        function: _line()
+        for function in (F.relu, F.leaky_relu, F.relu6, torch.clamp, F.hardtanh, F.hardsigmoid, torch.abs)
+    },
+    F.hardswish: _line(1.5),
+    F.prelu: lambda result, x, weight: result + 3 * x * per_channel(weight, x.dim()).abs().clamp(min=1),
+    **{function: lambda result, x, y: result + 3 * (abs(x) + abs(y)) for function in (torch.maximum, torch.minimum)},
+    **{function: lambda result, *_: result for function in COMPARING if function not in (F.relu, F.relu6)},
+    **{function: _planes(function) for function in (torch.mul, torch.matmul, einsum)},
+    torch.square: lambda result, x: result + 8 * x.square(),
+}
+"""What they go back through by a relaxation: what a coefficient of 1 meets there, at the most, offsets and all.
+
+Of magnitudes (B, ...): of the result, and of the values in the places of the arguments. (docs/soundness.md, eq. 12)
+"""
 
 
 class _Middle(OutwardBox):
@@ -76,8 +103,7 @@ class _RecordingPass(SoundPass):
         self.errors: dict[int, Tensor] = {}
 
     def keep(self, call: Call, args: tuple[Any, ...], result: OutwardBox) -> None:
-        of_two_values = not call.affine and call.function in PARAMETRIZED
-        if call.function not in LINEAR or of_two_values:
+        if call.function not in (AFFINE if call.affine else MET):
             raise UnsupportedOperation(
                 f"{call.where} has no linear relaxation that covers rounding; methods that support it: ibp"
             )
@@ -115,17 +141,17 @@ def _slack(record: Record, errors: dict[int, Tensor], a: Arithmetic) -> dict[int
 
     No sum of a backward pass has more than `terms` terms. One through W·x + b is off by γ·|a|·(|W| m + |b|), γ of so
     many roundings and m the magnitude of x; and E, at least `unit` times the same magnitude, holds that γ/unit times.
+    What relaxations lose, as they are computed and as they are met, is no more than 2γ of `MET`.
     """
     terms = sum(box.shape[1:].numel() for box in record.boxes.values()) + len(record.calls) + SPARE_ROUNDINGS
     growth = compound(BOUND_ARITHMETIC.unit, 2 * terms)
     gamma = Fraction(1) if growth is None else growth - 1
+    factors = rounded_up((1 + gamma) * (1 + gamma / a.unit)), rounded_up(2 * gamma)
+    sizes = {index: torch.maximum(box.lower.abs(), box.upper.abs()) for index, box in record.boxes.items()}
     slack = {}
     for call in record.calls:
-        box = record.boxes[call.index]
-        magnitude = torch.maximum(box.lower.abs(), box.upper.abs())
-        if not call.affine:  # a relaxation's slopes are at most 1, its offset no more than what enters
-            (entering,) = (record.boxes[ref.index] for ref in call.args[:1])
-            magnitude = magnitude + 3 * torch.maximum(entering.lower.abs(), entering.upper.abs())
-        factors = rounded_up((1 + gamma) * (1 + gamma / a.unit)), rounded_up(2 * gamma)
-        slack[call.index] = factors[0] * errors[call.index].expand(box.shape) + factors[1] * magnitude
+        met = sizes[call.index]
+        if not call.affine:
+            met = MET[call.function](met, *map_leaves(call.args, Ref, lambda ref: sizes[ref.index]))
+        slack[call.index] = factors[0] * errors[call.index].expand(met.shape) + factors[1] * met
     return slack
