@@ -204,7 +204,7 @@ def config_command(options: argparse.Namespace) -> int:
     groups: dict[str, dict[str, list[str]]] = {}
     for name in runnable_configs():
         config = load_config(name)
-        problem = f"{config.data.name}, epsilon {format_radius(max(config.test_radii))}"
+        problem = f"{config.data.name}, epsilon {format_radius(config.judged_radius)}"
         groups.setdefault(problem, {}).setdefault(config.training.method.name, []).append(name)
     for problem, methods in sorted(groups.items()):
         print(problem)

@@ -71,7 +71,7 @@ def hints(config: Config, summary: Mapping[str, Any]) -> list[str]:
     """What to try where training has come to nothing: a line, or none.
 
     Args:
-        summary: of summary.json; its errors are those at the largest radius trained for.
+        summary: of summary.json; its errors are those at `Config.judged_radius`.
     """
     if summary["verified_error"] < NOTHING_PROVED:
         return []

@@ -493,6 +493,11 @@ class Config(Section):
         """The radii that are verified."""
         return self.verification.eps or (self.epsilon.max,)
 
+    @property
+    def judged_radius(self) -> float:
+        """That of them whose errors are the run's: epsilon.max, where it is verified, or else the largest."""
+        return self.epsilon.max if self.epsilon.max in self.test_radii else max(self.test_radii)
+
     def to_yaml(self) -> str:
         """All values, as YAML that `load_config` reads back as the same."""
         return write_yaml(self.model_dump(mode="json"))

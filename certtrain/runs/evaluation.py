@@ -126,8 +126,12 @@ class Results(NamedTuple):
 
 
 def summarize(config: Config, results: Sequence[Verification]) -> dict[str, Any]:
-    """Of summary.json; the three errors on top are those at epsilon.max, or else at the largest radius tested."""
-    chosen = next((r for r in results if r.eps == config.epsilon.max), max(results, key=lambda r: r.eps))
+    """Of summary.json; the three errors on top are those at `Config.judged_radius`.
+
+    Args:
+        results: at each of `config.test_radii`.
+    """
+    chosen = next(result for result in results if result.eps == config.judged_radius)
     return {
         **chosen.summary(),
         "split": config.verification.split,

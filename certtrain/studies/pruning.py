@@ -39,7 +39,7 @@ class Pruner(Observer):
 
     @torch.no_grad()
     def _verified_error(self, trainer: Trainer) -> float:
-        net, eps = trainer.gradient_step.net, max(self._config.test_radii)
+        net, eps = trainer.gradient_step.net, self._config.judged_radius
         data = self._validation.to(device_of(trainer.model))
         missing = 0
         with evaluating(trainer.model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ from certtrain.studies.reading import list_or_mapping, read_section
 
 OBJECTIVES = ("natural_error", "pgd_error", "verified_error", "train_seconds", "verify_seconds")
 RADII = "verification.eps"  # or what it is where it is null
+JUDGED = "the radius of the errors"  # of `Config.judged_radius`
 OF_TUNING = {  # keys that the search itself sets, and how it is told
     "data.validation": "the file's validation says what is held out for trials",
     "verification.split": "trials are judged by validation images, what is chosen by test images",
@@ -131,7 +132,8 @@ class Tuning:
     def asked_by(self, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What a configuration with these changes is asked, which must be the same of all that are compared.
 
-        That is the images, the seed, the radii and how and by whom they are verified, each under its key.
+        That is the images, the seed, the radii and how and by whom they are verified, each under its key; and at which
+        of the radii the errors are that are compared.
         """
         config = self._config(self._held_out, changes)  # which would have the last word
         values = dict(leaves(config.model_dump(mode="json")))
@@ -140,7 +142,19 @@ class Tuning:
             for key, value in values.items()
             if key in ("seed", "backend") or (key.startswith(("data.", "verification.")) and key not in OF_TRAINING)
         }
-        return asked | {RADII: config.test_radii}
+        return asked | {RADII: config.test_radii, JUDGED: config.judged_radius}
+
+    def checked_changes(self) -> Iterator[dict[str, Any]]:
+        """None, and each end and choice of the search alone; of epsilon.max, each radius within that is verified, too.
+
+        At the latter a trial is judged, and at the largest elsewhere: the ends alone do not say whether all are alike.
+        """
+        yield {}
+        for key, space in self.file.search.items():
+            values = [space.low, space.high] if isinstance(space, Range) else space
+            if isinstance(space, Range) and key == "epsilon.max":
+                values += [radius for radius in self.trial_config({}).test_radii if space.holds(radius)]
+            yield from ({key: value} for value in values)
 
     def base_settings(self) -> dict[str, Any] | None:
         """What `base` has at the keys that are searched, as Optuna knows it; None where that is not in the search."""
@@ -187,8 +201,8 @@ def load_tuning(path: Path, overrides: Sequence[str] = ()) -> Tuning:
     tuning = Tuning(file, path.parent, overrides)
     wrong: list[str] = []
     asked: dict[str, Any] = {}
-    for key, value in [("", None), *_corners(file)]:
-        changes = {key: value} if key else {}
+    for changes in tuning.checked_changes():
+        key, value = next(iter(changes.items()), ("", None))
         try:
             tuning.trial_config(changes)
             tuning.final_config(changes)
@@ -222,12 +236,9 @@ def _not_to_be_chosen(key: str, asked: str) -> str:
     reason = f"{asked} is part of what all trials are asked, and must be the same for all"
     if asked == RADII and key.startswith("epsilon"):
         return f"{reason}; not set, it is epsilon.max: set it, or search epsilon.train_factor"
+    if asked == JUDGED:
+        return (
+            f"{reason}; it is epsilon.max where {RADII} has it, and else the largest of these: "
+            "name one radius there, or search epsilon.train_factor"
+        )
     return reason
-
-
-def _corners(file: TuningFile) -> list[tuple[str, Any]]:
-    return [
-        (key, value)
-        for key, space in file.search.items()
-        for value in (space if isinstance(space, list) else (space.low, space.high))
-    ]

@@ -268,6 +268,34 @@ def test_what_is_trained_at_and_on_is_searched(written, space):
     assert space.partition(":")[0] in load_tuning(written(text)).file.search
 
 
+@pytest.mark.parametrize(
+    ("radii", "base", "space", "radius"),
+    [  # of the test, of which trials are judged at epsilon.max, or else at the largest; None: not all at the same
+        ([0.1, 0.2, 0.3, 0.4], 0.4, "epsilon.max: [0.1, 0.4]", None),
+        ([0.4, 0.1], 0.4, "epsilon: [{max: 0.4}, {max: 0.1}]", None),
+        ([0.1, 0.2], 0.1, "epsilon.max: [0.05, 0.15]", None),
+        ([0.1, 0.2], 0.1, "epsilon.max: {low: 0.05, high: 0.15}", None),
+        ([0.1, 0.2], 0.2, "epsilon.max: {low: 0.05, high: 0.15, step: 0.05}", None),
+        ([0.1, 0.2], 0.2, "epsilon.max: {low: 0.05, high: 0.15}", None),
+        ([0.1, 0.2], 0.2, "epsilon.max: {low: 0.05, high: 0.17, step: 0.04}", 0.2),
+        ([0.1, 0.2], 0.2, "epsilon.max: {low: 0.11, high: 0.3, log: true}", 0.2),
+        ([0.1, 0.2], 0.3, "epsilon.max: [0.05, 0.2, 0.3]", 0.2),
+        ([0.2], 0.1, "epsilon.max: {low: 0.1, high: 0.3}", 0.2),
+        ([0.1, 0.2], 0.1, "epsilon.train_factor: {low: 0.8, high: 2}", 0.1),
+    ],
+)
+def test_all_trials_are_judged_at_one_radius(written, radii, base, space, radius):
+    """Between the ends of a range as well."""
+    text = TUNING.replace("search:", f"search:\n  {space}")
+    text += f"overrides: {{verification.eps: {radii}, epsilon.max: {base}}}"
+    if radius is None:
+        with pytest.raises(UsageError, match=f"{space.partition(':')[0]}: the radius of the errors is part of what"):
+            load_tuning(written(text))
+    else:
+        tuning = load_tuning(written(text))
+        assert {tuning.trial_config(changes).judged_radius for changes in tuning.checked_changes()} == {radius}
+
+
 def test_trials_cannot_reach_the_test_set_and_what_is_tested_has_all_training_images(written):
     tuning = load_tuning(written(TUNING + "overrides: {verification.split: test, data.validation: 7}"))
     trial, final = tuning.trial_config({"optimizer.lr": 0.005}), tuning.final_config({"optimizer.lr": 0.005})
