@@ -108,6 +108,13 @@ class Tuned:
         }
 
 
+def is_on_front(values: Sequence[float], of: Sequence[Sequence[float]]) -> bool:
+    """Whether none of the others is better in one objective and no worse in any; smaller is better."""
+    return not any(
+        other != values and all(theirs <= own for theirs, own in zip(other, values, strict=True)) for other in of
+    )
+
+
 def choose(result: Tuned, most: int, config_of: Callable[[Mapping[str, Any]], Config]) -> None:
     """The best trial; of a front, `most` that are spread along it, both ends among them.
 

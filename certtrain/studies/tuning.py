@@ -36,13 +36,13 @@ from certtrain.studies.design import Cell, PlannedRun, planned
 from certtrain.studies.processes import Deadline, Ended, Processes
 from certtrain.studies.runner import interruptible, train_all
 from certtrain.studies.search import Range, Tuning
-from certtrain.studies.trials import BASE, Trial, Tuned, cell_name, choose, tested_trials
+from certtrain.studies.trials import BASE, Trial, Tuned, cell_name, choose, is_on_front, tested_trials
 
 STUDY = "certtrain"  # its name in the storage
 SETTINGS = "settings"  # user attribute of a trial: the keys it changes, and to what
 ERROR = "error"  # user attribute: why it has failed
 CRASHED = "crashed"  # user attribute: how a process that trained it has died
-TESTED = "tested"  # user attribute of the study: after how many trials the test set was looked at
+TESTED = "tested"  # user attribute of the study: after how many trials the test set is looked at
 LOOK_EVERY = 1.0  # seconds
 
 
@@ -73,30 +73,27 @@ def tune(
     deadline = Deadline.after(budget)
     make_folder(folder)
     study = open_study(tuning, folder)
-    tested_before = _note_tested(study, folder)
-    if tested_before is not None and tuning.file.trials > tested_before:
-        raise UsageError(
-            f"{_place(tuning, folder)}: the test set was looked at after {tested_before} trials; choosing among "
-            f"{tuning.file.trials} now would be choosing on it: {_elsewhere(tuning)}"
-        )
-    if sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)) < tuning.file.trials:
-        _check_images(tuning)
-    interrupted = _search(tuning, study, folder, jobs, deadline, device, console)
-    file = tuning.file
-    result = Tuned(folder, file.objectives, file.validation, _trials(study), file.trials, interrupted)
-    over = [trial for trial in result.trials if trial.state != "running"]
-    if len(over) >= tuning.file.trials and len(over) == len(result.trials):
-        choose(result, tuning.file.final.most, tuning.final_config)
-        write_json(folder / SEARCH, result.summary())  # after how many trials the test set was looked at
+    if TESTED not in study.user_attrs and (count := tested_trials(folder)) is not None:
+        study.set_user_attr(TESTED, count)  # by an earlier version, or with another storage
+    interrupted = False
+    if _tested(tuning, study, folder) is None:
+        if sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)) < tuning.file.trials:
+            _check_images(tuning)
+        interrupted = _search(tuning, study, folder, jobs, deadline, device, console)
+    file, tested = tuning.file, _tested(tuning, study, folder)
+    result = Tuned(folder, file.objectives, file.validation, _trials(study, tested), file.trials, interrupted)
+    states = [trial.state for trial in result.trials]
+    if sum(state not in ("running", "waiting") for state in states) >= file.trials and "running" not in states:
+        choose(result, file.final.most, tuning.final_config)
+        write_json(folder / SEARCH, result.summary())
         if not interrupted and not deadline.passed:
             console.print("the search is over; now the test set, once", highlight=False)
+            if tested is None:
+                study.set_user_attr(TESTED, len(result.trials))  # first: whoever asks for more must not come too late
             runs = _final_runs(tuning, result)
-            try:
-                result.final = train_all(
-                    runs, folder / "final", jobs=jobs, budget=deadline.budget_left, device=device, console=console
-                )
-            finally:
-                _note_tested(study, folder)
+            result.final = train_all(
+                runs, folder / "final", jobs=jobs, budget=deadline.budget_left, device=device, console=console
+            )
     write_json(folder / SEARCH, result.summary())
     return result
 
@@ -157,12 +154,19 @@ def _elsewhere(tuning: Tuning) -> str:
     return "name another storage (a database holds one search), and another --out"
 
 
-def _note_tested(study: Any, folder: Path) -> int | None:
-    """After how many trials the test set was looked at; the storage keeps it for whoever goes on elsewhere."""
-    if TESTED not in study.user_attrs and (count := tested_trials(folder)) is not None:
-        study.set_user_attr(TESTED, count)
-    tested: int | None = study.user_attrs.get(TESTED)
-    return tested
+def _tested(tuning: Tuning, study: Any, folder: Path) -> int | None:
+    """After how many trials the test set began to be looked at, here or elsewhere; None where it has not.
+
+    Raises:
+        UsageError: more trials are asked for.
+    """
+    count: int | None = study.user_attrs.get(TESTED)
+    if count is not None and tuning.file.trials > count:
+        raise UsageError(
+            f"{_place(tuning, folder)}: the test set was looked at after {count} trials; choosing among "
+            f"{tuning.file.trials} now would be choosing on it: {_elsewhere(tuning)}"
+        )
+    return count
 
 
 def _check_images(tuning: Tuning) -> None:
@@ -204,8 +208,14 @@ def trial_name(number: int) -> str:
 
 
 def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) -> tuple[int, Config] | None:
-    """A trial that was begun and has nobody at work in it, or a new one; None where there are enough."""
+    """A trial that was begun and has nobody at work in it, or a new one; None where there are enough.
+
+    Raises:
+        UsageError: more trials are asked for than there were when another began to look at the test set.
+    """
     optuna = optional_module("optuna", "tune")
+    if _tested(tuning, study, folder) is not None:
+        return None
     for begun in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING]):
         place = folder / trial_name(begun.number)
         if trial_name(begun.number) in names or holder(_claim(folder, begun.number)) or holder(place):
@@ -338,18 +348,20 @@ def _claim(folder: Path, number: int) -> Path:
     return folder / "claims" / f"{number:04}"
 
 
-def _trials(study: Any) -> list[Trial]:
-    best = {trial.number for trial in study.best_trials}
+def _trials(study: Any, count: int | None) -> list[Trial]:
+    """The first `count`, those among which it is chosen; None: all."""
+    trials = study.get_trials(deepcopy=False)[:count]
+    values = [trial.values for trial in trials if trial.state.name == "COMPLETE"]
     return [
         Trial(
             trial.number,
             trial.state.name.lower(),
             trial.user_attrs.get(SETTINGS, {}),
             trial.values,
-            trial.number in best,
+            trial.state.name == "COMPLETE" and is_on_front(trial.values, values),
             bool(trial.user_attrs.get(BASE)),
         )
-        for trial in study.get_trials(deepcopy=False)
+        for trial in trials
     ]
 
 

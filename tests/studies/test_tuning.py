@@ -10,6 +10,7 @@ import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -33,7 +34,7 @@ from certtrain.studies.processes import BROKEN, IN_USE, Ended
 from certtrain.studies.pruning import Pruner
 from certtrain.studies.runner import RunStates
 from certtrain.studies.search import Range, load_tuning
-from certtrain.studies.trials import Trial, Tuned, choose, drawn, page_of
+from certtrain.studies.trials import Trial, Tuned, choose, drawn, is_on_front, page_of
 from certtrain.studies.trials import tested_trials as trials_before_the_test
 from certtrain.studies.tuning import (
     BASE,
@@ -257,6 +258,61 @@ def test_a_storage_knows_that_the_test_set_was_looked_at_and_what_it_holds(cli, 
     outcome = cli("tune", file, "--out", tmp_path / "third")
     assert outcome.code == 2
     assert "shared.db holds another search: search.optimizer.lr differ; undo that, or name another s" in outcome.error
+
+
+class Killed(BaseException):
+    """The process, as by SIGKILL."""
+
+
+@pytest.mark.parametrize("finished", [0, 1, 2])
+def test_from_the_first_look_at_the_test_set_on_nobody_adds_trials(tmp_path, monkeypatch, finished):
+    """Nor another that was at work before, and whose last trial came in between; what is tested stays the same."""
+    tuning = load_tuning(written(tmp_path / "search.yaml", SEARCH))
+    more = load_tuning(written(tmp_path / "more.yaml", SEARCH.replace("trials: 2", "trials: 60")))
+    study, other = open_study(tuning, tmp_path), open_study(more, tmp_path)
+    for error in (0.2, 0.1):
+        study.tell(_next_trial(tuning, study, tmp_path, [])[0], error)
+    refused = pytest.raises(UsageError, match="the test set was looked at after 2 trials; choosing among 60 now")
+    tested = []
+
+    def choose_late(*arguments):
+        other.tell(_next_trial(more, other, tmp_path, [])[0], 0.0)
+        choose(*arguments)
+
+    def killed(runs, folder, **_):
+        with refused:
+            _next_trial(more, other, tmp_path, [])
+        tested.append([run.name for run in runs])
+        pretend_finished(SimpleNamespace(runs=runs[:finished]), folder)
+        raise Killed
+
+    def trained(runs, folder, **_):
+        tested.append([run.name for run in runs])
+        pretend_finished(SimpleNamespace(runs=[run for run in runs if not (folder / run.name).exists()]), folder)
+        return RunStates(finished=[run.name for run in runs])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("certtrain.studies.tuning.choose", choose_late)
+        patch.setattr("certtrain.studies.tuning.train_all", killed)
+        with pytest.raises(Killed):
+            tune(tuning, tmp_path, console=QUIET)
+    (tmp_path / "tuning.json").unlink()  # the storage alone knows
+    with refused:
+        tune(more, tmp_path, console=QUIET)
+    monkeypatch.setattr("certtrain.studies.tuning.train_all", trained)
+    result = tune(tuning, tmp_path, console=QUIET)
+    assert (result.exit_code, result.chosen, len(result.trials)) == (0, [1], 2)
+    assert tested == [["base/seed-4", "trial-1/seed-4"]] * 2
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+def test_the_front_is_optuna_s(objectives):
+    study = optuna.create_study(directions=["minimize"] * objectives)
+    values = np.random.default_rng(objectives).integers(0, 4, (30, objectives)).astype(float).tolist()  # many are equal
+    for own in values:
+        study.tell(study.ask(), own)
+    front = [number for number, own in enumerate(values) if is_on_front(own, values)]
+    assert front == [trial.number for trial in study.best_trials]
 
 
 @pytest.mark.parametrize(
