@@ -65,9 +65,10 @@ NUMBERED = tuple(file.name for file in _FILES if file.numbered)
 GRID = "study.json"
 SEARCH = "tuning.json"
 SEARCH_STORAGE = "optuna.db"
+SEARCH_ID = "search.id"  # by which a database elsewhere knows the folder
 SCALING = "scaling.json"
 SCALING_PLOT = "scaling.png"
-STUDY_FILES = (GRID, SEARCH, SEARCH_STORAGE, SCALING, SCALING_PLOT)  # what studies, searches, scaling laws keep
+STUDY_FILES = (GRID, SEARCH, SEARCH_STORAGE, SEARCH_ID, SCALING, SCALING_PLOT)  # of studies, searches, scaling laws
 
 
 # --- what is in a folder ----------------------------------------------------------------------------------------------

@@ -122,6 +122,26 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def write_once(path: Path, text: str) -> None:
+    """Write `path`, where nothing is yet: of several who do so at once, on whatever machines, the text of one is kept.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder cannot be written to.
+    """
+    if path.exists():
+        return
+    whole = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    write_text(whole, text)
+    try:
+        os.link(whole, path)  # which replaces nothing, as a rename would
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without second names
+        write_text(path, text)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 

@@ -5,8 +5,11 @@ The test set is looked at once: by what was chosen, trained anew on the whole tr
 
 from __future__ import annotations
 
+import platform
 import re
+import secrets
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,10 +31,10 @@ from certtrain.errors import (
     shortened,
 )
 from certtrain.runs.directory import differences, stored_config
-from certtrain.runs.files import CONFIG, SEARCH, SEARCH_STORAGE
+from certtrain.runs.files import CONFIG, SEARCH, SEARCH_ID, SEARCH_STORAGE
 from certtrain.runs.lock import claimed, holder
 from certtrain.runtime.console import tell
-from certtrain.runtime.files import make_folder, write_json
+from certtrain.runtime.files import make_folder, write_json, write_once
 from certtrain.studies.design import Cell, PlannedRun, planned
 from certtrain.studies.processes import Deadline, Ended, Processes
 from certtrain.studies.runner import interruptible, train_all
@@ -42,6 +45,7 @@ STUDY = "certtrain"  # its name in the storage
 SETTINGS = "settings"  # user attribute of a trial: the keys it changes, and to what
 ERROR = "error"  # user attribute: why it has failed
 CRASHED = "crashed"  # user attribute: how a process that trained it has died
+FOLDER = "folder"  # user attribute of the study: which one its trials lie in
 TESTED = "tested"  # user attribute of the study: after how many trials the test set is looked at
 LOOK_EVERY = 1.0  # seconds
 
@@ -65,8 +69,8 @@ def tune(
         jobs, budget, device: as of `train_all`.
 
     Raises:
-        UsageError: the storage holds another search; or more trials are asked for after the test set was looked at; or
-            `validation` is more images than there are.
+        UsageError: the storage holds another search, or is that of another folder; or more trials are asked for after
+            the test set was looked at; or `validation` is more images than there are.
         MissingDependency: Optuna is not installed.
     """
     console = console or Console()
@@ -126,15 +130,33 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
     stored = study.user_attrs.get("asked")
     if stored is None:
         study.set_user_attr("asked", asked)
-        if (before := tuning.base_settings()) is not None:
-            study.enqueue_trial(before, user_attrs={BASE: True})
     elif stored != asked:
         changed = [key for key in dict.fromkeys((*asked, *stored)) if stored.get(key) != asked.get(key)]
         raise UsageError(
             f"{_place(tuning, folder)} holds another search: {shortened(', '.join(changed), 120)} differ; "
             f"undo that, or {_elsewhere(tuning)}"
         )
+    if file.storage is not None:
+        _require_the_folder(tuning, study, folder)
     return study
+
+
+def _require_the_folder(tuning: Tuning, study: Any, folder: Path) -> None:
+    """A search has one folder: where a trial is found out to be left, and has its checkpoint, is asked there.
+
+    Raises:
+        UsageError: the storage is that of another folder.
+    """
+    write_once(folder / SEARCH_ID, secrets.token_hex(16))  # the same by whatever path the folder is seen
+    own = (folder / SEARCH_ID).read_text(encoding="utf-8")
+    if FOLDER not in study.user_attrs:
+        study.set_user_attr(FOLDER, {"id": own, "place": f"{folder.resolve()} on {platform.node()}"})
+    first = study.user_attrs[FOLDER]  # looked up again: another may have been there at the same time
+    if first["id"] != own:
+        raise UsageError(
+            f"{_place(tuning, folder)} belongs to a search in another folder, {shortened(first['place'], 240)}: "
+            f"go on there, which all machines must share, or {_elsewhere(tuning)}"
+        )
 
 
 def _place(tuning: Tuning, folder: Path) -> str:
@@ -237,10 +259,16 @@ def _next_trial(tuning: Tuning, study: Any, folder: Path, names: Sequence[str]) 
 
 
 def _propose(tuning: Tuning, study: Any, trial: Any) -> Config | None:
-    """The configuration of a trial, which keeps what it was given before; None, and it has failed, if there is none."""
-    study.sampler = _sampler(tuning, trial.number)
+    """The configuration of a trial, which keeps what it was given before; None, and it has failed, if there is none.
+
+    The first is that of `base`, where it lies within the search.
+    """
+    before = tuning.base_settings() if trial.number == 0 else None
+    study.sampler = _sampler(tuning, trial.number, before or {})
     settings = {key: _suggest(trial, key, tuning) for key in tuning.file.search}
     trial.set_user_attr(SETTINGS, settings)
+    if trial.params == before:
+        trial.set_user_attr(BASE, True)
     try:
         return tuning.trial_config(settings)
     except UsageError as error:  # each value is possible, but not all of them together
@@ -253,13 +281,21 @@ def _fail(study: Any, trial: Any, reason: object) -> None:
     study.tell(trial, state=optional_module("optuna", "tune").trial.TrialState.FAIL)
 
 
-def _sampler(tuning: Tuning, number: int) -> Any:
-    """Of one trial: a generator for all of them would begin anew, and propose the same again, in every process."""
+def _sampler(tuning: Tuning, number: int, fixed: Mapping[str, Any]) -> Any:
+    """Of one trial: a generator for all of them would begin anew, and propose the same again, in every process.
+
+    Args:
+        fixed: what is not sampled, by key.
+    """
     optuna = optional_module("optuna", "tune")
     seed = int(np.random.SeedSequence((tuning.file.seed, number)).generate_state(1)[0])
     if tuning.file.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        sampler = optuna.samplers.RandomSampler(seed=seed)
+    else:
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.PartialFixedSampler(fixed, sampler) if fixed else sampler
 
 
 def _suggest(trial: Any, key: str, tuning: Tuning) -> Any:

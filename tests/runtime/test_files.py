@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from certtrain.errors import CheckpointError, UsageError
 from certtrain.runs.directory import remove_temporaries
 from certtrain.runs.files import RUN_FILES
-from certtrain.runtime.files import parse_json, read_json, write_atomically, write_text
+from certtrain.runtime.files import parse_json, read_json, write_atomically, write_once, write_text
 from tests.commands import contents
 
 
@@ -65,6 +65,25 @@ def test_two_who_write_one_file_at_once_both_succeed(tmp_path):
 
     write_atomically(tmp_path / "file", write)
     assert contents(tmp_path) == {"file": b"first"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_written_once_is_that_of_the_first(tmp_path, monkeypatch, links):
+    """Also of two who find nothing there, of whom the second is the quicker; on file systems without links as well."""
+    link, file = os.link, tmp_path / "file"
+
+    def outrun(source, target):
+        monkeypatch.setattr(os, "link", link)
+        write_once(target, "quicker")
+        os.link(source, target)
+
+    def unknown(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", outrun if links else unknown)
+    for text in ("first", "second"):
+        write_once(file, text)
+    assert contents(tmp_path) == {"file": b"quicker" if links else b"first"}
 
 
 def test_what_a_killed_writer_has_left_is_found_by_its_name(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import platform
 import signal
 import warnings
 from contextlib import nullcontext
@@ -223,7 +224,7 @@ def test_a_search_that_was_changed_or_goes_on_after_the_test_is_refused(cli, tmp
     file.write_text(SEARCH)
     out.mkdir()
     study = open_study(load_tuning(file), out)
-    assert [trial.state for trial in study.get_trials()] == [optuna.trial.TrialState.WAITING]  # of the base
+    assert study.get_trials() == []
     assert study.user_attrs["asked"]["search.optimizer.lr"] == {"low": 0.001, "high": 0.03, "log": True, "step": None}
     file.write_text(SEARCH.replace("high: 0.03", "high: 0.04").replace("pgd_steps: 2", "pgd_steps: 3"))
     with pytest.raises(
@@ -238,7 +239,6 @@ def test_a_search_that_was_changed_or_goes_on_after_the_test_is_refused(cli, tmp
 
 
 def test_a_storage_knows_that_the_test_set_was_looked_at_and_what_it_holds(cli, tmp_path):
-    """Whatever the folder that one goes on in."""
     database = f"sqlite:///{tmp_path}/shared.db"
     file = written(tmp_path / "search.yaml", f"{SEARCH}storage: {database}")
     tuning, first = load_tuning(file), tmp_path / "first"
@@ -249,15 +249,74 @@ def test_a_storage_knows_that_the_test_set_was_looked_at_and_what_it_holds(cli, 
     (first / "tuning.json").write_text(json.dumps(tuned(first, ["verified_error"], [0.2], [0.1], front=[1]).summary()))
     write_run(first / "final" / "base" / "seed-4", "ppum")
     written(file, file.read_text().replace("trials: 2", "trials: 3"))
-    for out in (first, tmp_path / "second"):  # the first tells the storage
-        outcome = cli("tune", file, "--out", out)
+    for _ in range(2):  # of which the first tells the storage
+        outcome = cli("tune", file, "--out", first)
         assert outcome.code == 2
         assert "shared.db: the test set was looked at after 2 trials" in outcome.error
         assert "name another storage (a database holds one search), and another --out" in outcome.error
+        (first / "tuning.json").unlink(missing_ok=True)
     written(file, file.read_text().replace("high: 0.03", "high: 0.04"))
     outcome = cli("tune", file, "--out", tmp_path / "third")
     assert outcome.code == 2
     assert "shared.db holds another search: search.optimizer.lr differ; undo that, or name another s" in outcome.error
+
+
+def test_a_search_in_a_database_has_one_folder(cli, tmp_path):
+    """Wherever that is moved, and by whatever path it is seen: trials of another would seem to be left."""
+    file = written(tmp_path / "search.yaml", f"{SEARCH}storage: sqlite:///{tmp_path}/shared.db")
+    tuning, first = load_tuning(file), tmp_path / "first"
+    first.mkdir()
+    begun, _ = _next_trial(tuning, open_study(tuning, first), first, [])
+    outcome = cli("tune", file, "--out", tmp_path / "second")
+    assert outcome.code == 2
+    assert (
+        f"shared.db belongs to a search in another folder, {first} on {platform.node()}: go on there" in outcome.error
+    )
+    (tmp_path / "link").symlink_to(first)
+    first.rename(tmp_path / "moved")
+    (tmp_path / "link").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    for seen in (tmp_path / "moved", tmp_path / "link"):
+        assert _next_trial(tuning, open_study(tuning, seen), seen, [])[0] == begun
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("when", ["opened", "asked", "proposed"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_the_first_trial_alone_is_base_s_whoever_is_killed_or_comes_in_between(
+    tmp_path, monkeypatch, sampler, when, killed
+):
+    tuning = load_tuning(
+        written(tmp_path / "search.yaml", f"{SEARCH}sampler: {sampler}".replace("trials: 2", "trials: 4"))
+    )
+    kind, name = {
+        "opened": (optuna.Study, "set_user_attr"),
+        "asked": (optuna.Study, "ask"),
+        "proposed": (optuna.Trial, "suggest_float"),
+    }[when]
+    done = getattr(kind, name)
+
+    def begin():
+        study = open_study(tuning, tmp_path)
+        _next_trial(tuning, study, tmp_path, [trial_name(number) for number in range(4)])  # none that was begun
+
+    def once(self, *arguments, **options):
+        monkeypatch.setattr(kind, name, done)
+        if killed:
+            done(self, *arguments, **options)
+            raise Killed
+        begin()
+        return done(self, *arguments, **options)
+
+    monkeypatch.setattr(kind, name, once)
+    with pytest.raises(Killed) if killed else nullcontext():
+        begin()
+    study = open_study(tuning, tmp_path)
+    while (proposed := _next_trial(tuning, study, tmp_path, [])) is not None:
+        study.tell(proposed[0], 0.5)
+    rates = [trial.params["optimizer.lr"] for trial in study.trials]
+    assert [trial.number for trial in study.trials if BASE in trial.user_attrs] == [0]
+    assert (rates[0], len(rates), len(set(rates))) == (0.02, 4, 4)
 
 
 class Killed(BaseException):
@@ -334,8 +393,7 @@ def test_images_that_cannot_be_held_out_are_told_once_before_the_search(cli, tmp
     file = written(tmp_path / "search.yaml", SEARCH.replace("validation: 0.1", f"validation: {validation}"))
     outcome = cli("tune", file, "--out", tmp_path / "out")
     assert (outcome.code, f"validation is {validation}: not a share" in outcome.error) == (2, True)
-    states = [trial.state.name for trial in open_study(load_tuning(file), tmp_path / "out").get_trials()]
-    assert states == ["WAITING"]
+    assert open_study(load_tuning(file), tmp_path / "out").get_trials() == []
 
 
 STEPS = [(5, 45, 7), (5, 40, 7), (0.001, 0.01, 100.0), (0.1, 0.7, 0.2), (0.0, 1.0, 0.3), (0.0, 1.2, 0.3), (1.0, 10, 3)]
