@@ -62,7 +62,10 @@ class Range(Section):
 
 
 class Pruning(Section):
-    """Trials whose verified error on validation images is above the median of the others' at that epoch are ended."""
+    """Trials whose verified error by IBP on validation images is above the median at that epoch are ended.
+
+    The median is that of the trials that were trained to their end.
+    """
 
     warmup_epochs: Annotated[int, Field(ge=0)] | None = None  # before which none is; null: until its epsilon has grown
     startup_trials: Annotated[int, Field(ge=1)] = 5  # that are finished before one is ended
@@ -97,8 +100,8 @@ class TuningFile(Section):
     def _can_be_done(self) -> TuningFile:
         if not 1 <= len(set(self.objectives)) == len(self.objectives):
             raise ValueError("objectives: name one or several, none twice")
-        if self.pruning is not None and len(self.objectives) > 1:
-            raise ValueError("pruning is by one objective: with several, Optuna has no order in which to end trials")
+        if self.pruning is not None and self.objectives != ("verified_error",):
+            raise ValueError("pruning is by verified_error: it must be the objective, and the only one")
         if not self.validation:
             raise ValueError("validation is 0: there would be nothing to choose by but the test set")
         if isinstance(self.validation, float) and self.validation >= 1:

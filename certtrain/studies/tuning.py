@@ -107,9 +107,6 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
     optuna = optional_module("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file = tuning.file
-    pruner = optuna.pruners.NopPruner()
-    if file.pruning is not None:
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=file.pruning.startup_trials)
     url = file.storage or f"sqlite:///{(folder / SEARCH_STORAGE).resolve()}"
     try:
         study = optuna.create_study(
@@ -117,7 +114,6 @@ def open_study(tuning: Tuning, folder: Path) -> Any:
             storage=url,
             load_if_exists=True,
             directions=["minimize"] * len(file.objectives),
-            pruner=pruner,
         )
     except Exception as error:  # of optuna, SQLAlchemy and the database's driver
         raise UsageError(f"storage {_without_password(url)} cannot be used: {shortened(error, 160)}") from error
@@ -360,7 +356,7 @@ def train_trial(tuning: Tuning, folder: Path, number: int, config: Config, place
             return 0
         trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
         pruning = tuning.file.pruning
-        pruner = None if pruning is None else Pruner(trial, config, pruning.warmup_epochs)
+        pruner = None if pruning is None else Pruner(trial, config, pruning)
         callbacks = [] if pruner is None else [pruner]
         try:
             run = train(config, place, resume=True, device=device, console=Console(width=120), callbacks=callbacks)

@@ -205,7 +205,10 @@ def test_two_configurations_are_not_the_same(written, text, overrides, names):
     [
         (TUNING + "objectives: [verified_errors]", "unknown objective 'verified_errors': did you mean verified_error"),
         (TUNING + "objectives: []", "name one or several"),
-        (TUNING + "objectives: [natural_error, verified_error]\npruning: {}", "pruning is by one objective"),
+        *(
+            (f"{TUNING}objectives: [{objectives}]\npruning: {{}}", "pruning is by verified_error: it must be the obj")
+            for objectives in ("natural_error", "pgd_error", "train_seconds", "natural_error, verified_error")
+        ),
         (TUNING + "validation: 0", "nothing to choose by but the test set"),
         (TUNING + "validation: 1.0", "validation is 1.0: a share is below 1, and a number of images whole"),
         (TUNING + "validation: 2.5", "validation is 2.5: a share is below 1, and a number of images whole"),
@@ -225,6 +228,11 @@ def test_a_wrong_search_is_explained(written, text, message):
     with pytest.raises(UsageError) as error:
         load_tuning(written(text))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("objectives", ["", "objectives: [verified_error]"])
+def test_pruning_is_by_the_objective_itself(written, objectives):
+    assert load_tuning(written(f"{TUNING}pruning: {{}}\n{objectives}")).file.pruning is not None
 
 
 ASKED = {  # which key is named, where several change

@@ -34,7 +34,7 @@ from certtrain.studies.design import Cell, planned
 from certtrain.studies.processes import BROKEN, IN_USE, Ended
 from certtrain.studies.pruning import Pruner
 from certtrain.studies.runner import RunStates
-from certtrain.studies.search import Range, load_tuning
+from certtrain.studies.search import Pruning, Range, load_tuning
 from certtrain.studies.trials import Trial, Tuned, choose, drawn, is_on_front, page_of
 from certtrain.studies.trials import tested_trials as trials_before_the_test
 from certtrain.studies.tuning import (
@@ -560,16 +560,51 @@ def test_a_trial_belongs_to_one_process_until_the_storage_knows_what_came_out(tm
 
 
 class Recorded:
-    """A trial that ends after so many epochs."""
+    """A trial of a study where others have come to these errors, by epoch."""
 
-    def __init__(self, epochs):
-        self.epochs, self.reported = epochs, {}
+    def __init__(self, *others):
+        self.reported, self.study = {}, optuna.create_study()
+        for errors in others:
+            told(self.study, "COMPLETE", errors)
 
     def report(self, value, step):
         self.reported[step] = value
 
-    def should_prune(self):
-        return len(self.reported) >= self.epochs
+
+def told(study, state, errors):
+    """The trial that has these errors from the first epoch on."""
+    trial = study.ask()
+    for epoch, error in enumerate(errors, start=1):
+        trial.report(error, epoch)
+    if state != "RUNNING":
+        study.tell(trial, 0.5 if state == "COMPLETE" else None, state=optuna.trial.TrialState[state])
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "startup_trials", "ended"),
+    [
+        ([0.1, 0.9], [[0.3, 0.5]] * 3, 3, 2),  # it was good, and has got worse
+        ([0.4, 0.1], [[0.3, 0.5]] * 3, 3, 1),
+        ([0.3, 0.5], [[0.3, 0.5]] * 3, 3, None),
+        ([0.4, 0.9], [[0.3, 0.5]] * 3, 4, None),
+        ([0.2, 0.9], [[0.3]] * 3, 1, None),  # nothing is known of that epoch
+        ([0.2, 0.9], [[0.3], [0.3], [0.3, 0.8]], 3, 2),
+        ([0.31], [[0.2], [0.4]], 1, 1),
+        ([0.29], [[0.2], [0.4]], 1, None),
+        ([0.3, 0.9], [], 1, None),
+    ],
+)
+def test_a_trial_is_ended_where_it_is_above_the_median_of_that_epoch(monkeypatch, own, others, startup_trials, ended):
+    """Of those trials that were trained to their end: what is said of others would be of the bad ones alone."""
+    trial, errors = Recorded(*others), iter(own)
+    for state in ("RUNNING", "PRUNED", "FAIL"):
+        told(trial.study, state, [0.0] * 2)
+    config = load_config("digits", {"data.validation": 0.1, "verification.split": "validation"})
+    pruner = Pruner(trial, config, Pruning(warmup_epochs=0, startup_trials=startup_trials))
+    monkeypatch.setattr(pruner, "_verified_error", lambda trainer: next(errors))
+    ends = [pruner.after_epoch(None, SimpleNamespace(epoch=epoch)) for epoch in range(1, len(own) + 1)]
+    assert next((epoch for epoch, end in enumerate(ends, start=1) if end), None) == ended
+    assert list(trial.reported.values()) == own
 
 
 @pytest.mark.slow
@@ -578,8 +613,8 @@ def test_trials_are_pruned_by_bounds_on_validation_images(tmp_path):
     changes = {"data.validation": 0.1, "verification": {"split": "validation", "limit": None}, "epsilon.max": 0.001}
     config = load_config("digits", [*TINY, changes, "optimizer.lr=0.05"])
     for epochs in (1, 99):
-        trial = Recorded(epochs)
-        pruner = Pruner(trial, config, warmup_epochs=0)
+        trial = Recorded([-1.0] * 3) if epochs == 1 else Recorded()
+        pruner = Pruner(trial, config, Pruning(warmup_epochs=0, startup_trials=1))
         with one_thread():
             run = train(config, tmp_path / str(epochs), device="cpu", console=QUIET, callbacks=[pruner])
         assert len(trial.reported) == min(epochs, 3)
@@ -596,9 +631,10 @@ def test_no_trial_is_ended_before_its_own_epsilon_has_grown(tmp_path, start, ram
     """Whatever that of `base` does; or before the epoch that the file names."""
     changes = {"data.validation": 0.1, "verification": {"split": "validation"}, "training.epochs": 4}
     config = load_config("digits", [*TINY, changes, {"epsilon": {"start_epoch": start, "warmup_epochs": ramp}}])
-    trial = Recorded(0)  # which its study would end at once
+    trial = Recorded([-1.0] * 4)  # beside which any is bad
+    pruner = Pruner(trial, config, Pruning(warmup_epochs=asked, startup_trials=1))
     with one_thread():
-        train(config, tmp_path / "run", device="cpu", console=QUIET, callbacks=[Pruner(trial, config, asked)])
+        train(config, tmp_path / "run", device="cpu", console=QUIET, callbacks=[pruner])
     assert list(trial.reported) == list(range(1, last + 1))
 
 
