@@ -43,7 +43,7 @@ def record(
     return {
         "versions": dict(versions),
         "plan": plan.file.model_dump(mode="json", exclude={"overrides": {"data.root", "data.path"}}),
-        "eps": plan.base.epsilon.max,
+        "eps": plan.base.judged_radius,
         "data": {"images": count.images, "image_shape": list(count.image_shape), "classes": count.classes},
         "base": plan.base.model_dump(mode="json", exclude=hidden),
         "tuning": None if rule is None else {"rule": asdict(rule), "runs": [_row(result) for result in tuning]},
@@ -191,7 +191,7 @@ class ScalingRecord(_Record):
 
     plan: ScalingFile
     base: Config
-    eps: float
+    eps: float  # at which the errors are
     data: Data
     tuning: Tuning | None
     fits: dict[str, dict[str, FittedLaws | Unfitted]]  # by protocol and approach

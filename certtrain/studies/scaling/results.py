@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,13 @@ def measured(cells: Sequence[Planned], seeds: Sequence[int], folder: Path, diver
         diverged: whether runs that have diverged count, as ones that prove no image.
 
     Raises:
-        CheckpointError: a summary is corrupt.
+        CheckpointError: a summary is corrupt, or its errors are at another radius than the plan's.
     """
     results = []
     for cell in cells:
         runs = {seed: folder / run.name for seed in seeds for run in cell.runs([seed])}
-        summaries = {
-            seed: read_json(run / SUMMARY, _of_validation_images) for seed, run in runs.items() if is_finished(run)
-        }
+        checked = partial(_of_validation_images, eps=cell.config.judged_radius)
+        summaries = {seed: read_json(run / SUMMARY, checked) for seed, run in runs.items() if is_finished(run)}
         errors = {seed: summary["verified_error"] for seed, summary in summaries.items()}
         if diverged:
             errors |= {seed: 1.0 for seed, run in runs.items() if has_diverged(run)}
@@ -64,9 +64,11 @@ def finished_runs(results: Sequence[Measured]) -> int:
     return sum(len(result.by_seed) for result in results)
 
 
-def _of_validation_images(summary: dict[str, Any]) -> dict[str, Any]:
+def _of_validation_images(summary: dict[str, Any], eps: float) -> dict[str, Any]:
     if not (0 <= summary["verified_error"] <= 1 and summary["images"] > 0 and summary["split"] == "validation"):
         raise ValueError("no errors on validation images")
+    if summary["eps"] != eps:
+        raise ValueError(f"its errors are at {summary['eps']}, the plan's at {eps}")
     return summary
 
 

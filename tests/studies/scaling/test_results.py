@@ -63,11 +63,11 @@ def best_settings(width):
     return {4: (4e-3, 32, 0.999), 16: (2e-3, 64, 0.99)}[width]
 
 
-def pretend(folder, run, error):
+def pretend(folder, run, error, eps=0.1):
     place = folder / run.name
     place.mkdir(parents=True)
     place.joinpath("config.yaml").write_text(run.config.to_yaml())
-    summary = {"verified_error": error, "images": HELD_OUT, "split": "validation"}
+    summary = {"eps": eps, "verified_error": error, "images": HELD_OUT, "split": "validation"}
     place.joinpath("summary.json").write_text(json.dumps(summary))
 
 
@@ -324,6 +324,29 @@ def test_what_cannot_be_recommended(cli, folder, arguments, code, message):
     outcome = cli("plan", "--law", folder, *arguments)
     assert outcome.code == code
     assert message in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "eps"),
+    [
+        ("", 0.1),
+        ("epsilon.max: 0.2", 0.2),
+        ("verification.eps: 2/255", 2 / 255),
+        ("verification.eps: [0.2, 0.3], epsilon.max: 0.4", 0.3),
+        ("verification.eps: [0.05, 0.1, 0.2]", 0.1),
+    ],
+)
+def test_a_law_is_of_the_radius_at_which_the_errors_are(tmp_path, overrides, eps):
+    text = PLAN.replace("milestones: []", f"milestones: []{overrides and ', '}{overrides}").replace(
+        "corrected: {}", "corrected: {tuned: false}"
+    )
+    plan = load_plan(written(tmp_path, text))
+    (run,) = plan.grid(Counted(), None).cells[0].runs([0])
+    pretend(tmp_path / "out", run, 0.5, eps)
+    assert scale(plan, tmp_path / "out", train=False).record["eps"] == eps
+    pretend(tmp_path / "other", run, 0.5, eps / 2)
+    with pytest.raises(CheckpointError, match=f"summary.json is missing or corrupt .its errors are at {eps / 2}, the"):
+        scale(plan, tmp_path / "other", train=False)
 
 
 @pytest.mark.parametrize("harm", ["{", "[]", '{"eps": 0.1}', None])
