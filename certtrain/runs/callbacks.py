@@ -58,12 +58,15 @@ class Follower:
 
     @contextmanager
     def until_signalled(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM end the run after the present step; a second one acts as usual."""
+        """Let SIGINT or SIGTERM end the run after the present step; after it, a second Ctrl-C acts as usual.
+
+        Further SIGTERMs do nothing: batch systems and supervisors send one to each process of a tree, whose parents
+        pass it on, and SIGKILL to whoever takes too long.
+        """
 
         def note(number: int, frame: FrameType | None) -> None:
             self._noted = number
-            for name, handler in previous.items():
-                signal.signal(name, handler)
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
         previous = {}
         try:

@@ -289,7 +289,10 @@ def _fit(
         told = announced(display.compiling, display.compiled) if compiled else nullcontext()
         with observer.until_signalled(), safe_convolutions(run.model, run.dataset.image_shape), told:
             finished = trainer.run(observer)
-        observer.save(trainer)
+            if not finished:
+                observer.save(trainer)
+        if finished:
+            observer.save(trainer)
     if not finished:
         saved = f"saved {run.folder} at step {trainer.step}; continue with --resume"
         if observer.signal == READER_LEFT:

@@ -166,15 +166,17 @@ def _note(ended: Ended, folder: Path, outcome: RunStates, display: Display) -> N
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """What a batch system sends before it kills is answered as Ctrl-C is."""
-    previous = None
+    """What a batch system sends before it kills is answered as Ctrl-C is, unless the caller answers or ignores it."""
+    changed = False
     with suppress(ValueError):  # not the main thread
-        previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            changed = True
     try:
         yield
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        if changed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def train_run(config: Config, folder: Path, device: str) -> int:

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from certtrain.errors import UsageError, optional_module, shortened
+from certtrain.errors import UsageError, optional_module, shortened, shown
 from certtrain.runtime.files import make_folder
 from certtrain.studies.design import Study
 from certtrain.studies.runner import train_all
 
+TIMES = "slurm_max_num_timeout"  # how often a job whose time is over is queued again
+DEFAULTS = {"timeout_min": 60, TIMES: 10_000}  # submitit's own are 5 and 3
+
 
 class Worker:
-    """What a job does: it trains whatever no other job is at, until nothing is left."""
+    """What a job does: it trains whatever no other job is at, until nothing is left.
+
+    SIGTERM is left to submitit, which does not heed it: a job that ended by it would be over, while one that is killed
+    in the end is queued again by Slurm where that preempts it, and not where somebody cancels it.
+    """
 
     def __init__(self, study: Study, folder: Path, jobs: int, budget: float | None, device: str) -> None:
         self.study, self.folder, self.jobs, self.budget, self.device = study, folder, jobs, budget, device
 
     def __call__(self) -> int:
+        """The exit code of `RunStates`: 75 where others are at the rest, or the budget is spent.
+
+        Raises:
+            RuntimeError: runs have failed, or somebody ended the job: a result would count as a success.
+        """
         outcome = train_all(self.study.runs, self.folder, jobs=self.jobs, budget=self.budget, device=self.device)
         if outcome.failed:
             raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items()))
+        if outcome.interrupted:
+            raise RuntimeError("ended by a signal: what was under way is saved, and the same study goes on with it")
         return outcome.exit_code
 
     def checkpoint(self) -> object:
@@ -52,9 +66,13 @@ def submit(
     """
     submitit = optional_module("submitit", "slurm")
     make_folder(folder)
+    parameters = {"name": folder.name, "cpus_per_task": jobs, **DEFAULTS, **study.slurm}
+    if not isinstance(times := parameters.pop(TIMES), int):
+        raise UsageError(f"slurm.{TIMES}: a whole number is expected (got {shown(times)})")
     try:
-        executor = submitit.AutoExecutor(folder=folder.resolve() / "logs" / "slurm", cluster=cluster)
-        executor.update_parameters(**{"name": folder.name, "cpus_per_task": jobs, **study.slurm})
+        place = folder.resolve() / "logs" / "slurm"
+        executor = submitit.AutoExecutor(place, cluster, **{TIMES: times})  # which it takes here alone
+        executor.update_parameters(**parameters)
         worker = Worker(study, folder.resolve(), jobs, budget, device)
         with executor.batch():
             submitted = [executor.submit(worker) for _ in range(count)]

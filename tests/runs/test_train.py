@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -24,7 +25,7 @@ from certtrain.config import load_config
 from certtrain.errors import CheckpointError
 from certtrain.runs import evaluation
 from certtrain.runs.callbacks import Recorder
-from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.runs.checkpoint import load_checkpoint, save_checkpoint
 from certtrain.runs.files import RUN_FILES, TENSORBOARD
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.runtime.files import write_text
@@ -422,6 +423,51 @@ def test_a_signal_saves_and_resume_continues_exactly(train, tmp_path, reference,
     assert outcome.code == 0
     assert f"resuming {run} after step {step} of 9" in outcome.out
     check_same_run(run, reference)
+
+
+class EndedAtOnce(BaseException):
+    """As by a signal that nobody answers."""
+
+
+@pytest.mark.parametrize(
+    ("sent", "saved"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), True),
+        ((signal.SIGINT, signal.SIGTERM), True),
+        ((signal.SIGINT, signal.SIGINT), False),
+        ((signal.SIGTERM, signal.SIGINT), False),
+    ],
+)
+@pytest.mark.parametrize("when", ["at once", "while it is saved"])
+def test_a_second_ctrl_c_ends_a_run_at_once_and_a_second_sigterm_does_not(
+    train, tmp_path, monkeypatch, sent, saved, when
+):
+    """That may come from a batch system that signals every process, and again from the parent that passes it on."""
+
+    def unanswered(*_):
+        raise EndedAtOnce
+
+    def saving(*arguments):
+        signal.raise_signal(sent[1])
+        save_checkpoint(*arguments)
+
+    def signalled(self, trainer):
+        for number in sent[:1] if when == "while it is saved" else sent:
+            if trainer.step == 4:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(ProgressDisplay, "after_step", signalled)
+    if when == "while it is saved":
+        monkeypatch.setattr("certtrain.runs.callbacks.save_checkpoint", saving)
+    before = {number: signal.signal(number, unanswered) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with nullcontext() if saved else pytest.raises(EndedAtOnce):
+            assert train(CHECKPOINTS_ONLY_WHEN_ASKED).code == 128 + sent[when == "at once"]  # the last while training
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (tmp_path / "run" / "last.ckpt").exists() == saved
+    assert not saved or load_checkpoint(tmp_path / "run" / "last.ckpt")["trainer"]["step"] == 4
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------

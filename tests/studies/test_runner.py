@@ -23,7 +23,7 @@ from certtrain.studies.compare import ERRORS, compare
 from certtrain.studies.design import load_study
 from certtrain.studies.processes import Ended
 from certtrain.studies.progress import Display, Progress, has_diverged, look_at, time_left
-from certtrain.studies.runner import RunStates, _note, require_fit, train_all
+from certtrain.studies.runner import RunStates, _note, interruptible, require_fit, train_all
 from tests.commands import contents, wait_until
 from tests.studies.folders import STUDY, pretend_finished, write_run
 
@@ -98,6 +98,24 @@ def test_what_was_ended_for_want_of_time_has_not_failed(tmp_path, code, asked, f
     outcome = RunStates()
     _note(Ended("a/seed-0", code, "", asked), tmp_path, outcome, Display(QUIET, [], tmp_path, jobs=1))
     assert outcome.failed == failed
+
+
+@pytest.mark.parametrize(
+    ("before", "within"),
+    [
+        (signal.SIG_DFL, signal.default_int_handler),
+        (signal.SIG_IGN, signal.SIG_IGN),
+        (print, print),  # as submitit's, whose jobs are queued again only where they go on until they are killed
+    ],
+)
+def test_sigterm_is_answered_as_ctrl_c_unless_the_caller_answers_it(before, within):
+    previous = signal.signal(signal.SIGTERM, before)
+    try:
+        with interruptible():
+            assert signal.getsignal(signal.SIGTERM) is within
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def test_a_study_that_was_changed_says_which_runs_no_longer_fit(study_file, tmp_path):
