@@ -209,7 +209,7 @@ def _add_verdicts(folder: Path, config: Config, split: Split, results: Sequence[
     from certtrain.runs.verdicts import add_verdicts, verdicts_of
 
     if is_writable(folder):
-        add_verdicts(folder, verdicts_of(config.verification.split, split, results))
+        add_verdicts(folder, verdicts_of(config, split, results))
     else:
         print(f"nothing can be written to {folder}: its verdicts.json does not have these images' verdicts")
 

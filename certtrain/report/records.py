@@ -171,7 +171,12 @@ def checked(kind: type[R], content: Any, file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: something is missing, or of another type; which one is said.
     """
+    return parsed(kind, content, file).model_dump()
+
+
+def parsed(kind: type[R], content: Any, file: Path) -> R:
+    """As `checked`, as it is."""
     try:
-        return kind.model_validate(content).model_dump()
+        return kind.model_validate(content)
     except ValidationError as error:
         raise CheckpointError(f"{file} was written by another version, or edited: {first_problem(error)}") from error

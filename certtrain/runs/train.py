@@ -326,7 +326,7 @@ def _evaluate(run: Prepared, claim: Claim, observer: Follower, ranks: Ranks) -> 
         }
         if run.start is not None:
             summary["start"] = _started(run, run.start)
-        add_verdicts(run.folder, verdicts_of(run.config.verification.split, run.dataset.test, results.test))
+        add_verdicts(run.folder, verdicts_of(run.config, run.dataset.test, results.test))
         write_json(run.folder / SUMMARY, summary)
         shutil.rmtree(run.folder / VERIFYING, ignore_errors=True)
     return ranks.broadcast(summary)

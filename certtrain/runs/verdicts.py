@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from certtrain.bound_methods import BRANCH_AND_BOUND
 from certtrain.runs.files import VERDICTS
 from certtrain.runtime.files import read_json, write_json
 from certtrain.verification.verdicts import Verdict
 
 if TYPE_CHECKING:
+    from certtrain.config import Config
+    from certtrain.config.schema import VerificationSection
     from certtrain.data import Split
     from certtrain.verification.verify import Verification
 
@@ -24,11 +27,31 @@ LETTERS: Mapping[str, str] = {
 }
 MOST_IMAGES = 10**7
 
+Conditions = Mapping[str, str | int | float | None]  # by keys of a configuration
+
+
+def conditions_of(section: VerificationSection, backend: str, method: str) -> Conditions:
+    """What answers by `method` hang on besides it, radius, arithmetic and images: the attacks, what limits a search,
+    and who computes bounds. What they make no use of is left out.
+    """
+    attacks = [name for name in section.attack if name != "pgd" or section.pgd_restarts > 0]
+    used = tuple({f"{name.partition('-')[0]}_" for name in attacks})  # pgd_steps, apgd_steps, ...
+    of_attacks = {key: value for key, value in section.model_dump(mode="json").items() if key.startswith(used)}
+    searches = BRANCH_AND_BOUND in method.split(",")
+    of_search = section.search.model_dump(mode="json") if searches else {}
+    return {
+        "verification.attack": ",".join(attacks) or None,
+        **{f"verification.{key}": value for key, value in of_attacks.items()},
+        **{f"verification.search.{key}": value for key, value in of_search.items()},
+        "backend": backend,
+    }
+
 
 class Verdicts(BaseModel):
     """The answer to one question: a letter per image (`LETTERS`), in the order of the split.
 
-    sha256: of the whole split (`digests.split_digest`), of which these are the first images or all.
+    sha256: of the whole split (`digests.split_digest`), of which these are the first images or all; conditions:
+    `conditions_of` what was asked, which earlier versions did not write.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -38,26 +61,29 @@ class Verdicts(BaseModel):
     eps: Annotated[float, Field(ge=0, le=1)]
     method: str
     arithmetic: str | None
+    conditions: dict[str, str | int | float | None] | None = None
     images: Annotated[str, Field(pattern=r"^[paum]+$", max_length=MOST_IMAGES)]
 
     @property
     def question(self) -> tuple[Any, ...]:
         """Of a network there is one answer to it."""
-        return self.split, self.sha256, self.eps, self.method, self.arithmetic, len(self.images)
+        conditions = None if self.conditions is None else tuple(sorted(self.conditions.items()))
+        return self.split, self.sha256, self.eps, self.method, self.arithmetic, conditions, len(self.images)
 
 
-def verdicts_of(split: str, data: Split, results: Sequence[Verification]) -> list[Verdicts]:
-    """Those of `results`, which are about the first images of `data`."""
+def verdicts_of(config: Config, data: Split, results: Sequence[Verification]) -> list[Verdicts]:
+    """Those of `results`, which are about the first images of `data`, and were asked for by `config`."""
     from certtrain.verification.digests import digest_of
 
     sha256 = digest_of(data)
     return [
         Verdicts(
-            split=split,
+            split=config.verification.split,
             sha256=sha256,
             eps=result.eps,
             method=result.method,
             arithmetic=result.arithmetic,
+            conditions=dict(conditions_of(config.verification, config.backend, result.method)),
             images=_letters(result),
         )
         for result in results

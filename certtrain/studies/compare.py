@@ -13,6 +13,7 @@ import numpy as np
 from certtrain.config.loading import load_verification
 from certtrain.errors import UsageError, shown
 from certtrain.runs.files import is_finished
+from certtrain.runs.verdicts import Conditions
 from certtrain.studies.finished import FinishedRun, bounds_of, read_finished, require_same_images, runs_in
 from certtrain.studies.groups import Group, differing_settings, grouped, in_a_grid, with_baselines
 from certtrain.studies.statistics import ConfidenceInterval, McNemar, image_interval, mcnemar, mean_interval
@@ -82,13 +83,15 @@ class Paired:
 class Comparison:
     """Groups at one radius, verified by the same bounds on the same images.
 
-    bounds: the method, and the arithmetic that it is sound in; axes: of the grid that the groups are in, () without
-    one; baseline: a group's name, or the choice along which groups are paired; settings: of each key in which the
-    groups' configurations differ, the value in each group; unfinished: folders of runs that have no result yet.
+    bounds: the method, and the arithmetic that it is sound in; conditions: attacks, limits of a search, and backend
+    (`conditions_of`); axes: of the grid that the groups are in, () without one; baseline: a group's name, or the choice
+    along which groups are paired; settings: of each key in which the groups' configurations differ, the value in each
+    group; unfinished: folders of runs that have no result yet.
     """
 
     eps: float
     bounds: str
+    conditions: Conditions
     split: str
     images: int
     confidence: float
@@ -113,6 +116,7 @@ class Comparison:
         return {
             "eps": self.eps,
             "bounds": self.bounds,
+            "conditions": dict(self.conditions),
             "split": self.split,
             "images": self.images,
             "confidence": self.confidence,
@@ -161,7 +165,7 @@ def compare(
     Raises:
         UsageError: there is no finished run; bounds that `verify` does not know; a metric that none reports; a
             baseline that is none of the groups, and no choice, or one of two axes; runs that were not verified on the
-            same images, at `eps`, by the same bounds in the same arithmetic.
+            same images, at `eps`, by the same bounds in the same arithmetic, with the same attacks, search and backend.
         CheckpointError: a file is missing or corrupt.
     """
     method = None if method is None else _cascade(method)
@@ -179,6 +183,7 @@ def compare(
     return Comparison(
         eps=runs[0].result["eps"],
         bounds=bounds_of(runs[0].result),
+        conditions=runs[0].conditions,
         split=runs[0].split,
         images=runs[0].result["images"],
         confidence=confidence,

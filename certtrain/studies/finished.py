@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,12 +13,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 from certtrain.config import Config
+from certtrain.config.schema import VerificationSection
 from certtrain.errors import CheckpointError, UsageError, shortened
-from certtrain.report.records import CurvePoint, Result, checked
+from certtrain.report.records import CurvePoint, Record, Result, checked, parsed
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.files import CONFIG, METRICS, SUMMARY, VERIFIED, is_run
 from certtrain.runs.metrics import read_records
-from certtrain.runs.verdicts import LETTERS, Verdicts, read_verdicts
+from certtrain.runs.verdicts import LETTERS, Conditions, Verdicts, conditions_of, read_verdicts
 from certtrain.runtime.files import is_number, read_json
 
 SAME_RADIUS = 1e-9
@@ -28,6 +29,7 @@ SAME_RADIUS = 1e-9
 class FinishedRun:
     """What is read of a run directory: its result at the radius that is compared, and everything else it reports.
 
+    conditions: of the result (`conditions_of`).
     verdicts: None where there are none of this very answer; sha256: of images and labels, None where nothing says;
     image_counts: on how many it was verified so, of which the result is of one; epochs: that have a verified error.
     """
@@ -35,6 +37,7 @@ class FinishedRun:
     folder: Path
     config: Config
     result: Mapping[str, Any]
+    conditions: Conditions
     numbers: Mapping[str, float]
     verdicts: Verdicts | None
     sha256: str | None
@@ -74,38 +77,57 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
 
 
 @dataclass(frozen=True)
+class _Answer:
+    """A result of a file, and under which conditions it was had (`conditions_of`)."""
+
+    result: Mapping[str, Any]
+    conditions: Conditions
+
+    @property
+    def images(self) -> int:
+        return int(self.result["images"])
+
+
+class _Asked(Record):
+    """Of the configuration in a file of results."""
+
+    verification: VerificationSection
+    backend: str
+
+
+@dataclass(frozen=True)
 class _Stored:
-    """What lies in a run directory: the results of its summary, and those that `verify` has added, the newest first."""
+    """What lies in a run directory: the answers of its summary, and those that `verify` has added, the newest first."""
 
     folder: Path
     config: Config
     summary: Mapping[str, Any]
-    of_summary: Sequence[Mapping[str, Any]]
-    added: Sequence[Mapping[str, Any]]
+    of_summary: Sequence[_Answer]
+    added: Sequence[_Answer]
 
     @classmethod
     def read(cls, folder: Path) -> _Stored:
         config = stored_config(folder)
         summary = read_json(folder / SUMMARY, _mapping)
-        added: list[dict[str, Any]] = []
+        added: list[_Answer] = []
         for file in results_in(folder, VERIFIED):
             if are_of_run(content := read_json(file, _mapping), summary):
-                added += _results(file, content, config)
-        return cls(folder, config, summary, _results(folder / SUMMARY, summary, config), added)
+                added += _answers(file, content, config)
+        return cls(folder, config, summary, _answers(folder / SUMMARY, summary, config), added)
 
     def first(self, eps: Any, method: str | None) -> Mapping[str, Any]:
         """The first result at `eps` by `method` (None: any), the summary's before those that were added."""
-        results = _at([*self.of_summary, *self.added], eps, method)
-        return results[0] if results else self._refuse(eps, f" by {method}" if method else "")
+        answers = _at([*self.of_summary, *self.added], eps, method)
+        return answers[0].result if answers else self._refuse(eps, f" by {method}" if method else "")
 
-    def answers(self, like: Mapping[str, Any], of: Path) -> list[Mapping[str, Any]]:
-        """Results for the radius, bounds and arithmetic of the result `like` of the run `of`; the newest first."""
-        results = _at([*self.added, *self.of_summary], like["eps"], like["method"])
-        results = [result for result in results if result.get("arithmetic") == like.get("arithmetic")]
-        return results or self._refuse(like["eps"], f" by {bounds_of(like)}, as {of} was")
+    def answers(self, like: Mapping[str, Any], of: Path) -> list[_Answer]:
+        """For the radius, bounds and arithmetic of the result `like` of the run `of`; the newest first."""
+        answers = _at([*self.added, *self.of_summary], like["eps"], like["method"])
+        answers = [answer for answer in answers if answer.result.get("arithmetic") == like.get("arithmetic")]
+        return answers or self._refuse(like["eps"], f" by {bounds_of(like)}, as {of} was")
 
     def _refuse(self, eps: Any, by: str) -> NoReturn:
-        results = [*self.of_summary, *self.added]
+        results = [answer.result for answer in (*self.of_summary, *self.added)]
         if not results:
             split = self.config.verification.split
             raise UsageError(
@@ -117,44 +139,50 @@ class _Stored:
             f"certtrain verify {self.folder} --eps adds it"
         )
 
-    def finished(self, answers: Sequence[Mapping[str, Any]], images: int) -> FinishedRun:
-        """The run, with the newest of `answers` on so many images, and the verdicts of that answer.
+    def finished(self, answers: Sequence[_Answer], images: int) -> FinishedRun:
+        """The run, with the newest of `answers`, which agree, on so many images, and the verdicts of that answer.
 
         Verdicts of an answer that was written elsewhere may be there alone: if they fit an older one, that is taken,
         so that numbers and verdicts are of one answer; if they fit none, there are none.
         """
-        on_as_many = [answer for answer in answers if answer["images"] == images]
+        on_as_many = [answer for answer in answers if answer.images == images]
         verdicts = [entry for entry in read_verdicts(self.folder) if self._are_about(entry, on_as_many)]
-        pairs = [(answer, entry) for answer in on_as_many for entry in verdicts if _fits(entry, answer)]
-        result, own = pairs[0] if pairs else (on_as_many[0], None)
+        verdicts.sort(key=lambda entry: entry.conditions is None)  # those that say theirs before those that may fit
+        pairs = [(answer, entry) for answer in on_as_many for entry in verdicts if _fits(entry, answer.result)]
+        answer, own = pairs[0] if pairs else (on_as_many[0], None)
         return FinishedRun(
             folder=self.folder,
             config=self.config,
-            result=result,
-            numbers=_numbers(self.folder / SUMMARY, {**self.summary, **result}),
+            result=answer.result,
+            conditions=answer.conditions,
+            numbers=_numbers(self.folder / SUMMARY, {**self.summary, **answer.result}),
             verdicts=own,
             sha256=verdicts[0].sha256 if verdicts else None,
-            image_counts=frozenset(answer["images"] for answer in answers),
+            image_counts=frozenset(answer.images for answer in answers),
             epochs=_curve(self.folder / METRICS),
         )
 
-    def _are_about(self, verdicts: Verdicts, answers: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether they answer the same question."""
+    def _are_about(self, verdicts: Verdicts, answers: Sequence[_Answer]) -> bool:
+        """Whether they answer the question of one of `answers`, which agree in their conditions."""
+        results = [answer.result for answer in answers]
         questions = [
-            (answer["eps"], answer["method"], answer.get("arithmetic"), answer["images"]) for answer in answers
+            (result["eps"], result["method"], result.get("arithmetic"), result["images"]) for result in results
         ]
         return (
             verdicts.split == self.config.verification.split
             and (verdicts.eps, verdicts.method, verdicts.arithmetic, len(verdicts.images)) in questions
+            and verdicts.conditions in (None, answers[0].conditions)
             and self.summary.get("split_sha256") in (None, verdicts.sha256)
         )
 
 
-def _at(results: Sequence[Mapping[str, Any]], eps: Any, method: str | None) -> list[Mapping[str, Any]]:
+def _at(answers: Sequence[_Answer], eps: Any, method: str | None) -> list[_Answer]:
     if not (is_number(eps) and 0 <= eps <= 1):  # a summary may say anything
         return []
     return [
-        result for result in results if abs(result["eps"] - eps) <= SAME_RADIUS and method in (None, result["method"])
+        answer
+        for answer in answers
+        if abs(answer.result["eps"] - eps) <= SAME_RADIUS and method in (None, answer.result["method"])
     ]
 
 
@@ -169,8 +197,9 @@ def _fits(verdicts: Verdicts, answer: Mapping[str, Any]) -> bool:
 def read_finished(folders: Sequence[Path], eps: float | None, method: str | None) -> list[FinishedRun]:
     """The runs in `folders`, each with its answer to one question, on the most images that all were verified on.
 
-    Of several answers the newest counts. Where no number of images is common to all, each run has its answer on its
-    most (`require_same_images`).
+    The question is also under which conditions: those that all runs have an answer under, of several on as many images
+    the newest of the first run's. Of several answers to it the newest counts. Where no number of images is common to
+    all, each run has its answer on its most (`require_same_images`).
 
     Args:
         eps: the radius; None: that of the first summary.
@@ -178,15 +207,47 @@ def read_finished(folders: Sequence[Path], eps: float | None, method: str | None
             summary's before others; of those by `method`, unless that is None.
 
     Raises:
-        UsageError: a run has no such result.
+        UsageError: a run has no such result; or there are no conditions that all have one under.
         CheckpointError: a file is missing or corrupt.
     """
     stored = [_Stored.read(folder) for folder in folders]
     like = stored[0].first(stored[0].summary.get("eps") if eps is None else eps, method)
     answers = [run.answers(like, stored[0].folder) for run in stored]
-    counts = [{answer["images"] for answer in own} for own in answers]
-    common = set.intersection(*counts)
-    return [run.finished(own, max(common or here)) for run, own, here in zip(stored, answers, counts, strict=True)]
+    agreed = _agreed(answers)
+    if agreed is None:
+        raise UsageError(_disagreement(stored, answers))
+    answers = [[answer for answer in own if answer.conditions == agreed.conditions] for own in answers]
+    counts = [{answer.images for answer in own} for own in answers]
+    common = all(agreed.images in here for here in counts)
+    return [
+        run.finished(own, agreed.images if common else max(here))
+        for run, own, here in zip(stored, answers, counts, strict=True)
+    ]
+
+
+def _agreed(answers: Sequence[Sequence[_Answer]]) -> _Answer | None:
+    """Of the first run's answers, under conditions that all runs have one under, the newest on the most images that all
+    have such on, or where there are none, the newest; None where there are no such conditions."""
+
+    def shared(key: Callable[[_Answer], Any]) -> list[_Answer]:
+        return [answer for answer in answers[0] if all(key(answer) in map(key, own) for own in answers)]
+
+    on_as_many = shared(lambda answer: (answer.images, answer.conditions))
+    if on_as_many:
+        return max(on_as_many, key=lambda answer: answer.images)
+    return next(iter(shared(lambda answer: answer.conditions)), None)
+
+
+def _disagreement(stored: Sequence[_Stored], answers: Sequence[Sequence[_Answer]]) -> str:
+    """In what the first two runs differ that have no conditions in common."""
+    for (first, own), (second, others) in itertools.combinations(zip(stored, answers, strict=True), 2):
+        if not any(answer.conditions == other.conditions for answer in own for other in others):
+            here, there = own[0].conditions, others[0].conditions
+            key = next(key for key in (*here, *there) if here.get(key) != there.get(key))
+            settings = " and with ".join(f"{key}={conditions.get(key)}" for conditions in (here, there))
+            verified = f"verified with {settings}: certtrain verify adds results with others"
+            return f"{first.folder} and {second.folder} cannot be compared: {verified}"
+    return "the runs share no attacks, search limits and backend that all were verified with: certtrain verify adds one"
 
 
 def bounds_of(result: Mapping[str, Any]) -> str:
@@ -195,16 +256,26 @@ def bounds_of(result: Mapping[str, Any]) -> str:
     return f"{result['method']}, sound in {arithmetic}" if arithmetic else str(result["method"])
 
 
-def _results(file: Path, content: Mapping[str, Any], config: Config) -> list[dict[str, Any]]:
+def _answers(file: Path, content: Mapping[str, Any], config: Config) -> list[_Answer]:
     """Those about the split that the run's configuration names."""
     if content.get("split", "test") != config.verification.split:
         return []
     entries = content.get("radii")
-    for entry in entries if isinstance(entries, list) else [content]:
-        checked(Result, entry, file)
-        if not isinstance(entry.get("method"), str):
+    results = entries if isinstance(entries, list) else [content]
+    for result in results:
+        checked(Result, result, file)
+        if not isinstance(result.get("method"), str):
             raise CheckpointError(f"{file} was written by another version, or edited: a result has no method")
-    return entries if isinstance(entries, list) else [dict(content)]
+    section, backend = _asked(file, content, config)
+    return [_Answer(result, conditions_of(section, backend, result["method"])) for result in results]
+
+
+def _asked(file: Path, content: Mapping[str, Any], config: Config) -> tuple[VerificationSection, str]:
+    """How what `file` says was verified: by its own word, of an earlier version as the run is configured."""
+    if "config" not in content:
+        return config.verification, config.backend
+    asked = parsed(_Asked, content["config"], file)
+    return asked.verification, asked.backend
 
 
 def _mapping(content: Any) -> dict[str, Any]:

@@ -66,7 +66,9 @@ def sheets(comparison: Comparison) -> list[Sheet]:
 def subtitle(comparison: Comparison) -> str:
     runs = sum(len(group.runs) for group in comparison.groups)
     images = f"{comparison.images} {comparison.split} images"
-    return f"{runs} runs, {images}, epsilon {comparison.eps:.5f}, bounds by {comparison.bounds}"
+    attack = comparison.conditions["verification.attack"]
+    attacks = f", attacks by {attack}" if attack else ""
+    return f"{runs} runs, {images}, epsilon {comparison.eps:.5f}, bounds by {comparison.bounds}{attacks}"
 
 
 def _means(comparison: Comparison) -> Sheet:

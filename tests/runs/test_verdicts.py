@@ -36,6 +36,9 @@ def test_verify_adds_answers_and_replaces_those_to_the_same_question(cli, run):
         assert [verdicts.eps for verdicts in read_verdicts(run)] == [0.1, 0.001]
     assert cli("verify", run, "--eps", "0.001", "--method", "ibp,crown", "--limit", "20").code == 0
     assert [len(verdicts.images) for verdicts in read_verdicts(run)] == [50, 50, 20]
+    assert cli("verify", run, "--eps", "0.001", "--attack", "apgd-ce").code == 0
+    attacks = [(verdicts.eps, verdicts.conditions["verification.attack"]) for verdicts in read_verdicts(run)]
+    assert attacks == [(0.1, "pgd"), (0.001, "pgd"), (0.001, "pgd"), (0.001, "apgd-ce")]
 
 
 def test_a_finished_run_that_is_resumed_keeps_what_verify_added(cli, train, run):

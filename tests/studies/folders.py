@@ -7,7 +7,7 @@ import json
 
 from certtrain.config import load_config
 from certtrain.runs.directory import write_results
-from certtrain.runs.verdicts import Verdicts, add_verdicts
+from certtrain.runs.verdicts import Verdicts, add_verdicts, conditions_of
 
 STUDY = """
 base: digits
@@ -44,10 +44,7 @@ def write_run(
     split, result = config.verification.split, result_of(images, eps, method, arithmetic)
     summary = {**result, "split": split, "train_seconds": 10.0 + seed, "radii": [result], **(extra or {})}
     (folder / "summary.json").write_text(json.dumps(summary))
-    sha256 = hashlib.sha256(test_set.encode()).hexdigest()
-    add_verdicts(
-        folder, [Verdicts(split=split, sha256=sha256, eps=eps, method=method, arithmetic=arithmetic, images=images)]
-    )
+    add_verdicts(folder, [_verdicts(config, images, eps, method, arithmetic, test_set)])
     lines = [json.dumps({"epoch": epoch + 1, "verified_error": error}) for epoch, error in enumerate(epochs)]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     return folder
@@ -68,14 +65,24 @@ def result_of(images, eps=0.1, method="ibp", arithmetic=None):
     }
 
 
-def verify_again(folder, images, *, elsewhere=False, eps=0.1, method="ibp"):
-    """As `certtrain verify` leaves it, whose results were written elsewhere, or to the run."""
+def verify_again(folder, images, *, elsewhere=False, eps=0.1, method="ibp", asked=None):
+    """As `certtrain verify` leaves it, whose results were written elsewhere, or to the run; asked: other settings."""
+    config = load_config(folder / "config.yaml", asked or {})
     if not elsewhere:
-        content = {"split": "test", "radii": [result_of(images, eps, method)]}
+        content = {"split": "test", "radii": [result_of(images, eps, method)], "config": config.model_dump(mode="json")}
         write_results(folder / "verify.json", content)
-    sha256 = hashlib.sha256(b"these").hexdigest()
-    add_verdicts(
-        folder, [Verdicts(split="test", sha256=sha256, eps=eps, method=method, arithmetic=None, images=images)]
+    add_verdicts(folder, [_verdicts(config, images, eps, method)])
+
+
+def _verdicts(config, images, eps, method, arithmetic=None, test_set="these"):
+    return Verdicts(
+        split=config.verification.split,
+        sha256=hashlib.sha256(test_set.encode()).hexdigest(),
+        eps=eps,
+        method=method,
+        arithmetic=arithmetic,
+        conditions=dict(conditions_of(config.verification, config.backend, method)),
+        images=images,
     )
 
 

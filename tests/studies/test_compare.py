@@ -267,7 +267,7 @@ def test_bounds_are_those_of_the_first_run_wherever_the_others_have_them(study):
     )
     found = compare([study])
     assert found.groups[1].values("verified_error") == pytest.approx([0.2, 0.2, 0.3])
-    assert sheets(found)[0].title.endswith("bounds by ibp")
+    assert sheets(found)[0].title.endswith("bounds by ibp, attacks by pgd")
 
 
 def pair_of(tmp_path, a, b):
@@ -308,6 +308,19 @@ def test_verdicts_of_another_answer_are_paired_with_no_image(tmp_path):
     assert (pair.difference, pair.tests, pair.over_images) == (pytest.approx(-0.1), {}, None)
 
 
+def test_verdicts_of_an_earlier_version_say_nothing_of_attacks(tmp_path):
+    """They are of the answer that they fit, unless there are some that say so."""
+    for folder in pair_of(tmp_path, "pppuuuuuuu", "ppppuuuuuu"):
+        (entry,) = json.loads((folder / "verdicts.json").read_text())
+        del entry["conditions"]
+        (folder / "verdicts.json").write_text(json.dumps([entry]))
+    (pair,) = compare([tmp_path]).paired
+    assert (pair.tests[0].only_first, pair.tests[0].only_second) == (1, 0)
+    verify_again(tmp_path / "b" / "seed-0", "uuuuuupppp")
+    (pair,) = compare([tmp_path]).paired
+    assert (pair.tests[0].only_first, pair.tests[0].only_second) == (4, 3)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
     ("numbers", "most"), [(((2, 4), (2, 4)), 4), (((2, 4), (4,)), 4), (((4, 2), (4, 6)), 4), (((4, 6), (6, 4, 2)), 6)]
@@ -339,6 +352,83 @@ def test_runs_that_have_no_number_of_images_in_common_are_named(tmp_path):
         compare([tmp_path])
     verify_again(tmp_path / "c", "pppp")
     with pytest.raises(UsageError, match="no number of images that all runs were verified on"):
+        compare([tmp_path])
+
+
+SEARCHED = "ibp,branch-and-bound"
+CONDITIONS = [
+    ("ibp", {"verification.attack": "apgd-t"}),
+    ("ibp", {"verification.attack": "pgd,apgd-ce"}),
+    ("ibp", {"verification.pgd_steps": 7}),
+    ("ibp", {"verification.pgd_restarts": 0}),
+    ("ibp", {"backend": "lirpa"}),
+    (SEARCHED, {"verification.search.timeout": 60.0}),
+    (SEARCHED, {"verification.search.domains": 7}),
+]
+
+
+@pytest.mark.parametrize(("method", "asked"), CONDITIONS)
+def test_answers_to_other_attacks_or_searches_are_not_mixed(tmp_path, method, asked):
+    """The newest that both runs have count, with their verdicts, also where an older question is asked again."""
+    first, second = (
+        write_run(tmp_path / name, "ppuuuuuuuu", method=method, **{"optimizer.lr": rate})
+        for name, rate in (("a", 0.001), ("b", 0.002))
+    )
+
+    def proved():
+        found = compare([first, second])
+        (pair,) = found.paired
+        (test,) = pair.tests.values()
+        assert pair.difference * 10 == pytest.approx(test.only_second - test.only_first)
+        return [round(10 * (1 - error)) for group in found.groups for error in group.values("verified_error")]
+
+    assert proved() == [2, 2]
+    verify_again(first, "pppppuuuuu", method=method, asked=asked)
+    assert proved() == [2, 2]
+    verify_again(second, "ppppuuuuuu", method=method, asked=asked)
+    assert proved() == [5, 4]
+    verify_again(second, "pppppppuuu", method=method)
+    assert proved() == [5, 4]
+    verify_again(first, "ppppppuuuu", method=method)
+    assert proved() == [6, 7]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "unused"),
+    [
+        ("ibp", {}, {"verification.search.timeout": 60.0}),
+        ("ibp", {}, {"verification.apgd_steps": 7}),
+        ("ibp", {}, {"verification.batch_size": 7}),
+        ("ibp", {"verification.attack": "apgd-t"}, {"verification.pgd_steps": 7}),
+        (SEARCHED, {"verification.pgd_restarts": 0}, {"verification.pgd_steps": 7}),
+    ],
+)
+def test_settings_that_are_not_used_make_no_other_question(tmp_path, method, settings, unused):
+    for name, rate in (("a", 0.001), ("b", 0.002)):
+        write_run(tmp_path / name, "puuu", method=method, **settings, **{"optimizer.lr": rate})
+    verify_again(tmp_path / "b", "pppu", method=method, asked=unused)
+    assert [group.values("verified_error") for group in compare([tmp_path]).groups] == [[0.75], [0.25]]
+
+
+def test_the_most_images_count_before_the_newest_attack(tmp_path):
+    for name, rate in (("a", 0.001), ("b", 0.002)):
+        verify_again(write_run(tmp_path / name, "puuu", **{"optimizer.lr": rate}), "p", asked=CONDITIONS[0][1])
+    assert compare([tmp_path]).images == 4
+
+
+def test_runs_without_an_attack_in_common_are_named(tmp_path):
+    """By pairs, and where only all together have none."""
+    apgd, longer = {"verification.attack": "apgd-t"}, {"verification.pgd_steps": 77}
+    for name, own, more in (("a", {}, apgd), ("b", {}, longer), ("c", apgd, longer)):
+        folder = write_run(tmp_path / name, "pu", **own, **{"optimizer.lr": 0.1 + ord(name)})
+        verify_again(folder, "pu", asked={"verification.attack": "pgd", **more})
+    with pytest.raises(UsageError, match="share no attacks, search limits and backend that all were verified with"):
+        compare([tmp_path])
+    (tmp_path / "b" / "verify.json").unlink()
+    message = (
+        r"b and .*c cannot be compared: verified with verification.pgd_steps=40 and with verification.pgd_steps=77:"
+    )
+    with pytest.raises(UsageError, match=message):
         compare([tmp_path])
 
 
@@ -420,6 +510,12 @@ def test_a_metric_that_no_run_reports(study):
         ({"data.name": "mnist"}, "data set digits, and mnist"),
         ({"eps": 0.2}, "was not verified at epsilon 0.1 by ibp, as {first} was, but at 0.2 (ibp)"),
         ({"method": "ibp,crown"}, "was not verified at epsilon 0.1 by ibp, as {first} was, but at 0.1 (ibp,crown)"),
+        (
+            {"verification.attack": "apgd-t"},
+            "verification.attack=pgd and with verification.attack=apgd-t: certtrain ver",
+        ),
+        ({"verification.pgd_restarts": 0}, "verified with verification.attack=pgd and with verification.attack=None"),
+        ({"backend": "lirpa"}, "verified with backend=native and with backend=lirpa"),
         ({"arithmetic": "float32"}, "by ibp, as {first} was, but at 0.1 (ibp, sound in float32)"),
         (
             {"verification.split": "validation", "data.validation": 0.1},
