@@ -15,12 +15,13 @@ import numpy as np
 from certtrain.config import Config
 from certtrain.config.schema import VerificationSection
 from certtrain.errors import CheckpointError, UsageError, shortened
-from certtrain.report.records import CurvePoint, Record, Result, checked, parsed
+from certtrain.report.records import CurvePoint, Record, Result, Subject, checked, parsed
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.files import CONFIG, METRICS, SUMMARY, VERIFIED, is_run
 from certtrain.runs.metrics import read_records
 from certtrain.runs.verdicts import LETTERS, Conditions, Verdicts, conditions_of, read_verdicts
 from certtrain.runtime.files import is_number, read_json
+from certtrain.verification.verdicts import Verdict
 
 SAME_RADIUS = 1e-9
 
@@ -56,7 +57,7 @@ class FinishedRun:
     def proved(self) -> np.ndarray:
         """(N,) bool."""
         assert self.verdicts is not None
-        return np.frombuffer(self.verdicts.images.encode(), dtype=np.uint8) == ord(LETTERS["proved"])
+        return np.frombuffer(self.verdicts.images.encode(), dtype=np.uint8) == ord(LETTERS[Verdict.PROVED])
 
 
 def runs_in(folder: Path) -> list[Path]:
@@ -78,10 +79,14 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class _Answer:
-    """A result of a file, and under which conditions it was had (`conditions_of`)."""
+    """A result of a file, and under which conditions it was had (`conditions_of`).
+
+    sha256: of images and labels, None where the file, of an earlier version, does not say.
+    """
 
     result: Mapping[str, Any]
     conditions: Conditions
+    sha256: str | None
 
     @property
     def images(self) -> int:
@@ -157,7 +162,7 @@ class _Stored:
             conditions=answer.conditions,
             numbers=_numbers(self.folder / SUMMARY, {**self.summary, **answer.result}),
             verdicts=own,
-            sha256=verdicts[0].sha256 if verdicts else None,
+            sha256=answer.sha256 or next((entry.sha256 for entry in (own, *verdicts) if entry is not None), None),
             image_counts=frozenset(answer.images for answer in answers),
             epochs=_curve(self.folder / METRICS),
         )
@@ -172,7 +177,7 @@ class _Stored:
             verdicts.split == self.config.verification.split
             and (verdicts.eps, verdicts.method, verdicts.arithmetic, len(verdicts.images)) in questions
             and verdicts.conditions in (None, answers[0].conditions)
-            and self.summary.get("split_sha256") in (None, verdicts.sha256)
+            and all(answer.sha256 in (None, verdicts.sha256) for answer in answers)
         )
 
 
@@ -188,9 +193,16 @@ def _at(answers: Sequence[_Answer], eps: Any, method: str | None) -> list[_Answe
 
 def _fits(verdicts: Verdicts, answer: Mapping[str, Any]) -> bool:
     """Whether the verdicts come to the errors of `answer`."""
-    count = len(verdicts.images)
-    proved, attacked, wrong = (verdicts.images.count(LETTERS[fate]) for fate in ("proved", "attacked", "misclassified"))
-    expected = {"natural_error": wrong, "pgd_error": wrong + attacked, "verified_error": count - proved}
+    count, counts = (
+        len(verdicts.images),
+        {verdict: verdicts.images.count(letter) for verdict, letter in LETTERS.items()},
+    )
+    wrong = counts[Verdict.MISCLASSIFIED]
+    expected = {
+        "natural_error": wrong,
+        "pgd_error": wrong + counts[Verdict.ATTACKED],
+        "verified_error": count - counts[Verdict.PROVED],
+    }
     return all(round(answer[error] * count) == images for error, images in expected.items())
 
 
@@ -267,7 +279,8 @@ def _answers(file: Path, content: Mapping[str, Any], config: Config) -> list[_An
         if not isinstance(result.get("method"), str):
             raise CheckpointError(f"{file} was written by another version, or edited: a result has no method")
     section, backend = _asked(file, content, config)
-    return [_Answer(result, conditions_of(section, backend, result["method"])) for result in results]
+    sha256 = parsed(Subject, content, file).split_sha256
+    return [_Answer(result, conditions_of(section, backend, result["method"]), sha256) for result in results]
 
 
 def _asked(file: Path, content: Mapping[str, Any], config: Config) -> tuple[VerificationSection, str]:
@@ -310,12 +323,14 @@ def require_same_images(runs: Sequence[FinishedRun]) -> None:
         if (problem := _difference(first, run)) is not None:
             raise UsageError(f"{first.folder} and {run.folder} cannot be compared: {problem}")
     _require_as_many(runs)
-    if first.split == "validation":
-        by_seed: dict[int, FinishedRun] = {}
-        for run in runs:
-            other = by_seed.setdefault(run.seed, run)
-            if run.sha256 != other.sha256:
-                raise UsageError(f"{other.folder} and {run.folder} cannot be compared: other validation images")
+    known: dict[int | None, FinishedRun] = {}  # the first that says so, by seed where images follow from that
+    for run in (run for run in runs if run.sha256 is not None):
+        other = known.setdefault(run.seed if run.split == "validation" else None, run)
+        if run.sha256 != other.sha256:
+            problem = (
+                "other validation images" if run.split == "validation" else "the images, or their labels, are others"
+            )
+            raise UsageError(f"{other.folder} and {run.folder} cannot be compared: {problem}")
 
 
 def _difference(first: FinishedRun, second: FinishedRun) -> str | None:
@@ -327,8 +342,6 @@ def _difference(first: FinishedRun, second: FinishedRun) -> str | None:
     if first.split != second.split:
         return f"verified on the {first.split} split, and on the {second.split} split"
     known = first.split == "test" and first.sha256 and second.sha256
-    if known and first.sha256 != second.sha256:
-        return "the images, or their labels, are others"
     if not known and config.data.path != other_config.data.path:
         return f"images of {config.data.path}, and of {other_config.data.path}"
     return None

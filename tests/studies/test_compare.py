@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -530,6 +531,39 @@ def test_runs_on_other_images_or_at_another_radius(study, tmp_path, change, prob
         compare([study, other])
     assert problem.format(first=study / "a" / "seed-0") in str(error.value)
     assert len(str(error.value)) <= 300 + 3 * len(str(tmp_path))
+
+
+def digest(test_set):
+    return hashlib.sha256(test_set.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("where", ["summary.json", "verify.json"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_other_images_are_told_without_verdicts(tmp_path, where, place):
+    """By what the results say; as of a `verify` that was killed before it added them."""
+    folders = [write_run(tmp_path / name, "pu", **{"optimizer.lr": 0.1 + ord(name)}) for name in "abc"]
+    for number, folder in enumerate(folders):
+        sha256 = digest("others" if number == place else "these")
+        if where == "verify.json":
+            verify_again(folder, "pu")
+        content = json.loads((folder / where).read_text())
+        (folder / where).write_text(json.dumps({**content, "split_sha256": sha256}))
+        (folder / "verdicts.json").unlink()
+    with pytest.raises(UsageError, match="the images, or their labels, are others"):
+        compare([tmp_path])
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abc")))
+def test_a_run_that_does_not_say_its_images_hides_no_difference(tmp_path, order):
+    """Of two others; nothing at all is known of one."""
+    folders = {
+        name: write_run(tmp_path / name, "pu", test_set=test_set, **{"optimizer.lr": 0.1 + ord(name)})
+        for name, test_set in (("a", "these"), ("b", "others"), ("c", "these"))
+    }
+    (folders["c"] / "verdicts.json").unlink()
+    with pytest.raises(UsageError, match="the images, or their labels, are others"):
+        compare([folders[name] for name in order])
+    assert len(compare([folders["a"], folders["c"]]).groups) == 2
 
 
 def test_validation_images_of_one_seed_are_the_same(tmp_path):
