@@ -18,6 +18,7 @@ from certtrain.runtime.console import clock
 from certtrain.training.layer_statistics import LayerStatistics
 from certtrain.training.trainer import EpochReport, Trainer
 from certtrain.verification.results import ImageResult
+from certtrain.verification.verdicts import GAVE_UP, Verdict
 
 
 class TensorBoard:
@@ -138,7 +139,7 @@ class VerificationDisplay:
 
     def __init__(self, console: Console) -> None:
         self.done = 0
-        self._verdicts: Counter[str] = Counter()
+        self._verdicts: Counter[Verdict] = Counter()
         self._bar = _bar(console)
         self._task = self._bar.add_task("verifying", total=None)
 
@@ -151,8 +152,10 @@ class VerificationDisplay:
 
     def add(self, result: ImageResult, total: int) -> None:
         self.done += 1
-        self._verdicts[result.verdict if result.verdict in ("misclassified", "proved", "attacked") else "unknown"] += 1
-        counts = "  ".join(f"{self._verdicts[name]} {name}" for name in ("proved", "attacked", "unknown"))
+        verdict = Verdict(result.verdict)
+        self._verdicts[Verdict.UNKNOWN if verdict in GAVE_UP else verdict] += 1
+        shown = (Verdict.PROVED, Verdict.ATTACKED, Verdict.UNKNOWN)
+        counts = "  ".join(f"{self._verdicts[verdict]} {verdict}" for verdict in shown)
         self._bar.update(self._task, completed=self.done, total=total, description=counts)
 
 

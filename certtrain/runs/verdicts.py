@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from certtrain.data import Split
     from certtrain.verification.verify import Verification
 
-LETTERS: Mapping[str, str] = {
+LETTERS: Mapping[Verdict, str] = {
     Verdict.PROVED: "p",
     Verdict.ATTACKED: "a",
     Verdict.UNKNOWN: "u",
