@@ -28,6 +28,7 @@ from certtrain.runs.files import (
     holds_runs,
     is_run,
 )
+from certtrain.runs.lock import writing_in
 from certtrain.runtime.files import parse_json, replaceable, write_atomically, write_json
 
 SUBJECT = ("weights_sha256", "split_sha256")  # in them and in the summary: what network they are about, what images
@@ -233,14 +234,15 @@ def write_results(file: Path, content: Mapping[str, Any]) -> Path | None:
     Returns:
         Where it is kept, or None.
     """
-    kept = None
-    if file.is_file() and not _say_the_same(file, content):
-        numbered = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
-        kept = next(path for path in numbered if not path.exists())
-        before = file.read_bytes()
-        write_atomically(kept, lambda copy: copy.write(before))
-    write_json(file, content)
-    return kept
+    with writing_in(file.parent):
+        kept = None
+        if file.is_file() and not _say_the_same(file, content):
+            numbered = (file.with_name(f"{file.stem}-{number}{file.suffix}") for number in itertools.count(1))
+            kept = next(path for path in numbered if not path.exists())
+            before = file.read_bytes()
+            write_atomically(kept, lambda copy: copy.write(before))
+        write_json(file, content)
+        return kept
 
 
 def results_in(folder: Path, name: str) -> list[Path]:

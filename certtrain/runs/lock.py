@@ -22,6 +22,7 @@ except ImportError:  # Windows: nobody is kept out
     fcntl = None  # type: ignore[assignment] # a module in every other case
 
 LOCK = ".lock"
+WRITING = ".writing"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # of file systems that cannot lock
 
 
@@ -82,6 +83,25 @@ def claimed(folder: Path) -> Iterator[Claim]:
                 folder.rmdir()
 
 
+@contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Have others that change files of `folder` by this wait until these are read and written, whoever claims it.
+
+    Where the file system knows no locks, nobody waits; where nothing can be written, what is tried there says so.
+    """
+    try:
+        descriptor = _locked(folder, WRITING, wait=True)
+    except CheckpointError:
+        descriptor = None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                (folder / WRITING).unlink()  # while it is held, as of LOCK
+            os.close(descriptor)
+
+
 def _opened(folder: Path) -> int | None:
     try:
         return os.open(folder, os.O_RDONLY)
@@ -100,9 +120,12 @@ def _make_if_missing(folder: Path) -> bool:
     return False
 
 
-def _locked(folder: Path) -> int | None:
-    """The open, locked lock file of `folder`; closing it gives the lock back. None where the folder is gone again."""
-    file = folder / LOCK
+def _locked(folder: Path, name: str = LOCK, wait: bool = False) -> int | None:
+    """The open, locked lock file of `folder`; closing it gives the lock back. None where the folder is gone again.
+
+    wait: until whoever has it gives it back.
+    """
+    file = folder / name
     while True:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
@@ -113,7 +136,7 @@ def _locked(folder: Path) -> int | None:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise CheckpointError(f"{file} is not a file of certtrain: remove it")
-            _lock(descriptor, folder)
+            _lock(descriptor, folder, wait)
             if _is_still(descriptor, file):
                 with suppress(OSError):  # a full disk: the lock holds all the same
                     os.ftruncate(descriptor, 0)
@@ -125,11 +148,11 @@ def _locked(folder: Path) -> int | None:
         os.close(descriptor)  # whoever held it has removed it in between
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path, wait: bool = False) -> None:
     if fcntl is None:
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise FolderInUse(
             f"another run goes on in {folder} ({_name_in(descriptor)}): wait for it, end it, or name another folder "

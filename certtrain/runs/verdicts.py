@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from certtrain.bound_methods import BRANCH_AND_BOUND
 from certtrain.runs.files import VERDICTS
+from certtrain.runs.lock import writing_in
 from certtrain.runtime.files import read_json, write_json
 from certtrain.verification.verdicts import Verdict
 
@@ -93,11 +94,14 @@ def verdicts_of(config: Config, data: Split, results: Sequence[Verification]) ->
 def add_verdicts(folder: Path, verdicts: Sequence[Verdicts]) -> None:
     """Write those of the run in `folder` beside those it has; of two answers to one question the later stays.
 
+    Others that do so at once wait for each other.
+
     Raises:
         CheckpointError: the file that is there is corrupt.
     """
-    answered = {answer.question: answer for answer in (*read_verdicts(folder), *verdicts)}
-    write_json(folder / VERDICTS, [answer.model_dump() for answer in answered.values()])
+    with writing_in(folder):
+        answered = {answer.question: answer for answer in (*read_verdicts(folder), *verdicts)}
+        write_json(folder / VERDICTS, [answer.model_dump() for answer in answered.values()])
 
 
 def read_verdicts(folder: Path) -> list[Verdicts]:

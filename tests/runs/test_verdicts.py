@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +15,8 @@ import torch
 from certtrain.data import load_dataset
 from certtrain.errors import CheckpointError
 from certtrain.runs.checkpoint import load_model
+from certtrain.runs.directory import results_in, write_results
+from certtrain.runs.lock import WRITING, claimed
 from certtrain.runs.verdicts import read_verdicts
 from certtrain.verification.digests import split_digest
 from certtrain.verification.verify import verify
@@ -92,3 +99,63 @@ def test_a_corrupt_file_is_named(reference, tmp_path, content):
     (tmp_path / "verdicts.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"verdicts\.json is "):
         read_verdicts(tmp_path)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from certtrain.runs.directory import write_results
+from certtrain.runs.verdicts import Verdicts, add_verdicts
+
+folder, number = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+for eps in [(10 * number + k) / 1000 for k in range(10)]:
+    write_results(folder / "verify.json", {"eps": eps})
+    add_verdicts(folder, [Verdicts(split="test", sha256="", eps=eps, method="ibp", arithmetic=None, images="p")])
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_write_at_once_lose_no_result(tmp_path):
+    """Also while a run goes on there."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with claimed(tmp_path):
+        writers = [
+            subprocess.Popen([*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            for number in range(3)
+        ]
+        for writer in writers:
+            assert writer.stdout.readline() == b"ready\n"
+        for writer in writers:
+            writer.stdin.close()
+        for writer in writers:
+            with writer:
+                assert writer.wait() == 0
+    expected = [number / 1000 for number in range(30)]
+    assert sorted(verdicts.eps for verdicts in read_verdicts(tmp_path)) == expected
+    files = results_in(tmp_path, "verify.json")
+    assert sorted(json.loads(file.read_text())["eps"] for file in files) == expected
+    assert {file.name for file in tmp_path.iterdir()} == {"verdicts.json", *(file.name for file in files)}
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_where_there_are_no_locks_results_are_written_all_the_same(tmp_path, monkeypatch, reason):
+    def refuse(*args):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write_results(tmp_path / "verify.json", {"eps": 0.1})
+    assert [file.name for file in tmp_path.iterdir()] == ["verify.json"]
+
+
+def test_a_lock_that_a_killed_process_has_left_holds_nobody_out(tmp_path):
+    (tmp_path / WRITING).write_text("process 1 on another machine")
+    write_results(tmp_path / "verify.json", {"eps": 0.1})
+    assert [file.name for file in tmp_path.iterdir()] == ["verify.json"]
+
+
+def test_where_no_lock_file_can_be_made_results_are_written_all_the_same(tmp_path):
+    (tmp_path / WRITING).mkdir()
+    write_results(tmp_path / "verify.json", {"eps": 0.1})
+    assert json.loads((tmp_path / "verify.json").read_text()) == {"eps": 0.1}
