@@ -37,7 +37,8 @@ class ImageResult:
     image: its position in the split; prediction: as of `Verification`; verdict: the value of a `Verdict`; margin: the
     smallest lower bound of z_y - z_j; seconds: what it took of each stage that was asked about it, of which the last
     has proved it if any has; domains: how many branch and bound has bounded; point: misclassified, (C, H, W), where
-    attacked; tree: what proves it by branch and bound (`Trees`), where that was kept.
+    attacked; tree: what proves it by branch and bound (`Trees`), where that was kept; took: seconds of its call, the
+    attack included, as a share where several processes shared the images.
     """
 
     eps: float
@@ -49,6 +50,7 @@ class ImageResult:
     domains: int = 0
     point: Tensor | None = None
     tree: bytes | None = None
+    took: float = 0.0
 
     @property
     def key(self) -> tuple[float, int]:
@@ -79,6 +81,7 @@ class ImageResult:
             int(content["domains"]),
             point,
             None if content["tree"] is None else base64.b64decode(content["tree"], validate=True),
+            float(content.get("took", 0.0)),  # which earlier versions did not write
         )
         known = (
             result.verdict in tuple(Verdict)

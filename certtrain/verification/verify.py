@@ -67,7 +67,7 @@ class Verification:
         adversarial: those points (M, C, H, W), in order.
         proved: no perturbation of at most eps in any pixel changes the prediction, which is right.
         margin: smallest lower bound of z_y - z_j, j ≠ y.
-        seconds: of this call, the attack included; what `results` had of an earlier one took its time before.
+        seconds: the attack included; of this call, and of the earlier ones that `results` go on from.
         attack: the names of those that were made, None where none was.
         trees: by position, what proves an image by branch and bound (`Trees`), where that was kept.
         undecided: by position, why branch and bound has given up an image.
@@ -257,7 +257,7 @@ def verify(
         answers = answers_to(question, model, data)
         known, keep = _continued(results, answers.asked(radii), ranks, opened)
         portions = _portions_left(radii, len(data), known, ranks, batch_size, workers)
-        found, seconds = _answered(answers, portions, workers, keep, observe)
+        found, seconds = _answered(answers, portions, workers, ranks, keep, observe)
     return _of_all_ranks(question, radii, data, known, found, seconds, ranks)
 
 
@@ -278,6 +278,7 @@ def _answered(
     answers: Answers,
     portions: Sequence[Portion],
     workers: int,
+    ranks: Ranks,
     keep: Callable[[ImageResult], object],
     observe: Callable[[ImageResult, int], None] | None,
 ) -> tuple[list[ImageResult], dict[float, float]]:
@@ -288,12 +289,14 @@ def _answered(
     with closing(stream):  # an observer that raises leaves nothing of its portion switched on
         latest = time.perf_counter()
         for result in stream:
+            now = time.perf_counter()
+            seconds[result.eps] += now - latest
+            result = replace(result, took=(now - latest) / ranks.world_size)
+            latest = now
             keep(result)
             found.append(result)
             if observe is not None:
                 observe(result, total)
-            seconds[result.eps] += time.perf_counter() - latest
-            latest = time.perf_counter()
     return found, seconds
 
 
@@ -316,7 +319,8 @@ def _of_all_ranks(
             question.arithmetic,
             [result for result in everything.values() if result.eps == radius],
             data.images,
-            max(spent.get(radius, 0.0) for _, spent in parts),
+            max(spent.get(radius, 0.0) for _, spent in parts)
+            + sum(result.took for result in known if result.eps == radius),
             None if question.attack is None else question.attack.name,
         )
         for radius in radii

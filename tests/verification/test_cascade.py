@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +149,27 @@ def test_every_cascade_goes_on_from_its_results(network, digits, tmp_path, metho
     verdicts = {one.image: one.verdict for one in (*seen, *again)}
     assert found.verdicts == [verdicts[image] for image in range(30)]
     assert "misclassified" in found.verdicts
+
+
+@pytest.mark.parametrize("after", [0, 7, 19, 30])
+def test_seconds_are_of_all_calls(network, digits, tmp_path, monkeypatch, after):
+    """By a clock that goes on by a second for each result; also of a file that does not say what each took."""
+    monkeypatch.setattr("certtrain.verification.verify.time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    file, seen = tmp_path / "results.jsonl", []
+    asked = {"eps": [EPS / 2, EPS], "method": "ibp", "limit": 20, "results": file}
+
+    def interrupt(found, total):
+        seen.append(found)
+        if len(seen) > after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        verify(network, digits.test, **asked, observe=interrupt)
+    for _ in range(2):
+        assert [found.seconds for found in verify(network, digits.test, **asked)] == [20, 20]
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(line.replace(', "took": 1.0', "") for line in lines) + "\n")
+    assert [found.seconds for found in verify(network, digits.test, **asked)] == [0, 0]
 
 
 class Beside(nn.Module):
