@@ -27,7 +27,8 @@ REPORTED = 200  # images that a report looks at
 
 
 def add_train(subparsers: Subparsers) -> None:
-    command = add_command(subparsers, "train", "train a network from a YAML config, and verify it", train_command)
+    about = "train a network from a YAML config, and verify it"
+    command = add_command(subparsers, "train", about, train_command, shared=True)
     take_config(command, "a YAML file, or the name of a shipped one, such as digits; to resume, a run directory")
     command.add_argument("--out", type=values.path, help="run directory (default: runs/NAME)")
     existing = command.add_mutually_exclusive_group()

@@ -12,7 +12,7 @@ from typing import NoReturn
 import certtrain
 from certtrain.cli import commands, completion, scaling, studies, terminal, verification
 from certtrain.errors import READER_LEFT, CerttrainError, ProcessLost, is_out_of_memory, lines_of, shortened
-from certtrain.runtime.launch import is_first_process
+from certtrain.runtime.launch import is_first_process, require_one_process
 
 # Threads that wait for each other in a busy loop make small networks many times slower as soon as anything else runs on
 # the machine. Read when torch is imported, which the commands do; the user's own setting wins.
@@ -27,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.ignore_size_zero()
     options = _parse(arguments)
     try:
+        if not options.shared:
+            require_one_process(options.parser.prog)
         code: int = options.command(options)
         sys.stdout.flush()  # what is still to be written may find that nobody reads it
         return code

@@ -13,16 +13,22 @@ Subparsers: TypeAlias = argparse._SubParsersAction
 
 
 def add_command(
-    subparsers: Subparsers, name: str, text: str, run: Callable[[argparse.Namespace], int], device: bool = True
+    subparsers: Subparsers,
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+    device: bool = True,
+    shared: bool = False,
 ) -> argparse.ArgumentParser:
     """The parser of a command, with what every command takes.
 
     Args:
         run: the command; returns the exit code.
         device: whether it computes.
+        shared: whether processes that torchrun starts share its work; several are refused otherwise.
     """
     command = subparsers.add_parser(name, help=text, description=text)
-    command.set_defaults(command=run, parser=command)
+    command.set_defaults(command=run, parser=command, shared=shared)
     if device:
         command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     command.add_argument("--debug", action="store_true", help="show tracebacks")

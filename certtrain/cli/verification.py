@@ -20,7 +20,7 @@ from certtrain.errors import UsageError, optional_module
 from certtrain.runs.files import RADII, RADII_PLOT, VERIFIED, WEIGHTS
 from certtrain.runtime.console import Output, tell
 from certtrain.runtime.device import check_device_name
-from certtrain.runtime.launch import launched
+from certtrain.runtime.launch import launched, require_one_process
 from certtrain.verification.certificates import require_checkable
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 
 def add_verify(subparsers: Subparsers) -> None:
-    command = add_command(subparsers, "verify", "natural, PGD and verified error of a trained network", verify_command)
+    about = "natural, PGD and verified error of a trained network"
+    command = add_command(subparsers, "verify", about, verify_command, shared=True)
     take_run(command, "; with --vnnlib an ONNX file, with --model-weights a config")
     command.add_argument("--eps", help="one radius or several: 2/255,8/255 (default: those of the config)")
     command.add_argument(
@@ -244,6 +245,7 @@ def _require_certifiable(weights: Path, config: Config) -> None:
 def _decide_property(options: argparse.Namespace) -> int:
     unused = ["eps", "limit", "sound", "certificates", "radius", "json", "model_weights", "results", "workers"]
     refuse(options, "--vnnlib", *unused)
+    require_one_process("certtrain verify --vnnlib")
     check_device_name(options.device)
     run = None if _is_onnx(options.run) else config_of(options, options.run)
 
@@ -304,26 +306,33 @@ def _verify_radii(options: argparse.Namespace) -> int:
         *([] if options.radius is True else ["eps"]),
     ]
     refuse(options, "--radius", *unused)
-    config = config_of(options, options.run, _changes(options))
-    require_held_out(config, options.run)
-    require_data(config)
+    if not launched():  # ranks fail together, inside
+        require_data(_asked(options, options.run))
 
     from certtrain.report.plots import errors_over_eps_png
     from certtrain.runs.build import load_data
     from certtrain.runs.directory import check_output, write_results
     from certtrain.runs.evaluation import radii_of
     from certtrain.runs.provenance import made_with
+    from certtrain.runtime.distributed import process_group
     from certtrain.runtime.files import write_atomically
 
-    optional_module("matplotlib", "report")  # known now rather than after all proofs
     folder = folder_of(options.run)
-    largest = 2 * max(config.test_radii) if options.radius is True else options.radius
-    if largest <= 0:
-        raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
-    for name in (RADII, RADII_PLOT):
-        check_output(folder / name, options.run, own=name)
-    model, dataset = open_network(options, config), load_data(config)
-    content = radii_of(config, model, dataset, largest, limit=options.limit).summary()
+    with process_group() as ranks:
+        with ranks.together():
+            config = _asked(options, options.run)
+            largest = 2 * max(config.test_radii) if options.radius is True else options.radius
+            if largest <= 0:
+                raise UsageError(f"--radius: the largest radius to try must be positive, not {largest}")
+            if ranks.is_first:
+                optional_module("matplotlib", "report")  # known now rather than after all proofs
+                for name in (RADII, RADII_PLOT):
+                    check_output(folder / name, options.run, own=name)
+            model = open_network(options, config, ranks)
+        dataset = ranks.one_per_machine_first(lambda: load_data(config))
+        content = radii_of(config, model, dataset, largest, options.limit, ranks).summary()
+        if not ranks.is_first:
+            return 0
     about = made_with(config, model, dataset.test)
     kept = write_results(folder / RADII, {**content, "model": str(options.run), **about})
     curves = {

@@ -67,7 +67,14 @@ def rehearse_verification(config: Config, model: nn.Module, dataset: Dataset) ->
         answers_to(question, model, _test_images(config, model, dataset, limit=1))
 
 
-def radii_of(config: Config, model: nn.Module, dataset: Dataset, max_eps: float, limit: int | None = None) -> Radii:
+def radii_of(
+    config: Config,
+    model: nn.Module,
+    dataset: Dataset,
+    max_eps: float,
+    limit: int | None = None,
+    ranks: Ranks = ALONE,
+) -> Radii:
     return certified_radii(
         model,
         _test_images(config, model, dataset, limit),
@@ -76,6 +83,8 @@ def radii_of(config: Config, model: nn.Module, dataset: Dataset, max_eps: float,
         arithmetic=config.verification.arithmetic,
         batch_size=config.verification.batch_size,
         seed=config.seed,
+        backend=config.backend,
+        ranks=ranks,
     )
 
 

@@ -29,13 +29,13 @@ class Setting:
     classes: tuple[str, ...]
     eps: float
 
-    def errors(self, model: nn.Module, classes: Sequence[str], batch_size: int) -> Errors:
+    def errors(self, model: nn.Module, classes: Sequence[str], batch_size: int, backend: str) -> Errors:
         """Natural error, and verified error by IBP, of a network of `classes`; none where it lacks one."""
         try:
             images = self.images.renumbered(self.classes, classes)
         except DataError:
             return Errors()
-        (found,) = verify(model, images, self.eps, batch_size=batch_size)
+        (found,) = verify(model, images, self.eps, batch_size=batch_size, backend=backend)
         return Errors(natural_error=found.natural_error, verified_error=found.verified_error)
 
 
@@ -52,16 +52,18 @@ class Forgetting(Meter):
     classes: tuple[str, ...]
     every: int
     batch_size: int
+    backend: str
 
     def errors(self, model: nn.Module) -> dict[str, Errors]:
         """By setting, of the network that is trained."""
-        return {name: setting.errors(model, self.classes, self.batch_size) for name, setting in self.settings.items()}
+        asked = (self.classes, self.batch_size, self.backend)
+        return {name: setting.errors(model, *asked) for name, setting in self.settings.items()}
 
     def before(self, model: nn.Module, original: nn.Module | None) -> dict[str, Errors]:
         """Before training; on the old setting those of the `original` network, which is None if it is not known."""
         networks = {"old": original, "new": model}
         return {
-            name: setting.errors(network, setting.classes, self.batch_size)
+            name: setting.errors(network, setting.classes, self.batch_size, self.backend)
             if (network := networks[name]) is not None
             else Errors()
             for name, setting in self.settings.items()
@@ -173,4 +175,5 @@ def forgetting_of(config: Config, start: Start | None, dataset: Dataset, old: Da
         run = start.run_config
         settings["old"] = Setting(run.data.name, old.test.take(limit), old.classes, run.epsilon.max)
     settings["new"] = Setting(config.data.name, dataset.test.take(limit), dataset.classes, config.epsilon.max)
-    return Forgetting(settings, dataset.classes, section.evaluate_every, config.verification.batch_size)
+    size, backend = config.verification.batch_size, config.backend
+    return Forgetting(settings, dataset.classes, section.evaluate_every, size, backend)

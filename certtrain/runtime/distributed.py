@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from certtrain.errors import CerttrainError, ProcessLost, UsageError
-from certtrain.runtime.launch import launched
+from certtrain.runtime.launch import processes
 
 T = TypeVar("T")
 
@@ -180,7 +180,7 @@ def process_group() -> Iterator[Ranks]:
     Raises:
         ProcessLost: one of the others has ended, or been silent for TIMEOUT.
     """
-    if not launched() or os.environ["WORLD_SIZE"] == "1":
+    if processes() == 1:
         yield ALONE
         return
     if not dist.is_available():
@@ -197,7 +197,7 @@ def process_group() -> Iterator[Ranks]:
         if not _is_of_a_lost_process(error):
             raise
         raise ProcessLost(
-            f"another of the {os.environ['WORLD_SIZE']} processes has ended or hangs, and so all end; "
+            f"another of the {processes()} processes has ended or hangs, and so all end; "
             "a run continues from its last checkpoint with --resume"
         ) from error
     if initialize:  # after an error not: it could wait for a process that is no more

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel
 from certtrain.bounds.margins import proved
 from certtrain.data import Split, to_float
 from certtrain.errors import require_counts
 from certtrain.modules import device_of, evaluating
+from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
+from certtrain.verification.answers import Answers, Question, in_parts
 from certtrain.verification.attacks import Attack, predictions
 from certtrain.verification.pixels import perturbation_box
-from certtrain.verification.verify import check_fit, checked_radii, parts_of, verify
+from certtrain.verification.verify import DEFAULT_SEARCH, answers_to, checked_radii, require_share, verify
 
 CURVE_POINTS = 101
 ATTACKED_POINTS = 9
@@ -72,42 +72,49 @@ def certified_radii(
     batch_size: int = 256,
     halvings: int = 14,
     seed: int = 0,
+    backend: str = "native",
+    ranks: Ranks = ALONE,
 ) -> Radii:
     """The largest radius that IBP proves for each image, by bisection: IBP's margins only fall as a box grows.
 
     Args:
-        model: as of `verify`, as are `arithmetic`, `batch_size` and `seed`.
+        model: as of `verify`, as are `arithmetic`, `batch_size`, `seed`, `backend` and `ranks`.
         data: the images.
         max_eps: where the search ends; a radius found is at most max_eps / 2^halvings too small, and never too large.
         attack: None for none; the PGD error is taken at a few radii, 0 among them.
 
+    Returns:
+        Those of all images, in every process.
+
     Raises:
-        UsageError, DataError: as of `verify`.
+        UsageError, DataError, UnsupportedOperation: as of `verify`.
     """
     (max_eps,) = checked_radii(max_eps)
     require_counts(batch_size=batch_size)
     data = data.to(device_of(model))
+    require_share(data, ranks)
+    question = Question(("ibp",), arithmetic, attack, seed, backend, DEFAULT_SEARCH)
     with evaluating(model), full_precision(), torch.no_grad():
-        check_fit(model, data)
-        net = BoundedModel(model, to_float(data.images[:1]))
-        found = [_bisect(net, part, max_eps, arithmetic, halvings) for _, part in parts_of(data, batch_size)]
-    correct, radii = (torch.cat(part).cpu() for part in zip(*found, strict=True))
+        answers = answers_to(question, model, data)
+        portions = in_parts(ranks.share(range(len(data))), batch_size)
+        own = [_bisect(answers, data.take(torch.tensor(part)), max_eps, halvings) for part in portions]
+    found = [batch for batches in ranks.all_gather(own, patient=True) for batch in batches]
+    correct, radii = (torch.cat(part) for part in zip(*found, strict=True))
     grid = torch.linspace(0, max_eps, ATTACKED_POINTS, dtype=torch.float64).tolist() if attack else []
-    errors = _pgd_errors(model, data, grid, attack, batch_size, seed)
+    asked: Any = {"attack": attack, "batch_size": batch_size, "seed": seed, "backend": backend, "ranks": ranks}
+    errors = tuple(result.pgd_error for result in verify(model, data, grid, **asked)) if grid else ()
     return Radii(correct, radii, max_eps, tuple(grid), errors, arithmetic)
 
 
-def _bisect(
-    net: BoundedModel, data: Split, max_eps: float, arithmetic: str | None, halvings: int
-) -> tuple[Tensor, Tensor]:
-    """`Radii.correct` and `Radii.proved` of a batch."""
-    labels = data.labels
+def _bisect(answers: Answers, data: Split, max_eps: float, halvings: int) -> tuple[Tensor, Tensor]:
+    """`Radii.correct` and `Radii.proved` of a batch, on the CPU."""
+    labels, arithmetic = data.labels, answers.question.arithmetic
 
     def holds(eps: Tensor) -> Tensor:
         box = perturbation_box(data.images, eps.view(-1, 1, 1, 1), arithmetic)
-        return proved(net.margins(box, labels, arithmetic=arithmetic))
+        return proved(answers.net.margins(box, labels, arithmetic=arithmetic))
 
-    correct = predictions(net.model, to_float(data.images)) == labels
+    correct = predictions(answers.model, to_float(data.images)) == labels
     low = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
     high = torch.full_like(low, max_eps)
     everywhere, somewhere = holds(high), holds(low)
@@ -116,11 +123,4 @@ def _bisect(
         inside = holds(middle)
         low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
     low = torch.where(everywhere, max_eps, low)
-    return correct, torch.where(correct & somewhere, low, -1.0)
-
-
-def _pgd_errors(
-    model: nn.Module, data: Split, radii: Sequence[float], attack: Attack | None, batch_size: int, seed: int
-) -> tuple[float, ...]:
-    results = verify(model, data, radii, attack=attack, batch_size=batch_size, seed=seed) if radii else []
-    return tuple(result.pgd_error for result in results)
+    return correct.cpu(), torch.where(correct & somewhere, low, -1.0).cpu()

@@ -241,10 +241,7 @@ def verify(
     radii = checked_radii(eps)
     require_counts(batch_size=batch_size, workers=workers, **({} if limit is None else {"limit": limit}))
     data = data.take(slice(limit)).to(device_of(model))
-    if len(data) < ranks.world_size:
-        raise UsageError(
-            f"{len(data)} test images for {ranks.world_size} processes: take more images, or fewer processes"
-        )
+    require_share(data, ranks)
     if workers > 1 and data.images.device.type != "cpu":
         raise UsageError("workers share a CPU: for several GPUs, start one process for each with torchrun")
     methods = (method,) if isinstance(method, str) else tuple(method)
@@ -364,6 +361,14 @@ def checked_radii(eps: float | Sequence[float]) -> list[float]:
         if not (math.isfinite(radius) and radius >= 0):
             raise UsageError(f"eps: a radius is a finite number and not negative, not {radius}")
     return radii
+
+
+def require_share(data: Split, ranks: Ranks) -> None:
+    """Raises where there are fewer images than processes."""
+    if len(data) < ranks.world_size:
+        raise UsageError(
+            f"{len(data)} test images for {ranks.world_size} processes: take more images, or fewer processes"
+        )
 
 
 def answers_to(question: Question, model: nn.Module, data: Split) -> Answers:

@@ -14,6 +14,7 @@ import certtrain
 from certtrain.bounds import BoundedModel, Bounder, bounded_model, linf_box
 from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.lirpa import LirpaModel
+from certtrain.data import load_dataset
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError
 from certtrain.verification.branch_and_bound import Search
 from tests.networks import narrow_cnn7, randomized
@@ -127,6 +128,27 @@ def test_a_network_without_rules_here_trains_and_is_verified_through_it(train, t
     output = bounded_model(model, x, backend="lirpa").ibp(box).output
     for _ in range(20):
         assert output.contains(model(box.lower + torch.rand_like(x) * (box.upper - box.lower)), 1e-5).all()
+
+
+def test_whatever_is_asked_of_such_a_network_is_asked_of_it(train, cli, tmp_path, monkeypatch):
+    """Its radii, and its errors before and after it is trained further."""
+    network = ["model.name=tests.bounds.test_backend:with_sine", "model.options={}", "backend=lirpa"]
+    assert train(*network).code == 0
+    first = (tmp_path / "run").rename(tmp_path / "first")
+    monkeypatch.setattr("certtrain.bounds.backends.BoundedModel", None)
+    outcome = cli("verify", first, "--radius", "0.02", "--limit", "20", "--device", "cpu", "--trust-model")
+    assert outcome.code == 0, outcome.err
+    curve = json.loads((first / "radius.json").read_text())
+    model, test = certtrain.load_model(first, trust=True), load_dataset("digits").test
+    for index in (0, 50, 100):
+        (result,) = certtrain.verify(model, test, curve["eps"][index], limit=20, backend="lirpa")
+        assert curve["verified_error"][index] == result.verified_error
+    assert curve["verified_error"][100] > 0
+    assert curve["pgd_error"][-1] <= curve["verified_error"][-1]
+    assert train(*network, f"start_from={first}", "--trust-model").code == 0
+    measured = json.loads((tmp_path / "run" / "summary.json").read_text())["start"]
+    expected = json.loads((first / "summary.json").read_text())
+    assert measured["before"]["old"] == {name: expected[name] for name in ("natural_error", "verified_error")}
 
 
 @pytest.mark.parametrize("setting", ["training.accumulation=2", "training.method.loss_fusion=true"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -20,6 +21,7 @@ from torch import nn
 import certtrain
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.cli import main
+from certtrain.cli.main import build_parser
 from certtrain.config.methods import METHOD_SECTIONS
 from certtrain.config.smoothing import NoSmoothingSection, PGPESection, RGSSection
 from certtrain.data import Augmentation, Split, epoch_batches
@@ -405,6 +407,71 @@ def test_torchrun(tmp_path, one):
     arguments = train_arguments(run, *TWENTY_STEPS)
     subprocess.run([*torchrun, "-m", "certtrain.cli", *arguments], check=True, capture_output=True)
     check_same_run(run, one)
+
+
+def test_several_processes_search_for_radii_as_one(tmp_path, one, cli):
+    shared, alone = (shutil.copytree(one, tmp_path / name) for name in ("shared", "alone"))
+    arguments = ["--radius", "0.1", "--limit", "40", "--device", "cpu"]
+    assert cli("verify", alone, *arguments).code == 0
+    log = tmp_path / "log"
+    children = start_ranks(3, partial(main, ["verify", str(shared), *arguments]), log)
+    assert [exit_code(child) for child in children] == [0] * 3, log.read_text()
+    assert log.read_text().count("proved radius of at least") == 1
+    assert not (shared / "radius-1.json").exists()
+    found, expected = (json.loads((run / "radius.json").read_text()) for run in (shared, alone))
+    assert found["radii"] == pytest.approx(expected["radii"], abs=0.1 / 2**13)
+    for name in ("images", "correct", "pgd_error", "natural_error"):
+        assert found[name] == expected[name]
+
+
+@pytest.mark.parametrize("arguments", [["--eps", "0.01"], ["--radius", "0.01"]], ids=" ".join)
+def test_fewer_images_than_processes_are_refused(tmp_path, one, arguments):
+    log = tmp_path / "log"
+    children = start_ranks(3, partial(main, ["verify", str(one), "--limit", "2", "--device", "cpu", *arguments]), log)
+    assert [exit_code(child) for child in children] == [2] * 3, log.read_text()
+    assert log.read_text() == "error: 2 test images for 3 processes: take more images, or fewer processes\n"
+
+
+SHARED = {"train", "verify"}  # as is tested above, and below
+REFUSED = (
+    "study grid.yaml",
+    "tune search.yaml",
+    "scale plan.yaml",
+    "plan --budget 1e15",
+    "compare runs",
+    "verify run --vnnlib property.vnnlib",
+    "verify network.onnx --vnnlib property.vnnlib",
+    "check proofs.parquet --model run",
+    "export run --onnx",
+    "export run --vnnlib out",
+    "report run",
+    "config",
+    "init",
+    "models",
+    "completion bash",
+)
+
+
+def test_every_command_is_shared_or_refused():
+    parser = build_parser()
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    assert SHARED | {words.split()[0] for words in REFUSED} == commands.choices.keys()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_several_processes_do_not_share_is_refused_once(cli, run, tmp_path, monkeypatch, words, rank):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    before = contents(tmp_path)
+    outcome = cli(*words.split())
+    assert (outcome.code, outcome.out, contents(tmp_path)) == (2, "", before)
+    command = "verify --vnnlib" if words.startswith("verify") else words.split()[0]
+    message = f"error: certtrain {command} is for one process, and torchrun has started 2: start it without\n"
+    assert outcome.err == (message if rank == 0 else "")
 
 
 def test_several_processes_verify_as_one(tmp_path, one):

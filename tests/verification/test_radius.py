@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from certtrain.data import Split
+from certtrain.errors import UsageError
 from certtrain.verification.attacks import PGD
 from certtrain.verification.radius import certified_radii
 from certtrain.verification.verify import verify
@@ -74,6 +75,11 @@ def test_the_curve_is_what_verification_says(run, cli):
     for index in (0, 25, 50, 100):
         (result,) = verify(model, test, curve["eps"][index], limit=60)
         assert curve["verified_error"][index] == pytest.approx(result.verified_error, abs=1e-9)
+
+
+def test_rounding_is_covered_by_the_native_backend_alone(pixels):
+    with pytest.raises(UsageError, match="those of backend native, not lirpa"):
+        certified_radii(Threshold(), pixels, 0.3, arithmetic="float32", backend="lirpa")
 
 
 @pytest.mark.parametrize("eps", ["0", "-1", "x"])
