@@ -74,10 +74,9 @@ def count_costs() -> None:
 def costs_of(config: Config) -> dict[str, Any]:
     """Multiply-accumulates of an epoch before, in and after warmup (0 where there is none), and of the whole run."""
     shape, classes, images = DATA[config.data.name]
-    phases = OperationCounter(images, shape, classes).by_phase(config).values()
-    costs = dict(zip(("before", "warmup", "full"), phases, strict=True))
+    costs = OperationCounter(images, shape, classes).by_phase(config)
     epochs = {part: cost.epochs for part, cost in costs.items()}
-    macs = {part: images * cost.macs_per_image for part, cost in costs.items()}
+    macs = {part: cost.images * cost.macs_per_image for part, cost in costs.items()}
     return {"epochs": epochs, "macs_per_epoch": macs, "macs": sum(epochs[part] * macs[part] for part in epochs)}
 
 

@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from certtrain.bounds import bounded_model
+from certtrain.bounds import Bounder, bounded_model
 from certtrain.config import Config
-from certtrain.config.schema import BatchNormSection, DataSection, MetricsSection
+from certtrain.config.schema import (
+    BatchNormSection,
+    DataSection,
+    MetricsSection,
+    RegularizerSection,
+    TrainingSection,
+)
 from certtrain.data import (
     NO_AUGMENTATION,
     Augmentation,
@@ -44,7 +50,7 @@ from certtrain.training.methods import build_method
 from certtrain.training.optimizers import build_optimizer, build_rate
 from certtrain.training.regularization import Regularization
 from certtrain.training.smoothing import smoothed
-from certtrain.training.step import GradientStep
+from certtrain.training.step import GradientStep, Step
 from certtrain.training.trainer import Batches, Trainer
 
 
@@ -169,18 +175,8 @@ def assemble(
     if ranks.is_first:
         warn_if_imitated(training.precision, split.images.device)
     batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
-    plain_step = GradientStep(
-        bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum),
-        build_method(training.method),
-        Regularization(**config.regularizers.model_dump(exclude={"l1"})),
-        statistics=training.batch_norm.statistics,
-        l1=config.regularizers.l1,
-        activation_checkpointing=training.activation_checkpointing,
-        accumulation=training.accumulation,
-        precision=training.precision,
-        compile_for=training.batch_size if compiles(config, model, dataset) else None,
-        ranks=ranks,
-    )
+    net = bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum)
+    compile_for = training.batch_size if compiles(config, model, dataset) else None
     begin, end = (epoch * per_epoch for epoch in config.ramp_epochs)
     max_eps, initial, rate = epsilon.train_factor * epsilon.max, 0.0, learning_rate(config, per_epoch)
     if start is not None and config.start_from is not None:
@@ -190,7 +186,7 @@ def assemble(
     radius = SmoothedEpsilon(max_eps, begin, end, epsilon.mid, epsilon.beta, initial)
     return Trainer(
         model=model,
-        gradient_step=smoothed(training.smoothing, plain_step),
+        gradient_step=training_step(net, training, config.regularizers, compile_for, ranks),
         optimizer=build_optimizer(config.optimizer, model),
         batches=training_batches(config, dataset, ranks),
         batch_sizes=sizes,
@@ -203,6 +199,29 @@ def assemble(
         average=build_average(training.averaging, model, per_epoch, training.epochs),
         seed=config.seed,
     )
+
+
+def training_step(
+    net: Bounder,
+    training: TrainingSection,
+    regularizers: RegularizerSection,
+    compile_for: int | None = None,
+    ranks: Ranks = ALONE,
+) -> Step:
+    """What a configuration does with each batch."""
+    step = GradientStep(
+        net,
+        build_method(training.method),
+        Regularization(**regularizers.model_dump(exclude={"l1"})),
+        statistics=training.batch_norm.statistics,
+        l1=regularizers.l1,
+        activation_checkpointing=training.activation_checkpointing,
+        accumulation=training.accumulation,
+        precision=training.precision,
+        compile_for=compile_for,
+        ranks=ranks,
+    )
+    return smoothed(training.smoothing, step)
 
 
 def rehearse(trainer: Trainer, config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> None:

@@ -17,7 +17,7 @@ from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.modules import blank_images, evaluating
 from certtrain.training.method import Phase, scheduled
-from certtrain.training.step import GradientStep
+from certtrain.training.step import Step
 
 
 class Size(NamedTuple):
@@ -78,7 +78,7 @@ class _Written(TorchDispatchMode):
         return result
 
 
-def step_macs(step: GradientStep, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:
+def step_macs(step: Step, image_shape: Sequence[int], phase: Phase, batch_size: int = 2) -> float:
     """Multiply-accumulates of one training step in a phase, forward and backward, for each image of its batch.
 
     Elementwise work (ReLU, BatchNorm, |W|) is not counted. The network's weights stay; BatchNorm counts the step.

@@ -11,28 +11,35 @@ import torch
 from certtrain.affine_layers import classifier_tensors
 from certtrain.bounds import BoundedModel
 from certtrain.config import Config
-from certtrain.config.methods import MethodSection
+from certtrain.config.schema import RegularizerSection, TrainingSection
+from certtrain.data.replay import Mixture
+from certtrain.errors import UsageError
 from certtrain.models import build_model
+from certtrain.runs.build import training_step
 from certtrain.training.cost import clean_macs, step_macs
-from certtrain.training.method import Phase
-from certtrain.training.methods import build_method
-from certtrain.training.regularization import Regularization
-from certtrain.training.step import GradientStep
 
 PER_MAC = 2  # a multiplication and an addition
 Options = tuple[tuple[str, Any], ...]  # of a model, by key, in an order
+PHASES = {"before": (0.0, 0.0), "warmup": (0.5, 0.5), "full": (1.0, 1.0)}  # a radius, and a share of warmup, in each
 
 
 class PhaseCost(NamedTuple):
-    """Epochs of a phase, and the multiply-accumulates for each image of its steps; 0 of both where there is none."""
+    """Epochs of a phase, images of each, and multiply-accumulates for each image; 0 where there are no epochs."""
 
     epochs: int
+    images: int
     macs_per_image: float
 
 
 @dataclass(frozen=True)
 class OperationCounter:
-    """Counts the operations of runs on a data set of so many training images of shape (C, H, W)."""
+    """Counts the operations of runs on a data set of so many training images of shape (C, H, W).
+
+    Whatever a configuration says about its steps is counted by taking one of them.
+
+    Raises:
+        UsageError: the steps are taken by another backend, whose operations cannot be counted.
+    """
 
     images: int
     image_shape: tuple[int, int, int]
@@ -49,22 +56,31 @@ class OperationCounter:
             _, share = _network(self.image_shape, self.classes, config.model.name, _options(config))
             counted = 1 - share
         phases = self.by_phase(config).values()
-        return PER_MAC * self.images * sum(phase.epochs * phase.macs_per_image * counted for phase in phases)
+        return PER_MAC * sum(phase.epochs * phase.images * phase.macs_per_image * counted for phase in phases)
 
-    def by_phase(self, config: Config) -> dict[Phase, PhaseCost]:
+    def by_phase(self, config: Config) -> dict[str, PhaseCost]:
         """Before, in and after the warmup of epsilon, in this order."""
         epochs = config.training.epochs
         begin, end = (epochs, epochs) if config.training.method.name == "natural" else config.ramp_epochs
-        before = Phase.BEFORE if config.regularizers.weight else Phase.NATURAL
-        lengths = {before: begin, Phase.WARMUP: end - begin, Phase.FULL: epochs - end}
+        lengths = dict(zip(PHASES, (begin, end - begin, epochs - end), strict=True))
+        images = self._images_of_an_epoch(config)
         return {
-            phase: PhaseCost(length, self._macs_per_image(config, phase) if length else 0)
+            phase: PhaseCost(length, images, self._macs_per_image(config, phase) if length else 0)
             for phase, length in lengths.items()
         }
 
-    def _macs_per_image(self, config: Config, phase: Phase) -> float:
+    def _images_of_an_epoch(self, config: Config) -> int:
+        """The replayed ones included."""
+        if config.replay is None:
+            return self.images
+        return sum(map(sum, Mixture(self.images, config.training.batch_size, config.replay.share).sizes))
+
+    def _macs_per_image(self, config: Config, phase: str) -> float:
+        if config.backend != "native":
+            raise UsageError(f"backend {config.backend}: its operations cannot be counted; only those of native can")
         network = self.image_shape, self.classes, config.model.name, _options(config)
-        return _step_macs(*network, config.training.method, config.regularizers.weight, phase)
+        training = config.training.model_copy(update={"epochs": 1, "batch_size": 1})  # of which an image's cost is none
+        return _step_macs(*network, training, config.regularizers, phase)
 
 
 @cache
@@ -73,13 +89,13 @@ def _step_macs(
     classes: int,
     name: str,
     options: Options,
-    method: MethodSection,
-    regularizers: float,
-    phase: Phase,
+    training: TrainingSection,
+    regularizers: RegularizerSection,
+    phase: str,
 ) -> float:
     """For each image of a step."""
-    net, _ = _network(shape, classes, name, options)
-    return step_macs(GradientStep(net, build_method(method), Regularization(regularizers)), shape, phase)
+    step = training_step(_network(shape, classes, name, options)[0], training, regularizers)
+    return step_macs(step, shape, step.phase(*PHASES[phase]))
 
 
 @cache

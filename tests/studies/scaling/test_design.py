@@ -6,12 +6,16 @@ import re
 from functools import reduce
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from certtrain.config import load_config
+from certtrain.data import to_float
 from certtrain.errors import UsageError
 from certtrain.runs.build import assemble, build, load_data
 from certtrain.studies.scaling.cost import OperationCounter
 from certtrain.studies.scaling.design import Settings, load_plan, require_comparable, stretched
+from certtrain.training.method import scheduled
 
 PLAN = """
 base: digits
@@ -85,6 +89,55 @@ def test_cost_is_nine_forward_passes_for_each_image_and_epoch(plan):
 def config_first(width):
     model, _ = build(*configured(width, 4 * width))
     return next(m for m in model.modules() if type(m).__name__ == "Conv2d").weight.numel() * 8**2
+
+
+STEPS = {
+    "plain": [],
+    "center": ["training.batch_norm.statistics=center"],
+    "adversarial": ["training.batch_norm.statistics=adversarial", "training.method=sabr"],
+    "rgs": ["training.smoothing={name: rgs, samples: 3}"],
+    "pgpe": ["training.smoothing={name: pgpe, pairs: 2}"],
+    "checkpointing": ["training.activation_checkpointing=true"],
+    "accumulation": ["training.accumulation=4"],
+    "no regularizer": ["regularizers.tightness=false", "regularizers.relu_balance=false"],
+    "one regularizer": ["regularizers.tightness=false", "regularizers.l1=1e-3"],
+    "natural": ["training.method=natural"],
+}
+
+
+@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+def test_cost_is_that_of_the_steps_which_a_run_takes(settings):
+    """On real images, by the trainer that the configuration makes."""
+    tiny = ["data.limit=96", "model.options={width: 2, linear_width: 8}", "training.epochs=60"]
+    config = load_config("digits", [*tiny, "epsilon.start_epoch=11", "training.compile=false", *settings])
+    dataset = load_data(config)
+    model, _ = build(config, dataset)
+    step = assemble(config, model.train(), dataset).gradient_step
+    images, labels = to_float(dataset.train.images[:8]), dataset.train.labels[:8]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    _ = step.net.graph  # recorded before anything is counted
+    macs = []
+    for eps, ramp in ((0.0, 0.0), (0.05, 0.5), (0.1, 1.0)):
+        with FlopCounterMode(display=False) as counter:
+            step.backward(images, labels, scheduled(eps, 1 - eps / 0.1), step.phase(eps, ramp))
+        macs.append(counter.get_total_flops() / 2 / len(images))
+    phases = OperationCounter(90, (1, 8, 8), 10).by_phase(config)
+    assert [phase.images for phase in phases.values()] == [90] * 3
+    for phase, measured in zip(phases.values(), macs, strict=True):
+        assert phase.macs_per_image == (pytest.approx(measured, rel=1e-9) if phase.epochs else 0)
+    again = OperationCounter(90, (1, 8, 8), 10).by_phase(config)
+    assert again == phases
+    assert all(map(torch.equal, weights, model.parameters()))
+
+
+def test_cost_counts_replayed_images_and_refuses_what_it_cannot_count():
+    counted = OperationCounter(1000, (1, 8, 8), 10)
+    config = load_config("digits", ["training.batch_size=32"])
+    replaying = load_config(config, ["replay={share: 0.25, data: {name: digits}}"])
+    images = 41 * 32 + 16 + 5  # 24 new images in a batch, and 16 in the last one
+    assert counted(replaying) == pytest.approx(counted(config) * images / 1000, rel=1e-12)
+    with pytest.raises(UsageError, match="backend lirpa: its operations cannot be counted"):
+        counted(load_config(config, ["backend=lirpa"]))
 
 
 def test_every_budget_is_twice_the_one_before_and_spent(plan):
