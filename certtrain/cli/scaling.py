@@ -13,6 +13,7 @@ from rich.table import Table
 
 from certtrain.cli import values
 from certtrain.cli.options import Subparsers, add_command, take_study
+from certtrain.config.radius import format_radius
 from certtrain.errors import UsageError
 from certtrain.runs.files import SCALING, SCALING_PLOT
 from certtrain.runtime.console import Output, tell
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
     from certtrain.studies.scaling.contrasts import Contrast
     from certtrain.studies.scaling.design import Grid
     from certtrain.studies.scaling.recommend import Recommendation
+    from certtrain.studies.scaling.record import ScalingRecord
     from certtrain.studies.scaling.results import Fitted
     from certtrain.studies.scaling.run import Scaled
 
+RUNS = Path("runs")  # where plans have their folders, unless --out says another
 TRUSTED_ORDERS = 2  # of magnitude of compute, that a law should be fitted to
 
 
@@ -43,7 +46,7 @@ def scale_command(options: argparse.Namespace) -> int:
     path = study_path(options.study)
     plan = load_plan(path, options.overrides)
     check_device_name(options.device)
-    folder = options.out or Path("runs") / path.stem
+    folder = options.out or RUNS / path.stem
 
     from certtrain.errors import optional_module
     from certtrain.runtime.files import write_atomically
@@ -86,8 +89,7 @@ def add_plan(subparsers: Subparsers) -> None:
     command.add_argument(
         "--law",
         type=values.path,
-        default=Path("runs/scaling"),
-        help="scaling.json, or its folder (default: runs/scaling)",
+        help=f"scaling.json, or its folder (default: the newest {RUNS}/*/{SCALING} of the radius)",
     )
     command.add_argument("--protocol", default="corrected", metavar="NAME", help="of the plan (default: corrected)")
     command.add_argument(
@@ -96,16 +98,39 @@ def add_plan(subparsers: Subparsers) -> None:
 
 
 def plan_command(options: argparse.Namespace) -> int:
-    if not options.law.exists():
-        raise UsageError(f"--law: there is no {options.law}: certtrain scale PLAN.yaml fits a law into its folder")
+    file, record = _law(options)
+    eps = record.eps if options.eps is None else options.eps
 
     from certtrain.studies.scaling.recommend import recommend
-    from certtrain.studies.scaling.record import read_record
 
-    record = read_record(options.law)
-    eps = record.eps if options.eps is None else options.eps
-    _show_recommendation(Output(), recommend(record, options.protocol, options.approach, options.budget, eps), eps)
+    console, plan = Output(), record.plan
+    widths = f"{plan.width} {plan.widths[0]} to {plan.widths[-1]}"
+    tell(console, f"by the law in {file}, of {record.base.model.name} on {record.base.data.name}, {widths}")
+    _show_recommendation(console, recommend(record, options.protocol, options.approach, options.budget, eps), eps)
     return 0
+
+
+def _law(options: argparse.Namespace) -> tuple[Path, ScalingRecord]:
+    """The law that was named, or else the newest of the wanted radius that `scale` has written here."""
+    if options.law is not None and not options.law.exists():
+        raise UsageError(f"--law: there is no {options.law}: certtrain scale PLAN.yaml fits a law into its folder")
+    files = [options.law] if options.law else sorted(RUNS.glob(f"*/{SCALING}"), key=_changed, reverse=True)
+    if files:
+        from certtrain.studies.scaling.record import read_record
+
+        for file in files:
+            record = read_record(file)
+            if options.law or options.eps is None or record.is_at(options.eps):
+                return file, record
+    at = "" if options.eps is None else f" at {format_radius(options.eps)}"
+    raise UsageError(
+        f"no law{at} in {RUNS}/*/{SCALING}: certtrain scale NAME fits one, such as scaling_cifar10_8_255; "
+        f"--law FILE takes any {SCALING}"
+    )
+
+
+def _changed(file: Path) -> float:
+    return file.stat().st_mtime
 
 
 def _show_grid(console: Console, title: str, grid: Grid) -> None:

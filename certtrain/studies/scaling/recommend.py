@@ -50,7 +50,7 @@ def recommend(record: ScalingRecord, protocol: str, approach: str, compute: floa
     Raises:
         UsageError: no laws of that protocol, approach or radius; too little for an epoch.
     """
-    if not math.isclose(eps, record.eps, rel_tol=1e-6):
+    if not record.is_at(eps):
         raise UsageError(f"--eps: the law was fitted at {record.eps:.6g}, not at {eps:.6g}: run a plan at that radius")
     if protocol not in record.fits:
         raise unknown("protocol", protocol, record.fits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -195,6 +196,10 @@ class ScalingRecord(_Record):
     data: Data
     tuning: Tuning | None
     fits: dict[str, dict[str, FittedLaws | Unfitted]]  # by protocol and approach
+
+    def is_at(self, eps: float) -> bool:
+        """Whether its laws were fitted at that radius."""
+        return math.isclose(eps, self.eps, rel_tol=1e-6)
 
 
 def read_record(source: Path) -> ScalingRecord:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -307,6 +309,45 @@ def test_the_commands_fit_draw_and_recommend(cli, plan, folder, tmp_path):
     assert inside.code == 0
     assert "extrapolated" not in inside.out
     assert "guess" not in inside.out
+
+
+SMALL = Path("docs/results/scaling_small.json").resolve()
+
+
+def left_by_scale(tmp_path, name, age, eps):
+    content = json.loads(SMALL.read_text()) | {"eps": eps}
+    file = tmp_path / "runs" / name / "scaling.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(content))
+    os.utime(file, (1e9 - age, 1e9 - age))
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"), [(["--eps", "8/255"], "b"), (["--eps", "2/255"], "c"), ([], "c"), (["--law", str(SMALL)], None)]
+)
+def test_the_newest_law_of_the_radius_is_taken_and_named(cli, tmp_path, monkeypatch, asked, taken):
+    monkeypatch.chdir(tmp_path)
+    for name, age, eps in (("a", 3, 8 / 255), ("b", 2, 8 / 255), ("c", 1, 2 / 255)):
+        left_by_scale(tmp_path, name, age, eps)
+    outcome = cli("plan", "--budget", "1e11", "--approach", "joint", *asked)
+    assert outcome.code == 0, outcome.err
+    law = SMALL if taken is None else Path("runs", taken, "scaling.json")
+    lines = " ".join(outcome.out.split())
+    assert f"by the law in {law}, of cnn-2layer on npz, model.options.width 1 to 12" in lines
+
+
+@pytest.mark.parametrize(("asked", "at"), [(["--eps", "8/255"], " at 8/255"), ([], "")])
+@pytest.mark.parametrize("others", [False, True])
+def test_without_a_law_it_is_said_how_to_get_one(cli, tmp_path, monkeypatch, asked, at, others):
+    monkeypatch.chdir(tmp_path)
+    if others and asked:
+        left_by_scale(tmp_path, "a", 1, 2 / 255)
+    outcome = cli("plan", "--budget", "2e15", *asked)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.error == (
+        f"no law{at} in runs/*/scaling.json: certtrain scale NAME fits one, such as scaling_cifar10_8_255; "
+        "--law FILE takes any scaling.json"
+    )
 
 
 @pytest.mark.parametrize(
