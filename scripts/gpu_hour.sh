@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What an hour of a CUDA machine is for, most important first (docs/gpu_hour.md). Started again, it goes on where it was.
 #
-#   bash scripts/gpu_hour.sh CIFAR [AUTHORS] [section.key=value...]      HOUR=1800 for half of one
-#   bash scripts/gpu_hour.sh --rehearse CIFAR [AUTHORS]                  the same on a CPU, everything small
+#   bash scripts/gpu_hour.sh CIFAR [AUTHORS [CTRAIN]] [section.key=value...]   HOUR=1800 for half of one
+#   bash scripts/gpu_hour.sh --rehearse CIFAR [AUTHORS [CTRAIN]]               the same on a CPU, everything small
 #
 # CIFAR holds torchvision's cifar-10-batches-py, or train.npz and test.npz of the same images; AUTHORS is a checkout of the
-# authors' repository. A part that fails or takes too long is named, and the next one begins; in a rehearsal it
+# authors' repository, CTRAIN one of CTRAIN's, which is compared as well. A part that fails or takes too long is named, and the next one begins; in a rehearsal it
 # is an error. A rehearsal writes nothing into docs, but into RESULTS, a new folder if not given. PYTHON is the
 # interpreter, where it is not uv's.
 set -euo pipefail
@@ -28,6 +28,7 @@ fi
 cifar=$(realpath "$1") authors=
 shift
 [[ -d ${1:-} ]] && authors=$(realpath "$1") && shift
+[[ -n $authors && -d ${1:-} ]] && beside+=(--ctrain "$(realpath "$1")") && shift
 if [[ -e $cifar/train.npz ]]; then
     setting+=(data.name=npz "data.path=$cifar" 'data.mean=[0.4914, 0.4822, 0.4465]' 'data.std=[0.2023, 0.1994, 0.2010]')
 else
@@ -82,7 +83,7 @@ part "benchmark-$device.json" 420 scripts/benchmark.py "${benchmark[@]}"
 reproduce 80 cifar10_8_255
 # 4. How time grows with batch, width and classes.
 part "growth-$device.json" 300 scripts/benchmark.py "${growth[@]}" --grow
-# 5. The authors' own code, here.
+# 5. The authors' own code, here, and CTRAIN's.
 if [[ -n $authors ]]; then
     part "beside-authors-$device.json" 420 scripts/beside_authors.py --repo "$authors" --data "$cifar" "${beside[@]}"
 fi

@@ -203,6 +203,25 @@ def test_every_script_finds_what_it_imports(name, monkeypatch):
     script(name)
 
 
+@pytest.fixture
+def hour(tmp_path, monkeypatch):
+    """The hour's rehearsal, by an interpreter that writes what it is asked for, with an empty file of the data."""
+    interpreter, data = tmp_path / "python", tmp_path / "data"
+    interpreter.write_text(INTERPRETER)
+    interpreter.chmod(0o755)
+    data.mkdir()
+    (data / "train.npz").touch()
+    for name, value in {"PYTHON": interpreter, "RESULTS": tmp_path / "results", "ASKED": tmp_path / "asked"}.items():
+        monkeypatch.setenv(name, str(value))
+
+    def rehearse(*arguments, fails="nothing", code=0):
+        command = ["bash", str(SCRIPTS / "gpu_hour.sh"), "--rehearse", str(data), *map(str, arguments)]
+        names = {"FAILS": fails, "CODE": str(code)}
+        return subprocess.run(command, env={**os.environ, **names}, capture_output=True, text=True)
+
+    return rehearse
+
+
 INTERPRETER = """#!/usr/bin/env bash
 echo "$*" >> "$ASKED"
 out=
@@ -224,22 +243,30 @@ exit 0
     ],
 )
 def test_an_hour_on_a_gpu_keeps_whole_results_and_ends_where_a_rehearsal_fails(
-    tmp_path, fails, code, ends, asked, whole
+    hour, tmp_path, fails, code, ends, asked, whole
 ):
-    """Of an interpreter that writes what it is asked for, and fails at one thing; then again, where nothing fails."""
-    interpreter, data, log = tmp_path / "python", tmp_path / "data", tmp_path / "asked"
-    interpreter.write_text(INTERPRETER)
-    interpreter.chmod(0o755)
-    data.mkdir()
-    (data / "train.npz").touch()
-    results = tmp_path / "results"
-    names = {"PYTHON": str(interpreter), "RESULTS": str(results), "ASKED": str(log), "CODE": str(code)}
-    command = ["bash", str(SCRIPTS / "gpu_hour.sh"), "--rehearse", str(data)]
-    first = subprocess.run(command, env={**os.environ, **names, "FAILS": fails}, capture_output=True, text=True)
+    """The interpreter fails at one thing; then again, where nothing fails."""
+    log, results = tmp_path / "asked", tmp_path / "results"
+    first = hour(fails=fails, code=code)
     assert (first.returncode, len(log.read_text().splitlines())) == (ends, asked), first.stderr
     assert sorted(file.name for file in results.glob("*.json")) == [f"{name}-cpu.json" for name in whole]
-    again = subprocess.run(command, env={**os.environ, **names, "FAILS": "nothing"}, capture_output=True, text=True)
+    again = hour()
     assert again.returncode == 0
     done = log.read_text().splitlines()[asked:]
     assert [line for line in done if "benchmark.py" in line and "--grow" not in line] == []  # not measured again
     assert sum("--grow" in line for line in done) == ("growth" not in whole)
+
+
+@pytest.mark.parametrize("checkouts", [[], ["authors"], ["authors", "ctrain"]])
+def test_an_hour_on_a_gpu_runs_the_codes_whose_checkouts_are_there(hour, tmp_path, checkouts):
+    for name in checkouts:
+        (tmp_path / name).mkdir()
+    ended = hour(*(tmp_path / name for name in checkouts), "optimizer.lr=0.5")
+    assert ended.returncode == 0, ended.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    beside = [line for line in asked if "scripts/beside_authors.py" in line]
+    assert len(beside) == (len(checkouts) > 0)
+    for option, name in (("--repo", "authors"), ("--ctrain", "ctrain")):
+        assert all((f"{option} {tmp_path / name}" in line) == (name in checkouts) for line in beside)
+    assert (tmp_path / "results" / "beside-authors-cpu.json").exists() == (len(checkouts) > 0)
+    assert any(line.endswith("optimizer.lr=0.5") or "optimizer.lr=0.5 " in line for line in asked)
