@@ -21,7 +21,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +46,7 @@ from certtrain.runtime.allocation import keep_freed_memory
 from certtrain.runtime.files import write_json
 from certtrain.runtime.layout import layout_for
 from certtrain.runtime.precision import training_precision
+from certtrain.runtime.timing import now_on
 from certtrain.training.method import Method, Phase, scheduled
 from certtrain.training.methods import IBP, METHODS, CrownIBP
 from certtrain.training.smoothing import smoothed
@@ -206,16 +206,9 @@ def finish(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def seconds_of(step: Step, device: torch.device) -> float:
-    synchronize(device)
-    started = time.perf_counter()
+    started = now_on(device)
     step()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return now_on(device) - started
 
 
 def matrix_product_rate(device: torch.device) -> float:
