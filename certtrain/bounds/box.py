@@ -50,30 +50,29 @@ class Box:
     @property
     def lower(self) -> Tensor:
         """The lower end of every element."""
-        if self._lower is None:
-            self._lower = self.center - self.radius
-        return self._lower
+        return self._derived("_lower", self.center - self.radius) if self._lower is None else self._lower
 
     @property
     def upper(self) -> Tensor:
         """The upper end of every element."""
-        if self._upper is None:
-            self._upper = self.center + self.radius
-        return self._upper
+        return self._derived("_upper", self.center + self.radius) if self._upper is None else self._upper
 
     @property
     def center(self) -> Tensor:
         """(lower + upper) / 2."""
-        if self._center is None:
-            self._center = (self.lower + self.upper) / 2
-        return self._center
+        return self._derived("_center", (self.lower + self.upper) / 2) if self._center is None else self._center
 
     @property
     def radius(self) -> Tensor:
         """(upper - lower) / 2, never negative."""
-        if self._radius is None:
-            self._radius = (self.upper - self.lower) / 2
-        return self._radius
+        return self._derived("_radius", (self.upper - self.lower) / 2) if self._radius is None else self._radius
+
+    def _derived(self, name: str, value: Tensor) -> Tensor:
+        """`value`, kept for the next question, but not by a question under no_grad: the next may be for a gradient."""
+        made_of = (self._lower, self._upper) if self._by_ends else (self._center, self._radius)
+        if value.requires_grad or not any(part is not None and part.requires_grad for part in made_of):
+            setattr(self, name, value)
+        return value
 
     @property
     def shape(self) -> torch.Size:

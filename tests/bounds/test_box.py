@@ -34,6 +34,18 @@ def test_both_forms_describe_one_set():
     assert not box.contains(torch.tensor([3.1, 2.0])).all()
 
 
+@pytest.mark.parametrize("look", ["lower", "upper", "center", "radius"])
+@pytest.mark.parametrize("make", [Box, Box.around])
+def test_a_look_without_gradients_takes_none_from_the_next(make, look):
+    values = torch.tensor([[1.0, 2.0], [2.0, 4.0]], requires_grad=True)
+    (expected,) = torch.autograd.grad(getattr(make(*values), look).sum(), values)
+    box = make(*values)
+    with torch.no_grad():
+        getattr(box, look)
+    (found,) = torch.autograd.grad(getattr(box, look).sum(), values)
+    assert torch.equal(found, expected)
+
+
 def test_tiny_radii_survive_a_chain_of_affine_maps():
     """At centre 1000 and radius 1e-6 a float32 box of two ends has no radius left."""
     box = Box.around(torch.tensor([1000.0]), torch.tensor([1e-6]))
