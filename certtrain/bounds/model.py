@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from certtrain.bounds.graph import Call, Graph, Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import merged_margins, no_nan, proved
-from certtrain.bounds.recording import PointWalk, check_recording
+from certtrain.bounds.recording import PointWalk, check_recording, try_on_copy
 from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.backward import propagate_recorded
 from certtrain.bounds.segments import propagate_in_segments
@@ -37,6 +37,15 @@ if TYPE_CHECKING:
 DEFAULT_ALPHA = AlphaOptions()
 COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; a test counts them
 CACHE = 2**22  # bytes: arrays of coefficients that are no larger stay in a CPU's cache from one operation to the next
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """The steps of a network in one of its modes, what it was made of then, and other shapes of an input it takes."""
+
+    structure: tuple[Any, ...]
+    graph: Graph[Any]
+    shapes: set[torch.Size] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -87,27 +96,30 @@ class BoundedModel:
         self.model = model
         self._batch_sum = batch_sum
         self._example = example_input.detach()[:1].clone()
-        self._graphs: dict[bool, tuple[Any, Graph[Any]]] = {}
+        self._recordings: dict[bool, _Recording] = {}
         with evaluating(model):
             self._sizes = _sizes_of(self.graph, self._example.to(device_of(model, self._example.device)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied or pickled without the recordings, which read the very modules they were made of."""
-        return {**vars(self), "_graphs": {}}
+        return {**vars(self), "_recordings": {}}
 
     @property
     def graph(self) -> Graph[Any]:
         """The network's steps in its present mode: recorded and checked once, and again where its structure changed."""
+        return self._recording().graph
+
+    def _recording(self) -> _Recording:
         mode = self.model.training
         if torch.compiler.is_compiling():  # looked at before, in Python
-            return self._graphs[mode][1]
+            return self._recordings[mode]
         structure = structure_of(self.model)
-        if mode not in self._graphs or self._graphs[mode][0] != structure:
+        if mode not in self._recordings or self._recordings[mode].structure != structure:
             graph = trace(self.model, self._batch_sum)
             _require_rules(graph)
             check_recording(self.model, self._example.to(device_of(self.model, self._example.device)))
-            self._graphs[mode] = structure, graph
-        return self._graphs[mode][1]
+            self._recordings[mode] = _Recording(structure, graph)
+        return self._recordings[mode]
 
     @property
     def activations(self) -> int:
@@ -197,16 +209,18 @@ class BoundedModel:
 
     def _require_inputs(self, x: Tensor) -> None:
         """Raises UsageError where the network takes no such inputs; some take images of several sizes."""
-        expected = self._example.shape[1:]
-        if x.shape[1:] == expected:
+        expected, shape = self._example.shape[1:], x.shape[1:]
+        if shape == expected or torch.compiler.is_compiling():
             return
-        images = torch.zeros(2, *x.shape[1:], dtype=x.dtype, device=x.device)  # BatchNorm in training mode needs two
+        recording = self._recording()
+        if shape in recording.shapes:
+            return
         try:
-            with torch.no_grad():
-                self.graph.run(images, _CleanTransform(), {})
+            try_on_copy(self.model, torch.zeros(2, *shape, dtype=x.dtype, device=x.device))
         except Exception as error:  # of any operation in it, and of any type
-            message = f"inputs of shape {tuple(x.shape[1:])} are none of this network's, which are {tuple(expected)}"
+            message = f"inputs of shape {tuple(shape)} are none of this network's, which are {tuple(expected)}"
             raise UsageError(message) from error
+        recording.shapes.add(shape)
 
     def clean_pass(self, x: Tensor, coefficients: Mapping[int, Coefficients] | None = None) -> CleanPass:
         """Logits of `x` (B, ...) and the BatchNorm coefficients they were computed with, `coefficients` where given."""

@@ -117,6 +117,27 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
         )
 
 
+@torch.no_grad()
+def try_on_copy(model: nn.Module, images: Tensor) -> None:
+    """Raises what the recorded operations raise of such images, two at least, in the module's present mode.
+
+    They are a copy's: in training mode a walk updates running statistics, and draws.
+    """
+    try:
+        candidate = deepcopy(model)
+    except Exception:  # a module that cannot be copied
+        if _trains(model):
+            raise
+        candidate = model
+    with _seeded(0, images.device):
+        _walk(trace(candidate), images, PointWalk())
+
+
+def _trains(model: nn.Module) -> bool:
+    """Is any part of it in training mode, where running it may change it?"""
+    return any(module.training for module in model.modules())
+
+
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """The CPU's generator and that of `device` begin at `seed`; afterwards they are as they were, as all others are."""
@@ -142,7 +163,7 @@ def _candidates(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Modul
     for wanted in (torch.float64, dtype):
         with suppress(Exception):  # a module that cannot be copied, a device without float64
             yield deepcopy(model).to(wanted), wanted
-    if not model.training:
+    if not _trains(model):
         yield model, dtype
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import threading
 
 import hypothesis.strategies as st
 import pytest
@@ -93,6 +95,62 @@ def test_a_network_that_takes_images_of_several_sizes_is_asked_about_all_of_them
     for method in METHODS:
         there, here = (net.margins(box, LABELS, method) for net in (recorded_there, recorded_here))
         torch.testing.assert_close(there, here)
+
+
+def of_several_sizes(layer: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+
+LIVELY = {  # what a walk in training mode changes: running statistics, the generator, an estimate of a norm
+    "BatchNorm": lambda: nn.BatchNorm2d(4),
+    "cumulative BatchNorm": lambda: nn.BatchNorm2d(4, momentum=None),
+    "Dropout": lambda: nn.Dropout(0.5),
+    "Dropout2d": lambda: nn.Dropout2d(0.5),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 3), n_power_iterations=100),
+}
+ONE_WALK = {
+    "ibp": lambda net, x: net.ibp(linf_box(x, 0.1), x),
+    "clean pass": lambda net, x: net.clean_pass(x),
+    "recorded": lambda net, x: net.recorded(linf_box(x, 0.1), x),
+    "margins": lambda net, x: net.margins(linf_box(x, 0.1), LABELS, "crown-ibp", x),
+}
+
+
+@pytest.mark.parametrize("ask", ONE_WALK)
+@pytest.mark.parametrize("layer", LIVELY)
+def test_a_question_at_another_size_leaves_what_one_forward_leaves(layer, ask):
+    model = of_several_sizes(LIVELY[layer]()).train()
+    net = BoundedModel(model, torch.rand(1, 1, 8, 8))
+    net.clean_pass(torch.rand(2, 1, 8, 8))
+    with torch.no_grad():
+        for weight in model.parameters():  # a norm that was estimated before is that of other weights now
+            weight.copy_(torch.randn_like(weight))
+    for size in (12, 9, 12):
+        x, twin = torch.rand(2, 1, size, size), copy.deepcopy(model)
+        torch.manual_seed(1)
+        twin(x)
+        drawn = torch.get_rng_state()
+        torch.manual_seed(1)
+        ONE_WALK[ask](net, x)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_boxes_in_segments_at_another_size_leave_statistics_alone():
+    model = of_several_sizes(nn.BatchNorm2d(4)).train()
+    net, x = BoundedModel(model, torch.rand(1, 1, 8, 8)), torch.rand(2, 1, 12, 12)
+    clean = BoundedModel(model, x).clean_pass(x)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    net.ibp_in_segments(linf_box(x, 0.1), clean.coefficients, lambda box: None)
+    torch.testing.assert_close(dict(model.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_a_network_that_cannot_be_copied_is_asked_about_other_sizes_too():
+    model = of_several_sizes(nn.Identity()).eval()
+    model.lock = threading.Lock()
+    net, box = BoundedModel(model, torch.rand(1, 1, 8, 8)), linf_box(torch.rand(2, 1, 12, 12), 0.1)
+    assert net.ibp(box).output.contains(model(box.lower), 1e-5).all()
 
 
 @pytest.mark.parametrize(
