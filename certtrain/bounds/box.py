@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from certtrain.bounds.at_hand import at_hand
 from certtrain.errors import UsageError
+
+B = TypeVar("B", bound="Box")
 
 
 class Box:
@@ -98,6 +101,13 @@ class Box:
         """Elementwise: does `point` lie between the ends, give or take `tolerance`? A bool tensor."""
         return (point >= self.lower - tolerance) & (point <= self.upper + tolerance)
 
+    @property
+    def empty(self) -> Tensor:
+        """Does no point lie in it? A bool scalar; NaN is not looked for."""
+        if self._by_ends:
+            return (self.lower > self.upper).any()
+        return (self.radius < 0).any()
+
     def detach(self) -> Box:
         """The same box, without its history of gradients."""
         return Box(self.lower.detach(), self.upper.detach())
@@ -116,13 +126,34 @@ def linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = 
         clip: the range pixels can take, or None for no cut.
 
     Raises:
-        UsageError: `x` is not floating-point, or the radius is negative or not finite (a tensor is not looked into).
+        UsageError: `x` is not floating-point, the radius is negative or not finite (a tensor is not looked into), or
+            all images within `eps` lie outside `clip` (on a GPU, which would be waited for, `BoundedModel.margins` says
+            so).
     """
     if not x.is_floating_point():
         raise UsageError(f"a box is drawn around floating-point images in [0, 1], not {x.dtype}")
     if not isinstance(eps, Tensor) and not 0 <= eps < math.inf:
         raise UsageError(f"a radius is a finite number and not negative, not {eps}")
-    lower, upper = x - eps, x + eps
-    if clip is not None:
-        lower, upper = lower.clamp(*clip), upper.clamp(*clip)
-    return Box(lower, upper)
+    return cut(Box(x - eps, x + eps), clip)
+
+
+def cut(box: B, clip: tuple[float, float] | None) -> B:
+    """What of a box, given by its ends, lies in the range `clip`; raises UsageError where nothing does."""
+    if clip is None:
+        return box
+    part = type(box)(box.lower.clamp(min=clip[0]), box.upper.clamp(max=clip[1]))
+    if at_hand(part.like) and part.empty:
+        raise UsageError(
+            f"images lie outside of {clip}, further than the radius: pass clip=None, or images in that range and "
+            "normalise them in the network"
+        )
+    return part
+
+
+def refuse_empty(box: Box) -> None:
+    """Raises UsageError where a box has no point, of which everything would be proved, and values are at hand."""
+    if at_hand(box.like) and box.empty:
+        raise UsageError(EMPTY)
+
+
+EMPTY = "the box is empty, or has NaN in it: lower must be at most upper everywhere"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.batch_norm import Coefficients
-from certtrain.bounds.box import Box
+from certtrain.bounds.box import Box, refuse_empty
 from certtrain.bounds.graph import Graph
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions
@@ -199,6 +199,7 @@ class LirpaModel:
             raise UsageError("backend lirpa cannot shrink boxes behind ReLUs: use backend native")
         if from_center:
             raise UsageError("backend lirpa takes BatchNorm's statistics from the clean input: pass `clean`")
+        refuse_empty(box)
         logits, self._point = self._forward(box, clean)
         with _default_dtype(logits.dtype):
             output = self._net.compute_bounds(method="IBP")

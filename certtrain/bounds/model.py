@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS, STAGES
 from certtrain.bounds import interval
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
-from certtrain.bounds.box import Box
+from certtrain.bounds.box import EMPTY, Box, refuse_empty
 from certtrain.bounds.graph import Call, Graph, Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
@@ -168,11 +168,12 @@ class BoundedModel:
                 train on and no bound, so it is refused in eval mode, the mode that networks are verified in.
 
         Raises:
-            UsageError: `shrink` in eval mode, inputs of a shape that the network does not take, or a `clean` of another
-                shape or type than the box.
+            UsageError: `shrink` in eval mode, inputs of a shape that the network does not take, a `clean` of another
+                shape or type than the box, or a box without points (on a GPU, which would be waited for, `margins`
+                alone looks for that).
         """
         self._refuse_shrinking(shrink)
-        self._require_inputs(box.like)
+        self._require_box(box)
         if arithmetic is not None:
             return sound.propagate(self.graph, box, arithmetic)
         if clean is not None and (clean.shape, clean.dtype) != (box.shape, box.like.dtype):
@@ -199,13 +200,17 @@ class BoundedModel:
             shrink: see `ibp`.
         """
         self._refuse_shrinking(shrink)
-        self._require_inputs(box.like)
+        self._require_box(box)
         count = segments or math.isqrt(len(self.graph.steps))
         return propagate_in_segments(self.graph, box, coefficients, observe, count, shrink)
 
     def _refuse_shrinking(self, shrink: float | None) -> None:
         if shrink is not None and not self.model.training:
             raise UsageError("boxes that were shrunk behind ReLUs bound nothing: shrink is for training mode alone")
+
+    def _require_box(self, box: Box) -> None:
+        refuse_empty(box)
+        self._require_inputs(box.like)
 
     def _require_inputs(self, x: Tensor) -> None:
         """Raises UsageError where the network takes no such inputs; some take images of several sizes."""
@@ -365,7 +370,7 @@ class BoundedModel:
         """`ibp` with everything recorded that a backward pass needs, also one that covers rounding."""
         if arithmetic is None:
             return self.ibp(box, clean, record=True)
-        self._require_inputs(box.like)
+        self._require_box(box)
         return propagate_recorded(self.graph, box, arithmetic)
 
     def _interval_margins(self, bounds: Bounds, labels: Tensor, arithmetic: str | None) -> Tensor:
@@ -435,7 +440,7 @@ def check_question(box: Box, labels: Tensor, classes: int) -> None:
     if box.like.dtype not in (torch.float32, torch.float64):
         raise UsageError(f"bounds are computed in float32 or float64, not for a box of {box.like.dtype}")
     if not (box.lower <= box.upper).all():
-        raise UsageError("the box is empty, or has NaN in it: lower must be at most upper everywhere")
+        raise UsageError(EMPTY)
     if labels.dtype != torch.int64 or labels.shape != (len(box.like),):
         raise UsageError(f"labels must be int64 of shape ({len(box.like)},), not {labels.dtype} {tuple(labels.shape)}")
     if len(labels) and not (labels.min() >= 0 and labels.max() < classes):

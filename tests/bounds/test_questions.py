@@ -14,6 +14,7 @@ from torch import nn
 
 from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model, linf_box
+from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.errors import UsageError
 
 X = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
@@ -26,6 +27,20 @@ both_backends = pytest.mark.parametrize("backend", ["native", "lirpa"])
 def network(backend: str = "native") -> Bounder:
     torch.manual_seed(0)
     return bounded_model(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), X, backend)
+
+
+@pytest.mark.parametrize("make", [linf_box, enclosing_linf_box])
+@settings(max_examples=50, deadline=None)
+@given(x=st.floats(-3, 3), eps=st.floats(0, 2), low=st.floats(-1, 1), width=st.floats(0, 2))
+def test_a_box_is_those_points_near_the_image_that_lie_in_the_range(make, x, eps, low, width):
+    ends = max(x - eps, low), min(x + eps, low + width)
+    image = torch.tensor([[x]], dtype=torch.float64)
+    if ends[0] > ends[1] + 1e-12:
+        with pytest.raises(UsageError, match="outside"):
+            make(image, eps, (low, low + width))
+    elif ends[0] < ends[1] - 1e-12:
+        box = make(image, eps, (low, low + width))
+        assert (box.lower.item(), box.upper.item()) == pytest.approx(ends, abs=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
@@ -43,6 +58,46 @@ def test_an_empty_box_proves_nothing(method, value, backend):
     lower[1, 3] = X[1, 3] + value
     with pytest.raises(UsageError, match="empty"):
         network(backend).margins(Box(lower, X), LABELS, method)
+
+
+@both_backends
+@pytest.mark.parametrize("ask", [lambda net, box: net.ibp(box), lambda net, box: net.ibp(box, clean=X)])
+def test_a_pass_has_no_empty_box(ask, backend):
+    for box in (Box(X, X - 0.1), Box.around(X, torch.full_like(X, -0.1))):
+        with pytest.raises(UsageError, match="empty"):
+            ask(network(backend), box)
+
+
+@pytest.mark.parametrize("ask", [
+    lambda net, box: net.ibp(box, arithmetic="float32"), lambda net, box: net.recorded(box, None, "float32"),
+    lambda net, box: net.recorded(box), lambda net, box: net.ibp_in_segments(box, {}, lambda box: None),
+    lambda net, box: net.tightened(box),
+])  # fmt: skip
+def test_no_pass_has_an_empty_box(ask):
+    with pytest.raises(UsageError, match="empty"):
+        ask(network(), Box(X.double(), X.double() - 0.1))
+
+
+def test_bounds_are_asked_for_under_vmap_too():
+    net = network()
+    expected = net.ibp(linf_box(X, 0.1)).output.lower
+    found = torch.func.vmap(lambda x: net.ibp(linf_box(x[None], 0.1)).output.lower[0])(X)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("looking", [True, False], ids=["at values", "at none"])
+@pytest.mark.parametrize("make", [linf_box, enclosing_linf_box])
+@pytest.mark.parametrize("where", [-1.5, -0.2, 1.2, 7.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_far_outside_the_valid_range_is_not_proved(method, where, make, looking, monkeypatch):
+    """It has no neighbour in the range; 0 or 1 is none. Where values cannot be looked at, the question is refused."""
+    if not looking:
+        monkeypatch.setattr("certtrain.bounds.box.at_hand", lambda x: False)
+    x = X.clone()
+    x[1, 2] = where
+    with pytest.raises(UsageError, match="pass clip=None" if looking else "empty"):
+        network().margins(make(x, 0.1), LABELS, method)
+    assert make(x, 0.1, clip=None).contains(x).all()
 
 
 @both_backends

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from certtrain.bounds.box import Box
+from certtrain.bounds.box import Box, cut
 from certtrain.bounds.rounding.arithmetic import COEFFICIENT_ROUNDINGS, LARGEST_FACTOR, Arithmetic, inflation
 
 
@@ -86,10 +86,7 @@ def outward(box: Box) -> OutwardBox:
 def enclosing_linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = (0.0, 1.0)) -> OutwardBox:
     """`linf_box` that no rounding has made smaller: every real point within `eps` of `x`, and in `clip`, is inside."""
     x = x.double()
-    lower, upper = down(x - eps), up(x + eps)
-    if clip is not None:
-        lower, upper = lower.clamp(*clip), upper.clamp(*clip)
-    return OutwardBox(lower, upper)
+    return cut(OutwardBox(down(x - eps), up(x + eps)), clip)
 
 
 def widened(
