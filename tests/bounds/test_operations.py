@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.interval import RULES
 from certtrain.bounds.linear.backward import PARAMETRIZED
 from certtrain.bounds.linear.backward import RULES as BACKWARD
+from certtrain.bounds.linear.normalization import _lines as normalized_lines
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.normalization import deviation, has_batch_axis, inverse_root, normalized
@@ -828,6 +830,53 @@ def test_boxes_and_lines_enclose_the_function_and_touch_it(function):
             assert gap[narrow_ones].max() < 1e-3 if OPERATIONS[function].positive else gap[narrow_ones].max() < 1e-6
         exact = values_box.upper - values_box.lower
         assert exact[x.upper == x.lower].max() == 0
+
+
+@each_elementwise
+def test_lines_have_the_gradient_by_which_they_move_with_the_box(function):
+    """On both sides of 0, on one, and near it, against central differences of each end in turn."""
+    generator = torch.Generator().manual_seed(0)
+    ends = 2 * torch.randn(2, 300, 1, generator=generator, dtype=torch.float64)
+    ends[:, :100] *= 0.2
+    ends = ends.abs() + 0.1 if OPERATIONS[function].positive or function is inverse_root else ends
+    ends = torch.stack([ends.amin(0), ends.amax(0) + 0.05])
+    points = ends[0] + torch.rand(ends[0].shape, generator=generator, dtype=torch.float64) * (ends[1] - ends[0])
+    for settings in SETTINGS.get(function, [()]):
+
+        def values(ends):
+            lines = RELAXATIONS[function](Box(*ends), *settings)  # noqa: B023
+            return torch.stack([lines.below(points), lines.above(points)])
+
+        assert wrong_gradients(values, ends) <= 3  # where lines of other slopes become the better ones, and at kinks
+
+
+@pytest.mark.parametrize("radius", [0.1, 1.0, 3.0])
+def test_lines_of_normalized_values_have_the_gradient_by_which_they_move(radius):
+    """They touch at a point that moves with the box: the least of all, so that its own moving counts for nothing."""
+    generator = torch.Generator().manual_seed(0)
+    center, width, share = torch.randn(3, 50, 6, generator=generator, dtype=torch.float64)
+    ends = torch.stack([center - radius * width.abs(), center + radius * width.abs() + 0.05])
+    points = ends[0] + share.sigmoid() * (ends[1] - ends[0])
+
+    def values(ends):
+        lines = normalized_lines(Box(*ends), (-1,), 1e-5)
+        return torch.stack([lines.below(points), lines.above(points)])
+
+    assert wrong_gradients(values, ends) <= 3
+
+
+def wrong_gradients(values: Callable[[Tensor], Tensor], ends: Tensor) -> int:
+    """How many rows of lines do not move as central differences say while all lower, or all upper, ends do."""
+    wrong = 0
+    for line, end in itertools.product(range(2), range(2)):
+        moved = ends.clone().requires_grad_()
+        (found,) = torch.autograd.grad(values(moved)[line].sum(), moved, allow_unused=True)
+        step = torch.zeros_like(ends)
+        step[end] = 1e-5
+        expected = ((values(ends + step) - values(ends - step))[line] / 2e-5).sum(-1)
+        along = torch.zeros_like(expected) if found is None else found[end].sum(-1)
+        wrong += int(((along - expected).abs() > 1e-3 * (1 + expected.abs())).sum())
+    return wrong
 
 
 def test_minima_are_the_least_values():

@@ -230,6 +230,19 @@ def concave(function: Function, derivative: Function) -> Relaxation:
 
 def s_shaped(function: Function, derivative: Function) -> Relaxation:
     """Lines for an increasing function, convex left of 0 and concave right of it, with f(x) = 2 f(0) - f(-x)."""
+    curvature = _derivative(derivative)
+
+    def following(d: Tensor, upper: Tensor) -> Tensor:
+        """`d`, at which the tangent meets the function at `upper`, with the gradient that this gives it.
+
+        f(d) + f'(d) (u - d) = f(u), so that d' = (f'(u) - f'(d)) / (f''(d) (u - d)), which goes from -1/2 at 0 to 0.
+        """
+        if not torch.is_grad_enabled():
+            return d
+        at = upper.detach()
+        rise, bend = derivative(at) - derivative(d), curvature(d) * (at - d)
+        rate = torch.where(bend > TINY, rise / torch.where(bend > TINY, bend, 1.0), 0.0).clamp(-0.5, 0.0)
+        return d + rate * torch.where(at.isfinite(), upper - at, 0.0)
 
     def below(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Slope and offset of a tangent at some d <= 0 that is still below at `upper`; of the chord if none is."""
@@ -238,12 +251,12 @@ def s_shaped(function: Function, derivative: Function) -> Relaxation:
             return function(d) + derivative(d) * (upper - d) <= function(upper)
 
         # The tangent's value at `upper` grows with d; `near` is the largest d, from below, at which it is low enough.
-        near, far = lower.clamp(max=0), upper.clamp(max=0)
+        near, far = lower.detach().clamp(max=0), upper.detach().clamp(max=0)
         for _ in range(40):
             middle = (near + far) / 2
             low_enough = tangent_is_below(middle)
             near, far = torch.where(low_enough, middle, near), torch.where(low_enough, far, middle)
-        touching = torch.where(upper <= 0, (lower + upper) / 2, near).detach()
+        touching = torch.where(upper <= 0, (lower + upper) / 2, following(near, upper))
         width, rise = upper - lower, function(upper) - function(lower)
         least = torch.minimum(derivative(lower), derivative(upper))  # of all slopes in between, so that it does as well
         chord = chord_slope(width, rise, least, LEAST_WIDTH)
