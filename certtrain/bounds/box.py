@@ -63,7 +63,9 @@ class Box:
     @property
     def center(self) -> Tensor:
         """(lower + upper) / 2."""
-        return self._derived("_center", (self.lower + self.upper) / 2) if self._center is None else self._center
+        if self._center is not None:
+            return self._center
+        return self._derived("_center", torch.add(self.lower / 2, self.upper, alpha=0.5))  # the ends' sum may overflow
 
     @property
     def radius(self) -> Tensor:

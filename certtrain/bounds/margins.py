@@ -36,13 +36,23 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
 
 
 def proved(margins: Tensor) -> Tensor:
-    """(B,) bool: which images' labels are proved, every margin of (B, K) but the label's own, a 0, being positive."""
-    return (margins > 0).sum(1) == margins.shape[1] - 1
+    """(B,) bool: which images' labels are proved, every margin of (B, K) but the label's own, a 0, being positive and
+    finite: of values that overflow nothing is known."""
+    return ((margins > 0) & (margins < torch.inf)).sum(1) == margins.shape[1] - 1
 
 
 def no_nan(margins: Tensor, labels: Tensor) -> Tensor:
-    """-inf for NaN, 0 in column y: where values overflow, infinity less infinity, nothing is known of a margin."""
-    return torch.where(margins.isnan(), -torch.inf, margins).scatter(1, labels[:, None], 0.0)
+    """-inf for what is not finite, 0 in column y: where values overflow nothing is known of a margin."""
+    return _finite(margins).scatter(1, labels[:, None], 0.0)
+
+
+def better(margins: Tensor, others: Tensor) -> Tensor:
+    """The larger of two lower bounds of each margin, or the one that is finite; -inf where neither is."""
+    return torch.maximum(_finite(margins), _finite(others))
+
+
+def _finite(margins: Tensor) -> Tensor:
+    return torch.where(margins.isfinite(), margins, -torch.inf)
 
 
 def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from certtrain.bounds.box import EMPTY, Box, refuse_empty
 from certtrain.bounds.graph import Call, Graph, Ref, leaves
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
-from certtrain.bounds.margins import merged_margins, no_nan, proved
+from certtrain.bounds.margins import better, merged_margins, no_nan, proved
 from certtrain.bounds.recording import PointWalk, check_recording, try_on_copy
 from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.backward import propagate_recorded
@@ -386,7 +386,7 @@ class BoundedModel:
                 cheaper = [*cheaper, crown_margins(bounds, labels)]
             bounds = replace(bounds, record=tightened(bounds.recorded, rows, intersect))
         best = alpha_margins(bounds, labels, alpha) if method == "alpha-crown" else crown_margins(bounds, labels)
-        return reduce(torch.fmax, cheaper, best)
+        return reduce(better, cheaper, best)
 
     def _early_margins(
         self, box: Box, labels: Tensor, method: str, rows: int, alpha: AlphaOptions, arithmetic: str | None
@@ -398,7 +398,7 @@ class BoundedModel:
         tightening = Tightening(bounds.recorded, rows)
         for _ in chain([None], tightening.steps()):  # on IBP's boxes, and then after every layer's
             found = crown_margins(replace(bounds, record=tightening.record), labels[left])
-            margins = margins.index_put((left,), torch.fmax(margins[left], found))
+            margins = margins.index_put((left,), better(margins[left], found))
             unproved = (~proved(margins[left])).nonzero()[:, 0]
             if len(unproved) < len(left):
                 left = left[unproved]
@@ -410,7 +410,7 @@ class BoundedModel:
                 return margins
         if method == "alpha-crown":
             found = alpha_margins(replace(bounds, record=tightening.record), labels[left], alpha)
-            margins = margins.index_put((left,), torch.fmax(margins[left], found))
+            margins = margins.index_put((left,), better(margins[left], found))
         return margins
 
     def _portions(self, box: Box, method: str, max_memory: int | None) -> tuple[int, int]:

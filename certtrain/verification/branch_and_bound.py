@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.bounds.linear.crown import backward_margins
 from certtrain.bounds.linear.patches import Coefficients, dense
-from certtrain.bounds.margins import no_nan, proved
+from certtrain.bounds.margins import better, no_nan, proved
 from certtrain.errors import UsageError, require_counts
 from certtrain.verification.attacks import predictions
 from certtrain.verification.domains import Domain, ImageSearch, Leaf, Split
@@ -138,8 +139,8 @@ def settle(
 
 @torch.no_grad()
 def root_margins(record: Record, labels: Tensor, known: Tensor) -> Tensor:
-    """Margins (B, K) as `known`, or by a backward pass on the record's boxes where that is better; none is NaN."""
-    return no_nan(torch.fmax(known, backward_margins(record, labels)), labels)
+    """Margins (B, K) as `known`, or by a backward pass on the record's boxes where that is better; finite, or -inf."""
+    return no_nan(better(known, backward_margins(record, labels)), labels)
 
 
 def searched_margins(
@@ -328,7 +329,7 @@ class _Run:
                 heapq.heappush(image.waiting, child)
 
     def _proves(self, lower: float) -> bool:
-        return lower > (CHECKABLE if self.search.keep_leaves else 0)
+        return (CHECKABLE if self.search.keep_leaves else 0) < lower < math.inf
 
     def _settle_exactly(self, image: ImageSearch, domain: Domain) -> None:
         """Where nothing is left to split the network is affine, and the domain a linear program."""

@@ -273,7 +273,8 @@ class _Question:
         """What branch and bound finds of the cases that are not refuted, and a counterexample."""
         net = BoundedModel(self.least(), self.enclosing.lower)
         record = net.tightened(self.enclosing)
-        known = torch.where(torch.cat([torch.zeros_like(refuted[:1]), refuted]), torch.inf, -torch.inf)
+        above = torch.cat([torch.zeros_like(refuted[:1]), refuted])
+        known = torch.where(above, 1.0, -torch.inf)  # of what is refuted a margin is positive, whatever its size
         margins = root_margins(record, self.label, known[None].to(self.enclosing.lower))
         (outcome,) = branch_and_bound(_Judged(self), record, self.label, margins, search, self.points)
         return outcome.verdict, None if outcome.point is None else self.counterexample(outcome.point)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -44,6 +45,23 @@ def test_a_look_without_gradients_takes_none_from_the_next(make, look):
         getattr(box, look)
     (found,) = torch.autograd.grad(getattr(box, look).sum(), values)
     assert torch.equal(found, expected)
+
+
+LARGEST, SMALLEST, NORMAL = torch.finfo(torch.float32).max, 2.0**-149, 2.0**-126
+ENDS = [(LARGEST, LARGEST), (-LARGEST, -1e38), (-LARGEST, LARGEST), (2e38, 2.2e38), (1.0, 1 + 2**-23), (0.1, 0.7)]
+SMALL_ENDS = [(SMALLEST, SMALLEST), (0.0, SMALLEST), (-SMALLEST, 3 * SMALLEST), (NORMAL - SMALLEST, NORMAL + SMALLEST)]
+
+
+@pytest.mark.parametrize(("low", "high"), ENDS + SMALL_ENDS)
+def test_a_center_lies_in_the_middle_of_ends_of_any_size(low, high):
+    """The nearest number to it; of ends that lose their last bits when they are halved, one of the nearest two."""
+    lower, upper = torch.tensor([low]), torch.tensor([high])
+    exact = (Fraction(lower.item()) + Fraction(upper.item())) / 2
+    center = Box(lower, upper).center
+    if (low, high) in SMALL_ENDS:
+        assert abs(Fraction(center.item()) - exact) <= Fraction(SMALLEST)
+    else:
+        assert center.item() == torch.tensor(float(exact), dtype=torch.float64).float().item()
 
 
 def test_tiny_radii_survive_a_chain_of_affine_maps():

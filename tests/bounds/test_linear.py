@@ -642,3 +642,20 @@ def test_an_operation_without_a_relaxation_is_named_with_the_methods_that_suppor
     with pytest.raises(UnsupportedOperation, match=r"MaxPool2d in module '4'.* ibp"):
         net.margins(box, LABELS, method)
     assert net.margins(box, LABELS, "ibp").shape == (3, 5)
+
+
+@pytest.mark.parametrize("intersect", [True, False])
+@pytest.mark.parametrize("end", [torch.inf, -torch.inf, torch.nan])
+def test_boxes_are_not_made_of_ends_that_are_not_finite(end, intersect, monkeypatch):
+    """Where a backward pass overflows nothing is known: the cheaper box stays, or all numbers are in the box."""
+    torch.manual_seed(0)
+    net = BoundedModel(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.rand(2, 3))
+    record = net.recorded(linf_box(torch.rand(2, 3), 1.0)).recorded
+    monkeypatch.setattr(
+        crown_file, "_both_ends", lambda _, index, neurons, lines: torch.full((len(neurons), 2 * neurons.shape[1]), end)
+    )
+    found = crown_file.tightened(record, 100, intersect)
+    index = record.calls[0].index
+    before, after = record.boxes[index], found.boxes[index]
+    assert torch.equal(after.lower, before.lower if intersect else torch.full_like(before.lower, -torch.inf))
+    assert torch.equal(after.upper, before.upper if intersect else torch.full_like(before.upper, torch.inf))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import threading
+from fractions import Fraction
 
 import hypothesis.strategies as st
 import pytest
@@ -12,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS
+from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS, STAGES
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model, linf_box
+from certtrain.bounds.margins import better, no_nan, proved
 from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.errors import UsageError
 
@@ -278,6 +281,43 @@ class Overflowing(nn.Module):
 def test_nothing_is_known_where_values_overflow(method, backend):
     box = linf_box(X.clamp(min=0.5), 0.1)
     margins = bounded_model(Overflowing(), X, backend).margins(box, LABELS, method).detach()
-    assert not margins.isnan().any()
+    assert (margins.isfinite() | (margins == -torch.inf)).all()
     assert margins[0, 1] == margins[1, 0] == margins[1, 1] == -torch.inf
     assert (margins.gather(1, LABELS[:, None]) == 0).all()
+
+
+OVERFLOWS = {  # weights (2, n), biases (2,), and the ends of every input
+    "the sum of a box's ends": ([[0.1], [-0.1]], [-3e38, 0.0], 2e38, 2.2e38),
+    "a sum on the way": ([[2e38, 2e38, -2e38, -2e38], [0.0] * 4], [-1.0, 0.0], 1 - 2.0**-6, 1.0),
+    "logits, one above and one below": ([[3e38, 3e38], [-3e38, -3e38]], [-3e38, 3e38], 0.1, 0.9),
+}
+
+
+@pytest.mark.parametrize("method", STAGES)
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_what_overflows_proves_nothing_that_is_false(name, method):
+    """Finite boxes and weights, of which arithmetic without bounds knows the least margin: it is below 0."""
+    weight, bias, low, high = OVERFLOWS[name]
+    layer = nn.Linear(len(weight[0]), 2)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+        layer.bias.copy_(torch.tensor(bias))
+    ends = [[Fraction(torch.tensor(end).item()) for end in (low, high)]] * len(weight[0])
+    (w, v), (b, c) = ([[Fraction(x) for x in row] for row in layer.weight.tolist()], map(Fraction, layer.bias.tolist()))
+    least = b - c + sum(min((x - y) * end for end in part) for x, y, part in zip(w, v, ends, strict=True))
+    assert least < 0
+    x = torch.full((1, len(ends)), low)
+    net = BoundedModel(nn.Sequential(layer).eval(), torch.zeros_like(x))
+    margins = net.margins(Box(x, torch.full_like(x, high)), torch.tensor([0]), method)
+    assert not proved(margins).any()
+    assert margins[0, 1] == -torch.inf or Fraction(margins[0, 1].item()) <= least * (1 - Fraction(1, 10**6))
+
+
+@pytest.mark.parametrize("other", [1.0, -1.0, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("margin", [1.0, -1.0, torch.inf, -torch.inf, torch.nan])
+def test_a_margin_that_is_not_finite_says_nothing(margin, other):
+    margins, labels = torch.tensor([[0.0, margin, other]]), torch.tensor([0])
+    assert proved(margins).item() == (margin == other == 1.0)
+    one, two = (value if math.isfinite(value) else -math.inf for value in (margin, other))
+    assert no_nan(margins, labels).tolist() == [[0.0, one, two]]
+    assert better(margins[:, 1], margins[:, 2]).tolist() == [max(one, two)]

@@ -259,3 +259,15 @@ def test_an_input_that_is_fixed_between_two_floats_is_the_nearest_one():
 def test_a_property_of_other_sizes_is_refused():
     with pytest.raises(UsageError, match="3 inputs and 3 outputs; the network has 4 and 2"):
         decide(mlp(0, inputs=4, outputs=2), random_cases(0, 0.1, 1), [4], ["ibp"])
+
+
+@pytest.mark.parametrize("methods", [["ibp"], ["crown"], METHODS, ["ibp", BRANCH_AND_BOUND]])
+def test_a_counterexample_is_not_refuted_because_something_overflows(methods):
+    """2e38 (a + b - c - d) - 1 is -1 where all are 1; a sum on the way to it is not finite."""
+    model = nn.Sequential(nn.Linear(4, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2e38, 2e38, -2e38, -2e38]]))
+        model[0].bias.fill_(-1.0)
+    ends = torch.full((4,), 1 - 2.0**-6, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    case = Case(Box(*ends), torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+    assert decide(model, [case], [4], methods).verdict != "unsat"

@@ -14,7 +14,7 @@ from certtrain.bounds.linear.backward import PARAMETRIZED, Lines
 from certtrain.bounds.linear.crown import crown_margins
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.relaxations import RELAXATIONS
-from certtrain.bounds.margins import proved
+from certtrain.bounds.margins import better, proved
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def alpha_margins(bounds: Bounds, labels: Tensor, options: AlphaOptions) -> Tens
                 break
             gradients = torch.autograd.grad(margins[~proved(best)].sum(), free, allow_unused=True)
         ascent.step(gradients)
-        best = torch.where(proved(best)[:, None], best, torch.maximum(best, margins.detach()))
+        best = torch.where(proved(best)[:, None], best, better(best, margins.detach()))
         if proved(best).all():
             break
     return best

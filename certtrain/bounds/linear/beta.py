@@ -265,7 +265,7 @@ class DomainBatch:
 
 
 def _better(x: DomainBounds, y: DomainBounds) -> DomainBounds:
-    better = y.lower > x.lower
+    better = (y.lower > x.lower) & (y.lower < torch.inf)  # where something overflows nothing is known
     return DomainBounds(
         torch.where(better, y.lower, x.lower),
         torch.where(better[:, None], y.slopes, x.slopes),

@@ -95,11 +95,16 @@ def _tightened_box(record: Record, index: int, call: Call, rows_at_once: int, in
     chosen = needed.to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :most]
     for neurons in chosen.split(max(1, rows_at_once // 2), 1) if most else ():
         low, negative_high = _both_ends(record, index, neurons, lines).chunk(2, 1)
-        high = -negative_high
+        low, high = _outward(low, -torch.inf), _outward(-negative_high, torch.inf)
         if intersect:
             low, high = torch.fmax(low, lower.gather(1, neurons)), torch.fmin(high, upper.gather(1, neurons))
         lower, upper = lower.scatter(1, neurons, low), upper.scatter(1, neurons, high)
     return Box(lower.view(box.shape), upper.view(box.shape))
+
+
+def _outward(end: Tensor, infinity: float) -> Tensor:
+    """`end`, or where it is not finite, of which nothing is known, `infinity`."""
+    return torch.where(end.isfinite(), end, infinity)
 
 
 def _both_ends(record: Record, index: int, neurons: Tensor, lines: Lines) -> Tensor:
