@@ -157,10 +157,11 @@ class Answers:
         points = inscribed_linf_box(images, left[0].eps)
         rest = replace(search, timeout=max(0.0, search.timeout - spent))
         for i, outcome in settle(self.model, record, labels, margins, rest, points):
+            least = float(_least(outcome.lower[None], labels[i : i + 1]))
             yield replace(
                 left[i],
                 verdict=outcome.verdict.value,
-                margin=float(_least(outcome.lower[None], labels[i : i + 1])),
+                margin=least if outcome.verdict == Verdict.PROVED else min(least, 0.0),  # of what waits it may be above
                 seconds=(*left[i].seconds, spent + outcome.seconds),
                 domains=outcome.domains,
                 point=None if outcome.point is None else outcome.point.cpu(),

@@ -306,22 +306,33 @@ def check_row(row: Mapping[str, Any], network: SavedNetwork, images: Array, labe
 
 
 def _check_margin(row: Mapping[str, Any], network: SavedNetwork, lower: Array, upper: Array) -> None:
-    """One by intervals is the certificate's; one by going back, or by a search that stopped, is no less."""
+    """One by intervals is the certificate's; one by going back, or by a search that stopped, is no less.
+
+    Whatever the method, only a proved row has a margin above 0.
+    """
     index, claimed, proved = row["index"], row["margin"], row["verdict"] == Verdict.PROVED
+    if not (proved or claimed <= 0):
+        raise CertificateError(f"index {index}: verdict {row['verdict']}, but the margin is {claimed:.9g}")
     entering = network.classifier_input(lower, upper, row["arithmetic"])
     margin = entering.margin(row["label"])
     if row["method"] == "ibp":
-        agrees = margin == claimed or abs(margin - claimed) <= AGREEMENT * max(1.0, abs(margin))
+        agrees = _agree(claimed, margin, AGREEMENT)
     elif proved:
         if not (margin > 0 and claimed <= margin):
             margin = _margin_going_back(network, lower, upper, row, entering.margins(row["label"]))
-        agrees = claimed <= margin + SEARCH_AGREEMENT * max(1.0, abs(margin))
+        agrees = claimed <= margin or _agree(claimed, margin, SEARCH_AGREEMENT)
     else:
         return  # it only says that no proof was found
     if not agrees:
         raise CertificateError(f"index {index}: the margin is {margin:.9g}, the certificate says {claimed:.9g}")
-    if proved != (margin > 0):
+    if proved != (0 < margin < np.inf):
         raise CertificateError(f"index {index}: verdict {row['verdict']}, but the margin is {margin:.9g}")
+
+
+def _agree(claimed: float, margin: float, tolerance: float) -> bool:
+    """Up to a relative tolerance of finite margins; an infinite one is itself alone."""
+    finite = np.isfinite(claimed) and np.isfinite(margin)
+    return claimed == margin or bool(finite and abs(margin - claimed) <= tolerance * max(1.0, abs(margin)))
 
 
 def _margin_going_back(
@@ -341,7 +352,7 @@ def _margin_going_back(
         trees = Trees.from_bytes(row["tree"], classes, bounds.neurons)
         of_leaves = bounds.leaf_margins(trees, label, classes)
         best = np.where(np.isfinite(of_leaves), np.fmax(best, of_leaves), best)
-    return float(np.where(np.isnan(best), -np.inf, best).min())
+    return float(best.min())
 
 
 def _check_verdict(row: Mapping[str, Any], network: SavedNetwork, image: Array, box: tuple[Array, Array]) -> None:

@@ -212,7 +212,7 @@ class LinearChecker:
             part = slice(start, start + ROWS_AT_ONCE)
             targets = trees.target[part]
             found_lower = self._leaves_lower(leaves[part], trees.slopes[part], trees.undecided, targets, label, classes)
-            np.minimum.at(lower, targets, np.where(np.isnan(found_lower), -np.inf, found_lower))
+            np.minimum.at(lower, targets, found_lower)
         return lower
 
     def _leaves_lower(
@@ -243,7 +243,10 @@ class LinearChecker:
         return self._lower(len(self.layers) - 1, rows, boxes, functions)
 
     def _lower(self, index: int, a: Array, boxes: Mapping[int, Sides], others: Mapping[int, Array]) -> Array:
-        """Lower bounds (R,) of sums: functions `a` (R, ...) of the value `index`, and `others` of values before it."""
+        """Lower bounds (R,) of sums: functions `a` (R, ...) of the value `index`, and `others` of values before it.
+
+        Finite, or -inf: where something overflows nothing is known.
+        """
         pending = {value: part for value, part in others.items() if part.any()}
         pending[index] = pending[index] + a if index in pending else a
         total = np.zeros(len(a))
@@ -257,11 +260,11 @@ class LinearChecker:
                 total += constant
                 for value in layer.inputs:
                     pending[value] = pending[value] + pulled if value in pending else pulled
-            if 0 not in pending:
-                return total
-            a, image = pending[0], self.layers[0].interval
-            radius = image.radius + 2.0**-52 * (image.center.size + 8) * image.magnitude
-            return total + _dots(a, image.center) - _dots(np.abs(a), radius)
+            if 0 in pending:
+                a, image = pending[0], self.layers[0].interval
+                radius = image.radius + 2.0**-52 * (image.center.size + 8) * image.magnitude
+                total = total + _dots(a, image.center) - _dots(np.abs(a), radius)
+            return np.where(np.isfinite(total), total, -np.inf)
 
 
 def _of_all_rows(lower: Array, upper: Array) -> Sides:

@@ -12,9 +12,11 @@ from torch import nn
 
 from certtrain.bounds import BoundedModel
 from certtrain.bounds.rounding.boxes import enclosing_linf_box
+from certtrain.errors import CertificateError
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model
-from certtrain.verification.checker import SavedNetwork
+from certtrain.verification.checker import SavedNetwork, check_row
+from certtrain.verification.digests import digest
 from tests.networks import randomized, save_model
 
 NETWORKS = {
@@ -97,3 +99,62 @@ def test_a_normalisation_with_negative_divisors(method, tmp_path):
             else network.linear_bounds(lower, upper, "float32").margins(0, 2)[1]
         )
     assert margins[1] == pytest.approx(margins[0], rel=1e-6)
+
+
+PIXEL = np.full((1, 1, 1, 1), 128, np.uint8)
+
+
+def of_one_pixel(weight, bias):
+    """Logits relu(weight·x) + bias and 0."""
+    values = {"1.weight": [[weight]], "1.bias": [0.0], "3.weight": [[1.0], [0.0]], "3.bias": [bias, 0.0]}
+    weights = {f"network.{name}": np.array(value, np.float32).astype(np.float64) for name, value in values.items()}
+    return SavedNetwork({"name": "mlp", "image_shape": [1, 1, 1], "num_classes": 2, "options": {}}, weights, "")
+
+
+def check_claim(network, method, verdict, margin):
+    row = {
+        "index": 0, "sha256": digest(PIXEL[0].tobytes()), "label": 0, "prediction": 0, "epsilon": 0.0,
+        "method": method, "arithmetic": "float32", "margin": margin, "verdict": verdict, "adversarial": None,
+        "tree": None,
+    }  # fmt: skip
+    check_row(row, network, PIXEL, np.array([0]))
+
+
+BEYOND_IBP = ["crown-ibp", "crown", "ibp,crown", "ibp,branch-and-bound"]
+
+
+@pytest.mark.parametrize("method", ["ibp", *BEYOND_IBP])
+@pytest.mark.parametrize("claimed", [1e-9, 7.0, 1e300, np.inf, np.nan])
+@pytest.mark.parametrize("weight", [3e38, 1.0])
+def test_whoever_looks_for_margins_above_0_finds_proved_rows_alone(weight, claimed, method):
+    """Of a network whose values may overflow nothing is proved; of the other a proof exists, but is not claimed."""
+    with pytest.raises(CertificateError, match="verdict unknown, but the margin is"):
+        check_claim(of_one_pixel(weight, 1.0), method, "unknown", claimed)
+
+
+@pytest.mark.parametrize("method", BEYOND_IBP)
+@pytest.mark.parametrize("claimed", [-3.0, -np.inf])
+def test_a_margin_below_0_says_that_no_proof_was_found(claimed, method):
+    check_claim(of_one_pixel(3e38, 1.0), method, "unknown", claimed)
+
+
+def test_a_margin_by_intervals_that_is_not_finite_is_that_alone():
+    check_claim(of_one_pixel(3e38, 1.0), "ibp", "unknown", -np.inf)
+    for claimed in (-3.0, -1e300, 0.0):
+        with pytest.raises(CertificateError, match="the margin is -inf, the certificate says"):
+            check_claim(of_one_pixel(3e38, 1.0), "ibp", "unknown", claimed)
+
+
+@pytest.mark.parametrize("method", ["ibp", *BEYOND_IBP])
+@pytest.mark.parametrize("weight", [3e38, 1.0])
+@pytest.mark.parametrize("claimed", [1e300, np.inf, np.nan])
+def test_a_proof_claims_no_more_than_is_proved(claimed, weight, method):
+    with pytest.raises(CertificateError, match="the margin is"):
+        check_claim(of_one_pixel(weight, 1.0), method, "proved", claimed)
+
+
+@pytest.mark.parametrize("row", [[1e308, -1e308], [-1e308, 1e308], [1e300, 1e308]])
+def test_going_back_through_what_overflows_gives_no_bound(row):
+    """Exactly, on the pixel's box, z_0 is about 1e10 and z_1 is 0."""
+    checker = of_one_pixel(1.0, 1e10).linear_bounds(np.zeros((1, 1, 1)), np.ones((1, 1, 1)), "float32")
+    assert checker._lower(len(checker.layers) - 1, np.array([row]), checker.boxes, {}).tolist() == [-np.inf]
