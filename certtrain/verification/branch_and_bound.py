@@ -266,7 +266,8 @@ class _Run:
         with torch.no_grad():
             bounds = batch.linear_bounds(*self._parameters(nodes), observe)
             thresholds, undecided = self.neurons.thresholds(batch.box)
-            scores = torch.where(undecided, batch.gaps(coefficients), -torch.inf)
+            gaps = batch.gaps(coefficients).nan_to_num(torch.inf, torch.inf, torch.inf)  # unbounded: the first to split
+            scores = torch.where(undecided, gaps, -torch.inf)
             best, chosen = scores.topk(min(self.search.candidates, scores.shape[1]), 1)
             at = thresholds.gather(1, chosen)
         points = bounds.minimizers()[:, 0]
@@ -281,7 +282,7 @@ class _Run:
             return tried
         with torch.no_grad():
             lower = self._batch(tried).linear_bounds(*self._parameters(tried)).least()[:, 0]
-        worse = lower.view(-1, 2).amin(1).tolist()
+        worse = lower.nan_to_num(-torch.inf, -torch.inf, -torch.inf).view(-1, 2).amin(1).tolist()
         halves: list[Node] = []
         start = 0
         for _, candidates in splittable:

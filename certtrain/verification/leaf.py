@@ -17,7 +17,7 @@ from certtrain.bounds.linear.patches import Coefficients, dense
 @dataclass(frozen=True)
 class ExactLeaf:
     """point: (...) where the function is least on the domain, None where that is empty; multipliers: (S,), the dual
-    solution, which proves as much as there is to prove; None where the solver failed."""
+    solution, which proves as much as there is to prove; None where the solver failed, or had nothing to solve."""
 
     point: Tensor | None
     multipliers: Tensor | None
@@ -27,7 +27,7 @@ def exact_leaf(batch: DomainBatch, slopes: Tensor) -> ExactLeaf:
     """Minimise the function of a batch of one domain, whose neurons are all decided, by HiGHS.
 
     Where the domain is empty the multipliers are those that show it: of the least violation t with which all
-    constraints can be met, scaled until they lift the bound above 0.
+    constraints can be met, scaled until they lift the bound above 0. Where values overflow there is no program.
     """
     zero = slopes.new_zeros(1, batch.splits.neuron.shape[1])
     objective = batch.linear_bounds(slopes, zero)
@@ -35,6 +35,8 @@ def exact_leaf(batch: DomainBatch, slopes: Tensor) -> ExactLeaf:
     constraints, offsets = _constraints(batch)
     box = batch.record.boxes[0]
     bounds = np.stack([_numpy(box.lower[0]).ravel(), _numpy(box.upper[0]).ravel()], 1)
+    if not all(np.isfinite(part).all() for part in (cost, constraints, offsets, bounds)):
+        return ExactLeaf(None, None)
     found = linprog(cost, constraints, -offsets, bounds=bounds, method="highs")
     if found.status == 0:
         point = torch.from_numpy(found.x).to(box.like).view(box.shape[1:]).clamp(box.lower[0], box.upper[0])

@@ -20,11 +20,13 @@ from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.bounds.margins import proved
+from certtrain.data import Split
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification import branch_and_bound as module
 from certtrain.verification.branch_and_bound import Outcome, Search, branch_and_bound
 from certtrain.verification.domains import Domain, Leaf
 from certtrain.verification.verdicts import Verdict
+from certtrain.verification.verify import verify
 
 
 def small_network(
@@ -439,3 +441,59 @@ def test_constants_beside_values_are_of_any_number_of_domains():
         assert found.verdict == expected.verdict
         searched += found.domains > 2
     assert searched > 0
+
+
+def unbounded(kind: str) -> nn.Sequential:
+    """Networks of which some neuron may overflow, or is so near to it that no sound bound is finite."""
+    torch.manual_seed(0)
+    layers: dict[str, list[nn.Module]] = {
+        "a BatchNorm's tiny weight": [nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)],
+        "one layer": [nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2)],
+        "two layers": [nn.Flatten(), nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)],
+        "two layers without bends": [nn.Flatten(), nn.Linear(4, 2), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)],
+    }
+    network = nn.Sequential(*layers[kind]).eval()
+    with torch.no_grad():
+        if isinstance(norm := network[1], nn.BatchNorm2d):
+            norm.weight[1] = 1e-13
+        for layer in network[1:-1]:
+            if isinstance(layer, nn.Linear):
+                layer.weight.copy_(3e38 * (torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(1, layer.in_features // 2)))
+        network[-1].bias.copy_(torch.tensor([-3.0, 0.0]))
+    return network
+
+
+@pytest.mark.parametrize("arithmetic", [None, "float32", "float64"])
+@pytest.mark.parametrize("kind", ["a BatchNorm's tiny weight", "one layer", "two layers", "two layers without bends"])
+def test_a_search_where_boxes_are_infinite_ends_with_a_verdict(kind, arithmetic):
+    """Without a proof that is false: some points are misclassified in exact arithmetic."""
+    network = unbounded(kind)
+    images = (torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(1)) * 256).byte()
+    with torch.no_grad():
+        labels = network(images / 255).argmax(1)
+        exact = deepcopy(network).double()
+        offsets = torch.tensor(list(itertools.product([-0.1, 0.1], repeat=4)), dtype=torch.float64).view(16, 1, 1, 2, 2)
+        fooled = (exact((images / 255 + offsets).clamp(0, 1).flatten(0, 1)).argmax(1).view(16, 3) != labels).any(0)
+    search = Search(timeout=1, ascent=Ascent(steps=2))
+    (found,) = verify(
+        network, Split(images, labels), 0.1, ["ibp", "branch-and-bound"], arithmetic=arithmetic, search=search
+    )
+    assert not (found.proved & fooled).any()
+    assert set(found.verdicts) <= set(Verdict)
+    assert (found.margin[~found.proved] <= 0).all()
+
+
+SLOW_SCORES = [pytest.param(score, marks=pytest.mark.slow) for score in (torch.inf, -torch.inf)]
+
+
+@pytest.mark.parametrize("score", [torch.nan, *SLOW_SCORES])
+def test_neurons_whose_scores_are_not_finite_are_split(score, monkeypatch):
+    """What is searched is decided all the same, whatever the order: no verdict but those of the usual scores."""
+    network, record, labels, margins = SEVERAL
+    search = Search(timeout=torch.inf, ascent=Ascent(steps=2))
+    usual = branch_and_bound(network, record, labels, margins, search)
+    gaps = DomainBatch.gaps
+    monkeypatch.setattr(DomainBatch, "gaps", lambda *args: torch.full_like(gaps(*args), score))
+    found = branch_and_bound(network, record, labels, margins, search)
+    assert [outcome.verdict for outcome in found] == [outcome.verdict for outcome in usual]
+    assert any(outcome.domains > 4 for outcome in found)
