@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from certtrain.verification.branch_and_bound import Search, root_margins, settle
 from certtrain.verification.cascade import around_attack
 from certtrain.verification.digests import digest_of
 from certtrain.verification.folding import fold_batch_norm
+from certtrain.verification.model_digest import model_digest
 from certtrain.verification.pixels import perturbation_box
 from certtrain.verification.results import ImageResult
 from certtrain.verification.verdicts import Verdict
@@ -88,7 +88,7 @@ class Answers:
         question = self.question
         searched = {**vars(question.search), "ascent": repr(question.search.ascent)} if question.searches else {}
         return {
-            "model_sha256": _model_digest(self.model),
+            "model_sha256": model_digest(self.model),
             "data_sha256": digest_of(self.data),
             "images": len(self.data),
             "shape": list(self.data.images.shape[1:]),
@@ -216,22 +216,6 @@ def no_margins(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 def _least(margins: Tensor, labels: Tensor) -> Tensor:
     """(B,): the smallest of the margins (B, K) of wrong classes."""
     return margins.scatter(1, labels[:, None], torch.inf).amin(1)
-
-
-def _model_digest(model: nn.Module) -> str:
-    """SHA-256 of what the network's modules are and of its state, also of what is not saved with it."""
-    content = hashlib.sha256()
-    for name, module in model.named_modules():
-        content.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
-    kept = model.state_dict()
-    beside = {name: buffer for name, buffer in model.named_buffers() if name not in kept}  # persistent=False
-    for name, tensor in (kept | beside).items():
-        if not isinstance(tensor, Tensor):  # a module's extra state
-            content.update(f"{name} {tensor!r}\n".encode())
-            continue
-        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        content.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return content.hexdigest()
 
 
 def _fewest_operations(model: nn.Module, example: Tensor) -> nn.Module:
