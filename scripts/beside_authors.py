@@ -7,10 +7,11 @@
 
 CIFAR is a folder that holds torchvision's cifar-10-batches-py, or train.npz and test.npz of the same images. Each
 program trains in a process of its own; an epoch's seconds are those that it reports, processor seconds and memory those
-of the process. The authors' code runs as it is: nothing is written to the checkout, its logging service is
-replaced by one that keeps nothing, and torchvision's CIFAR-10 by the same images from a file. It needs auto_LiRPA and
-the like: --python names the interpreter of an environment that has them, PYTHONPATH is passed on. CTRAIN is a library:
-what its user writes is the script below, after its README, and --ctrain-python is the interpreter of its environment.
+of the process, on a GPU what its torch has allocated there. The authors' code runs as it is: nothing is written to the
+checkout, its logging service is replaced by one that keeps nothing, and torchvision's CIFAR-10 by the same images from
+a file. It needs auto_LiRPA and the like: --python names the interpreter of an environment that has them, PYTHONPATH is
+passed on. CTRAIN is a library: what its user writes is the script below, after its README, and --ctrain-python is the
+interpreter of its environment.
 
 docs/results/beside-authors-DEVICE.json is the result; the same command goes on with it, and repeats no seed that is
 there. Another program joins by an entry in `programs`.
@@ -26,7 +27,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,18 @@ sys.argv = sys.argv[1:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# Python runs it at every start: how much of a card's memory torch held at most is known only in the process itself.
+CUSTOMIZE = """
+import atexit, os, sys
+
+def tell():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with open(os.path.join(os.environ["CARD_BYTES"], str(os.getpid())), "w") as file:
+            file.write(str(torch.cuda.max_memory_allocated()))
+
+atexit.register(tell)
+"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Measured:
     by_certtrain: float
     seconds: Sequence[float]  # of each epoch
     processor_seconds: float  # of the whole command
-    peak_bytes: int  # of memory of the process
+    peak_bytes: int | None  # of memory of the process; on a GPU of the card's, None where it used none
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,8 @@ def own_images(images: Path) -> list[str]:
 def train_certtrain(setting: Setting, seed: int, images: Path, folder: Path) -> Measured:
     command = [sys.executable, "-m", "certtrain", "train", "cifar10_8_255", *certtrain_overrides(setting)]
     command += [*own_images(images), f"seed={seed}", *NO_ATTACK]
-    _, processor_seconds, peak_bytes = measured([*command, f"--device={setting.device}", "--out", str(folder)], folder)
+    command += [f"--device={setting.device}", "--out", str(folder)]
+    _, processor_seconds, peak_bytes = measured(command, folder, setting.device)
     summary = json.loads((folder / "summary.json").read_text())
     ends = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return Measured(
@@ -157,7 +171,7 @@ def by_certtrain(setting: Setting, images: Path, weights: Path) -> float:
             f"--device={setting.device}",
             f"--json={answer}",
         ]
-        measured(command, Path(name))
+        measured(command, Path(name), setting.device)
         return float(json.loads(answer.read_text())["radii"][0]["verified_error"])
 
 
@@ -178,13 +192,13 @@ def authors_options(setting: Setting) -> list[str]:
     ]
 
 
-def launched(command: Sequence[str], images: Path, folder: Path, path: Path) -> tuple[str, float, int]:
+def launched(
+    command: Sequence[str], images: Path, folder: Path, path: Path, device: str
+) -> tuple[str, float, int | None]:
     """Run a script by the interpreter that `command` names first, in `folder`, with the stand-ins and a path more."""
     (folder / "data").symlink_to(images)
     (folder / "launcher.py").write_text(LAUNCHER)
-    paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
-    more = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
-    return measured([command[0], "launcher.py", *command[1:]], folder, more)
+    return measured([command[0], "launcher.py", *command[1:]], folder, device, [path])
 
 
 def authors(repo: Path, python: str) -> Callable[[Setting, int, Path, Path], Measured]:
@@ -195,7 +209,7 @@ def authors(repo: Path, python: str) -> Callable[[Setting, int, Path, Path], Mea
         command = [python, str(repo.resolve() / "train.py"), *authors_options(setting), "--dir=model"]
         command += [f"--eps={EPSILON}", f"--seed={seed}", f"--device={setting.device}"]
         command += [f"--test-interval={setting.epochs}"]
-        output, processor_seconds, peak_bytes = launched(command, images, folder, folder / "stand-ins")
+        output, processor_seconds, peak_bytes = launched(command, images, folder, folder / "stand-ins", setting.device)
         *_, tested = re.finditer(r"\bErr=([\d.]+) Rob_Err=([\d.]+)", output.partition("Test without loss fusion")[2])
         return Measured(
             float(tested[1]),
@@ -264,7 +278,7 @@ def ctrain(repo: Path, python: str) -> Callable[[Setting, int, Path, Path], Meas
         script = head + CTRAIN_CLOCK.format(seed=seed) + blank + rest + CTRAIN_REPORT
         (folder / "script.py").write_text(script)
         command = [python, str(folder / "script.py")]
-        output, processor_seconds, peak_bytes = launched(command, images, folder, repo.resolve())
+        output, processor_seconds, peak_bytes = launched(command, images, folder, repo.resolve(), setting.device)
         natural, certified = (
             float(re.search(rf"'{name}': \D*([\d.]+)", output)[1]) for name in ("natural", "certified")
         )
@@ -310,19 +324,30 @@ def programs(options: argparse.Namespace) -> dict[str, Program]:
     return found
 
 
-def measured(command: Sequence[str], folder: Path, more: Mapping[str, str] | None = None) -> tuple[str, float, int]:
-    """What a command prints, its processor seconds, and its greatest memory in bytes."""
+def measured(
+    command: Sequence[str], folder: Path, device: str, paths: Sequence[Path] = ()
+) -> tuple[str, float, int | None]:
+    """What a command prints, its processor seconds, and its greatest memory on the device in bytes (`Measured`).
+
+    Args:
+        paths: where its Python finds modules, before others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | (more or {}), stdout=log, stderr=subprocess.STDOUT
-        )
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as place:
+        (Path(place) / "sitecustomize.py").write_text(CUSTOMIZE)
+        (told := Path(place) / "card").mkdir()
+        found = [place, *map(str, paths), *filter(None, [os.environ.get("PYTHONPATH")])]
+        more = {"PYTHONPATH": os.pathsep.join(found), "CARD_BYTES": str(told)}
+        more |= {"PYTHONDONTWRITEBYTECODE": "1"} if paths else {}  # nothing is written to a checkout
+        process = subprocess.Popen(command, cwd=folder, env=os.environ | more, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         log.seek(0)
         output = log.read()
+        of_card = max((int(file.read_text()) for file in told.iterdir()), default=None)
     if code := os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{' '.join(command)} ended with code {code}:\n{output[-1500:]}")
-    return output, round(usage.ru_utime + usage.ru_stime, 2), usage.ru_maxrss * 1024
+    peak = usage.ru_maxrss * 1024 if device == "cpu" else of_card
+    return output, round(usage.ru_utime + usage.ru_stime, 2), peak
 
 
 def save_images(data: Path, limit: int | None, folder: Path) -> tuple[int, int]:
@@ -387,8 +412,6 @@ def main() -> None:
             if any(row.items() <= done.items() for done in result["rows"]):
                 continue
             row |= asdict(program.train(setting, seed, images, Path(name) / f"{program_name}-{seed}"))
-            if setting.device != "cpu":
-                row["peak_bytes"] = None  # the process's is the host's, mostly CUDA's own; of the card's nobody tells
             result["rows"].append(row)
             write_json(file, result)
             print(json.dumps(row), flush=True)

@@ -270,3 +270,29 @@ def test_an_hour_on_a_gpu_runs_the_codes_whose_checkouts_are_there(hour, tmp_pat
         assert all((f"{option} {tmp_path / name}" in line) == (name in checkouts) for line in beside)
     assert (tmp_path / "results" / "beside-authors-cpu.json").exists() == (len(checkouts) > 0)
     assert any(line.endswith("optimizer.lr=0.5") or "optimizer.lr=0.5 " in line for line in asked)
+
+
+CARD = """
+import sys, types
+cuda = types.SimpleNamespace(is_initialized=lambda: {used}, max_memory_allocated=lambda: 3 * 2**40)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+import beside
+print(beside.SAID)
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "used", "peak"), [("cuda", True, 3 * 2**40), ("cuda", False, None), ("cpu", True, 0)]
+)
+def test_memory_of_a_card_is_what_the_programs_torch_has_allocated(tmp_path, monkeypatch, device, used, peak):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    (tmp_path / "beside.py").write_text("SAID = 'found'")
+    command = [sys.executable, "-c", CARD.format(used=used)]
+    output, _, found = script("beside_authors").measured(command, tmp_path / "work", device, [tmp_path])
+    assert output == "found\n"
+    if device == "cpu":
+        assert peak < found < 2**33  # the process's own
+    else:
+        assert found == peak
+    with pytest.raises(SystemExit, match="ended with code 3"):
+        script("beside_authors").measured([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, device)
