@@ -6,8 +6,9 @@ walk's `Transform`'s business: the same line of steps serves clean inputs, boxes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -71,6 +72,11 @@ class Step:
         """Does the value depend on the network's input?"""
         return self.operation is not None
 
+    @cached_property
+    def read(self) -> set[int]:
+        """The steps whose values it reads."""
+        return {ref.index for ref in leaves((self.args, dict(self.kwargs or {})), Ref)}
+
 
 def map_leaves(structure: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """`structure`, nested tuples, lists, dicts and slices, with every instance of `kind` in it replaced."""
@@ -113,11 +119,23 @@ class Transform(Protocol[V]):
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A network in two: everything up to the value at `at`, and the tail, which depends on nothing else of it.
+
+    behind: the tail's steps in order, and among them those before `at` that compute constants for it.
+    """
+
+    at: int
+    behind: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Graph(Generic[V]):
     """The steps of a network in order; step 0 is its input, the one at `output` its result.
 
     Args:
         tail: the affine steps that end the network, one after the other.
+        cuts: by how many activations are behind them. (`cuts.cuts`)
         batch_sum: adds up BatchNorm's sums, where the inputs are only a part of the batch.
         head: a softmax or log-softmax that the network applies to the output, over the classes; left out here.
     """
@@ -125,6 +143,7 @@ class Graph(Generic[V]):
     steps: tuple[Step, ...]
     output: int
     tail: frozenset[int]
+    cuts: Mapping[int, Cut]
     batch_sum: BatchSum | None = None
     head: Callable[..., Tensor] | None = None
 
@@ -140,7 +159,7 @@ class Graph(Generic[V]):
     def advance(
         self,
         values: dict[int, Any],
-        indices: range,
+        indices: Iterable[int],
         transform: Transform[V],
         coefficients: Mapping[int, Coefficients],
     ) -> None:
@@ -225,9 +244,7 @@ def _require_images_first(call: Call, result: Tensor, transform: Transform, valu
 
 def with_last_uses(steps: list[Step], output: int) -> tuple[Step, ...]:
     """The steps, each told which values nobody reads after it."""
-    last_use = {
-        ref.index: i for i, step in enumerate(steps) for ref in leaves((step.args, dict(step.kwargs or {})), Ref)
-    }
+    last_use = {index: i for i, step in enumerate(steps) for index in step.read}
     last_use.pop(output, None)
     return tuple(
         replace(step, last_uses=tuple(index for index, last in last_use.items() if last == i))

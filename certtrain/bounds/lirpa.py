@@ -162,18 +162,13 @@ class LirpaModel:
         raise UsageError("backend lirpa has no record of the network's operations, by which a step is compiled")
 
     @property
-    def activations(self) -> int:
-        """Not supported."""
-        raise _cannot_split()
-
-    @property
     def rectifiers(self) -> int:
         """How many ReLUs there are."""
         return len(self._relus)
 
-    def split(self, behind: int) -> Split:
+    def split(self, tail: int) -> Split:
         """Not supported."""
-        raise _cannot_split()
+        raise UsageError("backend lirpa cannot cut a network in two: use backend native")
 
     def ibp(
         self,
@@ -330,10 +325,6 @@ def _refuse_coefficients(coefficients: Mapping[int, Coefficients] | None) -> Non
 def _refuse_arithmetic(arithmetic: str | None) -> None:
     if arithmetic is not None:
         raise UsageError(f"backend lirpa has no bounds that cover the rounding of {arithmetic}: use backend native")
-
-
-def _cannot_split() -> UsageError:
-    return UsageError("backend lirpa cannot cut a network in two: use backend native")
 
 
 def _output_size(model: nn.Module, example_input: Tensor) -> int:

@@ -18,7 +18,7 @@ from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS, STAGES
 from certtrain.bounds import interval
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import EMPTY, Box, refuse_empty
-from certtrain.bounds.graph import Call, Graph, Ref, leaves
+from certtrain.bounds.graph import Call, Cut, Graph
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import better, merged_margins, no_nan, proved
@@ -58,16 +58,15 @@ class CleanPass:
 
 @dataclass(frozen=True)
 class Split:
-    """A network in two: everything up to value `at` of its record, and the tail behind it."""
+    """A network in two: everything up to the value at the cut, and the tail behind it."""
 
     graph: Graph[Any]
-    at: int
+    cut: Cut
 
     def tail(self, x: Tensor, coefficients: Mapping[int, Coefficients]) -> Tensor:
         """The logits (B, K) that follow from values (B, ...) at the cut, with these BatchNorm coefficients."""
-        values: dict[int, Any] = {self.at: x}
-        indices = range(self.at + 1, len(self.graph.steps))
-        self.graph.advance(values, indices, _CleanTransform(), coefficients)
+        values: dict[int, Any] = {self.cut.at: x}
+        self.graph.advance(values, self.cut.behind, _CleanTransform(), coefficients)
         return values[self.graph.output]
 
 
@@ -122,18 +121,9 @@ class BoundedModel:
         return self._recordings[mode]
 
     @property
-    def activations(self) -> int:
-        """How many elementwise nonlinear operations there are."""
-        return len(self._activations())
-
-    @property
     def rectifiers(self) -> int:
-        """How many of them are ReLUs or of their kind, whose inputs are `Bounds.relu_inputs`."""
+        """How many ReLUs, and activations of their kind, there are, whose inputs are `Bounds.relu_inputs`."""
         return sum(step.operation is not None and step.operation.rectifies for step in self.graph.steps)
-
-    def _activations(self) -> list[int]:
-        steps = enumerate(self.graph.steps)
-        return [index for index, step in steps if step.operation is not None and step.operation.elementwise]
 
     @property
     def classes(self) -> int:
@@ -234,23 +224,21 @@ class BoundedModel:
         output = self.graph.run(x, clean, coefficients)
         return CleanPass(output, clean.coefficients)
 
-    def split(self, behind: int) -> Split:
-        """The network cut behind one of its `activations`, counted from 1 in the order of the network.
+    def split(self, tail: int) -> Split:
+        """The network in two, with `tail` of its activations in the part behind the cut.
+
+        Activations are the elementwise nonlinear operations, but for those within a normalization. The cut is directly
+        behind one of them, as long as all that follows depends on its result alone. Where it does not, as within a
+        residual branch, the cut is at the last value before the tail's first activation of which that is true.
 
         Raises:
-            UsageError: there is no such activation, nothing nonlinear follows it, or what follows also reads values
-                from before it.
+            UsageError: there is no such value.
         """
-        cuts = self._activations()
-        if not 1 <= behind < len(cuts):
-            raise UsageError(f"the network has {len(cuts)} activations: it cannot be cut behind number {behind}")
-        at = cuts[behind - 1]
-        for step in self.graph.steps[at + 1 :]:
-            if any(ref.index < at for ref in leaves((step.args, dict(step.kwargs or {})), Ref)):
-                raise UsageError(
-                    f"the network cannot be cut behind activation {behind}: {step.where} reads a value before it"
-                )
-        return Split(self.graph, at)
+        cuts = self.graph.cuts
+        if tail not in cuts:
+            possible = f"possible: {', '.join(map(str, sorted(cuts)))}" if cuts else "it has none"
+            raise UsageError(f"the network cannot be cut with {tail} activations behind the cut; {possible}")
+        return Split(self.graph, cuts[tail])
 
     def margins(
         self,

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import BatchSum
+from certtrain.bounds.cuts import cuts
 from certtrain.bounds.forward import ROOT, record_forward
 from certtrain.bounds.graph import Graph, Ref, Step, leaves, map_leaves, with_last_uses
 from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPECTING_METHODS, INSPECTIONS
@@ -250,9 +251,8 @@ class _Recorder:
                 raise UnsupportedOperation(f"{last.where} over axis {dim}, which is not the classes', has no rule")
             output = values
         steps = self.steps[: output.index + 1]
-        return Graph(
-            with_last_uses(steps, output.index), output.index, _affine_tail(steps, output.index), batch_sum, head
-        )
+        told = with_last_uses(steps, output.index)
+        return Graph(told, output.index, _affine_tail(steps, output.index), cuts(steps), batch_sum, head)
 
 
 def _bound(bind: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Any:

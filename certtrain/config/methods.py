@@ -203,7 +203,7 @@ class TailSection(RobustSection):
     """What the methods have that bound a network's head by IBP and attack its tail."""
 
     tail: int = Field(1, ge=1)
-    """Activations in the part that is attacked."""
+    """Activations in the part that is attacked: of a transformer, one in each block."""
     latent: LatentAttackSection = LatentAttackSection()
     link: float = Field(0.5, gt=0, le=1)
     """Share of the box's width, from each end, in which points move that end."""

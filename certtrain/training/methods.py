@@ -13,7 +13,6 @@ from torch import Tensor
 
 from certtrain.bounds import Bounder, Box, linf_box
 from certtrain.bounds.linear import fused_cross_entropy
-from certtrain.bounds.model import Split
 from certtrain.config.methods import (
     AdversarialSection,
     CCIBPSection,
@@ -187,7 +186,7 @@ class TAPS(Method[Tail]):
 
     def require(self, net: Bounder) -> None:
         super().require(net)
-        self._split(net)
+        net.split(self.options.tail)
 
     def keeps_boxes(self, phase: Phase) -> bool:
         return phase is Phase.FULL
@@ -215,15 +214,12 @@ class TAPS(Method[Tail]):
     def _box_errors(self, margins: Tensor) -> Metrics:
         return {"verified_error" if self.shrink is None else "robust_error": margin_error(margins)}
 
-    def _split(self, net: Bounder) -> Split:
-        return net.split(net.activations - self.options.tail)
-
     def _tail_margins(self, part: Part, at: Scheduled) -> Tensor:
         """(B, K): z_y - z_t at the point where the attack on class t ended."""
-        split, classes = self._split(part.net), part.net.classes
+        split, classes = part.net.split(self.options.tail), part.net.classes
         coefficients = part.coefficients
         assert coefficients is not None
-        box = part.region_bounds.recorded.boxes[split.at]
+        box = part.region_bounds.recorded.boxes[split.cut.at]
         shape = (classes, *box.shape[1:])
 
         def tail(x: Tensor) -> Tensor:

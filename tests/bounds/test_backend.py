@@ -47,7 +47,6 @@ def test_backend_lirpa_is_auto_lirpa_and_an_unknown_one_is_refused():
     "question",
     [
         lambda net, x, box, labels: net.graph,
-        lambda net, x, box, labels: net.activations,
         lambda net, x, box, labels: net.split(1),
         lambda net, x, box, labels: net.clean_pass(x, {}),
         lambda net, x, box, labels: net.ibp(box, coefficients={}),

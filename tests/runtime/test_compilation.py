@@ -141,14 +141,17 @@ def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm_kind", ["layer", "batch"])
-def test_a_transformers_step_is_one_graph_too(norm_kind, only_captured):
+@pytest.mark.parametrize(
+    ("norm_kind", "method", "phase"),
+    [("layer", "ibp", Phase.WARMUP), ("batch", "ibp", Phase.WARMUP), ("layer", "taps", Phase.FULL)],
+)
+def test_a_transformers_step_is_one_graph_too(norm_kind, method, phase, only_captured):
     options = {"depth": 1, "width": 8, "heads": 2, "patch": 4, "norm_kind": norm_kind}
     found = []
     for compiled in (True, False):
         torch.manual_seed(0)
         model = randomized(build_model("vit", (1, 8, 8), 4, options=options)).train()
-        found.append(results(model, step(gradient_step(model, compiled, **METHODS["ibp"]), Phase.WARMUP)))
+        found.append(results(model, step(gradient_step(model, compiled, **METHODS[method]), phase)))
     check_equal(*found, tolerance=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
 

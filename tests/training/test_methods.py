@@ -46,7 +46,7 @@ from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
 from certtrain.training.trainer import Trainer
 from tests.commands import TINY, one_thread
-from tests.networks import randomized, residual_network
+from tests.networks import randomized
 
 EPS = 0.03
 BATCH = 7
@@ -179,12 +179,12 @@ class Link(torch.autograd.Function):
         return to_low, to_high, None
 
 
-def tail_margins(net: Witness, low: Tensor, high: Tensor, labels: Tensor) -> Tensor:
-    """An attack on each class in the box behind the first ReLU: 8 steps of a quarter of its width, a fifth of it after
+def tail_margins(net: Any, low: Tensor, high: Tensor, labels: Tensor) -> Tensor:
+    """An attack on each class in the box that the head gives: 8 steps of a quarter of its width, a fifth of it after
     70 % of them."""
     low, high = net.head(low, high)
     like = torch.empty((), dtype=torch.float64)
-    starts = uniform(torch.tensor(5), torch.arange(BATCH), (4, *low.shape[1:]), like, LATENT_DRAWS)
+    starts = uniform(torch.tensor(5), torch.arange(len(labels)), (4, *low.shape[1:]), like, LATENT_DRAWS)
     rows = []
     for image, label in enumerate(labels.tolist()):
         lower, upper = low[image].detach(), high[image].detach()
@@ -397,15 +397,12 @@ def test_until_epsilon_grows_no_box_is_shrunk():
     check_same_gradients(model, other)
 
 
-@pytest.mark.parametrize("tail", [2, 3])
-def test_a_network_that_cannot_be_cut_there_is_an_error(tail):
+def test_a_network_that_cannot_be_cut_there_is_an_error():
     net = BoundedModel(network(), batch()[0])
-    with pytest.raises(UsageError, match="has 2 activations"):
+    for tail in (1, 2):
         GradientStep(net, TAPS(tail=tail))
-    residual = BoundedModel(residual_network(), torch.rand(2, 3, 16, 16))
-    with pytest.raises(UsageError, match=r"cannot be cut behind activation 4: .* reads a value before it"):
-        GradientStep(residual, TAPS(tail=1))
-    GradientStep(residual, TAPS(tail=2))
+    with pytest.raises(UsageError, match="cannot be cut with 3 activations behind the cut; possible: 1, 2"):
+        GradientStep(net, TAPS(tail=3))
 
 
 def test_without_a_relu_no_box_is_shrunk():
@@ -414,16 +411,6 @@ def test_without_a_relu_no_box_is_shrunk():
     for method in (SABR(shrink=0.8), TAPS(shrink=0.8), STAPS(shrink=0.8)):
         with pytest.raises(UsageError, match=r"training\.method\.shrink: the network has no ReLU"):
             GradientStep(net, method, NO_REGULARIZATION)
-
-
-def test_the_tail_continues_what_the_head_began():
-    images, _ = batch()
-    net = BoundedModel(network(), images)
-    clean = net.clean_pass(images)
-    bounds = net.ibp(linf_box(images, 0.0), coefficients=clean.coefficients, record=True)
-    split = net.split(1)
-    hidden = bounds.record.boxes[split.at].center
-    torch.testing.assert_close(split.tail(hidden, clean.coefficients), clean.output, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", METHODS_SHOWN)

@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from certtrain.bounds import BoundedModel, linf_box
+from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.config.methods import METHOD_SECTIONS
-from certtrain.errors import UsageError
 from certtrain.models import build_model
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Method, Phase, scheduled
 from certtrain.training.methods import CCIBP, IBP, MTLIBP, SABR, STAPS, TAPS, Adversarial, CrownIBP, ExpIBP, Natural
+from certtrain.training.regularization import Regularization
 from certtrain.training.step import GradientStep
 from tests.networks import randomized
 from tests.test_regularizers import published_balance, published_tightness
+from tests.training.test_methods import cross_entropy, product_with_scaled_gradient, tail_margins
 
 EPS, EPS_RATIO, BATCH = 0.01, 0.25, 5
 ATTACK = {"steps": 2, "start": "image"}
@@ -29,6 +30,8 @@ METHODS: dict[str, Method] = {
     "cc-ibp": CCIBP(attack=ATTACK),
     "mtl-ibp": MTLIBP(attack=ATTACK),
     "exp-ibp": ExpIBP(attack=ATTACK),
+    "taps": TAPS(),
+    "staps": STAPS(attack=ATTACK),
 }
 NETWORKS = {
     "pre": {"norm": "pre"},
@@ -86,13 +89,19 @@ def test_the_gradient_of_a_step_is_the_losss_slope(name, kind):
 
 @pytest.mark.parametrize("kind", ["pre", "none, gelu"])
 @pytest.mark.parametrize(
-    "method",
-    [SABR(lambda_=1, attack=ATTACK), MTLIBP(alpha=1, attack=ATTACK), CCIBP(alpha=1, attack=ATTACK), CrownIBP()],
+    ("method", "same_as"),
+    [
+        (SABR(lambda_=1, attack=ATTACK), IBP()),
+        (MTLIBP(alpha=1, attack=ATTACK), IBP()),
+        (CCIBP(alpha=1, attack=ATTACK), IBP()),
+        (CrownIBP(), IBP()),
+        (STAPS(lambda_=1, attack=ATTACK), TAPS()),
+    ],
     ids=lambda method: method.options.name,
 )
-def test_at_its_end_a_method_is_ibp(method, kind):
+def test_at_its_end_a_method_is_another(method, same_as, kind):
     model, other = network(kind), network(kind)
-    metrics, expected = (step(gradient_step(*one), Phase.FULL) for one in ((model, method), (other, IBP())))
+    metrics, expected = (step(gradient_step(*one), Phase.FULL) for one in ((model, method), (other, same_as)))
     torch.testing.assert_close(metrics["loss"], expected["loss"], rtol=1e-9, atol=0)
     for parameter, twin in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, twin.grad, rtol=1e-7, atol=1e-9)
@@ -128,12 +137,67 @@ class UpToActivation(nn.Module):
         return first(block.attention_norm(x + block.attention(x)))
 
 
-@pytest.mark.parametrize("method", [TAPS(), STAPS()], ids=["taps", "staps"])
-def test_a_tail_that_residual_sums_reach_into_is_refused_by_name(method):
-    net = BoundedModel(network("pre"), batch()[0])
-    with pytest.raises(UsageError, match=r"cannot be cut behind activation .* reads a value before it"):
-        GradientStep(net, method)
+class InTwo:
+    """A transformer cut behind a block's attention: interval bounds of what is before, the modules behind."""
+
+    def __init__(self, model: nn.Module, block: int) -> None:
+        self.layers = list(model.get_submodule("network"))
+        self.block = self.layers[block]
+        self.before, self.behind = nn.Sequential(*self.layers[:block], Attended(self.block)), self.layers[block + 1 :]
+        self.net = BoundedModel(self.before.train(), batch()[0])
+
+    def head(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        box = self.net.ibp(Box(low, high)).output
+        return box.lower, box.upper
+
+    def tail(self, x: Tensor) -> Tensor:
+        block = self.block
+        x = x + block.mlp(block.mlp_norm(x)) if block.norm_first else block.mlp_norm(x + block.mlp(x))
+        return nn.Sequential(*self.behind)(x)
+
+
+class Attended(nn.Module):
+    """The first half of a block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.block
+        if block.norm_first:
+            return x + block.attention(block.attention_norm(x))
+        return block.attention_norm(x + block.attention(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "tail"),
+    [
+        ("pre", 1, 1),
+        ("post, no variance", 1, 1),
+        pytest.param("pre", 2, 2, marks=pytest.mark.slow),
+        pytest.param("post, gelu", 2, 1, marks=pytest.mark.slow),
+        pytest.param("none, gelu", 2, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_taps_attacks_what_is_behind_a_blocks_attention(kind, depth, tail):
+    """Class by class and image by image, and the gradient through the ends of the box there."""
+    model, other = network(kind, depth), network(kind, depth)
+    images, labels = batch()
+    found = GradientStep(BoundedModel(model, images), TAPS(tail=tail), Regularization(0.0)).backward(
+        images, labels, scheduled(EPS, like=images, key=5), Phase.FULL
+    )
+    box, whole = linf_box(images, EPS), BoundedModel(other, images)
+    ibp = cross_entropy(-whole.margins(box, labels), labels)
+    in_two = InTwo(other, 1 + depth - tail)
+    taps = cross_entropy(-tail_margins(in_two, box.lower, box.upper, labels), labels)
+    expected = product_with_scaled_gradient(ibp, taps, 4)
+    expected.backward()
+    assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
+    for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+        scale = twin.grad.abs().max().clamp(min=1e-3)
+        assert ((parameter.grad - twin.grad).abs().max() / scale).item() < 1e-8, name
 
 
 def test_every_method_is_shown_here():
-    assert {method.options.name for method in METHODS.values()} | {"taps", "staps"} == METHOD_SECTIONS.keys()
+    assert {method.options.name for method in METHODS.values()} == METHOD_SECTIONS.keys()
