@@ -31,7 +31,7 @@ from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.operations.record import OPERATIONS, Operation, PiecewiseLinear, at_settings
-from certtrain.errors import UnsupportedOperation
+from certtrain.errors import UnsupportedOperation, UsageError
 
 Rule = Callable[..., Box]
 
@@ -264,6 +264,7 @@ class Bounds:
     affine_input: box that enters the first convolution or linear layer (after the input normalisation)
     tail, tail_input: the affine operations that end the network, and the box that enters them
     record: all calls and boxes, where the pass was asked to keep them
+    covers_rounding: is this what the network computes in floating point (`rounding`), not real mathematics?
     """
 
     clean: Tensor | None
@@ -273,12 +274,21 @@ class Bounds:
     tail: tuple[Call, ...] = ()
     tail_input: Box | None = None
     record: Record | None = None
+    covers_rounding: bool = False
 
     @property
     def recorded(self) -> Record:
         """`record`, of a pass that was asked for it."""
-        assert self.record is not None
+        if self.record is None:
+            raise UsageError(
+                "this pass was not recorded, which backward passes need: ask ibp(..., record=True)"
+            )
         return self.record
+
+    def require_real(self) -> None:
+        """Raises UsageError for a pass that covers rounding, whose margins are others."""
+        if self.covers_rounding:
+            raise UsageError("these bounds cover rounding: ask margins(box, labels, arithmetic=...) for their margins")
 
     @property
     def before_tail(self) -> Box:

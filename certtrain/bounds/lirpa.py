@@ -26,7 +26,7 @@ from certtrain.bounds.box import Box, refuse_empty
 from certtrain.bounds.graph import Graph
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions
-from certtrain.bounds.margins import better, no_nan
+from certtrain.bounds.margins import better, check_labels, no_nan
 from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split, check_question
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 
@@ -272,6 +272,7 @@ class LirpaModel:
         """Margins (B, K) of the pass that gave `bounds`, the latest one; raw."""
         if bounds is not self._latest:
             raise UsageError("auto_LiRPA remembers its latest pass only: ask before the next one")
+        check_labels(labels, *bounds.output.shape)
         return self._margins(bounds.output.like, self._point, labels, method)
 
     def _margins(self, logits: Tensor, point: Tensor, labels: Tensor, method: str, steps: int = 0) -> Tensor:

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from certtrain.bounds.at_hand import at_hand
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, map_leaves
 from certtrain.bounds.operations.movement import differentiable
 from certtrain.bounds.shapes import flattened
+from certtrain.errors import UsageError
 
 
 def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
@@ -29,10 +31,29 @@ def merged_margins(tail: Sequence[Call], box: Box, labels: Tensor) -> Box:
 
     Returns:
         A box of shape (B, K), exactly 0 in column y.
+
+    Raises:
+        UsageError: labels that are no classes of these images.
     """
     logits = apply_tail(tail, box.center)
+    check_labels(labels, logits.shape[0], logits.shape[1])
     centers = logits.gather(1, labels[:, None]) - logits
     return Box.around(centers, _deviations(tail, box.radius, labels, logits))
+
+
+def check_labels(labels: Tensor, images: int, classes: int, look: bool | None = None) -> None:
+    """Labels of another shape would be broadcast, and those that are no classes counted from behind.
+
+    Args:
+        look: at their values, too; by default where they are `at_hand`.
+
+    Raises:
+        UsageError: labels that are not one class for each image.
+    """
+    if labels.dtype != torch.int64 or labels.shape != (images,):
+        raise UsageError(f"labels must be int64 of shape ({images},), not {labels.dtype} {tuple(labels.shape)}")
+    if images and (at_hand(labels) if look is None else look) and not (labels.min() >= 0 and labels.max() < classes):
+        raise UsageError(f"labels must be among the network's {classes} classes")
 
 
 def proved(margins: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from certtrain.bounds.box import EMPTY, Box, refuse_empty
 from certtrain.bounds.graph import Call, Cut, Graph
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
-from certtrain.bounds.margins import better, merged_margins, no_nan, proved
+from certtrain.bounds.margins import better, check_labels, merged_margins, no_nan, proved
 from certtrain.bounds.recording import PointWalk, check_recording, try_on_copy
 from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.backward import propagate_recorded
@@ -347,7 +347,13 @@ class BoundedModel:
         return replace(single, boxes=boxes, slack=slack).detach()
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:
-        """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected)."""
+        """Margins (B, K) from a pass already made: "ibp", or "crown-ibp" if it was recorded (raw, not intersected).
+
+        Raises:
+            UsageError: labels that are no classes (on a GPU, which would be waited for, their number and type alone are
+                looked at), a pass that covers rounding, or one that was not recorded where it must be.
+        """
+        bounds.require_real()
         if method == "ibp":
             return merged_margins(bounds.tail, bounds.before_tail, labels).lower
         if method == "crown-ibp":
@@ -429,10 +435,7 @@ def check_question(box: Box, labels: Tensor, classes: int) -> None:
         raise UsageError(f"bounds are computed in float32 or float64, not for a box of {box.like.dtype}")
     if not (box.lower <= box.upper).all():
         raise UsageError(EMPTY)
-    if labels.dtype != torch.int64 or labels.shape != (len(box.like),):
-        raise UsageError(f"labels must be int64 of shape ({len(box.like)},), not {labels.dtype} {tuple(labels.shape)}")
-    if len(labels) and not (labels.min() >= 0 and labels.max() < classes):
-        raise UsageError(f"labels must be among the network's {classes} classes")
+    check_labels(labels, len(box.like), classes, look=True)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from torch import nn
 
 from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS, STAGES
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model, linf_box
-from certtrain.bounds.margins import better, no_nan, proved
+from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, fused_cross_entropy
+from certtrain.bounds.margins import better, merged_margins, no_nan, proved
+from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.errors import UsageError
 
@@ -119,6 +121,67 @@ def test_a_box_is_of_float32_or_float64(dtype, backend):
 def test_labels_are_classes_one_for_each_image(labels, backend):
     with pytest.raises(UsageError, match="labels"):
         network(backend).margins(linf_box(X, 0.1), labels)
+
+
+OF_A_PASS = {
+    "margins_of": lambda net, bounds, labels: net.margins_of(bounds, labels),
+    "margins_of, crown-ibp": lambda net, bounds, labels: net.margins_of(bounds, labels, "crown-ibp"),
+    "crown_margins": lambda net, bounds, labels: crown_margins(bounds, labels),
+    "alpha_margins": lambda net, bounds, labels: alpha_margins(bounds, labels, AlphaOptions(steps=1)),
+    "fused_cross_entropy": lambda net, bounds, labels: fused_cross_entropy(bounds, labels),
+    "merged_margins": lambda net, bounds, labels: merged_margins(bounds.tail, bounds.before_tail, labels),
+}
+RECORDED = ["margins_of, crown-ibp", "crown_margins", "alpha_margins", "fused_cross_entropy"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([0, 3]),
+        torch.tensor([-1, 0]),
+        torch.tensor([0.0, 1.0]),
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([0]),
+        torch.tensor(0),
+        LABELS[:, None],
+        torch.tensor([0, 1, 2]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ask", OF_A_PASS)
+def test_labels_of_a_pass_are_classes_one_for_each_image(ask, labels):
+    net = network()
+    with pytest.raises(UsageError, match="labels"):
+        OF_A_PASS[ask](net, net.ibp(linf_box(X, 0.1), record=True), labels)
+
+
+@both_backends
+def test_labels_of_a_pass_are_classes_by_either_backend(backend):
+    net = network(backend)
+    with pytest.raises(UsageError, match="labels"):
+        net.margins_of(net.ibp(linf_box(X, 0.1)), torch.tensor([0]))
+
+
+def test_labels_of_a_pass_that_covers_rounding_are_classes():
+    bounds = network().ibp(linf_box(X, 0.1), arithmetic="bf16")
+    with pytest.raises(UsageError, match="labels"):
+        sound.margins_of(bounds, torch.tensor([-1, 0]), "bf16")
+
+
+@pytest.mark.parametrize("ask", RECORDED)
+def test_backward_passes_are_of_a_recorded_pass(ask):
+    net = network()
+    with pytest.raises(UsageError, match="record=True"):
+        OF_A_PASS[ask](net, net.ibp(linf_box(X, 0.1)), LABELS)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("ask", ["margins_of", "margins_of, crown-ibp", "fused_cross_entropy"])
+def test_bounds_that_cover_rounding_have_margins_of_their_own(ask, recorded):
+    net, box = network(), linf_box(X, 0.1)
+    bounds = net.recorded(box, None, "bf16") if recorded else net.ibp(box, arithmetic="bf16")
+    with pytest.raises(UsageError, match="arithmetic="):
+        OF_A_PASS[ask](net, bounds, LABELS)
 
 
 def image_network() -> nn.Module:

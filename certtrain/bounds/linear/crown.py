@@ -16,6 +16,7 @@ from certtrain.bounds.interval import RULES, Bounds, Record
 from certtrain.bounds.linear.backward import Lines, Slopes, lower_bounds
 from certtrain.bounds.linear.patches import Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS
+from certtrain.bounds.margins import check_labels
 from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
 from certtrain.bounds.shapes import flattened, shaped
 
@@ -26,6 +27,7 @@ def backward_margins(
     """Margins (B, K), 0 in column y, by one backward pass on the record's boxes, of a row for each wrong class."""
     output = record.boxes[record.output]
     classes = output.shape[1]
+    check_labels(labels, output.shape[0], classes)
     wrong = torch.arange(classes - 1, device=labels.device)
     wrong = wrong + (wrong >= labels[:, None])  # (B, K - 1)
     eye = torch.eye(classes, dtype=output.like.dtype, device=output.like.device)

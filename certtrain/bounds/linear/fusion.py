@@ -7,7 +7,7 @@ from torch import Tensor
 from certtrain.bounds.box import Box
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear.backward import lower_bounds
-from certtrain.bounds.margins import merged_margins
+from certtrain.bounds.margins import check_labels, merged_margins
 
 
 def fused_cross_entropy(
@@ -22,8 +22,13 @@ def fused_cross_entropy(
         bounds: of a joint pass that was recorded.
         share: β; the result is log(β·CROWN-IBP + (1 - β)·IBP).
         differences: (B, K) boxes of z_j - z_y; by default IBP's, the last affine operations merged.
+
+    Raises:
+        UsageError: labels that are no classes, a pass that was not recorded, or one that covers rounding.
     """
+    bounds.require_real()
     record = bounds.recorded
+    check_labels(labels, *bounds.output.shape)
     if differences is None:
         margins = merged_margins(bounds.tail, bounds.before_tail, labels)
         differences = Box(-margins.upper, -margins.lower)

@@ -16,7 +16,7 @@ from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
 from certtrain.bounds.interval import Bounds
-from certtrain.bounds.margins import no_nan
+from certtrain.bounds.margins import check_labels, no_nan
 from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPECTING_METHODS, INSPECTIONS, MAKERS
 from certtrain.bounds.operations.products import WEIGHTED
 from certtrain.bounds.operations.record import OPERATIONS
@@ -142,7 +142,7 @@ def propagate_by(walk: SoundPass, graph: Graph[OutwardBox], box: Box) -> Bounds:
     with plain_convolutions():
         output = graph.run(entering, walk)
     tail, tail_input = ((walk.classifier[0],), walk.classifier[1]) if walk.classifier else ((), output)
-    return Bounds(None, output, tuple(walk.relu_inputs), walk.affine_input or entering, tail, tail_input)
+    return Bounds(None, output, tuple(walk.relu_inputs), walk.affine_input or entering, tail, tail_input, None, True)
 
 
 def propagate(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> Bounds:
@@ -172,6 +172,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         bounds: of `propagate`, in the same arithmetic.
         labels: (B,) int64, the classes y.
     """
+    check_labels(labels, *bounds.output.shape)
     own = labels[:, None]
     if not bounds.tail:
         output = bounds.output
