@@ -130,7 +130,15 @@ def _verify_images(options: argparse.Namespace) -> int:
         try:
             with display, modules_from(config.model.path):  # workers look for the network's modules where this does
                 results = verify_run(
-                    config, model, dataset, options.limit, ranks, options.workers or 1, options.results, display.add
+                    config,
+                    model,
+                    dataset,
+                    options.limit,
+                    ranks,
+                    options.workers or 1,
+                    options.results,
+                    display.add,
+                    certificates=options.certificates is not None,
                 )
         except KeyboardInterrupt:
             if options.results and ranks.is_first:

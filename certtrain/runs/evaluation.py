@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,9 @@ def verify_run(
     workers: int = 1,
     results: Path | None = None,
     observe: Callable[[ImageResult, int], None] | None = None,
+    certificates: bool = False,
 ) -> list[Verification]:
+    """`verify` as the configuration has it; `certificates`: with all that these need."""
     section = config.verification
     return verify(
         model,
@@ -46,7 +49,7 @@ def verify_run(
         seed=config.seed,
         backend=config.backend,
         arithmetic=section.arithmetic,
-        search=build_search(section.search),
+        search=replace(build_search(section.search), keep_leaves=certificates),
         ranks=ranks,
         workers=workers,
         results=results,

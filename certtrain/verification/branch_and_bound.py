@@ -52,7 +52,7 @@ class Search:
         candidates: how many splits are tried, by one pass each, before one is chosen; 1 trusts the scores.
         ascent: how each domain's slopes and multipliers are optimised.
         max_memory: bytes that waiting domains may take.
-        keep_leaves: keep what proves each image.
+        keep_leaves: keep what proves each image, as certificates need it; one for which that is too much is given up.
 
     Raises:
         UsageError: a negative time, or no images, domains or candidates.

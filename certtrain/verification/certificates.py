@@ -263,7 +263,8 @@ def write_certificates(
     """Write a row for each image at each radius.
 
     Args:
-        results: of sound verification (with an arithmetic), one per radius, of the first images of `data` or all.
+        results: of sound verification (with an arithmetic), one per radius, of the first images of `data` or all; what
+            branch and bound has proved can be checked where its `Search` has `keep_leaves`.
         data: the whole test split.
         model: the model.safetensors that was verified; its model.json lies beside it.
         config: of the run, with the data set's name under data.name.

@@ -220,7 +220,8 @@ def verify(
         arithmetic: prove what the deployed network computes in this floating-point arithmetic, "float32" and others of
             `bounds.rounding`, in any order of its sums, for every representation of the pixels (`pixel_box`). None: the
             network as real mathematics.
-        search: how branch and bound searches, and for how long.
+        search: how branch and bound searches, and for how long; with `keep_leaves`, of what it proves there can be
+            certificates.
         ranks: the processes that share the images.
         workers: processes of this machine that this one has share its images and threads, on CPUs; the network, and
             the module that defines it, must be importable there.
@@ -247,8 +248,6 @@ def verify(
     methods = (method,) if isinstance(method, str) else tuple(method)
     if not methods:
         raise UsageError("method: name at least one")
-    if arithmetic is not None:
-        search = replace(search, keep_leaves=True)  # for certificates
     question = Question(methods, arithmetic, attack, seed, backend, search)
     with evaluating(model), full_precision(), ExitStack() as opened:
         answers = answers_to(question, model, data)
