@@ -1,4 +1,4 @@
-"""What any network is asked: where it lies, of what type it is, in which mode."""
+"""What any network is asked: where it lies, of what type it is, in which mode; and the random numbers it draws."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def generators_kept(device: torch.device) -> Iterator[None]:
+    """What is drawn inside, on the CPU or on `device`, changes nothing of what is drawn after."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -18,6 +18,7 @@ from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Settle
 from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
 from certtrain.bounds.tracing import trace
 from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError, one_line
+from certtrain.modules import generators_kept
 
 
 class PointWalk:
@@ -141,10 +142,9 @@ def _trains(model: nn.Module) -> bool:
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """The CPU's generator and that of `device` begin at `seed`; afterwards they are as they were, as all others are."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []):
+    with generators_kept(device):
         torch.default_generator.manual_seed(seed)
-        if on_gpu:
+        if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield

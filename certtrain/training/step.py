@@ -21,7 +21,7 @@ from certtrain.bounds import Bounder, Bounds, Box, linf_box
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients
 from certtrain.bounds.model import CleanPass
 from certtrain.errors import UsageError
-from certtrain.modules import evaluating
+from certtrain.modules import evaluating, generators_kept
 from certtrain.regularizers import l1_penalty, moments
 from certtrain.runtime.compilation import Compiled
 from certtrain.runtime.distributed import ALONE, Ranks
@@ -210,9 +210,8 @@ class GradientStep:
         """Compute what `backward` would, and leave nothing of it: what it cannot do is told before it has to."""
         model, device = self.net.model, images.device
         size = size or len(images)
-        generators = [device] if device.type == "cuda" else []
         precision = training_precision(self._precision, device)
-        with evaluating(model), buffers_kept(model), torch.random.fork_rng(generators), precision:
+        with evaluating(model), buffers_kept(model), generators_kept(device), precision:
             model.train()
             batch = self._batch(images, labels, at, phase, size)
             if self._accumulation == 1:
