@@ -191,11 +191,7 @@ def _prepare(
     forgetting = forgetting_of(config, start, dataset, old)
     resumed = None if stored is None else _resume(folder, trainer, ranks, console, held)
     if start is not None and taken is not None:
-        with ranks.together():
-            taken.continue_in(trainer)
-            original = original_network(start, taken, model, trusted)
-            before = forgetting.before(model, original) if forgetting and ranks.is_first else {}
-        start = taken.recorded_in(start, before)
+        start = _begin_with(start, taken, trainer, model, trusted, forgetting, ranks)
         tell(console, f"starting {start.told}")
         if taken.keep == "step":
             _keep_rounding(taken.state, trainer, console, held)
@@ -206,6 +202,23 @@ def _prepare(
             read_verdicts(folder)  # can be added to
         architecture = normalizing_as(model, architecture)
     return Prepared(folder, config, shorter, model, architecture, dataset, trainer, resumed, start, forgetting)
+
+
+def _begin_with(
+    start: Start,
+    taken: Taken,
+    trainer: Trainer,
+    model: nn.Module,
+    trusted: bool,
+    forgetting: Forgetting | None,
+    ranks: Ranks,
+) -> Start:
+    """The trainer in the state that another run left; what is recorded of that, with what its network knew."""
+    with ranks.together():
+        taken.continue_in(trainer)
+        original = original_network(start, taken, model, trusted)
+        before = forgetting.before(model, original) if forgetting and ranks.is_first else {}
+    return taken.recorded_in(start, before)
 
 
 def _write_head(run: Prepared, overwrite: bool, told: Callable[[str], None]) -> None:
