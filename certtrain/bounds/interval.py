@@ -280,9 +280,7 @@ class Bounds:
     def recorded(self) -> Record:
         """`record`, of a pass that was asked for it."""
         if self.record is None:
-            raise UsageError(
-                "this pass was not recorded, which backward passes need: ask ibp(..., record=True)"
-            )
+            raise UsageError("this pass was not recorded, which backward passes need: ask ibp(..., record=True)")
         return self.record
 
     def require_real(self) -> None:

@@ -127,8 +127,10 @@ class BoundedModel:
 
     @property
     def classes(self) -> int:
-        """K, the number of logits."""
-        return self._sizes.output[-1]
+        """K, the number of logits; raises UsageError where the network returns something else."""
+        if len(self._sizes.output) != 1:
+            raise UsageError(f"margins are of logits (B, K): this network returns {tuple(self._sizes.output)} an image")
+        return self._sizes.output[0]
 
     def ibp(
         self,
@@ -287,8 +289,6 @@ class BoundedModel:
         """
         if method not in STAGES:
             raise unknown("bound method", method, STAGES)
-        if len(self._sizes.output) != 1:
-            raise UsageError(f"margins are of logits (B, K): this network returns {tuple(self._sizes.output)} an image")
         check_question(box, labels, self.classes)
         if search is not None and method != BRANCH_AND_BOUND:
             raise UsageError(f"search is how {BRANCH_AND_BOUND} searches: {method} does not")
@@ -411,7 +411,8 @@ class BoundedModel:
         """Images and rows of coefficients to work on at once."""
         budget = free_memory(box.like.device) // 2 if max_memory is None else max_memory
         kept = self._sizes.total if method == "alpha-crown" else self._sizes.largest
-        image = COPIES * kept * box.like.element_size() * self.classes
+        classes = self._sizes.output.numel()
+        image = COPIES * kept * box.like.element_size() * classes
         if image > budget:
             raise UsageError(
                 f"max_memory: {method} needs {image:,} bytes for one image of this network, not {budget:,}"
@@ -420,8 +421,8 @@ class BoundedModel:
         images = max(1, min(len(box.like), budget // image))
         rows = max(1, budget // (COPIES * row * images))
         if box.like.device.type == "cpu":
-            images = max(1, min(images, CACHE // (row * self.classes)))
-            rows = max(1, min(rows, max(self.classes, CACHE // (row * images))))
+            images = max(1, min(images, CACHE // (row * classes)))
+            rows = max(1, min(rows, max(classes, CACHE // (row * images))))
         return images, rows
 
 
@@ -429,8 +430,11 @@ def check_question(box: Box, labels: Tensor, classes: int) -> None:
     """A wrong one would be answered all the same: an empty box has every property.
 
     Raises:
-        UsageError: a box of another type than float32 and float64, an empty one, or labels that are no classes.
+        UsageError: a box of another type than float32 and float64, an empty one, labels that are no classes, or a
+            network of fewer than two, whose every answer would be right.
     """
+    if classes < 2:
+        raise UsageError("one logit has no margins: a binary network needs two, torch.cat([0 * z, z], 1) of its z")
     if box.like.dtype not in (torch.float32, torch.float64):
         raise UsageError(f"bounds are computed in float32 or float64, not for a box of {box.like.dtype}")
     if not (box.lower <= box.upper).all():

@@ -296,6 +296,25 @@ def test_of_no_images_there_are_no_margins(method, training, arithmetic):
         assert net.ibp(linf_box(none, 0.1), arithmetic=arithmetic).output.shape == net.clean_pass(none).output.shape
 
 
+@both_backends
+@pytest.mark.parametrize("method", METHODS)
+def test_one_logit_has_no_margins(method, backend):
+    net = bounded_model(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)), X, backend)
+    with pytest.raises(UsageError, match="needs two"):
+        net.margins(linf_box(X, 0.1), torch.zeros(2, dtype=torch.int64), method)
+
+
+def test_one_number_an_image_is_no_logits():
+    class Summed(nn.Linear):
+        def forward(self, input):
+            return super().forward(input).sum(1)
+
+    net = BoundedModel(Summed(4, 3), X)
+    for ask in (lambda: net.classes, lambda: net.margins(linf_box(X, 0.1), LABELS)):
+        with pytest.raises(UsageError, match=r"logits \(B, K\)"):
+            ask()
+
+
 @pytest.mark.parametrize("shape", [(1,), (4, 3), (3, 1)], ids=str)
 def test_margins_are_of_logits(shape):
     """(B, K): values of any shape have boxes, but no margins."""
