@@ -68,10 +68,11 @@ def test_a_search_of_the_runs_own_goes_on_where_it_was_cut_off(train, tmp_path, 
 
 
 @pytest.mark.parametrize("console", [Output, Console], ids=["ours", "rich's"])
-def test_a_reader_who_leaves_ends_the_run_saved(tmp_path, reference, capfd, console):
+def test_a_reader_who_leaves_ends_the_run_saved(tmp_path, reference, capfd, console, monkeypatch):
     run, step = tmp_path / "run", 2 * STEPS_PER_EPOCH
     options = {"device": "cpu", "overrides": [*TINY, CHECKPOINTS_ONLY_WHEN_ASKED]}
-    with one_thread():
+    with one_thread(), monkeypatch.context() as patch, open(tmp_path / "output", "w") as output:
+        patch.setattr("sys.stdout", output)  # which rich's own then leads to nowhere
         result = train_here("digits", run, console=console(file=Pipe(1)), **options)
     assert result.interrupted_by == signal.SIGPIPE
     assert capfd.readouterr().err == (

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch._inductor.exc import InductorError
+from torch.fx import GraphModule
 
 from certtrain.bounds import BoundedModel
 from certtrain.config.methods import METHOD_SECTIONS
 from certtrain.config.smoothing import PGPESection, RGSSection
 from certtrain.models import build_model
-from certtrain.runtime.compilation import Compiled, announced, compiling_pays
+from certtrain.runtime.compilation import Compiled, announced, compiler_options, compiling_pays
 from certtrain.training.cost import clean_elements, clean_macs, network_size
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Phase, Scheduled, scheduled
@@ -37,6 +39,9 @@ METHODS = {
     "cc-ibp": {"method": CCIBP(attack={"steps": 2})},
     "staps": {"method": STAPS(attack={"steps": 2}, latent={"steps": 2}, shrink=0.8)},
 }
+FOLLOWED = pytest.mark.skipif(
+    not compiler_options(), reason="the compiler of torch 2.6 and 2.7 does not follow bounds: the step stays eager"
+)
 IN_ONE_PHASE = ("natural", "adversarial", "cc-ibp", "exp-ibp", "staps")  # others are shown in all of warmup's phases
 
 
@@ -101,6 +106,7 @@ def only_captured(monkeypatch):
     assert not counters["graph_break"]
 
 
+@FOLLOWED
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ibp", "fused", "mtl-ibp"])
 def test_a_compiled_step_is_the_eager_one_within_rounding(method):
@@ -114,6 +120,7 @@ def test_a_compiled_step_is_the_eager_one_within_rounding(method):
     check_equal(*found)
 
 
+@FOLLOWED
 @pytest.mark.parametrize(
     "method",
     [
@@ -140,6 +147,7 @@ def test_one_graph_for_each_phase_whatever_the_radius(method, only_captured):
     assert counters["stats"]["unique_graphs"] == len(phases) + attack
 
 
+@FOLLOWED
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm_kind", "method", "phase"),
@@ -156,6 +164,7 @@ def test_a_transformers_step_is_one_graph_too(norm_kind, method, phase, only_cap
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@FOLLOWED
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IN_ONE_PHASE)
 def test_the_other_methods_are_one_graph_too(name, only_captured):
@@ -172,6 +181,7 @@ def test_every_method_is_compiled_here():
     assert {options["method"].options.name for options in METHODS.values()} == METHOD_SECTIONS.keys()
 
 
+@FOLLOWED
 @pytest.mark.parametrize("section", [RGSSection(std=0.01), PGPESection(std=0.01, pairs=2)], ids=["rgs", "pgpe"])
 def test_perturbed_weights_are_taken_by_the_same_graph(section, only_captured):
     model, twin = network(), network()
@@ -254,12 +264,12 @@ def test_a_library_that_a_kill_cut_off_is_compiled_anew(within_cache, tmp_path, 
     library.touch()
     compiled = Compiled(Doubling().twice)
 
-    def load(x: Tensor) -> Tensor:
+    def load(graph: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         if library.exists():
-            raise InductorError(ImportError("file too short", path=str(library)), None)
-        return 2 * x
+            raise ImportError("file too short", path=str(library))
+        return graph.forward
 
-    compiled._function = load
+    compiled._function = torch.compile(Doubling().twice, backend=load)  # which wraps the error as it wraps its own
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert compiled(torch.ones(1)) == 2

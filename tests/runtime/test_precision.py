@@ -20,9 +20,9 @@ from tests.networks import narrow_cnn7, pooling_network, residual_network
 
 
 def test_full_precision_holds_inside_and_gives_back_what_was_set():
-    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
-    if not hasattr(backends[0], "fp32_precision"):
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("torch before 2.9 has one switch, tested below")
+    backends = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
     before = [backend.fp32_precision for backend in backends]
     try:
         torch.set_float32_matmul_precision("medium")
