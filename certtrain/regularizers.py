@@ -1,7 +1,8 @@
 """What the short warmup adds to the loss: bound tightness and ReLU balance. (Shi et al. 2021, section 3.3.)
 
 Pure functions of boxes: anything with `lower`, `upper`, `center` and `radius` will do, also boxes that another
-library computed (`Box(lower, upper)`). Nothing here imports certtrain's bounds but the `Box` type.
+library computed (`Box(lower, upper)`). Of points they say little, and teach nothing: where the radius still is 0, ask
+for the bounds at a small one, such as 1e-6.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ def tightness_loss(relu_inputs: Sequence[Box], input_box: Box, tol: float = 0.5)
     Args:
         relu_inputs: the box before each ReLU.
         input_box: the box that enters the first affine layer (after input normalisation), radius r_0.
-        tol: tightness below which a layer is penalised.
+        tol: tightness below which a layer is penalised, above 0.
 
     Returns:
         A scalar in [0, 1].
 
     Raises:
-        UsageError: there is no ReLU layer.
+        UsageError: there is no ReLU layer; `tol` is not above 0.
     """
     return tightness_of([moments(box) for box in relu_inputs], input_box.radius.mean(), tol)
 
@@ -45,7 +46,7 @@ def relu_balance_loss(relu_inputs: Sequence[Box], tol: float = 0.5) -> Tensor:
         A scalar in [0, 2].
 
     Raises:
-        UsageError: there is no ReLU layer.
+        UsageError: there is no ReLU layer; `tol` is not above 0.
     """
     return relu_balance_of([moments(box) for box in relu_inputs], tol)
 
@@ -99,6 +100,7 @@ def moments(box: Box) -> Moments:
 
 def tightness_of(layers: Sequence[Moments], input_radius: Tensor, tol: float) -> Tensor:
     """`tightness_loss` from each layer's moments; `input_radius` is mean(r_0)."""
+    _require_tolerance(tol)
     tightness = [layer_tightness(m.radius / m.elements, input_radius) for m in layers]
     return _stacked("ReLU layer", [torch.relu(tol - value) / tol for value in tightness]).mean()
 
@@ -110,7 +112,13 @@ def layer_tightness(radius: Tensor, input_radius: Tensor) -> Tensor:
 
 def relu_balance_of(layers: Sequence[Moments], tol: float) -> Tensor:
     """`relu_balance_loss` from each layer's moments."""
+    _require_tolerance(tol)
     return _stacked("ReLU layer", [_imbalance(m, tol) for m in layers]).mean()
+
+
+def _require_tolerance(tol: float) -> None:
+    if not tol > 0:
+        raise UsageError(f"tol must be above 0, not {tol}: what is within it is not penalised")
 
 
 def _stacked(of: str, terms: list[Tensor]) -> Tensor:

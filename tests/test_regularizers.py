@@ -130,3 +130,12 @@ def test_of_nothing_they_are_no_number(regularizer):
 
 def test_l1_penalty_sums_absolute_values():
     assert l1_penalty([torch.tensor([1.0, -2.0]), torch.tensor([[-0.5]])]).item() == 3.5
+
+
+@pytest.mark.parametrize("tol", [0, 0.0, -0.5, float("nan")])
+@pytest.mark.parametrize(
+    "regularizer", [lambda tol: tightness_loss(boxes(), boxes()[0], tol), lambda tol: relu_balance_loss(boxes(), tol)]
+)
+def test_a_tolerance_is_above_0(regularizer, tol):
+    with pytest.raises(UsageError, match="tol must be above 0"):
+        regularizer(tol)

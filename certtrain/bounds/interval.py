@@ -329,6 +329,11 @@ def shrunk(box: Box, entering: Box, share: float) -> Box:
     return Box(box.lower, torch.where(unstable, smaller, box.upper))
 
 
+def is_layer(call: Call) -> bool:
+    """Is it a convolution or linear layer, if only by a product with one constant, however it is written?"""
+    return call.function in WEIGHTED or (call.affine and call.function in (torch.matmul, einsum))
+
+
 Observe = Callable[[Box], Any]
 
 
@@ -359,8 +364,8 @@ class JointPass:
         rectifies = operation is not None and operation.rectifies
         if rectifies:
             self.relu_inputs.append(self._observe(boxes[0]))
-        if call.function in WEIGHTED and self.affine_input is None:
-            self.affine_input = self._observe(boxes[0])
+        if is_layer(call) and self.affine_input is None:
+            self.affine_input = self._observe(leaves(boxes, Box)[0])
         if call.index in self._tail_indices:
             (entering,) = {id(box): box for box in leaves(boxes, Box)}.values()
             self.tail_input = self.tail_input or entering

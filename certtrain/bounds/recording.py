@@ -153,7 +153,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 def probes(image: Tensor) -> Tensor:
     """(3, ...): noise as wide as the image (1, ...), a corner of its range, and the image with some noise."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(3, *image.shape[1:], generator=generator, dtype=torch.float64).to(image.device, image.dtype)
+    noise = torch.rand(3, *image.shape[1:], generator=generator, dtype=torch.float64, device="cpu").to(
+        image.device, image.dtype
+    )
     low, high = image.amin(), image.amax()
     width = torch.where(high > low, high - low, 1.0)
     return low + width * torch.stack([noise[0], noise[1].round(), 0.9 * (image[0] - low) / width + 0.1 * noise[2]])

@@ -43,6 +43,11 @@ from certtrain.bounds.operations.softmax import LAST_FUNCTIONS
 from certtrain.errors import UnsupportedOperation
 
 
+def _refuse_parallel(module: nn.Module, where: str) -> None:
+    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise UnsupportedOperation(f"{where} only spreads a network over devices: give the network inside, its .module")
+
+
 def trace(model: nn.Module, batch_sum: BatchSum | None = None) -> Graph:
     """Record `model`'s forward in its present mode (train or eval).
 
@@ -53,6 +58,7 @@ def trace(model: nn.Module, batch_sum: BatchSum | None = None) -> Graph:
         UnsupportedOperation: see the head of this file; an operation without a record; hooks on a layer.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled module
+    _refuse_parallel(model, type(model).__name__)
     return _Recorder(model).graph(batch_sum)
 
 
@@ -198,6 +204,7 @@ class _Recorder:
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if module._forward_hooks or module._forward_pre_hooks:
             raise UnsupportedOperation(f"{self.where} has forward hooks, which bounds would not see; remove them")
+        _refuse_parallel(module, self.where)
         decomposition = module_decomposition(module)
         if decomposition is not None:
             return _bound(partial(decomposition, self, module), args, kwargs, self.where)

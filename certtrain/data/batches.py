@@ -95,10 +95,10 @@ class Shuffled:
     def __init__(self, split: Split, stream: torch.Generator, augmentation: Augmentation = NO_AUGMENTATION) -> None:
         n, device = len(split), split.images.device
         self._split, self._augmentation = split, augmentation
-        self._order = torch.randperm(n, generator=stream).to(device)
-        self._flips = (torch.rand(n, generator=stream) < 0.5).to(device)
+        self._order = torch.randperm(n, generator=stream, device=stream.device).to(device)
+        self._flips = (torch.rand(n, generator=stream, device=stream.device) < 0.5).to(device)
         crop = augmentation.crop
-        self._shifts = torch.randint(-crop, crop + 1, (n, 2), generator=stream).to(device)
+        self._shifts = torch.randint(-crop, crop + 1, (n, 2), generator=stream, device=stream.device).to(device)
 
     def __getitem__(self, positions: range) -> tuple[Tensor, Tensor]:
         here = slice(positions.start, positions.stop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ class Dataset:
                 f"that leaves both splits of {total} images non-empty"
             )
         held_out = torch.zeros(total, dtype=torch.bool)
-        held_out[torch.randperm(total, generator=generator(seed))[:count]] = True
+        held_out[torch.randperm(total, generator=generator(seed), device="cpu")[:count]] = True
         return replace(self, train=self.train.take(~held_out), validation=self.train.take(held_out))
 
     def tested_on_validation(self) -> Dataset:
@@ -201,6 +201,15 @@ class Normalization(TypedDict):
 def identity_normalization(channels: int) -> Normalization:
     """`mean` and `std` of a `Dataset` whose pixels enter the network as they are."""
     return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+
+
+def require_split(data: Any) -> None:
+    """Raises UsageError for what is no `Split`: a whole data set, a loader, tensors."""
+    if not isinstance(data, Split):
+        raise UsageError(
+            f"data must be a Split, not {type(data).__name__}: dataset.test, or Split(images, labels) of "
+            "uint8 (N, C, H, W) and int64 (N,)"
+        )
 
 
 def _describe(tensor: Tensor) -> str:

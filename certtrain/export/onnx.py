@@ -34,7 +34,7 @@ def export_onnx(model: nn.Module, image_shape: Sequence[int], file: Path) -> Non
         UnsupportedOperation: the network cannot be traced, has an operation that ONNX lacks, or came out as another.
     """
     onnx = optional_module("onnx", "export")
-    example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0), device="cpu")
     folded = fold_batch_norm(model, example.to(device_of(model))).cpu()
     _write_out_the_batch_axis(folded, model)
     content = io.BytesIO()

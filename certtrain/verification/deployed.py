@@ -40,7 +40,7 @@ class Comparison:
 
     def _rounding(self, inputs: Tensor) -> Tensor:
         """The most by which each output (...) differs from float64: at the inputs and, as a few may be lucky, near."""
-        noise = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0)).to(inputs)
+        noise = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(inputs)
         around = torch.cat([inputs, inputs * (1 + 1e-3 * noise)])
         found = one_by_one(self.model, around)
         if self.exact is not None:

@@ -315,7 +315,9 @@ def _float32_points(box: Box) -> Box:
 
 def _spread_over(box: Box) -> Tensor:
     """(8, ...): both ends of a box (1, ...) and, always the same, three other corners and three points inside."""
-    shares = torch.rand(8, *box.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares = torch.rand(
+        8, *box.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    )
     shares[0], shares[1], shares[2:5] = 0.0, 1.0, shares[2:5].round()
     lower, upper = box.lower.cpu().double(), box.upper.cpu().double()
     return (lower + shares * (upper - lower)).to(box.lower).clamp(box.lower, box.upper)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from certtrain.bounds.margins import proved
 from certtrain.data import Split, to_float
+from certtrain.data.dataset import require_split
 from certtrain.errors import require_counts
 from certtrain.modules import device_of, evaluating
 from certtrain.runtime.distributed import ALONE, Ranks
@@ -91,6 +92,7 @@ def certified_radii(
     """
     (max_eps,) = checked_radii(max_eps)
     require_counts(batch_size=batch_size)
+    require_split(data)
     data = data.to(device_of(model))
     require_share(data, ranks)
     question = Question(("ibp",), arithmetic, attack, seed, backend, DEFAULT_SEARCH)

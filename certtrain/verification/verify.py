@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from certtrain.bounds.rounding.arithmetic import arithmetic_named
 from certtrain.data import Split, to_float
+from certtrain.data.dataset import require_split
 from certtrain.errors import DataError, UsageError, require_counts
 from certtrain.modules import device_of, evaluating
 from certtrain.runtime.distributed import ALONE, Ranks
@@ -241,6 +242,7 @@ def verify(
     """
     radii = checked_radii(eps)
     require_counts(batch_size=batch_size, workers=workers, **({} if limit is None else {"limit": limit}))
+    require_split(data)
     data = data.take(slice(limit)).to(device_of(model))
     require_share(data, ranks)
     if workers > 1 and data.images.device.type != "cpu":

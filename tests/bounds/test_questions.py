@@ -123,6 +123,38 @@ def test_labels_are_classes_one_for_each_image(labels, backend):
         network(backend).margins(linf_box(X, 0.1), labels)
 
 
+PRODUCTS = {
+    "linear": lambda x, w: nn.functional.linear(x, w),
+    "@": lambda x, w: x @ w.T,
+    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "einsum, constant first": lambda x, w: torch.einsum("oi,bi->bo", w, x),
+    "addmm": lambda x, w: torch.addmm(w[:1, 0], x, w.T),
+    "baddbmm": lambda x, w: torch.baddbmm(w[None, :1, :1], x[:, None], w.T.expand(x.shape[0], 4, 5)).flatten(1),
+}
+
+
+COMPUTE_A_CONSTANT = {"addmm", "baddbmm"}  # which no floating-point rule covers
+
+
+@pytest.mark.parametrize(
+    ("way", "arithmetic"),
+    [(way, None) for way in PRODUCTS] + [(way, "float32") for way in PRODUCTS if way not in COMPUTE_A_CONSTANT],
+)
+def test_the_first_layer_is_found_however_it_is_written(way, arithmetic):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Parameter(torch.randn(5, 4)), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(torch.relu(PRODUCTS[way](2 * x, self.first)))
+
+    net = BoundedModel(Network().eval(), X)
+    entering = net.ibp(linf_box(X, 0.1), arithmetic=arithmetic).affine_input
+    expected = 2 * linf_box(X, 0.1).center.to(entering.center.dtype)
+    assert torch.allclose(entering.center.flatten(1), expected, atol=1e-5)  # (B, 1, 4) for baddbmm
+
+
 OF_A_PASS = {
     "margins_of": lambda net, bounds, labels: net.margins_of(bounds, labels),
     "margins_of, crown-ibp": lambda net, bounds, labels: net.margins_of(bounds, labels, "crown-ibp"),

@@ -219,3 +219,12 @@ def test_running_statistics_are_updated_as_pytorch_does(momentum):
         plain(x)
     for found, expected in zip(bounded.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_what_spreads_a_network_over_devices_names_the_one_inside(within):
+    network = nn.DataParallel(nn.Linear(4, 3))
+    with pytest.raises(UnsupportedOperation, match=r"give the network inside, its \.module"):
+        BoundedModel(nn.Sequential(network) if within else network, torch.rand(1, 4)).ibp(
+            linf_box(torch.rand(1, 4), 0.1)
+        )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from certtrain.data import Split
+from certtrain.data import Split, load_dataset
 from certtrain.errors import UsageError
 from certtrain.verification.attacks import PGD
 from certtrain.verification.radius import certified_radii
@@ -86,3 +86,14 @@ def test_rounding_is_covered_by_the_native_backend_alone(pixels):
 def test_a_radius_that_is_none_is_refused(run, cli, eps):
     outcome = cli("verify", run, f"--radius={eps}")
     assert outcome.code == 2
+
+
+@pytest.mark.parametrize("ask", [verify, certified_radii])
+@pytest.mark.parametrize(
+    "data",
+    [load_dataset("digits"), (torch.zeros(1, 1, 1, 1), torch.zeros(1)), [], None],
+    ids=lambda d: type(d).__name__,
+)
+def test_what_is_no_split_is_said_to_be_none(ask, data):
+    with pytest.raises(UsageError, match=r"data must be a Split, not \w+: dataset.test, or Split\("):
+        ask(Threshold(), data, 0.1)

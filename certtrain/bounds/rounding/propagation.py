@@ -15,7 +15,7 @@ from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
-from certtrain.bounds.interval import Bounds
+from certtrain.bounds.interval import Bounds, is_layer
 from certtrain.bounds.margins import check_labels, no_nan
 from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPECTING_METHODS, INSPECTIONS, MAKERS
 from certtrain.bounds.operations.products import WEIGHTED
@@ -52,6 +52,8 @@ class SoundPass:
         args = map_leaves(args, Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
         if OPERATIONS[call.function].rectifies:
             self.relu_inputs.append(args[0])
+        if is_layer(call):
+            self.affine_input = self.affine_input or leaves(args, OutwardBox)[0]
         if call.function in WEIGHTED:
             self._follow_sums(call, args)
         elif call.function in EXACT:
@@ -82,7 +84,6 @@ class SoundPass:
 
     def _follow_sums(self, call: Call, args: tuple[Any, ...]) -> None:
         x, weight, bias = args[:3]
-        self.affine_input = self.affine_input or x
         if call.function is F.linear and call.index == self._output and x.like.dim() == 2:
             self.classifier = replace(call, args=args), x
         self._sums[call.index] = Sum(

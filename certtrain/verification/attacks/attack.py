@@ -82,8 +82,8 @@ def first_found(model: nn.Module, images: Tensor, labels: Tensor, attempts: Iter
 
 def uniform_in(box: Box, generators: Generators, left: Tensor) -> Tensor:
     """A point of each of the boxes, which are those of the images `left`, by the image's own generator."""
-    own = [None if generators is None else generators[i] for i in left.tolist()]
-    share = torch.stack([torch.rand(box.shape[1:], generator=one) for one in own]).to(box.like)
+    own = [torch.default_generator if generators is None else generators[i] for i in left.tolist()]
+    share = torch.stack([torch.rand(box.shape[1:], generator=one, device=one.device) for one in own]).to(box.like)
     return (box.lower + share * (box.upper - box.lower)).clamp(box.lower, box.upper)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
+from certtrain.bounds.shapes import per_image
 from certtrain.verification.attacks.attack import (
     Generators,
     ascent,
@@ -52,7 +53,7 @@ class PGD:
         result, broken = x, torch.zeros_like(labels, dtype=torch.bool)
         for step in range(self.steps + 1):
             logits, _, direction = ascent(model, x, partial(negative_margin, labels=labels))
-            result = torch.where(broken[:, None, None, None], result, x)
+            result = torch.where(per_image(broken, x), result, x)
             broken = broken | (predicted(logits) != labels)  # not at a tie that the label wins
             if step == self.steps or bool(broken.all()):
                 break

@@ -10,6 +10,7 @@ from certtrain.bounds import BoundedModel, Box, linf_box
 from certtrain.data.seeding import generator
 from certtrain.verification.attacks import APGD, PGD, Ensemble, TargetedAPGD, inscribed_linf_box
 from certtrain.verification.attacks.apgd import auto_pgd, checkpoints
+from certtrain.verification.attacks.attack import uniform_in
 from certtrain.verification.attacks.losses import (
     cross_entropy,
     difference_of_logits_ratio,
@@ -258,3 +259,25 @@ def test_auto_pgd_takes_the_papers_steps():
         torch.testing.assert_close(points[i], expected, rtol=0, atol=1e-9)
         halvings.add(eta)
     assert len(halvings) > 1
+
+
+@pytest.mark.parametrize("attack", MEMBERS, ids=ATTACKS)
+@pytest.mark.parametrize("shape", [(12,), (3, 4), (3, 2, 2), (3, 1, 2, 2)])
+def test_inputs_have_any_number_of_axes(attack, shape):
+    x = torch.rand(5, *shape)
+    model = linear_network(5)
+    labels = model(x).argmax(1)
+    points, found = attack(model, x, labels, 0.3, seeded(5))
+    assert points.shape == x.shape
+    assert ((points - x).abs() <= 0.3 + 1e-6).all()
+    assert found.any()
+    assert torch.equal(model(points).argmax(1) != labels, found)
+
+
+def test_what_is_drawn_lies_where_its_generator_does():
+    """Whatever PyTorch's default device is."""
+    box = inscribed_linf_box(torch.rand(3, 3, 2, 2), 0.1)
+    expected = uniform_in(box, seeded(3), torch.arange(3))
+    with torch.device("meta"):
+        found = uniform_in(box, seeded(3), torch.arange(3, device="cpu"))
+    assert torch.equal(found, expected)
