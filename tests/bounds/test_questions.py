@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS, STAGES
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model, linf_box
@@ -435,3 +436,12 @@ def test_a_margin_that_is_not_finite_says_nothing(margin, other):
     one, two = (value if math.isfinite(value) else -math.inf for value in (margin, other))
     assert no_nan(margins, labels).tolist() == [[0.0, one, two]]
     assert better(margins[:, 1], margins[:, 2]).tolist() == [max(one, two)]
+
+
+def test_tensors_without_values_are_asked_for_none():
+    net = network("native")
+    net.ibp(linf_box(X, 0.1))  # recorded on tensors that have some
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x, labels = mode.from_tensor(X), mode.from_tensor(LABELS)
+        bounds = net.ibp(linf_box(x, 0.1), record=True)
+        assert net.margins_of(bounds, labels, "crown-ibp").shape == (2, 3)
