@@ -77,7 +77,16 @@ def recorded(model: nn.Module, box: Box) -> Record:
 # --- against auto_LiRPA -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.float64) for name in FEW_NEURONS), ("cnn7", torch.float32)])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *(
+            pytest.param(name, torch.float64, marks=[pytest.mark.slow] if name in ("residual", "cnn7-no-bn") else [])
+            for name in FEW_NEURONS
+        ),
+        ("cnn7", torch.float32),
+    ],
+)
 def test_raw_margins_equal_auto_lirpa(name, dtype):
     model, images, box = case(name, dtype, count=2)
     labels = LABELS[:2]

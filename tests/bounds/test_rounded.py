@@ -63,8 +63,14 @@ def least_difference(values) -> Fraction:
     return min(logits[1] - logits[0], logits[1] - logits[2])
 
 
-@pytest.mark.parametrize("arithmetic", ARITHMETICS)
-@pytest.mark.parametrize("eps", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("arithmetic", "eps"),
+    [
+        pytest.param(arithmetic, eps, marks=[pytest.mark.slow] if arithmetic == "float64" else [])
+        for arithmetic in ARITHMETICS
+        for eps in (0.0, 0.2)
+    ],
+)
 def test_no_adversary_falls_below_a_margin(arithmetic, eps):
     net, x = setting(len(arithmetic))
     box = enclosing_linf_box(x, eps, clip=None)
@@ -162,8 +168,13 @@ def falls_below(net: BoundedModel, box: OutwardBox, points: list[Tensor], arithm
     return count
 
 
+MOVES = {"more moves", "reshaping", "parts"}  # of many elements
+
+
 @pytest.mark.parametrize("wide", [False, True], ids=["point", "box"])
-@pytest.mark.parametrize("name", LINEAR_CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in MOVES else []) for name in LINEAR_CASES]
+)
 def test_no_adversary_falls_below_what_a_backward_pass_gives_of_an_operation(name, wide):
     assert falls_below(*between(name, wide), "float32") == 0
 

@@ -372,6 +372,7 @@ def train_wrongly(folder):
     (folder.parent / f"{os.environ['RANK']}.json").write_text(json.dumps(codes))
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_once_before_anything_is_written(tmp_path):
     log = tmp_path / "log"
     children = start_ranks(3, partial(train_wrongly, tmp_path / "run"), log)

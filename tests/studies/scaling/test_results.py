@@ -168,6 +168,7 @@ def _is_the_law(fits):
         assert each["error"]["value"] == pytest.approx(each["error"]["measured"], abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_cell_counts_by_the_seeds_that_are_finished(plan, scaled, folder):
     """The mean and its noise are those of fewer seeds; without any, the cell is not there."""
     first, second = (result.cell for result in scaled.results[:2])
