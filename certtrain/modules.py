@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+M = TypeVar("M", bound=nn.Module)
 
 CPU = torch.device("cpu")
 
@@ -22,6 +27,25 @@ def blank_images(model: nn.Module, count: int, image_shape: Sequence[int]) -> Te
     tensors = chain(model.parameters(), model.buffers())
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     return torch.zeros(count, *image_shape, device=device_of(model), dtype=dtype)
+
+
+def copied(model: M) -> M:
+    """A deep copy, also of a model that keeps results of its last forward, which lose their history of gradients.
+
+    Raises what deepcopy raises of whatever else cannot be copied: an open file, a lock, a generator.
+    """
+    with _Detaching():
+        return deepcopy(model)
+
+
+class _Detaching(TorchFunctionMode):
+    """Within it deepcopy, which refuses results with a history of gradients, copies their values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        return memo.setdefault(id(tensor), tensor.detach().clone())
 
 
 @contextmanager

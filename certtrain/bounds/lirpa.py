@@ -29,6 +29,7 @@ from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.margins import better, check_labels, no_nan
 from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split, check_question
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
+from certtrain.modules import copied
 
 if TYPE_CHECKING:
     from certtrain.verification.branch_and_bound import Search
@@ -140,7 +141,7 @@ class LirpaModel:
             raise UnsupportedOperation("auto_LiRPA's bounds of Dropout are not sound: replace it by nn.Identity")
         try:
             self._net = self._lirpa.BoundedModule(
-                copy.deepcopy(model).eval(), example_input.detach(), bound_opts=copy.deepcopy(_BOUND_OPTIONS)
+                copied(model).eval(), example_input.detach(), bound_opts=copy.deepcopy(_BOUND_OPTIONS)
             )
         except NotImplementedError as error:
             raise UnsupportedOperation(f"auto_LiRPA {self._lirpa.__version__} cannot convert this model") from error
@@ -330,7 +331,7 @@ def _refuse_arithmetic(arithmetic: str | None) -> None:
 
 def _output_size(model: nn.Module, example_input: Tensor) -> int:
     with torch.no_grad():
-        return copy.deepcopy(model).eval()(example_input).shape[-1]
+        return copied(model).eval()(example_input).shape[-1]
 
 
 @contextmanager

@@ -7,8 +7,7 @@ and relative to how each logit varies, so that small ones and those with a large
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from copy import deepcopy
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Settle
 from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
 from certtrain.bounds.tracing import trace
 from certtrain.errors import CerttrainError, UnsupportedOperation, UsageError, one_line
-from certtrain.modules import generators_kept
+from certtrain.modules import copied, generators_kept
 
 
 class PointWalk:
@@ -81,8 +80,9 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
         UnsupportedOperation: the outputs differ, or one image's depends on the others in the batch.
     """
     images, failure = probes(image), None
-    for candidate, dtype in _candidates(model, image.dtype):
+    for dtype, made in _candidates(model, image.dtype):
         try:
+            candidate = made()
             with _seeded(0, image.device):  # Dropout's masks are drawn in one order
                 expected = candidate(images.to(dtype, copy=True))  # the module may write into its input
             graph: Graph[Tensor] = trace(candidate)
@@ -97,7 +97,7 @@ def check_recording(model: nn.Module, image: Tensor) -> None:
                 alone = _each_alone(graph, images.to(dtype), together.scalings if model.training else None)
         except CerttrainError:
             raise
-        except Exception as error:  # constants of one type, shapes of one batch: the module's own, of any type
+        except Exception as error:  # constants of one type, shapes of one batch, a lock: the module's own, of any type
             failure = error
             continue
         break
@@ -125,7 +125,7 @@ def try_on_copy(model: nn.Module, images: Tensor) -> None:
     They are a copy's: in training mode a walk updates running statistics, and draws.
     """
     try:
-        candidate = deepcopy(model)
+        candidate = copied(model)
     except Exception:  # a module that cannot be copied
         if _trains(model):
             raise
@@ -161,12 +161,13 @@ def probes(image: Tensor) -> Tensor:
     return low + width * torch.stack([noise[0], noise[1].round(), 0.9 * (image[0] - low) / width + 0.1 * noise[2]])
 
 
-def _candidates(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, torch.dtype]]:
+def _candidates(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[torch.dtype, Callable[[], nn.Module]]]:
+    """What may stand for the module, the strictest first; making it fails where it cannot be copied, or a device has no
+    float64."""
     for wanted in (torch.float64, dtype):
-        with suppress(Exception):  # a module that cannot be copied, a device without float64
-            yield deepcopy(model).to(wanted), wanted
+        yield wanted, lambda wanted=wanted: copied(model).to(wanted)
     if not _trains(model):
-        yield model, dtype
+        yield dtype, lambda: model
 
 
 def _meaning(graph: Graph[Tensor]) -> list[tuple[Any, ...]]:

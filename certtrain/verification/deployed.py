@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from certtrain.bounds.recording import agree
+from certtrain.modules import copied
 
 Replay = Callable[[Tensor], Tensor]
 
@@ -29,7 +29,7 @@ class Comparison:
         self.model = model
         self.exact: nn.Module | None = None
         with suppress(Exception):  # a module that cannot be copied, a device without float64
-            self.exact = deepcopy(model).double()
+            self.exact = copied(model).double()
 
     @torch.no_grad()
     def agrees(self, inputs: Tensor, outputs: Tensor) -> bool:

@@ -15,6 +15,7 @@ from certtrain.bounds.forward import ROOT, record_forward
 from certtrain.bounds.operations.record import MODULES, module_entry
 from certtrain.bounds.recording import agree, probes
 from certtrain.errors import UnsupportedOperation
+from certtrain.modules import copied
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 _DIMENSIONS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4}
@@ -34,7 +35,7 @@ def fold_batch_norm(model: nn.Module, example_input: Tensor) -> nn.Module:
     Raises:
         UnsupportedOperation: the model's forward cannot be traced, or the folded copy computes something else.
     """
-    copy = deepcopy(model).eval()
+    copy = copied(model).eval()
     root, graph = record_forward(copy)
     if any(node.target == ROOT for node in graph.nodes):  # the model is a single layer
         return copy
@@ -87,7 +88,7 @@ def _computes_the_same(folded: nn.Module, model: nn.Module, example_input: Tenso
     images = probes(example_input.detach()[:1])
     for dtype in (torch.float64, images.dtype):
         with suppress(RuntimeError):  # a forward with constants of one type
-            found, expected = (deepcopy(m).eval().to(dtype)(images.to(dtype, copy=True)) for m in (folded, model))
+            found, expected = (copied(m).eval().to(dtype)(images.to(dtype, copy=True)) for m in (folded, model))
             return agree(found, expected, relative=1e-3, absolute=1e-6)
     return False
 
