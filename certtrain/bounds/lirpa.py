@@ -26,7 +26,7 @@ from certtrain.bounds.box import Box, refuse_empty
 from certtrain.bounds.graph import Graph
 from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions
-from certtrain.bounds.margins import better, check_labels, no_nan
+from certtrain.bounds.margins import better, check_labels, only_finite
 from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split, check_question
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 from certtrain.modules import copied
@@ -266,7 +266,7 @@ class LirpaModel:
         with torch.set_grad_enabled(optimizes or torch.is_grad_enabled()):
             logits, point = self._forward(box, clean, frozen=optimizes)
             best = reduce(better, [self._margins(logits, point, labels, name, alpha.steps) for name in asked])
-        best = no_nan(best, labels)
+        best = only_finite(best, labels)
         return best.detach() if optimizes else best
 
     def margins_of(self, bounds: Bounds, labels: Tensor, method: str = "ibp") -> Tensor:

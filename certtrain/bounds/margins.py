@@ -62,7 +62,7 @@ def proved(margins: Tensor) -> Tensor:
     return ((margins > 0) & (margins < torch.inf)).sum(1) == margins.shape[1] - 1
 
 
-def no_nan(margins: Tensor, labels: Tensor) -> Tensor:
+def only_finite(margins: Tensor, labels: Tensor) -> Tensor:
     """-inf for what is not finite, 0 in column y: where values overflow nothing is known of a margin."""
     return _finite(margins).scatter(1, labels[:, None], 0.0)
 

@@ -21,7 +21,7 @@ from certtrain.bounds.box import EMPTY, Box, refuse_empty
 from certtrain.bounds.graph import Call, Cut, Graph
 from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
-from certtrain.bounds.margins import better, check_labels, merged_margins, no_nan, proved
+from certtrain.bounds.margins import better, check_labels, merged_margins, only_finite, proved
 from certtrain.bounds.recording import PointWalk, check_recording, try_on_copy
 from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.backward import propagate_recorded
@@ -307,7 +307,7 @@ class BoundedModel:
             return searched_margins(self, box, labels, known, search or Search(), points, **options)
         if method == "ibp":
             bounds = self.ibp(box, clean, arithmetic=arithmetic)
-            return no_nan(self._interval_margins(bounds, labels, arithmetic), labels)
+            return only_finite(self._interval_margins(bounds, labels, arithmetic), labels)
         images, rows = self._portions(box, method, max_memory)
         whole = self.model.training or len(labels) <= images
         portions = [slice(None)] if whole else [slice(i, i + images) for i in range(0, len(labels), images)]
@@ -321,7 +321,7 @@ class BoundedModel:
                 bounds = self.recorded(portion, None if clean is None else clean[part], arithmetic)
                 cheaper = [self._interval_margins(bounds, labels[part], arithmetic)] if intersect else []
                 found.append(self._backward_margins(bounds, labels[part], method, cheaper, rows, alpha))
-        return no_nan(torch.cat(found), labels)
+        return only_finite(torch.cat(found), labels)
 
     def tightened(self, box: Box, arithmetic: str | None = None, max_memory: int | None = None) -> Record:
         """Every value's box, as tight as CROWN makes them, for searches on top (`branch_and_bound`).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -165,9 +166,13 @@ def _candidates(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[torch.dt
     """What may stand for the module, the strictest first; making it fails where it cannot be copied, or a device has no
     float64."""
     for wanted in (torch.float64, dtype):
-        yield wanted, lambda wanted=wanted: copied(model).to(wanted)
+        yield wanted, partial(_copied_to, wanted, model)
     if not _trains(model):
         yield dtype, lambda: model
+
+
+def _copied_to(dtype: torch.dtype, model: nn.Module) -> nn.Module:
+    return copied(model).to(dtype)
 
 
 def _meaning(graph: Graph[Tensor]) -> list[tuple[Any, ...]]:

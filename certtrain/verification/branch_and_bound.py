@@ -26,7 +26,7 @@ from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.bounds.linear.crown import backward_margins
 from certtrain.bounds.linear.patches import Coefficients, dense
-from certtrain.bounds.margins import better, no_nan, proved
+from certtrain.bounds.margins import better, only_finite, proved
 from certtrain.errors import UsageError, require_counts
 from certtrain.verification.attacks import predictions
 from certtrain.verification.domains import Domain, ImageSearch, Leaf, Split
@@ -134,13 +134,13 @@ def settle(
 ) -> Iterator[tuple[int, Outcome]]:
     """`branch_and_bound`, of which each image's outcome comes, with its position, as soon as it is known."""
     points = record.boxes[0] if points is None else points
-    return _Run(model, record.detach(), labels, no_nan(margins.detach(), labels), search, points).outcomes()
+    return _Run(model, record.detach(), labels, only_finite(margins.detach(), labels), search, points).outcomes()
 
 
 @torch.no_grad()
 def root_margins(record: Record, labels: Tensor, known: Tensor) -> Tensor:
     """Margins (B, K) as `known`, or by a backward pass on the record's boxes where that is better; finite, or -inf."""
-    return no_nan(better(known, backward_margins(record, labels)), labels)
+    return only_finite(better(known, backward_margins(record, labels)), labels)
 
 
 def searched_margins(

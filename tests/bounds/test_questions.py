@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS, STAGES
 from certtrain.bounds import BoundedModel, Bounder, Box, bounded_model, linf_box
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, fused_cross_entropy
-from certtrain.bounds.margins import better, merged_margins, no_nan, proved
+from certtrain.bounds.margins import better, merged_margins, only_finite, proved
 from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.boxes import enclosing_linf_box
 from certtrain.errors import UsageError
@@ -434,7 +434,7 @@ def test_a_margin_that_is_not_finite_says_nothing(margin, other):
     margins, labels = torch.tensor([[0.0, margin, other]]), torch.tensor([0])
     assert proved(margins).item() == (margin == other == 1.0)
     one, two = (value if math.isfinite(value) else -math.inf for value in (margin, other))
-    assert no_nan(margins, labels).tolist() == [[0.0, one, two]]
+    assert only_finite(margins, labels).tolist() == [[0.0, one, two]]
     assert better(margins[:, 1], margins[:, 2]).tolist() == [max(one, two)]
 
 

@@ -16,7 +16,7 @@ from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
 from certtrain.bounds.interval import Bounds, is_layer
-from certtrain.bounds.margins import check_labels, no_nan
+from certtrain.bounds.margins import check_labels, only_finite
 from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPECTING_METHODS, INSPECTIONS, MAKERS
 from certtrain.bounds.operations.products import WEIGHTED
 from certtrain.bounds.operations.record import OPERATIONS
@@ -192,7 +192,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         error = sum_error(a, terms) * (sizes.gather(1, own) + sizes) + 2 * underflow[:, None]
         lower = down(center - (reach + error) * inflation(terms))
         lower = torch.where(fits[:, None], lower, -torch.inf)
-    return no_nan(lower, labels)
+    return only_finite(lower, labels)
 
 
 def _require_stored_constants(graph: Graph[Any]) -> None:
@@ -207,10 +207,9 @@ def _require_stored_constants(graph: Graph[Any]) -> None:
         if step.tracked:
             continue
         name = step.function.name if isinstance(step.function, Method) else step.function
-        read = {ref.index for ref in leaves((step.args, dict(step.kwargs or {})), Ref)}
-        if (name is getattr and not read) or (name in MAKERS and "dtype" not in (step.kwargs or {})):
+        if (name is getattr and not step.read) or (name in MAKERS and "dtype" not in (step.kwargs or {})):
             tensors.add(index)
-        elif read & tensors:
+        elif step.read & tensors:
             if _moves_constants(step, name):
                 tensors.add(index)
             elif not _is_inspection(step, name):

@@ -230,8 +230,9 @@ def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardB
 
 
 def _prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
-    known, sizes = (per_channel(each, x.like.dim()) for each in (_is_small(weight), weight.abs().clamp(min=1)))
-    found = interval.RULES[F.prelu](x, torch.where(_is_small(weight), weight, 0.0))
+    small = _is_small(weight)
+    found = interval.RULES[F.prelu](x, torch.where(small, weight, 0.0))
+    known, sizes = (per_channel(each, x.like.dim()) for each in (small, weight.abs().clamp(min=1)))
     ends = unbounded_unless(known, OutwardBox(found.lower, found.upper))
     return widened(ends, elementwise_error(a, 4), x.magnitude * sizes, a, losses=_flushed(a, x.magnitude))
 
