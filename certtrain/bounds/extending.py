@@ -8,7 +8,7 @@ from typing import Any
 from certtrain.bounds import interval
 from certtrain.bounds.linear import free_slopes, relaxations
 from certtrain.bounds.operations.record import Bind, Operation, define
-from certtrain.bounds.rounding import rules as sound
+from certtrain.bounds.rounding import table as sound
 from certtrain.errors import UsageError
 
 

@@ -21,7 +21,7 @@ from certtrain.bounds import (
 )
 from certtrain.bounds.linear import free_slopes, relaxations
 from certtrain.bounds.operations.record import FUNCTIONS, METHODS, MODULES, OPERATIONS
-from certtrain.bounds.rounding.rules import RULES as SOUND
+from certtrain.bounds.rounding.table import RULES as SOUND
 from certtrain.errors import UnsupportedOperation, UsageError
 from tests.bounds.test_properties import points_of
 

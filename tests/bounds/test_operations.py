@@ -43,7 +43,7 @@ from certtrain.bounds.operations.record import (
     anything,
     at_settings,
 )
-from certtrain.bounds.rounding.rules import RULES as SOUND
+from certtrain.bounds.rounding.table import RULES as SOUND
 from certtrain.errors import UnsupportedOperation
 from tests.bounds.test_lirpa import needs_auto_lirpa
 from tests.bounds.test_properties import points_of

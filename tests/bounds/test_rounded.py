@@ -17,7 +17,7 @@ from certtrain.bounds.linear.backward import lower_bounds
 from certtrain.bounds.rounding.arithmetic import ARITHMETICS
 from certtrain.bounds.rounding.backward import AFFINE, MET
 from certtrain.bounds.rounding.boxes import OutwardBox, enclosing_linf_box
-from certtrain.bounds.rounding.rules import RULES
+from certtrain.bounds.rounding.table import RULES
 from certtrain.errors import UnsupportedOperation
 from tests.bounds.test_rounding import OrderDetector
 from tests.bounds.test_roundings import (

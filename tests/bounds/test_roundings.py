@@ -1,6 +1,6 @@
 """Every rule's count of roundings, against each operation in rational arithmetic with an adversary's errors.
 
-`BY_HAND` has an operation for each of `rounding.rules`; a rule without one fails here. Every single operation is taken
+`BY_HAND` has an operation for each of `rounding.table`; a rule without one fails here. Every single operation is taken
 exactly and then multiplied by 1 ± u, and the adversary chooses the signs. What it reaches must lie in the sound box of
 a box that is a point.
 """
@@ -29,7 +29,7 @@ from certtrain.bounds.operations.movement import cast
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.rounding.arithmetic import ARITHMETICS, Arithmetic
 from certtrain.bounds.rounding.boxes import OutwardBox, enclosing_linf_box
-from certtrain.bounds.rounding.rules import EXACT, RULES
+from certtrain.bounds.rounding.table import EXACT, RULES
 from certtrain.errors import UnsupportedOperation
 
 MODES = ("up", "down", "away from zero", "towards zero", "alternating", "random")

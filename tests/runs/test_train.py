@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import certtrain
 from certtrain.bound_methods import STAGES
 from certtrain.bounds.linear.relaxations import RELAXATIONS
-from certtrain.bounds.rounding.rules import RULES as SOUND_RULES
+from certtrain.bounds.rounding.table import RULES as SOUND_RULES
 from certtrain.config import load_config
 from certtrain.errors import CheckpointError
 from certtrain.runs import evaluation

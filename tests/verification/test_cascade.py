@@ -15,7 +15,7 @@ from certtrain.bounds import BoundedModel, linf_box
 from certtrain.bounds.linear.beta import Ascent
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.margins import proved
-from certtrain.bounds.rounding.rules import RULES as SOUND_RULES
+from certtrain.bounds.rounding.table import RULES as SOUND_RULES
 from certtrain.data import load_dataset, to_float
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification.attacks import PGD

@@ -10,5 +10,3 @@ The one idea: the computed sum of n products lies within e·Σ|w_i||x_i| of the 
 (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3). With |x_i| ≤ m_i over the box, that is a radius of
 |w|·(r + e·m) instead of |w|·r: the same two products as without rounding.
 """
-
-from certtrain.bounds.rounding import attention  # noqa: F401  whose rules stand in `rules.RULES`

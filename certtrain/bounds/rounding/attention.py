@@ -1,8 +1,8 @@
-"""Rules for what attention and normalization consist of; docs/soundness.md, (13) to (16).
+"""Rules for what attention consists of; docs/soundness.md, (13) to (15).
 
-Products of two values, softmax, averages by softmax, deviations from a mean and their division by the root of a mean
-square. A box of real numbers comes from the rules of real mathematics, taken in float64; what the deployed network's
-roundings, and float64's, can add is bounded relative to the magnitudes that are combined.
+Products of two values, softmax, and averages by softmax. A box of real numbers comes from the rules of real
+mathematics, taken in float64; what the deployed network's roundings, and float64's, can add is bounded relative to the
+magnitudes that are combined.
 """
 
 from __future__ import annotations
@@ -14,36 +14,24 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds import bilinear
-from certtrain.bounds.attention import attend, attend_box
+from certtrain.bounds.attention import attend_box
 from certtrain.bounds.box import Box
-from certtrain.bounds.normalization import (
-    Dims,
-    count_of,
-    deviation,
-    deviation_box,
-    inverse_root,
-    normalized,
-    normalized_box,
-)
-from certtrain.bounds.operations.products import einsum
 from certtrain.bounds.rounding.arithmetic import (
     ARITHMETICS,
     BOUND_ARITHMETIC,
-    COEFFICIENT_ROUNDINGS,
     Arithmetic,
     elementwise_error,
     inflation,
     sum_error,
 )
 from certtrain.bounds.rounding.boxes import OutwardBox, widened
-from certtrain.bounds.rounding.rules import RULES, einsum_terms, largest_of, matmul_terms, stored
+from certtrain.bounds.rounding.rules import largest_of, stored
 from certtrain.bounds.shapes import per_image
 from certtrain.bounds.softmax import softmax
 from certtrain.errors import UnsupportedOperation
 
 EXPONENTIAL = 8  # roundings that an exponential may be off by: four units in the last place
 SUMS = 8  # of float64, that a bound of a sum of products consists of, at the most
-VARIANCE_ROUNDINGS = 32  # of a variance beside four for each of its terms
 
 
 def _own_error(terms: int) -> float:
@@ -51,7 +39,7 @@ def _own_error(terms: int) -> float:
     return SUMS * sum_error(ARITHMETICS["float64"], terms)
 
 
-def _product_of_two(function: Callable[..., Tensor], terms_of: Callable[..., int]) -> Callable[..., OutwardBox]:
+def product_of_two(function: Callable[..., Tensor], terms_of: Callable[..., int]) -> Callable[..., OutwardBox]:
     """Eq. 13."""
 
     def rule(a: Arithmetic, x: OutwardBox, y: OutwardBox, *settings: Any) -> OutwardBox:
@@ -111,91 +99,16 @@ def attend_rule(a: Arithmetic, p: OutwardBox, v: OutwardBox | Tensor, excess: Te
     return widened(OutwardBox(found.lower, found.upper), error, magnitude, a, terms, losses)
 
 
-def _square(a: Arithmetic, x: OutwardBox) -> OutwardBox:
+def square(a: Arithmetic, x: OutwardBox) -> OutwardBox:
     found = bilinear.squared(x)
     most = _largest(x, found)
     losses = _products_lost(a, 1, most, most)
     return widened(OutwardBox(found.lower, found.upper), elementwise_error(a, 1), x.magnitude.square(), a, 1, losses)
 
 
-def _deviation(a: Arithmetic, x: OutwardBox, dims: Dims) -> OutwardBox:
-    found, terms = deviation_box(x, dims), count_of(x.like, dims)
-    box = OutwardBox.around(found.center, found.radius.clamp(min=0) * inflation(terms))
-    return widened(box, sum_error(a, terms + 2), _with_mean(x, dims), a, terms)
+def elementwise_product(a: Arithmetic, x: OutwardBox, y: OutwardBox) -> OutwardBox:
+    return square(a, x) if x is y else product_of_two(torch.mul, lambda *_: 1)(a, x, y)
 
 
-def _with_mean(x: OutwardBox, dims: Dims) -> Tensor:
-    """The magnitudes that a deviation combines."""
-    return (x.magnitude + x.magnitude.mean(dims, keepdim=True)) * inflation(count_of(x.like, dims))
-
-
-def _inverse_root(a: Arithmetic, mean_square: OutwardBox, eps: float) -> OutwardBox:
-    _require_epsilon(eps)
-    ends = OutwardBox(inverse_root(mean_square.upper, eps), inverse_root(mean_square.lower, eps))
-    return widened(ends, elementwise_error(a, COEFFICIENT_ROUNDINGS), ends.upper, a)
-
-
-def _require_epsilon(eps: float) -> None:
-    if not 2**-40 <= eps <= 1:
-        raise UnsupportedOperation(f"a normalization with eps={eps} has no sound rule: it must be from 2^-40 to 1")
-
-
-def _normalized(
-    a: Arithmetic,
-    d: OutwardBox,
-    factor: OutwardBox,
-    x: OutwardBox,
-    dims: Dims,
-    eps: float,
-    by_squares: bool = False,
-) -> OutwardBox:
-    """Eq. 16."""
-    _require_epsilon(eps)
-    terms = count_of(x.like, dims)
-    error = sum_error(a, 4 * terms + VARIANCE_ROUNDINGS)
-    least = (bilinear.squared(d).lower.mean(dims, keepdim=True) + eps) * (1 - 2**-30)
-    mean_size = x.magnitude.mean(dims, keepdim=True) * inflation(terms)
-    relative = error * (1 + mean_size * least.rsqrt()) + (error * mean_size).square() / least
-    if by_squares:
-        relative = error * (1 + x.magnitude.square().mean(dims, keepdim=True) * inflation(terms) / least)
-    found = normalized_box(d, factor, x, dims, eps)
-    box = OutwardBox(found.lower, found.upper)
-    size = box.magnitude
-    of_deviation = sum_error(a, terms + 2) * _with_mean(x, dims) * least.rsqrt() * (1 + relative)
-    losses = (size * relative + of_deviation) * inflation(terms) * (1 + 2**-30)
-    few = elementwise_error(a, COEFFICIENT_ROUNDINGS) + sum_error(ARITHMETICS["float64"], terms + 64)
-    result = widened(box, few, size, a, terms, losses)
-    fits = 8 * terms * _with_mean(x, dims).square().amax(dims, keepdim=True) <= a.largest  # whose squares are summed
-    return OutwardBox.around(result.center, torch.where((relative < 0.5) & fits, result.radius, torch.inf))
-
-
-def _unless_two_values(rule: Callable[..., OutwardBox], of_two: Callable[..., OutwardBox]) -> Callable[..., OutwardBox]:
-    def either(a: Arithmetic, x: Any, y: Any, *settings: Any) -> OutwardBox:
-        return (of_two if isinstance(x, OutwardBox) and isinstance(y, OutwardBox) else rule)(a, x, y, *settings)
-
-    return either
-
-
-def _elementwise_product(a: Arithmetic, x: OutwardBox, y: OutwardBox) -> OutwardBox:
-    return _square(a, x) if x is y else _product_of_two(torch.mul, lambda *_: 1)(a, x, y)
-
-
-def _no_quotient(*args: Any) -> OutwardBox:
+def no_quotient(*args: Any) -> OutwardBox:
     raise UnsupportedOperation("the quotient of two values that both depend on the input has no sound rule")
-
-
-TWO_VALUES: dict[Callable[..., Any], Callable[..., OutwardBox]] = {
-    torch.mul: _elementwise_product,
-    torch.matmul: _product_of_two(torch.matmul, matmul_terms),
-    einsum: _product_of_two(einsum, einsum_terms),
-    torch.div: _no_quotient,
-}
-RULES |= {function: _unless_two_values(RULES[function], of_two) for function, of_two in TWO_VALUES.items()}
-RULES |= {
-    torch.softmax: softmax_rule,
-    attend: attend_rule,
-    torch.square: _square,
-    deviation: _deviation,
-    inverse_root: _inverse_root,
-    normalized: _normalized,
-}

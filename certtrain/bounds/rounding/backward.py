@@ -36,7 +36,8 @@ from certtrain.bounds.rounding.arithmetic import (
 )
 from certtrain.bounds.rounding.boxes import OutwardBox
 from certtrain.bounds.rounding.propagation import SoundPass, propagate_by
-from certtrain.bounds.rounding.rules import COMPARING, EXACT, scaling_of
+from certtrain.bounds.rounding.rules import scaling_of
+from certtrain.bounds.rounding.table import COMPARING, EXACT
 from certtrain.bounds.shapes import per_channel
 from certtrain.errors import UnsupportedOperation
 

@@ -22,7 +22,8 @@ from certtrain.bounds.operations.products import WEIGHTED
 from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.rounding.arithmetic import Arithmetic, arithmetic_named, inflation, rounded_up, sum_error
 from certtrain.bounds.rounding.boxes import OutwardBox, down, outward, unbounded_unless, widened
-from certtrain.bounds.rounding.rules import EXACT, EXACT_METHODS, RULES, Sum, largest_of, sum_range, terms_of
+from certtrain.bounds.rounding.rules import Sum, largest_of, sum_range, terms_of
+from certtrain.bounds.rounding.table import EXACT, EXACT_METHODS, RULES
 from certtrain.bounds.shapes import flattened, per_image
 from certtrain.bounds.tracing import Method, record_of
 from certtrain.errors import UnsupportedOperation

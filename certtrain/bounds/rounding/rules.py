@@ -1,4 +1,7 @@
-"""One rule per operation: what comes out of it in a deployed arithmetic, of any values in a box. docs/soundness.md."""
+"""What comes out of an operation on one value in a deployed arithmetic, of any values in a box. docs/soundness.md.
+
+Sums and comparisons of two values are here as well; products of two are in `attention.py`, all rules in `table.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,7 @@ from torch import Tensor
 
 from certtrain.bounds import interval
 from certtrain.bounds.box import Box
-from certtrain.bounds.operations.arithmetic import add, sub
-from certtrain.bounds.operations.joining import cat
-from certtrain.bounds.operations.movement import cast
 from certtrain.bounds.operations.pooling import COPYING
-from certtrain.bounds.operations.products import WEIGHTED, einsum
-from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.rounding.arithmetic import (
     ARITHMETICS,
     COEFFICIENT_ROUNDINGS,
@@ -55,7 +53,7 @@ class Sum:
     done: int = 0
 
 
-def _weighted(function: Callable[..., Tensor]) -> Rule:
+def weighted(function: Callable[..., Tensor]) -> Rule:
     def rule(
         a: Arithmetic, x: OutwardBox, weight: Tensor, bias: Tensor | None, *settings: Any, foldings: int = 1
     ) -> OutwardBox:
@@ -86,7 +84,7 @@ def einsum_terms(x: Any, y: Any, equation: str) -> int:
     return math.prod(size for letter, size in sizes.items() if letter not in output)
 
 
-def _product(function: Callable[..., Tensor], terms_of: Callable[..., int]) -> Rule:
+def product_with_constant(function: Callable[..., Tensor], terms_of: Callable[..., int]) -> Rule:
     """A matrix product with a constant, on either side."""
 
     def rule(a: Arithmetic, x: Any, y: Any, *settings: Any) -> OutwardBox:
@@ -142,7 +140,7 @@ def scaling_of(
     return scale, (0.0 if bias is None else bias) - mean * scale
 
 
-def _batch_norm(
+def batch_norm(
     a: Arithmetic,
     x: OutwardBox,
     mean: Tensor,
@@ -222,14 +220,14 @@ def _flushed(a: Arithmetic, magnitude: Tensor) -> Tensor:
     return 8 * COEFFICIENT_ROUNDINGS * LARGEST_FACTOR * a.tiny * magnitude
 
 
-def _leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardBox:
+def leaky_relu(a: Arithmetic, x: OutwardBox, negative_slope: float) -> OutwardBox:
     if not 0 <= negative_slope <= 1:
         raise UnsupportedOperation(f"LeakyReLU with negative_slope={negative_slope} has no sound rule")
     ends = OutwardBox(F.leaky_relu(x.lower, negative_slope), F.leaky_relu(x.upper, negative_slope))
     return widened(ends, elementwise_error(a, 2), x.magnitude, a, losses=_flushed(a, x.magnitude))
 
 
-def _prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
+def prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
     small = _is_small(weight)
     found = interval.RULES[F.prelu](x, torch.where(small, weight, 0.0))
     known, sizes = (per_channel(each, x.like.dim()) for each in (small, weight.abs().clamp(min=1)))
@@ -237,23 +235,23 @@ def _prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
     return widened(ends, elementwise_error(a, 4), x.magnitude * sizes, a, losses=_flushed(a, x.magnitude))
 
 
-def _clamped(function: Callable[..., Tensor]) -> Rule:
+def clamped(function: Callable[..., Tensor]) -> Rule:
     """Between two ends, each of which is rounded as it is stored."""
 
     def rule(a: Arithmetic, x: OutwardBox, lower: float | None, upper: float | None) -> OutwardBox:
-        ends = _monotone(function)(a, x, lower, upper)
+        ends = monotone(function)(a, x, lower, upper)
         most = max(abs(end) for end in (lower, upper) if end is not None)
         return widened(ends, elementwise_error(a, 1), torch.full_like(ends.center, most), a)
 
     return rule
 
 
-def _abs(a: Arithmetic, x: OutwardBox) -> OutwardBox:
+def absolute(a: Arithmetic, x: OutwardBox) -> OutwardBox:
     ends = interval.RULES[torch.abs](x)
     return OutwardBox(ends.lower, ends.upper)
 
 
-def _extremum(function: Callable[..., Tensor]) -> Rule:
+def extremum(function: Callable[..., Tensor]) -> Rule:
     """Of two values, or of a value and a constant, which is rounded as it is stored."""
 
     def rule(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
@@ -267,7 +265,7 @@ def _extremum(function: Callable[..., Tensor]) -> Rule:
     return rule
 
 
-def _root(function: Callable[..., Tensor]) -> Rule:
+def root(function: Callable[..., Tensor]) -> Rule:
     """Roots and reciprocals, correctly rounded or off by two units in the last place, of values that are above 0."""
 
     def rule(a: Arithmetic, x: OutwardBox) -> OutwardBox:
@@ -279,7 +277,7 @@ def _root(function: Callable[..., Tensor]) -> Rule:
     return rule
 
 
-def _hard(function: Callable[..., Tensor], magnitude: Callable[[Tensor], Tensor]) -> Rule:
+def hard(function: Callable[..., Tensor], magnitude: Callable[[Tensor], Tensor]) -> Rule:
     """(x + 3) / 6 between 0 and 1, or x times that; `magnitude`, of |x|: no less than what is combined."""
 
     def rule(a: Arithmetic, x: OutwardBox) -> OutwardBox:
@@ -289,7 +287,7 @@ def _hard(function: Callable[..., Tensor], magnitude: Callable[[Tensor], Tensor]
     return rule
 
 
-def _interpolate(
+def interpolate(
     a: Arithmetic,
     x: OutwardBox,
     size: Any,
@@ -317,7 +315,7 @@ def _interpolate(
     return OutwardBox(lower, upper)
 
 
-def _add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
+def add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
     """A constant is rounded as it is stored, and so is alpha; then come its product and the sum."""
     if alpha and not _is_harmless(torch.tensor(float(alpha), dtype=torch.float64)):
         raise UnsupportedOperation(f"alpha={alpha} has no sound rule")
@@ -329,17 +327,17 @@ def _add(a: Arithmetic, x: Any, y: Any, alpha: float = 1) -> OutwardBox:
     return widened(OutwardBox.around(center, radius), elementwise_error(a, roundings), magnitude, a)
 
 
-def _neg(a: Arithmetic, x: OutwardBox) -> OutwardBox:
+def neg(a: Arithmetic, x: OutwardBox) -> OutwardBox:
     return OutwardBox.around(-x.center, x.radius)
 
 
-def _mul(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
+def mul(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
     box, factor = (x, y) if isinstance(x, OutwardBox) else (y, x)
     factor = _as_constant(factor, box)
     return _scaled(a, box, factor, _is_small(factor), torch.mul)
 
 
-def _div(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
+def div(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
     divisor = _as_constant(y, x)
     return _scaled(a, x, divisor, _is_harmless(divisor), torch.div)
 
@@ -358,7 +356,7 @@ def _scaled(
     return widened(moved, elementwise_error(a, 4), magnitude, a, losses=_flushed(a, x.magnitude))
 
 
-def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> Rule:
+def averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> Rule:
     """Sums and means: products with one constant, of `window(x, *settings)` terms, which may be added first."""
 
     def rule(a: Arithmetic, x: OutwardBox, *settings: Any) -> OutwardBox:
@@ -373,35 +371,35 @@ def _averaging(function: Callable[..., Tensor], window: Callable[..., int]) -> R
     return rule
 
 
-def _reduced(x: Tensor, *settings: Any) -> int:
+def reduced_terms(x: Tensor, *settings: Any) -> int:
     return x.numel() // max(1, x.sum(*settings).numel())
 
 
-def _kernel(x: Tensor, kernel_size: int | tuple[int, ...], *settings: Any) -> int:
+def kernel_terms(x: Tensor, kernel_size: int | tuple[int, ...], *settings: Any) -> int:
     return math.prod(per_axis(kernel_size, x.dim() - 2))
 
 
-def _adaptive(x: Tensor, output_size: Any) -> int:
+def adaptive_terms(x: Tensor, output_size: Any) -> int:
     """Windows of adaptive pooling overlap; the whole image is no less than any of them."""
     return math.prod(x.shape[2:])
 
 
-def _exact(function: Callable[..., Tensor]) -> Rule:
+def exact(function: Callable[..., Tensor]) -> Rule:
     """Moves elements, or compares them: nothing is rounded."""
     return lambda a, x, *settings: x.map(lambda part: function(part, *settings))
 
 
-def _monotone(function: Callable[..., Tensor]) -> Rule:
+def monotone(function: Callable[..., Tensor]) -> Rule:
     return lambda a, x, *settings: OutwardBox(function(x.lower, *settings), function(x.upper, *settings))
 
 
-def _pad(a: Arithmetic, x: OutwardBox, pad: Any, mode: str, value: float | None) -> OutwardBox:
+def pad(a: Arithmetic, x: OutwardBox, pad: Any, mode: str, value: float | None) -> OutwardBox:
     if value:
         raise UnsupportedOperation(f"padding with {value}, which is rounded, has no sound rule; zero has")
-    return _monotone(F.pad)(a, x, pad, mode, value)
+    return monotone(F.pad)(a, x, pad, mode, value)
 
 
-def _cast(a: Arithmetic, x: OutwardBox, dtype: torch.dtype | None) -> OutwardBox:
+def cast(a: Arithmetic, x: OutwardBox, dtype: torch.dtype | None) -> OutwardBox:
     if dtype is None:
         return x
     if a is ARITHMETICS["float64"] and dtype != torch.float64:
@@ -409,7 +407,7 @@ def _cast(a: Arithmetic, x: OutwardBox, dtype: torch.dtype | None) -> OutwardBox
     return widened(x, elementwise_error(a, 1), x.magnitude, a)
 
 
-def _cat(a: Arithmetic, parts: Any, dim: int) -> OutwardBox:
+def concatenated(a: Arithmetic, parts: Any, dim: int) -> OutwardBox:
     return OutwardBox.cat([part if isinstance(part, Box) else stored(a, part) for part in parts], dim)
 
 
@@ -424,53 +422,3 @@ def _center(value: Any) -> Any:
 
 def _magnitude(value: Any) -> Any:
     return value.magnitude if isinstance(value, OutwardBox) else abs(value)
-
-
-EXACT = {function for function, operation in OPERATIONS.items() if operation.reshaping} - {cast}
-EXACT_METHODS = {"t", "expand", "expand_as", "repeat"}
-"""Of constants; values have no rule for them."""
-
-COMPARING = (
-    F.relu,
-    F.relu6,
-    F.max_pool1d,
-    F.max_pool2d,
-    F.max_pool3d,
-    F.adaptive_max_pool1d,
-    F.adaptive_max_pool2d,
-    torch.amax,
-    torch.amin,
-)
-"""What returns one of its elements, or a constant that every arithmetic has."""
-
-RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's returns its sums as well
-    **{function: _weighted(function) for function in WEIGHTED},
-    torch.matmul: _product(torch.matmul, matmul_terms),
-    einsum: _product(einsum, einsum_terms),
-    **{function: _exact(function) for function in EXACT},
-    **{function: _monotone(function) for function in COMPARING},
-    **{function: _averaging(function, _kernel) for function in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)},
-    **{
-        function: _averaging(function, _adaptive)
-        for function in (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-    },
-    **{function: _averaging(function, _reduced) for function in (torch.Tensor.mean, torch.Tensor.sum)},
-    F.batch_norm: _batch_norm,
-    F.leaky_relu: _leaky_relu,
-    F.prelu: _prelu,
-    **{function: _clamped(function) for function in (torch.clamp, F.hardtanh)},
-    torch.abs: _abs,
-    **{function: _extremum(function) for function in (torch.maximum, torch.minimum)},
-    **{function: _root(function) for function in (torch.sqrt, torch.rsqrt, torch.reciprocal)},
-    F.hardsigmoid: _hard(F.hardsigmoid, lambda size: (size + 3) / 6),
-    F.hardswish: _hard(F.hardswish, lambda size: size * (size + 3) / 6),
-    F.interpolate: _interpolate,
-    F.pad: _pad,
-    cast: _cast,
-    add: _add,
-    sub: lambda a, x, y, alpha=1: _add(a, x, y, -alpha),
-    torch.mul: _mul,
-    torch.div: _div,
-    torch.neg: _neg,
-    cat: _cat,
-}
