@@ -242,6 +242,11 @@ class Record:
     output: int
     slack: Mapping[int, Tensor] | None = None
 
+    @property
+    def covers_rounding(self) -> bool:
+        """See `Bounds`."""
+        return self.slack is not None
+
     def take(self, images: Tensor) -> Record:
         """Of these images alone, any of them several times; what the calls hold is not looked at."""
         boxes = {index: box.take(images) for index, box in self.boxes.items()}
@@ -262,7 +267,8 @@ class Bounds:
     output: box of the logits (B, K)
     relu_inputs: box before each ReLU, or activation of its kind (`Operation.rectifies`), in the order of the network
     affine_input: box that enters the first convolution or linear layer (after the input normalisation)
-    tail, tail_input: the affine operations that end the network, and the box that enters them
+    tail, tail_input: the affine operations that end the network, and the box that enters them; the output's where
+        there are none
     record: all calls and boxes, where the pass was asked to keep them
     covers_rounding: is this what the network computes in floating point (`rounding`), not real mathematics?
     """
@@ -271,8 +277,8 @@ class Bounds:
     output: Box
     relu_inputs: tuple[Box, ...]
     affine_input: Box
-    tail: tuple[Call, ...] = ()
-    tail_input: Box | None = None
+    tail: tuple[Call, ...]
+    tail_input: Box
     record: Record | None = None
     covers_rounding: bool = False
 
@@ -287,12 +293,6 @@ class Bounds:
         """Raises UsageError for a pass that covers rounding, whose margins are others."""
         if self.covers_rounding:
             raise UsageError("these bounds cover rounding: ask margins(box, labels, arithmetic=...) for their margins")
-
-    @property
-    def before_tail(self) -> Box:
-        """`tail_input`, of a pass that has kept the tail."""
-        assert self.tail_input is not None
-        return self.tail_input
 
 
 def _weighted_joint(
@@ -412,11 +412,11 @@ def propagate(
     walk = (CenterPass if from_center else JointPass)(graph, record, shrink=shrink)
     result = graph.run(Joint(clean, box), walk, coefficients)
     return Bounds(
-        result.clean,
-        result.box,
-        tuple(walk.relu_inputs),
-        walk.affine_input or box,
-        tuple(walk.tail),
-        walk.tail_input or result.box,
-        Record(tuple(walk.calls), {0: box, **walk.boxes}, graph.output) if record else None,
+        clean=result.clean,
+        output=result.box,
+        relu_inputs=tuple(walk.relu_inputs),
+        affine_input=walk.affine_input or box,
+        tail=tuple(walk.tail),
+        tail_input=walk.tail_input or result.box,
+        record=Record(tuple(walk.calls), {0: box, **walk.boxes}, graph.output) if record else None,
     )

@@ -198,12 +198,14 @@ class LirpaModel:
         refuse_empty(box)
         logits, self._point = self._forward(box, clean)
         with _default_dtype(logits.dtype):
-            output = self._net.compute_bounds(method="IBP")
+            output = Box(*self._net.compute_bounds(method="IBP"))
         self._latest = Bounds(
             clean=None if clean is None else logits,
-            output=Box(*output),
+            output=output,
             relu_inputs=tuple(Box(*relu.inputs[0].interval) for relu in self._relus),
             affine_input=box if self._affine is None else Box(*self._affine.inputs[0].interval),
+            tail=(),
+            tail_input=output,
         )
         return self._latest
 

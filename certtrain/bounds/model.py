@@ -355,7 +355,7 @@ class BoundedModel:
         """
         bounds.require_real()
         if method == "ibp":
-            return merged_margins(bounds.tail, bounds.before_tail, labels).lower
+            return merged_margins(bounds.tail, bounds.tail_input, labels).lower
         if method == "crown-ibp":
             return crown_margins(bounds, labels)
         raise unknown("bound method of a single pass", method, ("ibp", "crown-ibp"))

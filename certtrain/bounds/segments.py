@@ -52,7 +52,14 @@ def propagate_in_segments(
     tail_input = next((walk.tail_input for walk in walks if walk.tail_input is not None), result)
     observed = tuple(seen for walk in walks for seen in walk.relu_inputs)
     tail = tuple(call for walk in walks for call in walk.tail)
-    return Bounds(None, result, observed, observe(box) if first is None else first, tail, tail_input)
+    return Bounds(
+        clean=None,
+        output=result,
+        relu_inputs=observed,
+        affine_input=observe(box) if first is None else first,
+        tail=tail,
+        tail_input=tail_input,
+    )
 
 
 def _anew(value: Joint) -> Joint:

@@ -162,7 +162,7 @@ OF_A_PASS = {
     "crown_margins": lambda net, bounds, labels: crown_margins(bounds, labels),
     "alpha_margins": lambda net, bounds, labels: alpha_margins(bounds, labels, AlphaOptions(steps=1)),
     "fused_cross_entropy": lambda net, bounds, labels: fused_cross_entropy(bounds, labels),
-    "merged_margins": lambda net, bounds, labels: merged_margins(bounds.tail, bounds.before_tail, labels),
+    "merged_margins": lambda net, bounds, labels: merged_margins(bounds.tail, bounds.tail_input, labels),
 }
 RECORDED = ["margins_of, crown-ibp", "crown_margins", "alpha_margins", "fused_cross_entropy"]
 

@@ -68,7 +68,7 @@ def test_bf16_rounds_products_alone(network):
 
     def passed() -> tuple[Bounds, Box]:
         bounds = net.ibp(box, clean=images, record=True)
-        return bounds, merged_margins(bounds.tail, bounds.before_tail, labels)
+        return bounds, merged_margins(bounds.tail, bounds.tail_input, labels)
 
     exact, exact_margins = passed()
     with training_precision("bf16", torch.device("cpu")):

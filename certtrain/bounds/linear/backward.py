@@ -289,21 +289,23 @@ PARAMETRIZED: dict[Callable, bilinear.Rule] = {**bilinear.PRODUCTS, normalized: 
 class LinearBounds:
     """Lower bounds of R functions for each of B images that are linear in the input.
 
-    coefficients: (B, R, ...) of the input, None for zero; constant: (B, R); box: of the input; rounded: do the bounds
-    cover rounding, and so must their minimum?
+    coefficients: (B, R, ...) of the input, None for zero; constant: (B, R); box: of the input; covers_rounding: do the
+    bounds, and so must their minimum?
     """
 
     coefficients: Coefficients | None
     constant: Tensor
     box: Box
-    rounded: bool = False
+    covers_rounding: bool
 
     def least(self) -> Tensor:
         """(B, R): over the whole box."""
         if self.coefficients is None:
             return self.constant
         center, radius = self.box.center, self.box.radius
-        if self.rounded:  # of two sums of n terms: no more than n + 1 roundings in each, and four before and after
+        if (
+            self.covers_rounding
+        ):  # of two sums of n terms: no more than n + 1 roundings in each, and four before and after
             radius = radius + 2.0**-52 * (center[0].numel() + 8) * (center.abs() + radius)
         return self.constant + dot(self.coefficients, center) - dot(magnitude(self.coefficients), radius)
 
@@ -342,7 +344,7 @@ def linear_bounds(
     have lost itself. (docs/soundness.md)
     """
     lines = {} if lines is None else lines
-    if record.slack is None:
+    if not record.covers_rounding:
         return _pulled_back(record, functions, slopes, lines, observe)
     with plain_convolutions():  # the slack is that of sums
         return _pulled_back(record, functions, slopes, lines, observe)
@@ -375,7 +377,7 @@ def _pulled_back(
     coefficients = pending.get(0)
     if not isinstance(total, Tensor):  # functions of the input itself
         total = flattened(dense(next(iter(functions.values()))), 2).sum(2) * 0
-    return LinearBounds(coefficients, total, record.boxes[0], record.slack is not None)
+    return LinearBounds(coefficients, total, record.boxes[0], record.covers_rounding)
 
 
 def _relaxation(call: Call, record: Record) -> LinearRelaxation:

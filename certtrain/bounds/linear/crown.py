@@ -82,7 +82,7 @@ class Tightening:
 
     def _follow(self, index: int, box: Box) -> None:
         boxes = {**self.record.boxes, index: box}
-        for call in self.record.calls if self.record.slack is None else ():  # these rules do not cover rounding
+        for call in () if self.record.covers_rounding else self.record.calls:  # these rules do not
             if call.index > index and call.index not in self._tight:
                 boxes[call.index] = RULES[call.function](*map_leaves(call.args, Ref, lambda ref: boxes[ref.index]))
         self.record = replace(self.record, boxes=boxes)

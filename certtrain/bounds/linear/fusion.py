@@ -30,7 +30,7 @@ def fused_cross_entropy(
     record = bounds.recorded
     check_labels(labels, *bounds.output.shape)
     if differences is None:
-        margins = merged_margins(bounds.tail, bounds.before_tail, labels)
+        margins = merged_margins(bounds.tail, bounds.tail_input, labels)
         differences = Box(-margins.upper, -margins.lower)
     shift = differences.upper.amax(1, keepdim=True).detach()  # exp(x - shift) cannot overflow
     low, high = (differences.lower - shift).exp(), (differences.upper - shift).exp()

@@ -144,7 +144,15 @@ def propagate_by(walk: SoundPass, graph: Graph[OutwardBox], box: Box) -> Bounds:
     with plain_convolutions():
         output = graph.run(entering, walk)
     tail, tail_input = ((walk.classifier[0],), walk.classifier[1]) if walk.classifier else ((), output)
-    return Bounds(None, output, tuple(walk.relu_inputs), walk.affine_input or entering, tail, tail_input, None, True)
+    return Bounds(
+        clean=None,
+        output=output,
+        relu_inputs=tuple(walk.relu_inputs),
+        affine_input=walk.affine_input or entering,
+        tail=tail,
+        tail_input=tail_input,
+        covers_rounding=True,
+    )
 
 
 def propagate(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> Bounds:
@@ -181,7 +189,7 @@ def margins_of(bounds: Bounds, labels: Tensor, arithmetic: str) -> Tensor:
         lower = down(output.lower.gather(1, own) - output.upper)
     else:
         a = arithmetic_named(arithmetic)
-        (classifier,), x = bounds.tail, outward(bounds.before_tail)
+        (classifier,), x = bounds.tail, outward(bounds.tail_input)
         _, weight, bias = classifier.args
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         terms, magnitude = weight.shape[1], x.magnitude
