@@ -13,7 +13,7 @@ import certtrain
 from certtrain.errors import DivergedError
 
 if TYPE_CHECKING:
-    from certtrain.bounds.interval import Bounds
+    from certtrain.bounds.results import Bounds
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from certtrain.bounds.batch_norm import BatchSum, Coefficients
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Graph
-from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.model import DEFAULT_ALPHA, BoundedModel, CleanPass, Split
+from certtrain.bounds.results import Bounds
 from certtrain.errors import UsageError, unknown
 
 if TYPE_CHECKING:

@@ -13,25 +13,23 @@ The last two follow from an operation's traits. (`operations/record.py`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from certtrain.bounds import bilinear, softmax
 from certtrain.bounds.attention import attend, attend_box, masked, masked_box
-from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, Coefficients, scale_shift
+from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
-from certtrain.bounds.graph import Call, Graph, leaves, map_leaves
 from certtrain.bounds.normalization import deviation, deviation_box, normalized, normalized_box
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.operations.record import OPERATIONS, Operation, PiecewiseLinear, at_settings
-from certtrain.errors import UnsupportedOperation, UsageError
+from certtrain.errors import UnsupportedOperation
 
 Rule = Callable[..., Box]
 
@@ -220,203 +218,3 @@ RULES: dict[Callable, Rule] = {
     deviation: deviation_box,
     normalized: normalized_box,
 }
-
-
-class Joint(NamedTuple):
-    """One value of the joint pass: what the clean input gives (if one travels along), and the box."""
-
-    clean: Tensor | None
-    box: Box
-
-
-@dataclass(frozen=True)
-class Record:
-    """Everything one pass computed: each call in order, and the box of each value by its index (0 is the input).
-
-    slack: of a pass that covers rounding (`rounding.backward`), by call what a coefficient of 1 of each element of its
-    value can lose to rounding, in the deployed network and in a backward pass; None of a pass in real mathematics.
-    """
-
-    calls: tuple[Call, ...]
-    boxes: Mapping[int, Box]
-    output: int
-    slack: Mapping[int, Tensor] | None = None
-
-    @property
-    def covers_rounding(self) -> bool:
-        """See `Bounds`."""
-        return self.slack is not None
-
-    def take(self, images: Tensor) -> Record:
-        """Of these images alone, any of them several times; what the calls hold is not looked at."""
-        boxes = {index: box.take(images) for index, box in self.boxes.items()}
-        slack = None if self.slack is None else {index: part[images] for index, part in self.slack.items()}
-        return replace(self, boxes=boxes, slack=slack)
-
-    def detach(self) -> Record:
-        """The same boxes and weights, without gradient."""
-        calls = [replace(call, args=map_leaves(call.args, Tensor, Tensor.detach)) for call in self.calls]
-        return replace(self, calls=tuple(calls), boxes={index: box.detach() for index, box in self.boxes.items()})
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What one joint pass of a box, and of the clean input in it, found.
-
-    clean: logits of the clean input (B, K), None when only a box was given
-    output: box of the logits (B, K)
-    relu_inputs: box before each ReLU, or activation of its kind (`Operation.rectifies`), in the order of the network
-    affine_input: box that enters the first convolution or linear layer (after the input normalisation)
-    tail, tail_input: the affine operations that end the network, and the box that enters them; the output's where
-        there are none
-    record: all calls and boxes, where the pass was asked to keep them
-    covers_rounding: is this what the network computes in floating point (`rounding`), not real mathematics?
-    """
-
-    clean: Tensor | None
-    output: Box
-    relu_inputs: tuple[Box, ...]
-    affine_input: Box
-    tail: tuple[Call, ...]
-    tail_input: Box
-    record: Record | None = None
-    covers_rounding: bool = False
-
-    @property
-    def recorded(self) -> Record:
-        """`record`, of a pass that was asked for it."""
-        if self.record is None:
-            raise UsageError("this pass was not recorded, which backward passes need: ask ibp(..., record=True)")
-        return self.record
-
-    def require_real(self) -> None:
-        """Raises UsageError for a pass that covers rounding, whose margins are others."""
-        if self.covers_rounding:
-            raise UsageError("these bounds cover rounding: ask margins(box, labels, arithmetic=...) for their margins")
-
-
-def _weighted_joint(
-    function: Callable[..., Tensor], x: Joint, weight: Tensor, bias: Tensor | None = None, *settings: Any
-) -> Joint:
-    """The weighted rule with the clean input and the centre, which meet the same weights, in one call."""
-    assert x.clean is not None
-    points = function(torch.cat([x.clean, x.box.center]), weight, bias, *settings).to(x.clean.dtype)
-    radius = function(x.box.radius, weight.abs(), None, *settings).to(x.clean.dtype)
-    clean, center = points.chunk(2)
-    return Joint(clean, Box.around(center, radius))
-
-
-def _clean_result(call: Call, args: tuple[Any, ...]) -> Tensor | None:
-    if any(value.clean is None for value in leaves(args, Joint)):
-        return None
-    return call.function(*map_leaves(args, Joint, lambda value: value.clean))
-
-
-def _of_dtype(dtype: torch.dtype, value: Joint) -> Joint:
-    """Products that autocast rounded, in the type that everything between them has."""
-    clean = None if value.clean is None else value.clean.to(dtype)
-    return Joint(clean, value.box if value.box.like.dtype is dtype else value.box.map(lambda part: part.to(dtype)))
-
-
-def shrunk(box: Box, entering: Box, share: float) -> Box:
-    """The box behind a ReLU with the upper ends of its unstable neurons multiplied by `share`; it bounds nothing.
-
-    (Müller et al. 2023, arXiv 2210.04871, section 4; which end is multiplied, and that stable neurons stay, is the
-    convention of CTBench's code.)
-    """
-    unstable = (entering.lower < 0) & (entering.upper > 0)
-    smaller = torch.maximum(box.lower, share * box.upper)
-    return Box(box.lower, torch.where(unstable, smaller, box.upper))
-
-
-def is_layer(call: Call) -> bool:
-    """Is it a convolution or linear layer, if only by a product with one constant, however it is written?"""
-    return call.function in WEIGHTED or (call.affine and call.function in (torch.matmul, einsum))
-
-
-Observe = Callable[[Box], Any]
-
-
-def _itself(box: Box) -> Box:
-    return box
-
-
-class JointPass:
-    """Walks clean input and box through the network side by side (a `graph.Transform`), and gathers the Bounds."""
-
-    settled = SETTLED_BY_CLEAN
-
-    def __init__(
-        self, graph: Graph[Joint], record: bool = False, observe: Observe = _itself, shrink: float | None = None
-    ) -> None:
-        self.relu_inputs: list[Any] = []
-        self.affine_input: Any = None
-        self.tail_input: Box | None = None
-        self.tail: list[Call] = []
-        self.calls: list[Call] = []
-        self.boxes: dict[int, Box] = {}
-        self._tail_indices = graph.tail
-        self._record, self._observe, self._shrink = record, observe, shrink
-
-    def apply(self, call: Call, args: tuple[Any, ...]) -> Joint:
-        boxes = map_leaves(args, Joint, lambda value: value.box)
-        operation = OPERATIONS.get(call.function)
-        rectifies = operation is not None and operation.rectifies
-        if rectifies:
-            self.relu_inputs.append(self._observe(boxes[0]))
-        if is_layer(call) and self.affine_input is None:
-            self.affine_input = self._observe(leaves(boxes, Box)[0])
-        if call.index in self._tail_indices:
-            (entering,) = {id(box): box for box in leaves(boxes, Box)}.values()
-            self.tail_input = self.tail_input or entering
-            self.tail.append(call)
-        if call.function in WEIGHTED and args[0].clean is not None:
-            result = _weighted_joint(call.function, *args)
-        else:
-            try:
-                box = RULES[call.function](*boxes)
-            except UnsupportedOperation as error:
-                raise UnsupportedOperation(f"{call.where}: {error}") from error
-            if rectifies and self._shrink is not None:
-                box = shrunk(box, boxes[0], self._shrink)
-            result = _of_dtype(leaves(args, Joint)[0].box.like.dtype, Joint(_clean_result(call, args), box))
-        if self._record:
-            self.calls.append(call)
-            self.boxes[call.index] = result.box
-        return result
-
-    def clean(self, value: Joint) -> Tensor | None:
-        return value.clean
-
-    def like(self, value: Joint) -> Tensor:
-        return value.box.like
-
-
-class CenterPass(JointPass):
-    """A joint pass in which BatchNorm in training mode takes its statistics from the middle of the box."""
-
-    def clean(self, value: Joint) -> Tensor:
-        return value.box.center
-
-
-def propagate(
-    graph: Graph[Joint],
-    box: Box,
-    clean: Tensor | None,
-    coefficients: Mapping[int, Coefficients] | None = None,
-    record: bool = False,
-    from_center: bool = False,
-    shrink: float | None = None,
-) -> Bounds:
-    """One joint pass of `clean` and `box` through `graph`; see `BoundedModel.ibp`."""
-    walk = (CenterPass if from_center else JointPass)(graph, record, shrink=shrink)
-    result = graph.run(Joint(clean, box), walk, coefficients)
-    return Bounds(
-        clean=result.clean,
-        output=result.box,
-        relu_inputs=tuple(walk.relu_inputs),
-        affine_input=walk.affine_input or box,
-        tail=tuple(walk.tail),
-        tail_input=walk.tail_input or result.box,
-        record=Record(tuple(walk.calls), {0: box, **walk.boxes}, graph.output) if record else None,
-    )

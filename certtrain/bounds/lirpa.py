@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.box import Box, refuse_empty
 from certtrain.bounds.graph import Graph
-from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear import AlphaOptions
 from certtrain.bounds.margins import better, check_labels, only_finite
 from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split, check_question
+from certtrain.bounds.results import Bounds
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
 from certtrain.modules import copied
 

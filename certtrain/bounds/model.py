@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from certtrain.bound_methods import BRANCH_AND_BOUND, METHODS, STAGES
-from certtrain.bounds import interval
+from certtrain.bounds import interval, joint_pass
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN, BatchSum, Coefficients, scale_shift
 from certtrain.bounds.box import EMPTY, Box, refuse_empty
 from certtrain.bounds.graph import Call, Cut, Graph
-from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import better, check_labels, merged_margins, only_finite, proved
 from certtrain.bounds.recording import PointWalk, check_recording, try_on_copy
+from certtrain.bounds.results import Bounds, Record
 from certtrain.bounds.rounding import propagation as sound
 from certtrain.bounds.rounding.backward import propagate_recorded
 from certtrain.bounds.segments import propagate_in_segments
@@ -156,7 +156,7 @@ class BoundedModel:
                 "float64"), in any order of its sums, instead of real mathematics (`rounding.propagation`); box alone.
             from_center: BatchNorm in training mode takes its statistics from the middle of the box instead of `clean`,
                 which then may, but need not, travel along.
-            shrink: multiply upper ends behind unstable ReLUs by this (`interval.shrunk`). The result is something to
+            shrink: multiply upper ends behind unstable ReLUs by this (`joint_pass.shrunk`). The result is something to
                 train on and no bound, so it is refused in eval mode, the mode that networks are verified in.
 
         Raises:
@@ -173,7 +173,7 @@ class BoundedModel:
                 f"clean must be points of the box, {box.like.dtype} {tuple(box.shape)}: "
                 f"it is {clean.dtype} {tuple(clean.shape)}"
             )
-        return interval.propagate(self.graph, box, clean, coefficients, record, from_center, shrink)
+        return joint_pass.propagate(self.graph, box, clean, coefficients, record, from_center, shrink)
 
     def ibp_in_segments(
         self,

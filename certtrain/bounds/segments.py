@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Graph, map_leaves
-from certtrain.bounds.interval import Bounds, Joint, JointPass, Observe
+from certtrain.bounds.joint_pass import Joint, JointPass, Observe
+from certtrain.bounds.results import Bounds
 
 
 def propagate_in_segments(

@@ -92,7 +92,7 @@ class Method(Generic[Options]):
     has_region: propagates a set.
     asks_for_logits: its losses look at the logits at attacked points.
     asks_for_coefficients: its losses look at the BatchNorms' coefficients.
-    shrink: what upper ends behind unstable ReLUs are multiplied by, where they are (`interval.shrunk`).
+    shrink: what upper ends behind unstable ReLUs are multiplied by, where they are (`joint_pass.shrunk`).
 
     Raises:
         pydantic.ValidationError: an option outside its range.

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call
-from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.bounds.linear.crown import backward_margins
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.margins import better, only_finite, proved
+from certtrain.bounds.results import Record
 from certtrain.errors import UsageError, require_counts
 from certtrain.verification.attacks import predictions
 from certtrain.verification.domains import Domain, ImageSearch, Leaf, Split

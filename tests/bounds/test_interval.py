@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box
-from certtrain.bounds.interval import shrunk
+from certtrain.bounds.joint_pass import shrunk
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.errors import UsageError
 from certtrain.regularizers import relu_balance_loss, tightness_loss

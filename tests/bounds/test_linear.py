@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from certtrain.bounds import BoundedModel, Box, linf_box, lirpa
 from certtrain.bounds import model as model_file
 from certtrain.bounds.batch_norm import scale_shift
-from certtrain.bounds.interval import RULES, Record
+from certtrain.bounds.interval import RULES
 from certtrain.bounds.linear import AlphaOptions, fused_cross_entropy, lower_bounds
 from certtrain.bounds.linear import alpha as alpha_file
 from certtrain.bounds.linear import crown as crown_file
@@ -29,6 +29,7 @@ from certtrain.bounds.linear.relaxations import unstable_relus
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.model import free_memory
 from certtrain.bounds.operations.record import OPERATIONS, Affine
+from certtrain.bounds.results import Record
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.models import build_model
 from certtrain.per_axis import per_axis

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel, Box
-from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import AlphaOptions, alpha_margins, crown_margins, tightened
 from certtrain.bounds.linear.beta import Ascent, DomainBatch, Neurons, Splits
 from certtrain.bounds.margins import proved
+from certtrain.bounds.results import Record
 from certtrain.data import Split
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification import branch_and_bound as module

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds.graph import Ref, leaves
-from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.linear.ascent import ProjectedAdam
 from certtrain.bounds.linear.backward import PARAMETRIZED, Lines
 from certtrain.bounds.linear.crown import crown_margins
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.margins import better, proved
+from certtrain.bounds.results import Bounds, Record
 
 
 @dataclass(frozen=True)

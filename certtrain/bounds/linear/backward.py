@@ -27,7 +27,6 @@ from torch import Tensor
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
-from certtrain.bounds.interval import Record
 from certtrain.bounds.linear import bilinear, normalization, patches
 from certtrain.bounds.linear.free_slopes import FREE_SLOPES
 from certtrain.bounds.linear.patches import (
@@ -48,6 +47,7 @@ from certtrain.bounds.linear.softmax import softmax
 from certtrain.bounds.normalization import normalized
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.movement import cast, differentiable, identity, reshape
+from certtrain.bounds.results import Record
 from certtrain.bounds.shapes import flattened
 from certtrain.errors import UnsupportedOperation
 from certtrain.per_axis import per_axis

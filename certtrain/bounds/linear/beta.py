@@ -17,12 +17,12 @@ from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves
-from certtrain.bounds.interval import Record
 from certtrain.bounds.linear.ascent import ProjectedAdam
 from certtrain.bounds.linear.backward import LinearBounds, Lines, linear_bounds
 from certtrain.bounds.linear.patches import Coefficients, dense
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
+from certtrain.bounds.results import Record
 from certtrain.bounds.shapes import flattened, shaped
 from certtrain.errors import UnsupportedOperation
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, leaves, map_leaves
-from certtrain.bounds.interval import RULES, Bounds, Record
+from certtrain.bounds.interval import RULES
 from certtrain.bounds.linear.backward import Lines, Slopes, lower_bounds
 from certtrain.bounds.linear.patches import Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.margins import check_labels
 from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
+from certtrain.bounds.results import Bounds, Record
 from certtrain.bounds.shapes import flattened, shaped
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.interval import Bounds
 from certtrain.bounds.linear.backward import lower_bounds
 from certtrain.bounds.margins import check_labels, merged_margins
+from certtrain.bounds.results import Bounds
 
 
 def fused_cross_entropy(

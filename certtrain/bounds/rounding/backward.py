@@ -20,12 +20,12 @@ from torch import Tensor
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, leaves, map_leaves
-from certtrain.bounds.interval import Bounds, Record
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat
 from certtrain.bounds.operations.movement import cast
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.operations.record import OPERATIONS
+from certtrain.bounds.results import Bounds, Record
 from certtrain.bounds.rounding.arithmetic import (
     BOUND_ARITHMETIC,
     SPARE_ROUNDINGS,

@@ -15,11 +15,12 @@ from certtrain.bounds.attention import attend
 from certtrain.bounds.batch_norm import SETTLED_BY_CLEAN
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Graph, Ref, Step, leaves, map_leaves
-from certtrain.bounds.interval import Bounds, is_layer
+from certtrain.bounds.joint_pass import is_layer
 from certtrain.bounds.margins import check_labels, only_finite
 from certtrain.bounds.operations.inspections import INSPECTED_ATTRIBUTES, INSPECTING_METHODS, INSPECTIONS, MAKERS
 from certtrain.bounds.operations.products import WEIGHTED
 from certtrain.bounds.operations.record import OPERATIONS
+from certtrain.bounds.results import Bounds
 from certtrain.bounds.rounding.arithmetic import Arithmetic, arithmetic_named, inflation, rounded_up, sum_error
 from certtrain.bounds.rounding.boxes import OutwardBox, down, outward, unbounded_unless, widened
 from certtrain.bounds.rounding.rules import Sum, largest_of, sum_range, terms_of
