@@ -9,7 +9,6 @@ from functools import reduce
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -21,6 +20,7 @@ from certtrain.bounds.box import EMPTY, Box, refuse_empty
 from certtrain.bounds.graph import Call, Cut, Graph
 from certtrain.bounds.linear import AlphaOptions, Tightening, alpha_margins, crown_margins, tightened
 from certtrain.bounds.margins import better, check_labels, merged_margins, only_finite, proved
+from certtrain.bounds.memory import Footprint
 from certtrain.bounds.recording import PointWalk, check_recording, try_on_copy
 from certtrain.bounds.results import Bounds, Record
 from certtrain.bounds.rounding import propagation as sound
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from certtrain.verification.branch_and_bound import Search
 
 DEFAULT_ALPHA = AlphaOptions()
-COPIES = 20  # of a row's coefficients that a step of a backward pass holds at once; a test counts them
-CACHE = 2**22  # bytes: arrays of coefficients that are no larger stay in a CPU's cache from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class BoundedModel:
         self._example = example_input.detach()[:1].clone()
         self._recordings: dict[bool, _Recording] = {}
         with evaluating(model):
-            self._sizes = _sizes_of(self.graph, self._example.to(device_of(model, self._example.device)))
+            self._footprint = Footprint.of(self.graph, self._example.to(device_of(model, self._example.device)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied or pickled without the recordings, which read the very modules they were made of."""
@@ -128,9 +126,10 @@ class BoundedModel:
     @property
     def classes(self) -> int:
         """K, the number of logits; raises UsageError where the network returns something else."""
-        if len(self._sizes.output) != 1:
-            raise UsageError(f"margins are of logits (B, K): this network returns {tuple(self._sizes.output)} an image")
-        return self._sizes.output[0]
+        shape = self._footprint.output
+        if len(shape) != 1:
+            raise UsageError(f"margins are of logits (B, K): this network returns {tuple(shape)} an image")
+        return shape[0]
 
     def ibp(
         self,
@@ -299,21 +298,15 @@ class BoundedModel:
         if method == BRANCH_AND_BOUND:
             if self.model.training or not intersect:
                 raise UsageError(f"{method} is for networks in eval mode, and for bounds that are intersected")
-            from certtrain.verification.branch_and_bound import Search, searched_margins  # which imports bounds
-
-            options: dict[str, Any] = {"max_memory": max_memory, "arithmetic": arithmetic}
-            known = self.margins(box, labels, METHODS[-1], alpha=alpha, early_stop=early_stop, **options)
-            points = box.map(lambda end: end.to(self._example.dtype))
-            return searched_margins(self, box, labels, known, search or Search(), points, **options)
+            return self._searched_margins(box, labels, search, alpha, early_stop, max_memory, arithmetic)
         if method == "ibp":
             bounds = self.ibp(box, clean, arithmetic=arithmetic)
             return only_finite(self._interval_margins(bounds, labels, arithmetic), labels)
-        images, rows = self._portions(box, method, max_memory)
+        images, rows = self._footprint.batch(box.like, method, max_memory)
         whole = self.model.training or len(labels) <= images
-        portions = [slice(None)] if whole else [slice(i, i + images) for i in range(0, len(labels), images)]
         found = []
         with torch.set_grad_enabled(torch.is_grad_enabled() and method != "alpha-crown"):
-            for part in portions:
+            for part in [slice(None)] if whole else _portions(len(labels), images):
                 portion = box.take(part)
                 if early_stop:
                     found.append(self._early_margins(portion, labels[part], method, rows, alpha, arithmetic))
@@ -322,6 +315,23 @@ class BoundedModel:
                 cheaper = [self._interval_margins(bounds, labels[part], arithmetic)] if intersect else []
                 found.append(self._backward_margins(bounds, labels[part], method, cheaper, rows, alpha))
         return only_finite(torch.cat(found), labels)
+
+    def _searched_margins(
+        self,
+        box: Box,
+        labels: Tensor,
+        search: Search | None,
+        alpha: AlphaOptions,
+        early_stop: bool,
+        max_memory: int | None,
+        arithmetic: str | None,
+    ) -> Tensor:
+        from certtrain.verification.branch_and_bound import Search, searched_margins  # which imports bounds
+
+        options: dict[str, Any] = {"max_memory": max_memory, "arithmetic": arithmetic}
+        known = self.margins(box, labels, METHODS[-1], alpha=alpha, early_stop=early_stop, **options)
+        points = box.map(lambda end: end.to(self._example.dtype))
+        return searched_margins(self, box, labels, known, search or Search(), points, **options)
 
     def tightened(self, box: Box, arithmetic: str | None = None, max_memory: int | None = None) -> Record:
         """Every value's box, as tight as CROWN makes them, for searches on top (`branch_and_bound`).
@@ -332,8 +342,8 @@ class BoundedModel:
         Args:
             box: (B, ...) inputs; arithmetic, max_memory: as of `margins`.
         """
-        images, rows = self._portions(box, "crown", max_memory)
-        portions = [box.take(slice(i, i + images)) for i in range(0, len(box.like), images)]
+        images, rows = self._footprint.batch(box.like, "crown", max_memory)
+        portions = [box.take(part) for part in _portions(len(box.like), images)]
         with torch.no_grad():
             parts = [tightened(self.recorded(part, None, arithmetic).recorded, rows) for part in portions]
             single = self.recorded(box.take(slice(1)), None, arithmetic).recorded
@@ -407,24 +417,6 @@ class BoundedModel:
             margins = margins.index_put((left,), better(margins[left], found))
         return margins
 
-    def _portions(self, box: Box, method: str, max_memory: int | None) -> tuple[int, int]:
-        """Images and rows of coefficients to work on at once."""
-        budget = free_memory(box.like.device) // 2 if max_memory is None else max_memory
-        kept = self._sizes.total if method == "alpha-crown" else self._sizes.largest
-        classes = self._sizes.output.numel()
-        image = COPIES * kept * box.like.element_size() * classes
-        if image > budget:
-            raise UsageError(
-                f"max_memory: {method} needs {image:,} bytes for one image of this network, not {budget:,}"
-            )
-        row = self._sizes.largest * box.like.element_size()
-        images = max(1, min(len(box.like), budget // image))
-        rows = max(1, budget // (COPIES * row * images))
-        if box.like.device.type == "cpu":
-            images = max(1, min(images, CACHE // (row * classes)))
-            rows = max(1, min(rows, max(classes, CACHE // (row * images))))
-        return images, rows
-
 
 def check_question(box: Box, labels: Tensor, classes: int) -> None:
     """A wrong one would be answered all the same: an empty box has every property.
@@ -442,21 +434,8 @@ def check_question(box: Box, labels: Tensor, classes: int) -> None:
     check_labels(labels, len(box.like), classes, look=True)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Elements per image: of the largest value, and of all values together; and the shape of the output."""
-
-    largest: int
-    total: int
-    output: torch.Size
-
-
-def _sizes_of(graph: Graph[Any], image: Tensor) -> _Sizes:
-    clean = _CleanTransform()
-    with torch.no_grad():
-        output = graph.run(image, clean)
-    entering = image[0].numel()
-    return _Sizes(max(clean.largest, entering), clean.total + entering, output.shape[1:])
+def _portions(count: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, count, size)]
 
 
 def _require_recordable(model: nn.Module) -> None:
@@ -470,29 +449,16 @@ def _require_recordable(model: nn.Module) -> None:
             raise UsageError(f"{where} has no shape yet: call the network on a batch first")
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`; on a GPU with those that PyTorch holds, but no tensor does."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    available: int = psutil.virtual_memory().available
-    return available
-
-
 class _CleanTransform(PointWalk):
-    """Walks the clean input alone, keeps the BatchNorms' coefficients, and counts."""
+    """Walks the clean input alone, and keeps the BatchNorms' coefficients."""
 
     def __init__(self) -> None:
         self.coefficients: dict[int, Coefficients] = {}
-        self.largest, self.total = 0, 0  # elements per image
 
     def apply(self, call: Call, args: tuple[Any, ...]) -> Tensor:
         if call.function is scale_shift:
             self.coefficients[call.index] = args[1:]
-        value = super().apply(call, args)
-        size = value.shape[1:].numel()
-        self.largest, self.total = max(self.largest, size), self.total + size
-        return value
+        return super().apply(call, args)
 
 
 def _require_rules(graph: Graph[Any]) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box, lirpa
-from certtrain.bounds import model as model_file
+from certtrain.bounds import memory as memory_file
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES
 from certtrain.bounds.linear import AlphaOptions, fused_cross_entropy, lower_bounds
@@ -27,7 +27,7 @@ from certtrain.bounds.linear.patches import Coefficients, Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS as LINES
 from certtrain.bounds.linear.relaxations import unstable_relus
 from certtrain.bounds.lirpa import LirpaModel
-from certtrain.bounds.model import free_memory
+from certtrain.bounds.memory import free_memory
 from certtrain.bounds.operations.record import OPERATIONS, Affine
 from certtrain.bounds.results import Record
 from certtrain.errors import UnsupportedOperation, UsageError
@@ -521,7 +521,7 @@ def test_max_memory_is_kept_within_a_fifth(method, portion, monkeypatch):
     model = build_model("cnn-2layer", (3, 8, 8), 10, mean=(0.5,) * 3, std=(0.25,) * 3, options=options).eval()
     images, labels = torch.rand(6, 3, 8, 8), torch.arange(6)
     net, box = BoundedModel(model, images), linf_box(images, 0.05)
-    monkeypatch.setattr(model_file, "CACHE", 2**60)
+    monkeypatch.setattr(memory_file, "CACHE", 2**60)
 
     def question(max_memory: int) -> Tensor:
         with torch.no_grad():
