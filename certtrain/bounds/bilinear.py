@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from certtrain.bounds.box import Box
-from certtrain.bounds.operations.products import einsum
+from certtrain.bounds.operations.products import einsum, einsum_subscripts
 
 MOST_CORNERS = 2**12  # single products of one image whose corners are looked at
 
@@ -77,8 +77,9 @@ def _summed(products: Tensor) -> Tensor:
 
 def einsum_product(x: Box, y: Box, equation: str) -> Box:
     """As `matrix_product`, of any sum of products of one element each."""
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    every = output + "".join(sorted(set(inputs) - set(output) - {","}))
+    operands, output = einsum_subscripts(equation)
+    inputs = ",".join(operands)
+    every = output + "".join(sorted(set("".join(operands)) - set(output)))
     summed = tuple(range(len(output), len(every)))
     count = einsum(x.like[:1], y.like[:1], f"{inputs}->{every}").numel()
     if count > MOST_CORNERS:

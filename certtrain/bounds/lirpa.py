@@ -25,7 +25,7 @@ from certtrain.bounds.batch_norm import Coefficients
 from certtrain.bounds.box import Box, refuse_empty
 from certtrain.bounds.graph import Graph
 from certtrain.bounds.linear import AlphaOptions
-from certtrain.bounds.margins import better, check_labels, only_finite
+from certtrain.bounds.margins import better, check_labels, only_finite, wrong_classes
 from certtrain.bounds.model import DEFAULT_ALPHA, CleanPass, Split, check_question
 from certtrain.bounds.results import Bounds
 from certtrain.errors import MissingDependency, UnsupportedOperation, UsageError, unknown
@@ -279,8 +279,7 @@ class LirpaModel:
         return self._margins(bounds.output.like, self._point, labels, method)
 
     def _margins(self, logits: Tensor, point: Tensor, labels: Tensor, method: str, steps: int = 0) -> Tensor:
-        others = torch.arange(logits.shape[1] - 1, device=labels.device).expand(len(labels), -1)
-        others = others + (others >= labels[:, None])
+        others = wrong_classes(labels, logits.shape[1])
         identity = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
         # Passing x makes it forget the boxes that an earlier question left; the clean activations stay.
         question = {"x": (point,), "C": identity[labels][:, None] - identity[others], "method": _METHODS[method]}

@@ -56,6 +56,12 @@ def check_labels(labels: Tensor, images: int, classes: int, look: bool | None = 
         raise UsageError(f"labels must be among the network's {classes} classes")
 
 
+def wrong_classes(labels: Tensor, classes: int) -> Tensor:
+    """(B, K - 1): for each label the other classes, in order."""
+    others = torch.arange(classes - 1, device=labels.device)
+    return others + (others >= labels[:, None])
+
+
 def proved(margins: Tensor) -> Tensor:
     """(B,) bool: which images' labels are proved, every margin of (B, K) but the label's own, a 0, being positive and
     finite: of values that overflow nothing is known."""

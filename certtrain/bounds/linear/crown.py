@@ -16,7 +16,7 @@ from certtrain.bounds.interval import RULES
 from certtrain.bounds.linear.backward import Lines, Slopes, lower_bounds
 from certtrain.bounds.linear.patches import Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS
-from certtrain.bounds.margins import check_labels
+from certtrain.bounds.margins import check_labels, wrong_classes
 from certtrain.bounds.operations.record import OPERATIONS, PiecewiseLinear, at_settings
 from certtrain.bounds.results import Bounds, Record
 from certtrain.bounds.shapes import flattened, shaped
@@ -29,8 +29,7 @@ def backward_margins(
     output = record.boxes[record.output]
     classes = output.shape[1]
     check_labels(labels, output.shape[0], classes)
-    wrong = torch.arange(classes - 1, device=labels.device)
-    wrong = wrong + (wrong >= labels[:, None])  # (B, K - 1)
+    wrong = wrong_classes(labels, classes)
     eye = torch.eye(classes, dtype=output.like.dtype, device=output.like.device)
     lower = lower_bounds(record, record.output, eye[labels][:, None] - eye[wrong], slopes, lines)
     return lower.new_zeros(len(labels), classes).scatter(1, wrong, lower)

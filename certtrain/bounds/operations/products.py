@@ -139,6 +139,12 @@ def einsum(x: Any, y: Any, equation: str) -> Tensor:
     return torch.einsum(equation, x, y)
 
 
+def einsum_subscripts(equation: str) -> tuple[list[str], str]:
+    """The letters of each operand's axes, and those of the result's."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
+    return inputs.split(","), output
+
+
 def _bind_einsum(equation: str, *operands: Any) -> tuple[Any, ...]:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], list | tuple) else operands
     require_that(len(operands) == 2, f"einsum of {len(operands)} operands has no rule, of two it has")
@@ -146,9 +152,8 @@ def _bind_einsum(equation: str, *operands: Any) -> tuple[Any, ...]:
 
 
 def _einsum_operands(x: Any, y: Any, equation: str) -> None:
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    require_that(bool(arrow) and "." not in equation, f"einsum {equation!r}: write it with -> and without ...")
+    require_that("->" in equation and "." not in equation, f"einsum {equation!r}: write it with -> and without ...")
+    terms, output = einsum_subscripts(equation)
     images = {term[0] for term, operand in zip(terms, (x, y), strict=True) if isinstance(operand, Shape)}
     elsewhere = [term for term, operand in zip(terms, (x, y), strict=True) if not isinstance(operand, Shape)]
     elsewhere += [term[1:] for term, operand in zip(terms, (x, y), strict=True) if isinstance(operand, Shape)]

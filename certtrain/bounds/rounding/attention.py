@@ -96,14 +96,14 @@ def attend_rule(a: Arithmetic, p: OutwardBox, v: OutwardBox | Tensor, excess: Te
     magnitude = (p.upper @ (sizes + largest)) * inflation(terms)
     losses = excess * largest * inflation(2) + _products_lost(a, terms, _largest(p, found), most)
     error = sum_error(a, terms) + _own_error(2 * terms)
-    return widened(OutwardBox(found.lower, found.upper), error, magnitude, a, terms, losses)
+    return widened(OutwardBox.by_ends(found), error, magnitude, a, terms, losses)
 
 
 def square(a: Arithmetic, x: OutwardBox) -> OutwardBox:
     found = bilinear.squared(x)
     most = _largest(x, found)
     losses = _products_lost(a, 1, most, most)
-    return widened(OutwardBox(found.lower, found.upper), elementwise_error(a, 1), x.magnitude.square(), a, 1, losses)
+    return widened(OutwardBox.by_ends(found), elementwise_error(a, 1), x.magnitude.square(), a, 1, losses)
 
 
 def elementwise_product(a: Arithmetic, x: OutwardBox, y: OutwardBox) -> OutwardBox:

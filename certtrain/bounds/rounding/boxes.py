@@ -42,6 +42,11 @@ class OutwardBox(Box):
         known = center.isfinite() & ~radius.isnan()
         return super().around(torch.where(known, center, 0.0), torch.where(known, radius, torch.inf))
 
+    @classmethod
+    def by_ends(cls, box: Box) -> Self:
+        """`box` by its ends, whose other form encloses them, whatever form it was made in."""
+        return cls(box.lower, box.upper)
+
     @property
     def center(self) -> Tensor:
         if self._center is None:

@@ -65,7 +65,7 @@ def normalized_rule(
     if by_squares:
         relative = error * (1 + x.magnitude.square().mean(dims, keepdim=True) * inflation(terms) / least)
     found = normalized_box(d, factor, x, dims, eps)
-    box = OutwardBox(found.lower, found.upper)
+    box = OutwardBox.by_ends(found)
     size = box.magnitude
     of_deviation = sum_error(a, terms + 2) * _with_mean(x, dims) * least.rsqrt() * (1 + relative)
     losses = (size * relative + of_deviation) * inflation(terms) * (1 + 2**-30)

@@ -18,6 +18,7 @@ from torch import Tensor
 from certtrain.bounds import interval
 from certtrain.bounds.box import Box
 from certtrain.bounds.operations.pooling import COPYING
+from certtrain.bounds.operations.products import einsum_subscripts
 from certtrain.bounds.rounding.arithmetic import (
     ARITHMETICS,
     COEFFICIENT_ROUNDINGS,
@@ -64,8 +65,7 @@ def weighted(function: Callable[..., Tensor]) -> Rule:
         underflow, fits = sum_range(a, terms, weight.abs().sum(), bias, magnitude)
         center = function(x.center, weight, bias, *settings)
         reach = function(x.radius + error * magnitude, weight.abs(), error * bias.abs(), *settings)
-        radius = (reach + per_image(underflow, center)) * inflation(terms)
-        return OutwardBox.around(center, torch.where(per_image(fits, center), radius, torch.inf))
+        return _within_range(center, reach, underflow, fits, terms)
 
     return rule
 
@@ -77,9 +77,9 @@ def matmul_terms(x: Any, y: Any) -> int:
 
 def einsum_terms(x: Any, y: Any, equation: str) -> int:
     """Products in one sum, where letters are summed over that one operand alone has, too."""
-    inputs, _, output = equation.replace(" ", "").partition("->")
+    subscripts, output = einsum_subscripts(equation)
     sizes: dict[str, int] = {}
-    for term, part in zip(inputs.split(","), (x, y), strict=True):
+    for term, part in zip(subscripts, (x, y), strict=True):
         sizes |= zip(term, part.shape, strict=True)
     return math.prod(size for letter, size in sizes.items() if letter not in output)
 
@@ -98,8 +98,7 @@ def product_with_constant(function: Callable[..., Tensor], terms_of: Callable[..
         underflow, fits = sum_range(a, terms, terms * sizes.amax(), matrix.new_zeros(1), magnitude)
         center = with_matrix(box.center, matrix)
         reach = with_matrix(box.radius + error * magnitude, sizes)
-        radius = (reach + per_image(underflow, center)) * inflation(terms)
-        return OutwardBox.around(center, torch.where(per_image(fits, center), radius, torch.inf))
+        return _within_range(center, reach, underflow, fits, terms)
 
     return rule
 
@@ -112,6 +111,12 @@ def sum_range(a: Arithmetic, terms: int, norm: Tensor, bias: Tensor, magnitude: 
     largest = largest_of(magnitude)
     underflow = 8 * a.tiny * (2 * terms + 2 + norm + terms * largest)
     return underflow, 2 * (norm * largest + bias.abs().amax()) <= a.largest
+
+
+def _within_range(center: Tensor, reach: Tensor, underflow: Tensor, fits: Tensor, terms: int) -> OutwardBox:
+    """Sums around `center`, but for `reach` and what underflows cost; all reals where one may overflow."""
+    radius = (reach + per_image(underflow, center)) * inflation(terms)
+    return OutwardBox.around(center, torch.where(per_image(fits, center), radius, torch.inf))
 
 
 def terms_of(function: Callable[..., Tensor], weight: Tensor) -> int:
@@ -231,7 +236,7 @@ def prelu(a: Arithmetic, x: OutwardBox, weight: Tensor) -> OutwardBox:
     small = _is_small(weight)
     found = interval.RULES[F.prelu](x, torch.where(small, weight, 0.0))
     known, sizes = (per_channel(each, x.like.dim()) for each in (small, weight.abs().clamp(min=1)))
-    ends = unbounded_unless(known, OutwardBox(found.lower, found.upper))
+    ends = unbounded_unless(known, OutwardBox.by_ends(found))
     return widened(ends, elementwise_error(a, 4), x.magnitude * sizes, a, losses=_flushed(a, x.magnitude))
 
 
@@ -247,8 +252,7 @@ def clamped(function: Callable[..., Tensor]) -> Rule:
 
 
 def absolute(a: Arithmetic, x: OutwardBox) -> OutwardBox:
-    ends = interval.RULES[torch.abs](x)
-    return OutwardBox(ends.lower, ends.upper)
+    return OutwardBox.by_ends(interval.RULES[torch.abs](x))
 
 
 def extremum(function: Callable[..., Tensor]) -> Rule:
@@ -256,7 +260,7 @@ def extremum(function: Callable[..., Tensor]) -> Rule:
 
     def rule(a: Arithmetic, x: Any, y: Any) -> OutwardBox:
         found = interval.RULES[function](x, y)
-        ends = OutwardBox(found.lower, found.upper)
+        ends = OutwardBox.by_ends(found)
         constants = [value.abs() for value in (x, y) if not isinstance(value, Box)]
         if not constants:
             return ends
@@ -271,7 +275,7 @@ def root(function: Callable[..., Tensor]) -> Rule:
     def rule(a: Arithmetic, x: OutwardBox) -> OutwardBox:
         known = x.lower > 1 / LARGEST_FACTOR
         found = interval.RULES[function](Box(*(torch.where(known, end, 1.0) for end in (x.lower, x.upper))))
-        ends = unbounded_unless(known, OutwardBox(found.lower, found.upper))
+        ends = unbounded_unless(known, OutwardBox.by_ends(found))
         return widened(ends, elementwise_error(a, 4), found.upper, a)
 
     return rule
@@ -282,7 +286,7 @@ def hard(function: Callable[..., Tensor], magnitude: Callable[[Tensor], Tensor])
 
     def rule(a: Arithmetic, x: OutwardBox) -> OutwardBox:
         found = interval.RULES[function](x)
-        return widened(OutwardBox(found.lower, found.upper), elementwise_error(a, 6), magnitude(x.magnitude), a)
+        return widened(OutwardBox.by_ends(found), elementwise_error(a, 6), magnitude(x.magnitude), a)
 
     return rule
 
