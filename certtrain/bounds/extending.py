@@ -31,7 +31,8 @@ def register_operation(
         relaxation: (Box, *settings) -> LinearRelaxation, of an elementwise function whose `curve` does not give it.
             An operation that has neither, and is not affine, is refused by CROWN by name.
         sound_rule: (Arithmetic, OutwardBox, *settings) -> OutwardBox, which covers rounding too. Without it, bounds in
-            a floating-point arithmetic are refused by name.
+            a floating-point arithmetic are refused by name. Of a new operation linear bounds that cover rounding stay
+            refused.
         traits: of `Operation`: modules, methods, functions, writes, require, ...
 
     Returns:

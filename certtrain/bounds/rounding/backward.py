@@ -41,7 +41,7 @@ from certtrain.bounds.rounding.table import COMPARING, EXACT
 from certtrain.bounds.shapes import per_channel
 from certtrain.errors import UnsupportedOperation
 
-AFFINE = {
+PULLED_BACK_BY_TRANSPOSE = {
     *WEIGHTED,
     *EXACT,
     *(function for function, operation in OPERATIONS.items() if operation.averaging and function is not F.interpolate),
@@ -59,7 +59,7 @@ def _planes(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda result, *values: result + 8 * function(*values)
 
 
-MET: dict[Callable, Callable[..., Tensor]] = {
+RELAXATION_MAGNITUDES: dict[Callable, Callable[..., Tensor]] = {
     **{
         function: _line()
         for function in (F.relu, F.leaky_relu, F.relu6, torch.clamp, F.hardtanh, F.hardsigmoid, torch.abs)
@@ -104,7 +104,7 @@ class _RecordingPass(SoundPass):
         self.errors: dict[int, Tensor] = {}
 
     def keep(self, call: Call, args: tuple[Any, ...], result: OutwardBox) -> None:
-        if call.function not in (AFFINE if call.affine else MET):
+        if call.function not in (PULLED_BACK_BY_TRANSPOSE if call.affine else RELAXATION_MAGNITUDES):
             raise UnsupportedOperation(
                 f"{call.where} has no linear relaxation that covers rounding; methods that support it: ibp"
             )
@@ -142,7 +142,7 @@ def _slack(record: Record, errors: dict[int, Tensor], a: Arithmetic) -> dict[int
 
     No sum of a backward pass has more than `terms` terms. One through W·x + b is off by γ·|a|·(|W| m + |b|), γ of so
     many roundings and m the magnitude of x; and E, at least `unit` times the same magnitude, holds that γ/unit times.
-    What relaxations lose, as they are computed and as they are met, is no more than 2γ of `MET`.
+    What relaxations lose, as they are computed and as they are met, is no more than 2γ of `RELAXATION_MAGNITUDES`.
     """
     terms = sum(box.shape[1:].numel() for box in record.boxes.values()) + len(record.calls) + SPARE_ROUNDINGS
     growth = compound(BOUND_ARITHMETIC.unit, 2 * terms)
@@ -153,6 +153,6 @@ def _slack(record: Record, errors: dict[int, Tensor], a: Arithmetic) -> dict[int
     for call in record.calls:
         met = sizes[call.index]
         if not call.affine:
-            met = MET[call.function](met, *map_leaves(call.args, Ref, lambda ref: sizes[ref.index]))
+            met = RELAXATION_MAGNITUDES[call.function](met, *map_leaves(call.args, Ref, lambda ref: sizes[ref.index]))
         slack[call.index] = factors[0] * errors[call.index].expand(met.shape) + factors[1] * met
     return slack
