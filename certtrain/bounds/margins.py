@@ -83,6 +83,7 @@ def _finite(margins: Tensor) -> Tensor:
 
 
 def apply_tail(tail: Sequence[Call], h: Tensor) -> Tensor:
+    """The logits (B, K) that the affine calls of `tail`, one after the other, make of values (B, ...) that enter it."""
     dtype = h.dtype  # of the values; what autocast rounds are products alone
     for call in tail:
         h = call.function(*map_leaves(call.args, Ref, partial(_second, h))).to(dtype)

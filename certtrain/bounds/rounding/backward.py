@@ -35,7 +35,7 @@ from certtrain.bounds.rounding.arithmetic import (
     rounded_up,
 )
 from certtrain.bounds.rounding.boxes import OutwardBox
-from certtrain.bounds.rounding.propagation import SoundPass, propagate_by
+from certtrain.bounds.rounding.propagation import SoundPass, run_sound_pass
 from certtrain.bounds.rounding.rules import scaling_of
 from certtrain.bounds.rounding.table import COMPARING, EXACT
 from certtrain.bounds.shapes import per_channel
@@ -131,7 +131,7 @@ def propagate_recorded(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> B
     """
     a = arithmetic_named(arithmetic)
     walk = _RecordingPass(a, graph)
-    bounds = propagate_by(walk, graph, box)
+    bounds = run_sound_pass(walk, box)
     assert walk.entering is not None
     record = Record(tuple(walk.calls), {0: walk.entering, **walk.boxes}, graph.output)
     return replace(bounds, record=replace(record, slack=_slack(record, walk.errors, a)))

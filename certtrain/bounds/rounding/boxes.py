@@ -17,6 +17,7 @@ def down(x: Tensor) -> Tensor:
 
 
 def up(x: Tensor) -> Tensor:
+    """Above the exact result, where `x` is a result rounded to nearest."""
     return torch.nextafter(x, torch.full_like(x, torch.inf))
 
 
@@ -27,6 +28,7 @@ def nearest_below(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def nearest_above(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least numbers of a coarser type that are not below `x`."""
     nearest = x.to(dtype)
     return torch.where(nearest < x, up(nearest), nearest)
 

@@ -39,7 +39,7 @@ class SoundPass:
     }
 
     def __init__(self, arithmetic: Arithmetic, graph: Graph[OutwardBox]) -> None:
-        self.arithmetic, self._output = arithmetic, graph.output
+        self.arithmetic, self.graph = arithmetic, graph
         self._foldings = foldings_of(graph)
         self._sums: dict[int, Sum | None] = {}  # that made a value, where a linear map did
         self.entering: OutwardBox | None = None
@@ -86,7 +86,7 @@ class SoundPass:
 
     def _follow_sums(self, call: Call, args: tuple[Any, ...]) -> None:
         x, weight, bias = args[:3]
-        if call.function is F.linear and call.index == self._output and x.like.dim() == 2:
+        if call.function is F.linear and call.index == self.graph.output and x.like.dim() == 2:
             self.classifier = replace(call, args=args), x
         self._sums[call.index] = Sum(
             terms_of(call.function, weight),
@@ -132,8 +132,17 @@ def foldings_of(graph: Graph[Any]) -> dict[int, int]:
 
 
 @torch.no_grad()
-def propagate_by(walk: SoundPass, graph: Graph[OutwardBox], box: Box) -> Bounds:
-    """See `propagate`, which it is with a walk that may look at more."""
+def run_sound_pass(walk: SoundPass, box: Box) -> Bounds:
+    """`propagate` by a walk that may look at more.
+
+    Args:
+        walk: through the network that it was made for; not one that has run.
+        box: (B, ...), as `propagate` takes it.
+
+    Returns:
+        As `propagate`. What the walk has kept is then of this box.
+    """
+    graph = walk.graph
     _require_stored_constants(graph)
     if graph.head is not None:
         raise UnsupportedOperation(
@@ -172,7 +181,7 @@ def propagate(graph: Graph[OutwardBox], box: Box, arithmetic: str) -> Bounds:
         UsageError: unknown arithmetic, or a network in training mode.
         UnsupportedOperation: an operation without a rule, or a parameter that is computed from others.
     """
-    return propagate_by(SoundPass(arithmetic_named(arithmetic), graph), graph, box)
+    return run_sound_pass(SoundPass(arithmetic_named(arithmetic), graph), box)
 
 
 @torch.no_grad()

@@ -416,6 +416,7 @@ def concatenated(a: Arithmetic, parts: Any, dim: int) -> OutwardBox:
 
 
 def stored(a: Arithmetic, constant: Tensor) -> OutwardBox:
+    """A constant as the deployed network has it, rounded as it is stored: a box of its shape."""
     point = OutwardBox.around(constant, torch.zeros_like(constant))
     return widened(point, elementwise_error(a, 1), constant.abs(), a)
 
