@@ -29,6 +29,7 @@ from certtrain.bounds.operations.activations import gelu, power
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat, chunk, split, unbind
 from certtrain.bounds.operations.movement import cast, expand, identity, narrow, reshape
+from certtrain.bounds.operations.pooling import resize
 from certtrain.bounds.operations.products import einsum
 from certtrain.bounds.operations.record import (
     DECOMPOSITIONS,
@@ -520,7 +521,7 @@ EXAMPLES: dict[Callable, Example] = {
     F.channel_shuffle: Example(
         (4, 2, 3), {"groups": 2}, [nn.ChannelShuffle(2)], refused=[lambda x: F.channel_shuffle(x.flatten(1), 2)]
     ),
-    F.interpolate: Example(
+    resize: Example(
         IMAGE,
         {"size": None, "scale_factor": 2, "mode": "bilinear", "align_corners": True},
         [
@@ -533,6 +534,7 @@ EXAMPLES: dict[Callable, Example] = {
             F.interpolate: [
                 lambda x: F.interpolate(x, 9),
                 lambda x: F.interpolate(input=x, scale_factor=1.5, mode="nearest-exact"),
+                lambda x: F.interpolate(x, scale_factor=(1.1, 2.2), recompute_scale_factor=True),
                 lambda x: F.interpolate(x, size=(4, 5), mode="area"),
                 lambda x: F.interpolate(x.flatten(2), size=20, mode="linear"),
             ],
@@ -541,6 +543,11 @@ EXAMPLES: dict[Callable, Example] = {
         refused=[
             lambda x: F.interpolate(x, 9, mode="bicubic"),
             lambda x: F.interpolate(x, 9, mode="bilinear", antialias=True),
+            *[
+                lambda x, factor=factor, mode=mode: F.interpolate(x, scale_factor=factor, mode=mode)
+                for factor in (1.1, 2.2, (1.0, 2.05), (1.5, 0.7))
+                for mode in ("nearest", "nearest-exact")
+            ],
         ],
     ),
     cat: Example(

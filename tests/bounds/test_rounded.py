@@ -197,7 +197,7 @@ def test_greater_errors_of_an_operation_are_noticed(name):
 
 def test_every_operation_is_gone_back_through_or_refused():
     assert {function.__name__ for function in set(RULES) - PULLED_BACK_BY_TRANSPOSE - RELAXATION_MAGNITUDES.keys()} == {
-        *("softmax", "attend", "deviation", "inverse_root", "normalized", "sqrt", "rsqrt", "reciprocal", "interpolate")
+        *("softmax", "attend", "deviation", "inverse_root", "normalized", "sqrt", "rsqrt", "reciprocal", "resize")
     }
 
 

@@ -26,6 +26,7 @@ from certtrain.bounds.normalization import deviation, inverse_root, normalized
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat
 from certtrain.bounds.operations.movement import cast
+from certtrain.bounds.operations.pooling import resize
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.rounding.arithmetic import ARITHMETICS, Arithmetic
 from certtrain.bounds.rounding.boxes import OutwardBox, enclosing_linf_box
@@ -429,7 +430,7 @@ BY_HAND: dict[Callable, Callable[..., Values]] = {
     torch.abs: lambda a, x: abs(x),
     torch.maximum: extremum(np.maximum),
     torch.minimum: extremum(np.minimum),
-    F.interpolate: resized,
+    resize: resized,
     F.relu: lambda a, x: np.where(x > 0, x, Fraction(0)),
     F.leaky_relu: leaky_relu,
     F.batch_norm: batch_norm,
@@ -535,7 +536,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "maximum": (lambda: One(lambda self, x: torch.maximum(x, self.c), spread(2, 4, 4)), SHAPE),
     "minimum": (lambda: One(lambda self, x: torch.minimum(x, x.transpose(2, 3)), spread(2, 4, 4)), SHAPE),
     "interpolate": (lambda: nn.Upsample(size=(82, 7)), (1, 2, 4)),
-    "interpolate, exact": (lambda: nn.Upsample(scale_factor=2.3, mode="nearest-exact"), (1, 2, 16)),
+    "interpolate, exact": (
+        lambda: nn.Upsample(scale_factor=2.3, mode="nearest-exact", recompute_scale_factor=True),
+        (1, 2, 16),
+    ),
     "more moves": (
         lambda: One(
             lambda self, x: torch.cat(

@@ -157,6 +157,35 @@ def folded(linear: nn.Linear, norm: nn.BatchNorm1d, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
+class Resized(nn.Module):
+    """Logits are pixels of the resized image, which is stored as the convolution before it stores its results."""
+
+    def __init__(self, channels: int, resize: nn.Module, pixels: int) -> None:
+        super().__init__()
+        self.first, self.resize, self.last = nn.Conv2d(1, channels, 1), resize, nn.Linear(channels * pixels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.resize(self.first(x)).flatten(1))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("before", "after"), [(5, 7), (6, 12), (9, 9), (20, 13), (40, 100), (90, 130)])
+def test_a_resized_image_has_the_pixels_that_pytorch_copies_however_it_is_stored(mode, layout, before, after):
+    torch.manual_seed(0)
+    resize = nn.Upsample(size=(after, before), mode=mode)
+    model = Resized(4, resize, after * before).to(memory_format=layout).eval()
+    x = torch.rand(1, 1, before, before).to(memory_format=layout)
+    with torch.no_grad():
+        logits = model(x)[0]
+    wanted = logits[0] - logits
+    for method in ("ibp", "crown-ibp", "crown"):
+        margins = BoundedModel(model, x).margins(Box(x, x), torch.tensor([0]), method)[0]
+        assert torch.allclose(margins, wanted, atol=1e-5)
+    sound = BoundedModel(model, x).margins(Box(x, x), torch.tensor([0]), "ibp", arithmetic="float32")[0]
+    assert bool((sound <= wanted).all())
+
+
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
 @pytest.mark.parametrize("size", [(1, 164), (1, 82), (1, 7)])
 def test_resizing_goes_back_to_the_pixels_that_it_copied(method, mode, size):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certtrain.bounds.operations.movement import DIFFERENTIABLE
 from certtrain.bounds.operations.preconditions import batched, only, reduces, require_that
 from certtrain.bounds.operations.record import Affine, define
 
@@ -203,6 +202,7 @@ for _function, _torch in ((Tensor.mean, torch.mean), (Tensor.sum, torch.sum)):
 
 RESIZING = {"nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area"}
 COPYING = {"nearest", "nearest-exact"}  # the average of one
+WHOLE = 2.0**-40  # relative: a number of pixels that is whole but for the rounding of a factor
 
 
 def _bind_interpolate(
@@ -218,15 +218,49 @@ def _bind_interpolate(
     return input, size, scale_factor, mode, align_corners, recompute_scale_factor
 
 
-def _interpolates(x: Any, size: Any, scale_factor: Any, mode: Any, *settings: Any) -> None:
+def _interpolates(
+    x: Any, size: Any, scale_factor: Any, mode: Any, align_corners: Any = None, recompute_scale_factor: Any = None
+) -> None:
     batched(3, 4, 5)(x, size, scale_factor)
     require_that(mode in RESIZING, f"mode={mode!r} has no rule, {', '.join(sorted(RESIZING))} have")
+    if mode in COPYING and scale_factor is not None and not recompute_scale_factor:
+        factors = scale_factor if isinstance(scale_factor, tuple | list) else [scale_factor] * (x.dims - 2)
+        for before, factor in zip(x[2:], factors, strict=True):
+            after = before * factor
+            require_that(
+                abs(after - round(after)) <= WHOLE * after,
+                f"mode={mode!r} with scale_factor={factor} makes {after:g} pixels of {before}, and which are copied "
+                "depends on how they are stored: set recompute_scale_factor=True, or give the size",
+            )
+
+
+def resize(
+    x: Tensor,
+    size: Any,
+    scale_factor: Any,
+    mode: str,
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+) -> Tensor:
+    """F.interpolate. Where it copies, of every value the same pixels, in whatever order that is stored.
+
+    Which is the nearest depends on that in some of PyTorch's kernels, and on the type in all of them; and the
+    derivative may take others than the function does.
+    """
+    settings = size, scale_factor, mode, align_corners, recompute_scale_factor
+    if mode not in COPYING:
+        return F.interpolate(x, *settings)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    numbers = torch.arange(x.shape[2:].numel(), dtype=dtype, device=x.device).view(1, 1, *x.shape[2:])
+    places = F.interpolate(numbers, *settings).long()
+    return x.flatten(2).index_select(2, places.flatten()).unflatten(2, places.shape[2:])
 
 
 define(
-    F.interpolate,
+    resize,
     _bind_interpolate,
     functions=(
+        F.interpolate,
         (
             F.upsample,
             lambda input, size=None, scale_factor=None, mode="nearest", align_corners=None: _bind_interpolate(
@@ -239,16 +273,3 @@ define(
     require=_interpolates,
     modules={nn.Upsample: lambda m: (m.size, m.scale_factor, m.mode, m.align_corners, m.recompute_scale_factor)},
 )
-
-
-def _resized(x: Tensor, size: Any, scale_factor: Any, mode: str, *settings: Any) -> Tensor:
-    """With copies of the pixels that it copies: the derivative of PyTorch's may take others than it does in float64."""
-    if mode not in COPYING:
-        return F.interpolate(x, size, scale_factor, mode, *settings)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    numbers = torch.arange(x.shape[2:].numel(), dtype=dtype, device=x.device).view(1, 1, *x.shape[2:])
-    places = F.interpolate(numbers, size, scale_factor, mode, *settings).long()
-    return x.flatten(2).index_select(2, places.flatten()).unflatten(2, places.shape[2:])
-
-
-DIFFERENTIABLE[F.interpolate] = _resized

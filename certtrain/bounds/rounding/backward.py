@@ -23,6 +23,7 @@ from certtrain.bounds.graph import Call, Graph, Ref, leaves, map_leaves
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat
 from certtrain.bounds.operations.movement import cast
+from certtrain.bounds.operations.pooling import resize
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.results import Bounds, Record
@@ -44,7 +45,7 @@ from certtrain.errors import UnsupportedOperation
 PULLED_BACK_BY_TRANSPOSE = {
     *WEIGHTED,
     *EXACT,
-    *(function for function, operation in OPERATIONS.items() if operation.averaging and function is not F.interpolate),
+    *(function for function, operation in OPERATIONS.items() if operation.averaging and function is not resize),
     *(F.batch_norm, F.pad),
     *(add, sub, cast, cat, einsum, torch.matmul, torch.mul, torch.div, torch.neg),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from certtrain.bounds import interval
 from certtrain.bounds.box import Box
-from certtrain.bounds.operations.pooling import COPYING
+from certtrain.bounds.operations.pooling import COPYING, resize
 from certtrain.bounds.operations.products import einsum_subscripts
 from certtrain.bounds.rounding.arithmetic import (
     ARITHMETICS,
@@ -291,7 +291,7 @@ def hard(function: Callable[..., Tensor], magnitude: Callable[[Tensor], Tensor])
     return rule
 
 
-def interpolate(
+def resized(
     a: Arithmetic,
     x: OutwardBox,
     size: Any,
@@ -304,7 +304,7 @@ def interpolate(
     if mode not in COPYING:
         raise UnsupportedOperation(f"mode={mode!r} has no sound rule: its rounding errors are not known")
     settings = (size, scale_factor, mode, align_corners, recompute_scale_factor)
-    sizes = F.interpolate(x.like, *settings).shape[2:]
+    sizes = resize(x.like, *settings).shape[2:]
     factors = scale_factor if isinstance(scale_factor, tuple | list) else [scale_factor] * len(sizes)
     lower, upper = x.lower, x.upper
     for axis, (after, factor) in enumerate(zip(sizes, factors, strict=True), start=2):

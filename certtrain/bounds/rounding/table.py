@@ -74,7 +74,7 @@ RULES: dict[Callable, Callable[..., Any]] = {  # each a Rule, but BatchNorm's re
     **{function: rules.root(function) for function in (torch.sqrt, torch.rsqrt, torch.reciprocal)},
     F.hardsigmoid: rules.hard(F.hardsigmoid, lambda size: (size + 3) / 6),
     F.hardswish: rules.hard(F.hardswish, lambda size: size * (size + 3) / 6),
-    F.interpolate: rules.interpolate,
+    resize: rules.resized,
     F.pad: rules.pad,
     cast: rules.cast,
     add: rules.add,
