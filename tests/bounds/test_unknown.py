@@ -207,3 +207,88 @@ def test_resizing_goes_back_to_the_pixels_that_it_copied(method, mode, size):
         ]
         reached = min((model(corner)[0, 0] - model(corner)[0, 1]).item() for corner in corners)
         assert margin == pytest.approx(reached, abs=1e-9)
+
+
+def shrunk(x: Tensor) -> Tensor:
+    """By 2^-154, which no one factor may be."""
+    return x * 2.0**-39 * 2.0**-39 * 2.0**-39 * 2.0**-37
+
+
+ALONE = {  # letters that einsum sums in one factor before it multiplies
+    "constant": lambda self, x: torch.einsum("bi,o->bo", x, self.small),
+    "constant, first": lambda self, x: torch.einsum("o,bi->bo", self.small, x),
+    "constant's own": lambda self, x: torch.einsum("b,oi->bo", shrunk(x)[:, 0], self.large),
+    "two values": lambda self, x: torch.einsum("bi,bo->bo", x, shrunk(x)[:, :2]),
+    "two values, second": lambda self, x: torch.einsum("bo,bi->bo", shrunk(x)[:, :2], x),
+}
+
+
+class SummedAlone(nn.Module):
+    """Sixteen pixels of 2^124 each, whose sum is infinite where it is taken alone; then two logits, the first 10."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function, self.last = function, nn.Linear(2, 2)
+        self.register_buffer("small", torch.full((2,), 2.0**-30))
+        self.register_buffer("large", torch.full((2, 16), 2.0**124))
+        with torch.no_grad():
+            self.last.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+            self.last.bias.copy_(torch.tensor([10.0, 0.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2.0**39 * 2.0**39 * 2.0**38 * 2.0**8
+        y = self.function(self, x)
+        return self.last((y * 2.0**-39 * 2.0**-39 * 2.0**-20).clamp(max=1024.0))
+
+
+@pytest.mark.parametrize("function", ALONE.values(), ids=ALONE.keys())
+@pytest.mark.parametrize("method", ["ibp", "crown"])
+def test_what_einsum_sums_alone_may_overflow(function, method):
+    model, x = SummedAlone(function).eval(), torch.ones(1, 16)
+    margins = BoundedModel(model, x / 2).margins(Box(x, x), torch.tensor([0]), method, arithmetic="float32")
+    assert not proved(margins).any()
+
+
+NORMALIZED = {
+    "one group": lambda: nn.GroupNorm(1, 2),
+    "two groups": lambda: nn.GroupNorm(2, 2),
+    "each channel": lambda: nn.InstanceNorm1d(2, affine=True),
+    "each row": lambda: nn.LayerNorm(8),
+    "by its mean square": lambda: nn.RMSNorm(8, eps=1e-5),
+}
+
+
+class VanishingScale(nn.Module):
+    """Values of some 2^58 are normalised, with weights that 1/√ would make too small for float32 if they met first."""
+
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.norm, self.last = norm, nn.Linear(16, 2)
+        with torch.no_grad():
+            norm.weight.fill_(2.0**-72)
+            if getattr(norm, "bias", None) is not None:
+                norm.bias.zero_()
+            self.last.weight.zero_()
+            self.last.weight[0, 0] = 1.0
+            self.last.bias.copy_(torch.tensor([0.0, 0.05]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x * 2.0**39 * 2.0**19) * 2.0**39 * 2.0**31
+        return self.last(x.flatten(1))
+
+
+@pytest.mark.parametrize("norm", NORMALIZED.values(), ids=NORMALIZED.keys())
+def test_a_weight_that_vanishes_with_the_root_leaves_nothing_known(norm):
+    """GroupNorm's kernel multiplies the two first; whoever fuses the others may do so, too."""
+    x = torch.full((1, 2, 8), -1 / 7)
+    x[..., 0] = 1.0
+    model = VanishingScale(norm()).eval()
+    margins = BoundedModel(model, torch.rand(1, 2, 8)).margins(Box(x, x), torch.tensor([0]), arithmetic="float32")
+    torch.set_flush_denormal(True)
+    try:
+        weight = model.norm.weight.flatten()[0]
+        factor = weight * (x * 2.0**58).square().mean().add(1e-5).rsqrt()
+        assert factor == 0  # and so would the logit be
+    finally:
+        torch.set_flush_denormal(False)
+    assert not proved(margins).any()

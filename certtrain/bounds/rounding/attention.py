@@ -24,7 +24,7 @@ from certtrain.bounds.rounding.arithmetic import (
     inflation,
     sum_error,
 )
-from certtrain.bounds.rounding.boxes import OutwardBox, widened
+from certtrain.bounds.rounding.boxes import OutwardBox, unbounded_unless, widened
 from certtrain.bounds.rounding.rules import largest_of, stored
 from certtrain.bounds.shapes import per_image
 from certtrain.bounds.softmax import softmax
@@ -51,8 +51,10 @@ def product_of_two(function: Callable[..., Tensor], terms_of: Callable[..., int]
         found = bilinear.centered(product, x, y)
         box = OutwardBox.around(found.center, found.radius)
         magnitude = product(x.magnitude, y.magnitude) * inflation(terms)
-        losses = _products_lost(a, terms, _largest(x, box), _largest(y, box))
-        return widened(box, sum_error(a, terms) + _own_error(terms), magnitude, a, terms, losses)
+        of_x, of_y = _largest(x, box), _largest(y, box)
+        losses = _products_lost(a, terms, of_x, of_y)
+        sums = widened(box, sum_error(a, terms) + _own_error(terms), magnitude, a, terms, losses)
+        return unbounded_unless(2 * terms * torch.maximum(of_x, of_y) <= a.largest, sums)  # each may be summed alone
 
     return rule
 

@@ -13,6 +13,7 @@ from certtrain.bounds.normalization import Dims, count_of, deviation_box, invers
 from certtrain.bounds.rounding.arithmetic import (
     ARITHMETICS,
     COEFFICIENT_ROUNDINGS,
+    LARGEST_FACTOR,
     Arithmetic,
     elementwise_error,
     inflation,
@@ -71,5 +72,5 @@ def normalized_rule(
     losses = (size * relative + of_deviation) * inflation(terms) * (1 + 2**-30)
     few = elementwise_error(a, COEFFICIENT_ROUNDINGS) + sum_error(ARITHMETICS["float64"], terms + 64)
     result = widened(box, few, size, a, terms, losses)
-    fits = 8 * terms * _with_mean(x, dims).square().amax(dims, keepdim=True) <= a.largest  # whose squares are summed
+    fits = _with_mean(x, dims).amax(dims, keepdim=True) <= LARGEST_FACTOR  # of squares, and of what flushes
     return OutwardBox.around(result.center, torch.where((relative < 0.5) & fits, result.radius, torch.inf))

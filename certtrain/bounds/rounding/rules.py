@@ -95,7 +95,8 @@ def product_with_constant(function: Callable[..., Tensor], terms_of: Callable[..
 
         terms, sizes, magnitude = terms_of(x, y, *settings), matrix.abs(), box.magnitude
         error = sum_error(a, terms)
-        underflow, fits = sum_range(a, terms, terms * sizes.amax(), matrix.new_zeros(1), magnitude)
+        norm = terms * sizes.amax()  # einsum sums what one factor has alone before it meets the other
+        underflow, fits = sum_range(a, terms, norm.clamp(min=terms), norm, magnitude)
         center = with_matrix(box.center, matrix)
         reach = with_matrix(box.radius + error * magnitude, sizes)
         return _within_range(center, reach, underflow, fits, terms)

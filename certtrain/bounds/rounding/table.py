@@ -13,6 +13,7 @@ from certtrain.bounds.normalization import deviation, inverse_root, normalized
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat
 from certtrain.bounds.operations.movement import cast
+from certtrain.bounds.operations.pooling import resize
 from certtrain.bounds.operations.products import WEIGHTED, einsum
 from certtrain.bounds.operations.record import OPERATIONS
 from certtrain.bounds.rounding import attention, normalization, rules
