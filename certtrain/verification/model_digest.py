@@ -1,12 +1,14 @@
 """SHA-256 of what a network computes: its modules, their attributes and code, by value, and its state.
 
 It is the same in another process, and of a network that is loaded or built again, and another wherever a forward may
-give something else. So of a function there is its bytecode, with what it reads of its closure and its file; of an
-object its class and attributes. What belongs to PyTorch, numpy or Python itself has no code here but a name.
+give something else. So of a function there is its bytecode, with what it reads of its closure, its file and other
+modules; of an object its class and attributes. What belongs to PyTorch, numpy or Python itself has no code here but a
+name, and tables in the modules of installed packages, which fill as they are used, are not looked into.
 """
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import sys
 from collections import deque
@@ -69,9 +71,11 @@ class _Digests:
         elif isinstance(value, Tensor):
             yield f"{value.dtype} {tuple(value.shape)}".encode()
             yield b"" if value.is_meta else _bytes_of(value)
-        elif isinstance(value, np.ndarray) and value.dtype != object:
+        elif isinstance(value, np.ndarray):
             yield f"{value.dtype.str} {value.shape}".encode()
-            yield value.tobytes()
+            yield self.of(value.tolist()) if value.dtype.hasobject else value.tobytes()
+        elif isinstance(value, bytearray | memoryview):
+            yield bytes(value)
         elif isinstance(value, _PLAIN):
             yield repr(value).encode()
         elif isinstance(value, list | tuple | deque):
@@ -99,9 +103,11 @@ class _Digests:
         elif isinstance(value, partial):
             yield from map(self.of, (value.func, value.args, value.keywords))
         else:
-            yield str(getattr(value, "__qualname__", getattr(value, "__name__", ""))).encode()
+            name = str(getattr(value, "__qualname__", getattr(value, "__name__", "")))
+            yield name.encode()
             if not type(value).__module__.startswith(_OPAQUE):
-                yield from map(self.of, (type(value), *_state_of(value)))
+                state = [*_state_of(value)]
+                yield from map(self.of, (type(value), *(state if state or name else _pickled(value))))
 
     def _of_module(self, module: nn.Module) -> Iterator[bytes]:
         own = {key: value for key, value in vars(module).items() if key not in _LIVE}
@@ -122,9 +128,18 @@ class _Digests:
             return
         cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
         yield from map(self.of, (function.__code__, function.__defaults__, function.__kwdefaults__, cells))
-        for name in sorted(_names_in(function.__code__)):
-            read = function.__globals__.get(name)
-            if isinstance(read, Number | str | Tensor | tuple | type | FunctionType):
+        yield from self._read(_names_in(function.__code__), function.__globals__, [])
+
+    def _read(self, names: set[str], variables: dict[str, Any], passed: list[ModuleType]) -> Iterator[bytes]:
+        """What there is of these names, which may be attributes of modules among them."""
+        installed = _is_installed(variables)
+        for name in sorted(names & variables.keys()):
+            read = variables[name]
+            if isinstance(read, ModuleType):
+                yield from map(self.of, (name, read))
+                if read not in passed and read.__name__.partition(".")[0] not in _NAMED:
+                    yield from self._read(names, vars(read), [*passed, read])
+            elif not installed or isinstance(read, Number | str | Tensor | tuple | type | FunctionType):
                 yield from map(self.of, (name, read))
 
 
@@ -143,6 +158,23 @@ def _bytes_of(value: Tensor) -> bytes:
 
 def _is_named(value: Any) -> bool:
     return (value.__module__ or "").partition(".")[0] in _NAMED
+
+
+def _is_installed(variables: Mapping[str, Any]) -> bool:
+    """Are these a module's of an installed package? certtrain counts as one, also where it is worked on."""
+    package = str(variables.get("__name__", "")).partition(".")[0]
+    folders = PurePath(str(variables.get("__file__", ""))).parts
+    return package == "certtrain" or "site-packages" in folders or "dist-packages" in folders
+
+
+def _pickled(value: Any) -> tuple[Any, ...]:
+    """Of an object whose attributes are not Python's: what it would be made of again, nothing where it cannot be."""
+    try:
+        reduce = copyreg.dispatch_table.get(type(value))
+        found = value.__reduce_ex__(4) if reduce is None else reduce(value)
+    except Exception:  # a lock, a file, a generator: of any type
+        return ()
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _is_filled(cell: Any) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import os
+import re
 import subprocess
 import sys
+from array import array
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from certtrain.data import Split
@@ -23,7 +26,6 @@ from certtrain.verification.model_digest import model_digest
 from certtrain.verification.verify import verify
 
 X = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-FACTOR = 1.0
 
 
 class Scaled(nn.Module):
@@ -88,6 +90,10 @@ SETTINGS = {
     "a set": (lambda factor: {factor}, only),
     "a tensor": (torch.tensor, itself),
     "an array": (np.array, float),
+    "an array of objects": (lambda factor: np.array([factor, None]), only),
+    "an array of numbers": (lambda factor: array("d", [factor]), only),
+    "bytes": (lambda factor: bytearray([int(factor)]), only),
+    "a pattern": (lambda factor: re.compile(f"{factor}"), lambda value: float(value.pattern)),
     "a namespace": (lambda factor: SimpleNamespace(factor=factor), of_options),
     "a dataclass": (Options, of_options),
     "slots": (Slotted, of_options),
@@ -153,14 +159,83 @@ def test_what_computes_something_else_has_another_digest(name):
     assert model_digest(one) != model_digest(other)
 
 
-def test_a_constant_that_a_forward_reads_in_its_file_is_in_the_digest(monkeypatch):
-    class Reads(nn.Module):
-        def forward(self, x):
-            return x.flatten(1) * FACTOR
+READ = {  # what a forward reads, and how it makes a factor of 1.0 or 2.0 of it
+    "a number": (float, itself),
+    "a dict": (lambda factor: {"factor": factor}, lambda value: value["factor"]),
+    "a list": (lambda factor: [factor], only),
+    "an array": (lambda factor: np.array([factor]), only),
+    "a partial function": (lambda factor: partial(F.leaky_relu, negative_slope=factor), lambda value: -value(-ONE)),
+    "a module": (lambda factor: nn.LeakyReLU(factor), lambda value: -value(-ONE)),
+    "an object": (Options, of_options),
+    "a function": (lambda factor: eval(f"lambda: {factor}"), lambda value: value()),
+}
+ONE = torch.tensor(1.0)
+SOURCE = """
+import numpy, torch
+from torch import nn
+import helpers, package.deep
+from package import deep
+VALUE = None
+class Here(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) * FACTOR_OF(VALUE)
+class InAModule(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) * FACTOR_OF(helpers.VALUE)
+class Deeper(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) * FACTOR_OF(package.deep.VALUE)
+class ByItsName(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) * FACTOR_OF(deep.VALUE)
+class ThroughAFunction(nn.Module):
+    def forward(self, x):
+        return x.flatten(1) * FACTOR_OF(helpers.value())
+"""
+READERS = {
+    "Here": "own",
+    "InAModule": "helpers",
+    "Deeper": "package.deep",
+    "ByItsName": "package.deep",
+    "ThroughAFunction": "helpers",
+}
 
-    before = model_digest(Reads())
-    monkeypatch.setattr(sys.modules[__name__], "FACTOR", 2.0)
-    assert model_digest(Reads()) != before
+
+@pytest.fixture
+def modules(monkeypatch):
+    """`own`, whose networks read `VALUE` in it and in other modules that it imports."""
+    sources = {"helpers": "def value(): return VALUE", "package": "", "package.deep": "", "own": SOURCE}
+    made = {name: ModuleType(name) for name in sources}
+    made["package"].deep, made["package"].__path__ = made["package.deep"], []
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(sources[name], vars(module))
+    return made
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", READ)
+def test_what_a_forward_reads_elsewhere_is_in_the_digest(kind, reader, modules):
+    make, modules["own"].FACTOR_OF = READ[kind]
+    outputs, digests = [], []
+    for factor in (1.0, 2.0, 1.0):
+        modules[READERS[reader]].VALUE = make(factor)
+        model = getattr(modules["own"], reader)()
+        digests.append(model_digest(model))
+        outputs.append(model(X))
+    assert not torch.equal(outputs[0], outputs[1])
+    assert digests[0] != digests[1]
+    assert digests[0] == digests[2]
+
+
+def test_tables_that_an_installed_package_fills_are_not_in_the_digest(modules):
+    modules["helpers"].__file__ = "/usr/lib/python3/site-packages/helpers.py"
+    modules["own"].FACTOR_OF = lambda value: 1.0
+    digests = set()
+    for table in ({}, {"seen": 1}):
+        modules["helpers"].VALUE = table
+        digests.add(model_digest(modules["own"].InAModule()))
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("name", NETWORKS)
