@@ -397,7 +397,7 @@ def check_command(options: argparse.Namespace) -> int:
     """Nothing here comes from the run but its network: which images are asked about, the user says."""
     from certtrain.verification.certificates import read_certificates
     from certtrain.verification.checker import SavedNetwork, check
-    from certtrain.verification.raw_images import read_test_set
+    from certtrain.verification.checker.raw_images import read_test_set
 
     certificates = read_certificates(options.certificates)
     network = SavedNetwork.read(folder_of(options.model) / WEIGHTS)
@@ -420,7 +420,7 @@ def check_command(options: argparse.Namespace) -> int:
 
 
 def _provenance(data: ImageSet) -> str:
-    from certtrain.verification.raw_images import KNOWN_TEST_SETS
+    from certtrain.verification.checker.raw_images import KNOWN_TEST_SETS
 
     if data.name in KNOWN_TEST_SETS:
         return "which is the published one"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, proved
 from certtrain.bounds.rounding.boxes import OutwardBox
-from certtrain.verification.propagation import Interval, Propagation
+from certtrain.verification.checker.intervals import Interval, Propagation
 
 COMPARISONS = {
     "relu": F.relu,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +26,11 @@ from certtrain.errors import CertificateError, CheckpointError
 from certtrain.initialization import ibp_init_
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model
+from certtrain.verification import checker
 from certtrain.verification.certificates import read_certificates
 from certtrain.verification.checker import KNOWN, SavedNetwork
+from certtrain.verification.checker.intervals import Interval, Propagation, growth
 from certtrain.verification.pixels import pixel_box
-from certtrain.verification.propagation import Interval, Propagation, growth
 from tests.commands import one_thread
 from tests.networks import randomized, save_model
 from tests.verification.forging import rewrite
@@ -396,6 +399,20 @@ def test_batch_norms_that_could_overflow_prove_nothing(part, value, tmp_path):
     box = pixel_box(torch.full((1, 3, 8, 8), 127, dtype=torch.uint8), 0.0)
     margins = BoundedModel(model, torch.zeros(1, 3, 8, 8)).margins(box, torch.tensor([0]), arithmetic="float32")
     assert (margins[0, 1:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("file", sorted(Path(checker.__file__).parent.glob("*.py")), ids=lambda file: file.stem)
+def test_no_file_of_the_checker_names_what_it_is_to_be_independent_of(file):
+    """Nor inside a function, which a run might not come to."""
+    imported = [
+        name
+        for statement in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(statement, ast.Import | ast.ImportFrom)
+        for name in [getattr(statement, "module", None), *(alias.name for alias in statement.names)]
+    ]
+    independent_of = ("torch", "certtrain.bounds", "certtrain.data")
+    assert "annotations" in imported
+    assert not any(f"{name}.".startswith(f"{other}.") for name in imported for other in independent_of)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from certtrain.models import build_model
 from certtrain.verification.attacks import PGD
 from certtrain.verification.certificates import METADATA, read_certificates, schema, write_certificates
 from certtrain.verification.checker import SavedNetwork, check
-from certtrain.verification.coverage import check_coverage
+from certtrain.verification.checker.coverage import check_coverage
 from certtrain.verification.verify import verify
 from tests.commands import one_thread
 from tests.networks import randomized, save_model

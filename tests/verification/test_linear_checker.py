@@ -21,10 +21,9 @@ from certtrain.bounds.linear.beta import Ascent, Neurons
 from certtrain.errors import CertificateError
 from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model
-from certtrain.verification import linear_checker
 from certtrain.verification.branch_and_bound import Search, branch_and_bound
-from certtrain.verification.checker import SavedNetwork
-from certtrain.verification.linear_checker import LinearChecker, Recording
+from certtrain.verification.checker import SavedNetwork, linear
+from certtrain.verification.checker.linear import LinearChecker, Recording
 from certtrain.verification.pixels import pixel_box
 from certtrain.verification.trees import Trees, covers
 from certtrain.verification.verdicts import Verdict
@@ -264,7 +263,7 @@ def any_leaf(checker, random):
 
 def test_no_slopes_and_multipliers_prove_more_than_is_true(monkeypatch):
     """Of any leaf, whatever the rest of its tree: no point of it is below the bound, and some are hardly above."""
-    monkeypatch.setattr(linear_checker, "covers", lambda paths: True)
+    monkeypatch.setattr(linear, "covers", lambda paths: True)
     apart = []
     for seed in range(20):
         checker, entering, margins = two_pixels(seed)

@@ -13,8 +13,8 @@ from scipy.io import savemat
 
 from certtrain.data import DATASETS, load_dataset
 from certtrain.errors import DataError, UsageError
+from certtrain.verification.checker.raw_images import READERS, read_test_set
 from certtrain.verification.digests import split_digest
-from certtrain.verification.raw_images import READERS, read_test_set
 from tests.data import test_folder, test_npz, test_tinyimagenet, test_vision
 
 
@@ -164,7 +164,7 @@ def test_no_code_is_shared_with_the_verifiers_loaders():
     program = """
 import sys
 from pathlib import Path
-from certtrain.verification.raw_images import read_test_set
+from certtrain.verification.checker.raw_images import read_test_set
 read_test_set("digits", Path("."))
 assert not any(name.startswith(("torch", "certtrain.data")) for name in sys.modules)
 """

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from certtrain.errors import CertificateError
-from certtrain.verification.propagation import STORED, TINY, UNIT, Array, Interval, Propagation, growth
+from certtrain.verification.checker.intervals import STORED, TINY, UNIT, Array, Interval, Propagation, growth
 
 EPSILON = 1e-5  # of LayerNorm
 SPARE = 1 + 2.0**-40

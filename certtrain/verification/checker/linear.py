@@ -1,8 +1,8 @@
 """The checker's own linear bounds: CROWN, and the leaves of branch and bound, in plain numpy.
 
-As in `checker`, nothing of the program that proved a certificate takes part. A walk through the network keeps of each
-layer how a linear function of its output is one of its input, and what such a function may lose to rounding: |a|·S, S
-as in docs/soundness.md, (11) and (12). Going back to the image gives a bound. One image at a time, in float64.
+A walk through the network keeps of each layer how a linear function of its output is one of its input, and what such a
+function may lose to rounding: |a|·S, S as in docs/soundness.md, (11) and (12). Going back to the image gives a bound.
+One image at a time, in float64.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from certtrain.errors import CertificateError
-from certtrain.verification.propagation import UNIT, Interval, Propagation
+from certtrain.verification.checker.intervals import UNIT, Interval, Propagation
 from certtrain.verification.trees import Trees, covers
 
 Array = np.ndarray
