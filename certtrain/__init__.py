@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from certtrain.runs.checkpoint import load_model
     from certtrain.runs.train import Run, train
     from certtrain.training.trainer import Observer
-    from certtrain.verification.verify import Verification, verify
+    from certtrain.verification.verification import Verification
+    from certtrain.verification.verify import verify
 
 __version__ = "0.1.0"
 __all__ = ["Observer", "Run", "Verification", "load_model", "train", "verify"]
@@ -25,7 +26,7 @@ _HOMES = {
     "Run": "certtrain.runs.train",
     "Observer": "certtrain.training.trainer",
     "verify": "certtrain.verification.verify",
-    "Verification": "certtrain.verification.verify",
+    "Verification": "certtrain.verification.verification",
 }
 
 

@@ -30,7 +30,8 @@ from certtrain.verification.certificates import read_certificates, write_certifi
 from certtrain.verification.checker import SavedNetwork, check
 from certtrain.verification.folding import fold_batch_norm
 from certtrain.verification.pixels import pixel_box
-from certtrain.verification.verify import Verification, parts_of, verify
+from certtrain.verification.verification import Verification
+from certtrain.verification.verify import verify
 
 
 def price(model: nn.Module, data: Split, eps: float) -> list[dict[str, Any]]:
@@ -52,7 +53,7 @@ def verify_double(model: nn.Module, data: Split, eps: float) -> Verification:
     net = BoundedModel(model, to_float(data.images[:1]).double())
     found = []
     with torch.no_grad():
-        for _, part in parts_of(data, 256):
+        for part in data.parts(256):
             labels = part.labels
             margins = net.margins(pixel_box(part.images, eps), labels)
             prediction = model(to_float(part.images).double()).argmax(1)
@@ -80,7 +81,7 @@ def sample(model: nn.Module, data: Split, eps: float, wanted: int) -> dict[str, 
     net, folded = BoundedModel(model, example), fold_batch_norm(model, example)
     points = outside = 0
     with torch.no_grad():
-        for _, part in parts_of(data, 128):
+        for part in data.parts(128):
             labels, box = part.labels, pixel_box(part.images, eps)
             bounds = net.ibp(box, arithmetic="float32")
             margins = net.margins(box, labels, arithmetic="float32")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from certtrain.config.schema import VerificationSection
     from certtrain.data import Split
     from certtrain.verification.certificates import ImageSet
-    from certtrain.verification.verify import Verification
+    from certtrain.verification.verification import Verification
 
 
 def add_verify(subparsers: Subparsers) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypedDict
@@ -52,6 +52,10 @@ class Split:
     def take(self, indices: Tensor | slice) -> Split:
         """The images at `indices` (int64 (M,) or bool (N,), on the CPU or on this split's device), or of a slice."""
         return Split(self.images[indices], self.labels[indices])
+
+    def parts(self, size: int) -> Iterator[Split]:
+        """The images in their order, `size` at a time."""
+        return (self.take(slice(start, start + size)) for start in range(0, len(self), size))
 
     def renumbered(self, names: Sequence[str], classes: Sequence[str]) -> Split:
         """The same images; what was label i, the class `names[i]`, becomes the place of that name in `classes`.

@@ -15,7 +15,7 @@ from certtrain.errors import UsageError
 from certtrain.export.onnx import export_onnx
 from certtrain.runs.evaluation import verify_run
 from certtrain.runtime.files import make_folder, write_atomically, write_text
-from certtrain.verification.verify import Verification
+from certtrain.verification.verification import Verification
 
 
 def export_vnnlib(

@@ -13,7 +13,7 @@ from certtrain.modules import device_of, evaluating
 from certtrain.runs.evaluation import verify_run
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.attacks import predictions
-from certtrain.verification.verify import Verification
+from certtrain.verification.verification import Verification
 
 
 @dataclass(frozen=True, eq=False)

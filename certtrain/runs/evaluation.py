@@ -23,7 +23,8 @@ from certtrain.verification.attacks import APGD, PGD, Attack, Ensemble, Targeted
 from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.radius import Radii, certified_radii
 from certtrain.verification.results import ImageResult
-from certtrain.verification.verify import Verification, answers_to, verify
+from certtrain.verification.verification import Verification
+from certtrain.verification.verify import answers_to, verify
 
 
 def verify_run(

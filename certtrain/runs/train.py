@@ -56,7 +56,7 @@ from certtrain.runtime.files import write_json, write_text
 from certtrain.runtime.layout import lay_out_, safe_convolutions
 from certtrain.training.averaging import reestimate_statistics
 from certtrain.training.trainer import Observer, Trainer
-from certtrain.verification.verify import Verification
+from certtrain.verification.verification import Verification
 
 
 @dataclass(frozen=True)

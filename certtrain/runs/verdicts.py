@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from certtrain.config import Config
     from certtrain.config.schema import VerificationSection
     from certtrain.data import Split
-    from certtrain.verification.verify import Verification
+    from certtrain.verification.verification import Verification
 
 LETTERS: Mapping[Verdict, str] = {
     Verdict.PROVED: "p",

@@ -15,7 +15,6 @@ from certtrain.modules import device_of, evaluating
 from certtrain.runs.build import load_data
 from certtrain.studies.search import Pruning
 from certtrain.training.trainer import EpochReport, Observer, Trainer
-from certtrain.verification.verify import parts_of
 
 
 class Pruner(Observer):
@@ -58,7 +57,7 @@ class Pruner(Observer):
         data = self._validation.to(device_of(trainer.model))
         missing = 0
         with evaluating(trainer.model):
-            for _, part in parts_of(data, self._config.verification.batch_size):
+            for part in data.parts(self._config.verification.batch_size):
                 margins = net.margins(linf_box(to_float(part.images), eps), part.labels)
                 missing += int((~proved(margins)).sum())
         return missing / len(data)

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
     from certtrain.data import Split
-    from certtrain.verification.verify import Verification
+    from certtrain.verification.verification import Verification
 
 FORMAT = 3
 METADATA = b"certtrain"

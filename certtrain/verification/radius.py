@@ -17,8 +17,9 @@ from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
 from certtrain.verification.answers import Answers, Question, in_parts
 from certtrain.verification.attacks import Attack, predictions
+from certtrain.verification.checks import checked_radii, require_share
 from certtrain.verification.pixels import perturbation_box
-from certtrain.verification.verify import DEFAULT_SEARCH, answers_to, checked_radii, require_share, verify
+from certtrain.verification.verify import DEFAULT_SEARCH, answers_to, verify
 
 CURVE_POINTS = 101
 ATTACKED_POINTS = 9

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import glob
-import math
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
-from numbers import Real
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from certtrain.bounds.rounding.arithmetic import arithmetic_named
-from certtrain.data import Split, to_float
+from certtrain.data import Split
 from certtrain.data.dataset import require_split
-from certtrain.errors import DataError, UsageError, require_counts
+from certtrain.errors import UsageError, require_counts
 from certtrain.modules import device_of, evaluating
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.precision import full_precision
@@ -27,163 +22,14 @@ from certtrain.verification.answers import Answers, Portion, Question, in_parts
 from certtrain.verification.attacks import Attack
 from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.cascade import check_cascade
+from certtrain.verification.checks import check_fit, checked_radii, require_share, require_sound
 from certtrain.verification.results import ImageResult, ResultFile
-from certtrain.verification.verdicts import GAVE_UP, Verdict
+from certtrain.verification.verification import Stage, Verification
 from certtrain.verification.workers import in_processes
 
+__all__ = ["Stage", "Verification", "answers_to", "verify"]
+
 DEFAULT_SEARCH = Search()
-
-
-@dataclass
-class Stage:
-    """One method of a cascade: how many images it was asked about, how many of them it proved, and its price."""
-
-    method: str
-    images: int = 0
-    proved: int = 0
-    seconds: float = 0.0  # of all processes together
-
-    @classmethod
-    def of(cls, methods: Sequence[str], results: Sequence[ImageResult]) -> tuple[Stage, ...]:
-        stages = tuple(cls(method) for method in methods)
-        for result in results:
-            for stage, seconds in zip(stages, result.seconds, strict=False):
-                stage.images += 1
-                stage.seconds += seconds
-            stages[len(result.seconds) - 1].proved += result.verdict == Verdict.PROVED
-        return stages
-
-
-@dataclass(frozen=True, eq=False)
-class Verification:
-    """What was found at one epsilon; per-image tensors (N,) on the CPU, in the order of the split.
-
-    Attributes:
-        eps: the radius.
-        stages: the methods of the cascade, in order.
-        arithmetic: that of the deployed network for which the bounds hold, None for real mathematics.
-        prediction: the class of the unperturbed image, -1 where its logits are not all numbers.
-        correct: the prediction is the label.
-        attacked: right, but a misclassified point was found, by an attack or by branch and bound.
-        adversarial: those points (M, C, H, W), in order.
-        proved: no perturbation of at most eps in any pixel changes the prediction, which is right.
-        margin: smallest lower bound of z_y - z_j, j ≠ y.
-        seconds: the attack included; of this call, and of the earlier ones that `results` go on from.
-        attack: the names of those that were made, None where none was.
-        trees: by position, what proves an image by branch and bound (`Trees`), where that was kept.
-        undecided: by position, why branch and bound has given up an image.
-        domains: how many it has bounded.
-    """
-
-    eps: float
-    stages: tuple[Stage, ...]
-    arithmetic: str | None
-    prediction: Tensor
-    correct: Tensor
-    attacked: Tensor
-    adversarial: Tensor
-    proved: Tensor
-    margin: Tensor
-    seconds: float
-    trees: Mapping[int, bytes] = field(default_factory=dict)
-    attack: str | None = None
-    undecided: Mapping[int, str] = field(default_factory=dict)
-    domains: int = 0
-
-    @property
-    def method(self) -> str:
-        """The methods of the cascade, with commas between them."""
-        return ",".join(stage.method for stage in self.stages)
-
-    @property
-    def unknown(self) -> Tensor:
-        """(N,) bool: classified right, neither proved nor attacked."""
-        return self.correct & ~self.proved & ~self.attacked
-
-    @property
-    def flags_by_verdict(self) -> dict[Verdict, Tensor]:
-        """(N,) bool of each verdict; every image has one, and those that were given up are unknown here."""
-        return {
-            Verdict.PROVED: self.proved,
-            Verdict.UNKNOWN: self.unknown,
-            Verdict.ATTACKED: self.attacked,
-            Verdict.MISCLASSIFIED: ~self.correct,
-        }
-
-    @property
-    def natural_error(self) -> float:
-        """Share of images that are misclassified as they are."""
-        return _share(~self.correct)
-
-    @property
-    def pgd_error(self) -> float:
-        """Share of images that are misclassified as they are, or at an attacked point within eps."""
-        return _share(~self.correct | self.attacked)
-
-    @property
-    def verified_error(self) -> float:
-        """Share of images that are not proved."""
-        return _share(~self.proved)
-
-    @property
-    def verdicts(self) -> list[str]:
-        """Of each image, the value of its `Verdict`."""
-        found = [""] * len(self.correct)
-        for verdict, flags in self.flags_by_verdict.items():
-            for image in flags.nonzero()[:, 0].tolist():
-                found[image] = verdict.value
-        for image, reason in self.undecided.items():
-            found[image] = reason
-        return found
-
-    @classmethod
-    def of(
-        cls,
-        eps: float,
-        methods: Sequence[str],
-        arithmetic: str | None,
-        results: Sequence[ImageResult],
-        images: Tensor,
-        seconds: float,
-        attack: str | None,
-    ) -> Verification:
-        """Of the results of all images, in whatever order."""
-        ordered = sorted(results, key=lambda result: result.image)
-        verdicts = [result.verdict for result in ordered]
-        points = [result.point for result in ordered if result.point is not None]
-        return cls(
-            eps,
-            Stage.of(methods, ordered),
-            arithmetic,
-            prediction=torch.tensor([result.prediction for result in ordered]),
-            correct=torch.tensor([verdict != Verdict.MISCLASSIFIED for verdict in verdicts]),
-            attacked=torch.tensor([verdict == Verdict.ATTACKED for verdict in verdicts]),
-            adversarial=torch.stack(points) if points else torch.empty(0, *images.shape[1:]),
-            proved=torch.tensor([verdict == Verdict.PROVED for verdict in verdicts]),
-            margin=torch.tensor([result.margin for result in ordered], dtype=_margin_type(arithmetic)),
-            seconds=seconds,
-            undecided={i: verdict for i, verdict in enumerate(verdicts) if verdict in GAVE_UP},
-            domains=sum(result.domains for result in ordered),
-            trees={result.image: result.tree for result in ordered if result.tree is not None},
-            attack=attack,
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """What goes into a JSON file; errors are fractions."""
-        return {
-            "eps": self.eps,
-            "method": self.method,
-            "arithmetic": self.arithmetic,
-            "attack": self.attack,
-            "images": len(self.correct),
-            "natural_error": self.natural_error,
-            "pgd_error": self.pgd_error,
-            "verified_error": self.verified_error,
-            "verdicts": dict(Counter(self.verdicts)),
-            "domains": self.domains,
-            "stages": [vars(stage) | {"seconds": round(stage.seconds, 3)} for stage in self.stages],
-            "seconds": round(self.seconds, 3),
-        }
 
 
 def verify(
@@ -346,32 +192,6 @@ def _continued(
     return everywhere, file.add
 
 
-def checked_radii(eps: float | Sequence[float]) -> list[float]:
-    """One radius or several as a list of floats.
-
-    Raises:
-        UsageError: none; or one that is no number, negative, infinite or NaN.
-    """
-    try:
-        radii = [float(eps)] if isinstance(eps, int | float | Real) else [float(radius) for radius in eps]
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"eps must be a number or several, not {eps!r}") from error
-    if not radii:
-        raise UsageError("eps: name at least one radius")
-    for radius in radii:
-        if not (math.isfinite(radius) and radius >= 0):
-            raise UsageError(f"eps: a radius is a finite number and not negative, not {radius}")
-    return radii
-
-
-def require_share(data: Split, ranks: Ranks) -> None:
-    """Raises where there are fewer images than processes."""
-    if len(data) < ranks.world_size:
-        raise UsageError(
-            f"{len(data)} test images for {ranks.world_size} processes: take more images, or fewer processes"
-        )
-
-
 def answers_to(question: Question, model: nn.Module, data: Split) -> Answers:
     """What answers `question`; it is tried on the first image's own pixels. `model` is in eval mode, `data` on its
     device.
@@ -381,55 +201,8 @@ def answers_to(question: Question, model: nn.Module, data: Split) -> Answers:
     """
     check_cascade(question.methods, question.backend)
     if question.arithmetic is not None:
-        _require_sound(question.backend, question.arithmetic)
+        require_sound(question.backend, question.arithmetic)
     check_fit(model, data)
     answers = Answers(question, model, data)
     answers.check()
     return answers
-
-
-def check_fit(model: nn.Module, data: Split) -> None:
-    """Whether `data` can be asked of `model`, which is in eval mode.
-
-    Raises:
-        UsageError: parameters that are not finite float32, or outputs that are not logits (B, K) in float32 with K ≥ 2.
-        DataError: a label that is none of the K classes.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise UsageError(f"verification is of float32 networks; {name} is {_type_name(parameter)}: model.float()")
-        if not parameter.isfinite().all():
-            raise UsageError(f"the network cannot be verified: {name} has values that are infinite or NaN")
-    with torch.no_grad():
-        output = model(to_float(data.images[:1].to(device_of(model))))
-    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != 1 or output.shape[1] < 2:
-        shown = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UsageError(f"the model must return logits (B, K) of at least two classes; one image gives {shown}")
-    if output.dtype != torch.float32:
-        raise UsageError(f"the model must return float32 logits, not {_type_name(output)}")
-    low, high = (int(bound) for bound in data.labels.aminmax())
-    if low < 0 or high >= output.shape[1]:
-        raise DataError(f"labels reach from {low} to {high}, outside the model's classes 0 to {output.shape[1] - 1}")
-
-
-def _type_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _require_sound(backend: str, arithmetic: str) -> None:
-    arithmetic_named(arithmetic)
-    if backend != "native":
-        raise UsageError(f"bounds that cover the rounding of {arithmetic} are those of backend native, not {backend}")
-
-
-def _margin_type(arithmetic: str | None) -> torch.dtype:
-    return torch.float32 if arithmetic is None else torch.float64
-
-
-def parts_of(data: Split, size: int) -> Iterator[tuple[int, Split]]:
-    """`data` in its own order, `size` images at a time, each part with the position of its first."""
-    return ((start, data.take(slice(start, start + size))) for start in range(0, len(data), size))
-
-
-def _share(flags: Tensor) -> float:
-    return flags.double().mean().item()

@@ -74,6 +74,11 @@ def test_take_by_slice_indices_and_mask():
     assert numbers(part.take(part.labels == 0)) == [0, 3]
 
 
+def test_parts_hold_every_image_once_and_in_order():
+    parts = [(numbers(part), part.labels.tolist()) for part in split(5).parts(2)]
+    assert parts == [([0, 1], [0, 1]), ([2, 3], [2, 0]), ([4], [1])]
+
+
 def test_a_split_moves_images_and_labels():
     moved = split(3).to("meta")
     assert moved.images.is_meta
