@@ -20,10 +20,10 @@ from certtrain.errors import CheckpointError, optional_module, printable
 from certtrain.report import plots
 from certtrain.report.examples import Example, judge
 from certtrain.report.forgetting import forgetting_table
-from certtrain.report.records import Epoch, Radii, Record, Summary, Verified, checked
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.files import METRICS, RADII, SUMMARY, VERIFIED, is_finished
 from certtrain.runs.metrics import read_records
+from certtrain.runs.records import Epoch, Radii, Record, Summary, Verified, checked
 from certtrain.runtime.files import read_json, write_text
 from certtrain.verification.verdicts import Verdict
 

@@ -15,10 +15,10 @@ import numpy as np
 from certtrain.config import Config
 from certtrain.config.schema import VerificationSection
 from certtrain.errors import CheckpointError, UsageError, shortened
-from certtrain.report.records import CurvePoint, Record, Result, Subject, checked, parsed
 from certtrain.runs.directory import are_of_run, results_in, stored_config
 from certtrain.runs.files import CONFIG, METRICS, SUMMARY, VERIFIED, is_run
 from certtrain.runs.metrics import read_records
+from certtrain.runs.records import CurvePoint, Record, Result, Subject, checked, parsed
 from certtrain.runs.verdicts import LETTERS, Conditions, Verdicts, conditions_of, read_verdicts
 from certtrain.runtime.files import is_number, read_json
 from certtrain.verification.verdicts import Verdict

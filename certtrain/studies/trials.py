@@ -12,8 +12,8 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from certtrain.config import Config
 from certtrain.errors import NOT_OVER, CheckpointError
-from certtrain.report.records import Count, Record, checked
 from certtrain.runs.files import CONFIG, SEARCH, is_finished
+from certtrain.runs.records import Count, Record, checked
 from certtrain.runtime.files import read_json
 from certtrain.studies.compare import compare
 from certtrain.studies.design import labels

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import Field, FiniteFloat
 
 from certtrain.config import Config
 from certtrain.errors import UsageError
 from certtrain.runs.files import SCALING
+from certtrain.runs.records import Record
 from certtrain.runtime.files import read_json
 from certtrain.studies.scaling.contrasts import Contrast
 from certtrain.studies.scaling.cost import OperationCounter
@@ -112,11 +113,7 @@ def predicted(laws: Laws, resampled: Resampled, compute: float) -> dict[str, Any
 # --- read -------------------------------------------------------------------------------------------------------------
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-
-class Law(_Record):
+class Law(Record):
     coefficient: Positive
     exponent: FiniteFloat
 
@@ -129,7 +126,7 @@ class ErrorLaw(Law):
     floor: Annotated[float, Field(ge=0, le=1)]
 
 
-class FittedLaws(_Record):
+class FittedLaws(Record):
     """Of one protocol, by one approach; `range`: the compute of what they were fitted to."""
 
     width: Law
@@ -153,17 +150,17 @@ class FittedLaws(_Record):
         return Resampled(rows, len(rows))
 
 
-class Unfitted(_Record):
+class Unfitted(Record):
     why_not: str
 
 
-class Best(_Record):
+class Best(Record):
     lr: Positive
     batch_size: int = Field(ge=1)
     beta2: Annotated[float, Field(gt=0, lt=1)]
 
 
-class TuningRule(_Record):
+class TuningRule(Record):
     lr: Law
     batch_size: Law
     one_minus_beta2: Law
@@ -177,17 +174,17 @@ class TuningRule(_Record):
         return TunedRule(*laws, tuple(self.batch_sizes), tuple(self.beta2s), {})
 
 
-class Tuning(_Record):
+class Tuning(Record):
     rule: TuningRule
 
 
-class Data(_Record):
+class Data(Record):
     images: int = Field(ge=1)
     image_shape: list[Annotated[int, Field(ge=1, le=4096)]] = Field(min_length=3, max_length=3)
     classes: int = Field(ge=2)
 
 
-class ScalingRecord(_Record):
+class ScalingRecord(Record):
     """Of scaling.json, what a recommendation needs."""
 
     plan: ScalingFile

@@ -1,4 +1,4 @@
-"""What a report reads of a run's JSON files, checked before anything is drawn."""
+"""The JSON files of runs, read again and checked."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Stage(Record):
     seconds: FiniteFloat
 
 
-class Errors(Record):
+class ErrorsAt(Record):
     eps: Radius
     natural_error: Share
     pgd_error: Share
     verified_error: Share
 
 
-class Result(Errors):
+class Result(ErrorsAt):
     images: Count
     stages: list[Stage] = []
 
@@ -66,7 +66,7 @@ class AtEpoch(BySetting):
     epoch: Count
 
 
-class Start(Record):
+class StartInSummary(Record):
     """What a run began with, and where that was asked for, what became of it."""
 
     file: str
@@ -76,7 +76,7 @@ class Start(Record):
     after: BySetting | None = None
 
     @model_validator(mode="after")
-    def _errors_in_every_setting(self) -> Start:
+    def _errors_in_every_setting(self) -> StartInSummary:
         for errors in (self.before, self.after, *self.along):
             if self.settings and (errors is None or any(getattr(errors, name) is None for name in self.settings)):
                 raise ValueError("a setting has no errors")
@@ -95,7 +95,7 @@ class Subject(Record):
 class Summary(Result, Subject):
     """Of summary.json."""
 
-    start: Start | None = None
+    start: StartInSummary | None = None
 
     split: str | None = None
     images: Count
@@ -110,7 +110,7 @@ class Verified(Subject):
     """Of verify.json."""
 
     method: str | None = None
-    radii: list[Errors] = Field(min_length=1)
+    radii: list[ErrorsAt] = Field(min_length=1)
 
 
 class Radii(Subject):
