@@ -38,9 +38,9 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from certtrain.errors import CertificateError, UsageError, one_line
 from certtrain.runtime.files import parse_json
@@ -136,22 +136,28 @@ class Header:
         return header
 
 
-_TYPES = {"int": int, "str": str, "float": float, "ImageSet": dict, "tuple[Claim, ...]": list}
-
-
 def _fields(kind: type, content: Any, where: str) -> dict[str, Any]:
     """Just the fields of `kind`, each of its type."""
     if not isinstance(content, dict):
         raise CertificateError(f"{where} is missing or no mapping")
-    for field in fields(kind):
-        if field.name not in content:
-            raise CertificateError(f"{where} lacks {field.name}")
-        value, expected = content[field.name], _TYPES.get(str(field.type), dict)
-        if not isinstance(value, expected) or isinstance(value, bool):
-            raise CertificateError(f"{where} has {field.name} = {str(value)[:40]}, which is no {expected.__name__}")
-    if surplus := content.keys() - {field.name for field in fields(kind)}:
+    expected = {name: _in_json(annotation) for name, annotation in get_type_hints(kind).items()}
+    for name, written_as in expected.items():
+        if name not in content:
+            raise CertificateError(f"{where} lacks {name}")
+        value = content[name]
+        if not isinstance(value, written_as) or isinstance(value, bool):
+            raise CertificateError(f"{where} has {name} = {str(value)[:40]}, which is no {written_as.__name__}")
+    if surplus := content.keys() - expected.keys():
         raise CertificateError(f"{where} has {min(surplus)} besides")
     return content
+
+
+def _in_json(annotation: Any) -> type:
+    """The type of what JSON has for a field that is annotated so."""
+    kind = get_origin(annotation) or annotation
+    if kind in (int, float, str):
+        return kind
+    return list if kind is tuple else dict
 
 
 def _list(content: Any) -> list[Any]:
@@ -276,7 +282,7 @@ def write_certificates(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from certtrain.runtime.files import parse_json, write_atomically
+    from certtrain.runtime.files import write_atomically
 
     def rows() -> Iterator[dict[str, Any]]:
         return (row for result in results for row in certificate_rows(result, data))
