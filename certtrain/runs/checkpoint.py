@@ -21,7 +21,7 @@ from certtrain.errors import CheckpointError, UsageError, one_line
 from certtrain.models import MODELS, build_model, find_model
 from certtrain.modules import evaluating
 from certtrain.runs.files import ARCHITECTURE, CHECKPOINT, WEIGHTS
-from certtrain.runs.tensor_file import DTYPES, digest, open_tensor_file, tensor_file
+from certtrain.runs.tensor_file import DTYPES, open_tensor_file, tensor_file, tensors_digest
 from certtrain.runtime.files import parse_json, read_json, write_atomically, write_json
 
 FORMAT = 2  # of last.ckpt
@@ -42,7 +42,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
     structure = _packed(state, tensors, names)
-    checksum = digest(tensors, json.dumps(structure))
+    checksum = tensors_digest(tensors, json.dumps(structure))
     content = tensor_file(
         tensors, {DESCRIPTION: json.dumps({"format": FORMAT, "sha256": checksum, "state": structure})}
     )
@@ -74,7 +74,7 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], object] = lamb
         try:
             check(_unpacked(structure, file.outline))
             tensors = file.read()
-            if digest(tensors, json.dumps(structure)) != checksum:
+            if tensors_digest(tensors, json.dumps(structure)) != checksum:
                 raise CheckpointError(f"checkpoint {path} is corrupt: it does not match its checksum")
             return _unpacked(structure, tensors)
         except (_Malformed, RecursionError) as error:
@@ -150,7 +150,7 @@ def save_architecture(folder: Path, architecture: Mapping[str, Any]) -> None:
 
 def save_weights(file: Path, model: nn.Module) -> None:
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    content = tensor_file(weights, {"sha256": digest(weights)})
+    content = tensor_file(weights, {"sha256": tensors_digest(weights)})
     write_atomically(file, lambda stream: stream.write(content))
 
 
@@ -299,7 +299,7 @@ def load_weights(file: Path, check: Callable[[Mapping[str, Any]], None]) -> Mapp
     with open_tensor_file(file) as stored:
         check(stored.outline)
         weights = stored.read()
-    if stored.metadata.get("sha256") not in (None, digest(weights)):
+    if stored.metadata.get("sha256") not in (None, tensors_digest(weights)):
         raise CheckpointError(f"{file} is corrupt: its weights do not match their checksum")
     return weights
 

@@ -11,7 +11,7 @@ from torch import nn
 import certtrain
 from certtrain.config import Config
 from certtrain.modules import device_of
-from certtrain.runs.tensor_file import digest
+from certtrain.runs.tensor_file import tensors_digest
 from certtrain.verification.digests import digest_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def made_with(config: Config, model: nn.Module, split: Split) -> dict[str, Any]:
     """
     return {
         "seed": config.seed,
-        "weights_sha256": digest(model.state_dict()),
+        "weights_sha256": tensors_digest(model.state_dict()),
         "split_sha256": digest_of(split),
         "versions": versions(device_of(model)),
         "config": config.model_dump(mode="json"),

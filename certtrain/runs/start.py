@@ -29,7 +29,7 @@ from certtrain.runs.checkpoint import (
 from certtrain.runs.files import ARCHITECTURE, CHECKPOINT, CONFIG, METRICS, START, WEIGHTS
 from certtrain.runs.metrics import read_records
 from certtrain.runs.state import check_optimizer, check_state, continue_from, take_optimizer
-from certtrain.runs.tensor_file import digest
+from certtrain.runs.tensor_file import tensors_digest
 from certtrain.runtime.files import read_json, write_json
 from certtrain.training.trainer import Trainer
 
@@ -247,7 +247,7 @@ class Taken:
 
     def recorded_in(self, start: Start, before: Mapping[str, Errors]) -> Start:
         """`start` with what was taken, and the errors it had."""
-        found = {"sha256": digest(self.weights), "reinitialized": self.reinitialized, "before": dict(before)}
+        found = {"sha256": tensors_digest(self.weights), "reinitialized": self.reinitialized, "before": dict(before)}
         return start.model_copy(update=found)
 
 

@@ -73,7 +73,7 @@ def _outline(content: Any, name: str, path: Path) -> Tensor:
     return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
 
-def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
+def tensors_digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
     """SHA-256 of names, types, shapes and values, and of a text that belongs to them."""
     digest = hashlib.sha256(description.encode())
     for name, tensor in sorted(tensors.items()):

@@ -47,7 +47,7 @@ from certtrain.runs.start import (
     take,
 )
 from certtrain.runs.state import check_state, computed_by, continue_from
-from certtrain.runs.tensor_file import digest
+from certtrain.runs.tensor_file import tensors_digest
 from certtrain.runs.verdicts import add_verdicts, read_verdicts, verdicts_of
 from certtrain.runtime.compilation import announced
 from certtrain.runtime.console import Output, tell
@@ -364,7 +364,7 @@ def _verified(run: Prepared, claim: Claim, dataset: Dataset, split: str, ranks: 
     """Errors on the test images; a search, which may take hours, goes on with what one that was cut off has found."""
     results = None
     if BRANCH_AND_BOUND in run.config.verification.method:
-        weights = ranks.broadcast(digest(run.model.state_dict()))
+        weights = ranks.broadcast(tensors_digest(run.model.state_dict()))
         results = run.folder / VERIFYING / f"{weights[:16]}-{split}.jsonl"
         with ranks.together():
             if ranks.is_first:

@@ -14,7 +14,7 @@ from certtrain.config.loading import load_verification
 from certtrain.errors import UsageError, shown
 from certtrain.runs.files import is_finished
 from certtrain.runs.verdicts import Conditions
-from certtrain.studies.finished import FinishedRun, bounds_of, read_finished, require_same_images, runs_in
+from certtrain.studies.finished import FinishedRun, method_in_words, read_finished, require_same_images, runs_in
 from certtrain.studies.groups import Group, differing_settings, grouped, in_a_grid, with_baselines
 from certtrain.studies.statistics import ConfidenceInterval, McNemar, image_interval, mcnemar, mean_interval
 from certtrain.verification.cascade import check_cascade
@@ -182,7 +182,7 @@ def compare(
     chosen_metrics = _chosen_metrics(runs, metrics)
     return Comparison(
         eps=runs[0].result["eps"],
-        bounds=bounds_of(runs[0].result),
+        bounds=method_in_words(runs[0].result),
         conditions=runs[0].conditions,
         split=runs[0].split,
         images=runs[0].result["images"],

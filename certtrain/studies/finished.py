@@ -129,7 +129,7 @@ class _Stored:
         """For the radius, bounds and arithmetic of the result `like` of the run `of`; the newest first."""
         answers = _at([*self.added, *self.of_summary], like["eps"], like["method"])
         answers = [answer for answer in answers if answer.result.get("arithmetic") == like.get("arithmetic")]
-        return answers or self._refuse(like["eps"], f" by {bounds_of(like)}, as {of} was")
+        return answers or self._refuse(like["eps"], f" by {method_in_words(like)}, as {of} was")
 
     def _refuse(self, eps: Any, by: str) -> NoReturn:
         results = [answer.result for answer in (*self.of_summary, *self.added)]
@@ -138,7 +138,7 @@ class _Stored:
             raise UsageError(
                 f"{self.folder} has no result on its {split} split: certtrain verify {self.folder} adds it"
             )
-        there = ", ".join(sorted({f"{result['eps']:.5g} ({bounds_of(result)})" for result in results}))
+        there = ", ".join(sorted({f"{result['eps']:.5g} ({method_in_words(result)})" for result in results}))
         raise UsageError(
             f"{self.folder} was not verified at epsilon {eps}{by}, but at {there}: "
             f"certtrain verify {self.folder} --eps adds it"
@@ -262,7 +262,7 @@ def _disagreement(stored: Sequence[_Stored], answers: Sequence[Sequence[_Answer]
     return "the runs share no attacks, search limits and backend that all were verified with: certtrain verify adds one"
 
 
-def bounds_of(result: Mapping[str, Any]) -> str:
+def method_in_words(result: Mapping[str, Any]) -> str:
     """What verified it, in words: the method, and the arithmetic that it is sound in."""
     arithmetic = result.get("arithmetic")
     return f"{result['method']}, sound in {arithmetic}" if arithmetic else str(result["method"])

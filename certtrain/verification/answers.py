@@ -110,7 +110,7 @@ class Answers:
             correct = prediction == labels
             box = perturbation_box(part.images, eps, self.question.arithmetic)
             before_attack, after_attack = around_attack(self.question.methods)
-            margins = no_margins(labels, self.net.classes, box.like.dtype)
+            margins = unknown_margins(labels, self.net.classes, box.like.dtype)
             seconds: Seconds = [()] * len(labels)
             for i, method in enumerate(before_attack):
                 left = correct & ~proved(margins) if i > 0 else torch.ones_like(correct)
@@ -206,8 +206,8 @@ class Answers:
         return margins.index_copy(0, chosen, torch.maximum(margins[chosen], bounds)), spent
 
 
-def no_margins(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """(B, K): what is known of margins before any bound."""
+def unknown_margins(labels: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(B, K): what is known of margins before any bound, -inf, and 0 at the label."""
     return torch.full((len(labels), classes), -torch.inf, dtype=dtype, device=labels.device).scatter(
         1, labels[:, None], 0.0
     )
