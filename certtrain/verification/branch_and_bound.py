@@ -134,7 +134,8 @@ def settle(
 ) -> Iterator[tuple[int, Outcome]]:
     """`branch_and_bound`, of which each image's outcome comes, with its position, as soon as it is known."""
     points = record.boxes[0] if points is None else points
-    return _Run(model, record.detach(), labels, only_finite(margins.detach(), labels), search, points).outcomes()
+    known = only_finite(margins.detach(), labels)
+    return _BatchSearch(model, record.detach(), labels, known, search, points).outcomes()
 
 
 @torch.no_grad()
@@ -176,7 +177,19 @@ def searched_margins(
 Node = tuple[ImageSearch, Domain]
 
 
-class _Run:
+class _BatchSearch:
+    """The search of a batch of images: first their roots are bounded, then the worst domains are split, until each
+    image has a verdict.
+
+    Attributes:
+        model, record, search, points: as of `branch_and_bound`.
+        neurons: those that can be split, of all layers in a row.
+        classes: how many logits there are.
+        counter: numbers the domains; of two with the same bound the older is split first.
+        images: the state of each image's search, by its position.
+        initial: the slopes (U,) that the search of an image begins with, by the position of those that have roots.
+    """
+
     def __init__(
         self, model: nn.Module, record: Record, labels: Tensor, margins: Tensor, search: Search, points: Box
     ) -> None:
@@ -202,7 +215,7 @@ class _Run:
     def outcomes(self) -> Iterator[tuple[int, Outcome]]:
         searched = list(self.images)
         while searched:
-            self._end_some(searched)
+            self._decide(searched)
             for image in searched:
                 if image.verdict is not None:
                     yield image.position, self._outcome(image)
@@ -211,7 +224,7 @@ class _Run:
             if roots := self._next_roots(searched):
                 self._timed(self._bound_roots, roots)
             elif searched:
-                self._timed(self._round, self._chosen(searched))
+                self._timed(self._split_worst, self._chosen(searched))
 
     def _timed(self, step: Callable[[Sequence[Node]], None], nodes: Sequence[Node]) -> None:
         """The time of a step is shared by the images of its domains."""
@@ -240,10 +253,10 @@ class _Run:
             active = [image for image in active if image.waiting]
         return chosen
 
-    def _round(self, chosen: Sequence[Node]) -> None:
+    def _split_worst(self, chosen: Sequence[Node]) -> None:
         """Split each domain in two, bound the halves, and keep those that are not proved."""
         splittable: list[tuple[Node, list[Split]]] = []
-        for node, (point, candidates) in zip(chosen, self._looked_at(chosen), strict=True):
+        for node, (point, candidates) in zip(chosen, self._candidates(chosen), strict=True):
             image, domain = node
             self._try_point(image, point)
             if candidates:
@@ -255,7 +268,7 @@ class _Run:
             self._bound(self._halves(splittable))
         self._release(chosen)
 
-    def _looked_at(self, nodes: Sequence[Node]) -> Iterator[tuple[Tensor, list[Split]]]:
+    def _candidates(self, nodes: Sequence[Node]) -> Iterator[tuple[Tensor, list[Split]]]:
         """Of each domain the point where its bound is least, and the best candidates for a split."""
         batch = self._batch(nodes)
         coefficients: dict[int, Tensor] = {}
@@ -389,9 +402,9 @@ class _Run:
         """Of the undecided neurons -> of all; those of the others have no effect."""
         return slopes.new_zeros(self.neurons.total).scatter(0, image.undecided, slopes)
 
-    def _end_some(self, searched: Sequence[ImageSearch]) -> None:
-        """Those that are proved, or whose time is over, or whose trees nobody would read; and of the others the
-        largest, while there is too much."""
+    def _decide(self, searched: Sequence[ImageSearch]) -> None:
+        """Give a verdict to those that are proved, or whose time is over, or whose trees nobody would read; and of the
+        others to the largest, while there is too much."""
         for image in searched:
             if image.verdict is None and self._tree_bytes(image) > MOST_BYTES:
                 image.verdict = Verdict.MEMORY
@@ -421,10 +434,7 @@ class _Run:
     def _outcome(self, image: ImageSearch) -> Outcome:
         assert image.verdict is not None
         lower = image.lower.clone()
-        if image.verdict not in (
-            Verdict.ATTACKED,
-            Verdict.ALL_SPLIT,
-        ):  # some domains neither proved nor waiting
+        if image.verdict not in (Verdict.ATTACKED, Verdict.ALL_SPLIT):  # which leave domains neither proved nor waiting
             for target, worst in image.worst.items():
                 lower[target] = max(float(lower[target]), worst)
         leaves = tuple(map(image.leaf, image.leaves)) if image.verdict == Verdict.PROVED else ()

@@ -291,7 +291,7 @@ def test_without_splits_the_bounds_are_crowns_and_alpha_crowns(activation):
 def test_bounds_rise_along_every_branch(monkeypatch):
     """No domain's bound is below that of the domain it was split from, nor the root's below CROWN's."""
     seen = []
-    bound = module._Run._bound
+    bound = module._BatchSearch._bound
 
     def recorded(self, nodes):
         before = {domain.number: domain.lower for _, domain in nodes}
@@ -299,7 +299,7 @@ def test_bounds_rise_along_every_branch(monkeypatch):
         waiting = {domain.number: domain.lower for image in self.images for domain in image.waiting}
         seen.extend((lower, waiting[number]) for number, lower in before.items() if number in waiting)
 
-    monkeypatch.setattr(module._Run, "_bound", recorded)
+    monkeypatch.setattr(module._BatchSearch, "_bound", recorded)
     for activation in ACTIVATIONS:
         for seed in (1, 3):
             searched(seed, activation)
@@ -340,14 +340,14 @@ SEVERAL = several(3, (3, 6, 6, 3), 0.35)
 def test_given_up_for_memory_is_the_largest_of_those_still_searched(kept, limit):
     """Whatever domains wait and leaves are kept; whoever has nothing left to search is proved."""
     network, record, labels, margins = SEVERAL
-    run = module._Run(network, record, labels, margins, Search(timeout=torch.inf), record.boxes[0])
+    run = module._BatchSearch(network, record, labels, margins, Search(timeout=torch.inf), record.boxes[0])
     domain = Domain(-1.0, 0, 1, (), 0, np.zeros(0))
     for image, (waiting, leaves) in zip(run.images, kept, strict=True):
         image.roots, image.waiting, image.leaves = [], [domain] * waiting, [domain] * leaves
         image.undecided = run.images[0].undecided
     each = run._domain_bytes(run.images[0])
     run.search = replace(run.search, max_memory=limit * each)
-    run._end_some(run.images)
+    run._decide(run.images)
     expected = {i: sum(pair) for i, pair in enumerate(kept) if pair[0]}
     while sum(expected.values()) > limit:
         del expected[max(expected, key=expected.__getitem__)]
