@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,26 @@ from certtrain.errors import CheckpointError, one_line
 from certtrain.modules import device_of
 from certtrain.runs.checkpoint import require_same_shapes
 from certtrain.runs.provenance import processor
+from certtrain.runs.state_rules import (
+    Misfit,
+    Rule,
+    anything,
+    integer,
+    like,
+    list_of,
+    mapping_to,
+    number,
+    optional,
+    record,
+    require,
+    sequence,
+    short_text,
+    tensor,
+)
 from certtrain.training.optimizers import kept_after_a_step
 from certtrain.training.trainer import Trainer
 
 MOST_THREADS = 1024
-
-Rule = Callable[[Any, str], None]  # given a value and where it stands; raises Misfit
-
-
-class Misfit(Exception):
-    """What is wrong, and where."""
 
 
 def run_state(trainer: Trainer, seconds: float) -> dict[str, Any]:
@@ -48,9 +57,9 @@ def check_state(state: Any, trainer: Trainer, source: Path) -> None:
         CheckpointError: a key is missing or unknown, or a value is of another type, dtype or shape.
     """
     try:
-        weights = {"model": _anything, "steps_per_epoch": whole(1)}
-        record({"trainer": record(weights, others=_anything)}, others=_anything)(state, "")
-        record({}, others=_anything)(state["trainer"]["model"], "trainer.model")
+        weights = {"model": anything, "steps_per_epoch": integer(1)}
+        record({"trainer": record(weights, others=anything)}, others=anything)(state, "")
+        record({}, others=anything)(state["trainer"]["model"], "trainer.model")
         require_same_shapes(trainer.model.state_dict(), state["trainer"]["model"], source)
         if state["trainer"]["steps_per_epoch"] != trainer.steps_per_epoch:
             raise CheckpointError(
@@ -88,9 +97,7 @@ def check_optimizer(state: Any, trainer: Trainer, without: Collection[str], sour
         CheckpointError: it is that of another optimizer, or of other parameters.
     """
     try:
-        record({"trainer": record({"optimizer": record({"state": _anything}, _anything)}, _anything)}, _anything)(
-            state, ""
-        )
+        record({"trainer": record({"optimizer": record({"state": anything}, anything)}, anything)}, anything)(state, "")
         _optimizer(trainer.optimizer)(_lacking(state["trainer"]["optimizer"], trainer, without), "optimizer")
     except Misfit as misfit:
         raise CheckpointError(
@@ -131,26 +138,23 @@ def _laid_out_as(parameter: Tensor, value: Any) -> Any:
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-# --- the schema -------------------------------------------------------------------------------------------------------
-
-
 def _expected(trainer: Trainer) -> Rule:
     fields = {key: like(value) for key, value in trainer.state_dict().items()}
     byte_states = list_of(tensor(torch.uint8, dimensions=1))
     fields |= {
-        "step": whole(0, trainer.total_steps),
+        "step": integer(0, trainer.total_steps),
         "optimizer": _optimizer(trainer.optimizer),
         "sums": record(
             {
                 "values": mapping_to(tensor(dimensions=0)),
-                "weights": mapping_to(whole(0)),
+                "weights": mapping_to(integer(0)),
                 "first_bad_step": optional(tensor(dimensions=0)),
             }
         ),
         "random": record({"cpu": like(torch.get_rng_state()), "cuda": byte_states}),
     }
-    run = {"trainer": record(fields), "seconds": number(), "threads": whole(1, MOST_THREADS)}
-    return record(run, absent={"computed_by": text()})
+    run = {"trainer": record(fields), "seconds": number(), "threads": integer(1, MOST_THREADS)}
+    return record(run, absent={"computed_by": short_text()})
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> Rule:
@@ -159,135 +163,16 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> Rule:
     kept = {index: like(fields) for index, fields in enumerate(kept_after_a_step(optimizer))}
 
     def state(value: Any, where: str) -> None:
-        _require(isinstance(value, dict), where, "is not a mapping", value)
+        require(isinstance(value, dict), where, "is not a mapping", value)
         for index, fields in value.items():
-            _require(isinstance(index, int) and index in kept, where, f"has an unknown parameter {index!r:.40}")
+            require(isinstance(index, int) and index in kept, where, f"has an unknown parameter {index!r:.40}")
             if fields != {}:
                 kept[index](fields, f"{where}.{index}")
 
     def param_groups(value: Any, where: str) -> None:
-        _require(isinstance(value, list) and len(value) == len(groups), where, f"are not {len(groups)}")
+        require(isinstance(value, list) and len(value) == len(groups), where, f"are not {len(groups)}")
         for position, (group, own) in enumerate(zip(value, groups, strict=True)):
-            indices = sequence([whole(index, index) for index in own["params"]])
-            record({"params": indices}, others=_anything)(group, f"{where}.{position}")
+            indices = sequence([integer(index, index) for index in own["params"]])
+            record({"params": indices}, others=anything)(group, f"{where}.{position}")
 
     return record({"state": state, "param_groups": param_groups})
-
-
-def like(template: Any) -> Rule:
-    """The same keys and types; tensors of the same dtype and shape."""
-    if isinstance(template, Tensor):
-        return tensor(template.dtype, template.shape)
-    if isinstance(template, Mapping):
-        return record({key: like(value) for key, value in template.items()})
-    if isinstance(template, Sequence) and not isinstance(template, str):
-        return sequence([like(value) for value in template])
-    if isinstance(template, float):
-        return number()
-    return of_type(type(template))
-
-
-def record(fields: Mapping[Any, Rule], others: Rule | None = None, absent: Mapping[Any, Rule] | None = None) -> Rule:
-    """A mapping with these keys, and no others unless they have a rule; those of `absent` may be absent."""
-    rules = {**fields, **(absent or {})}
-
-    def check(value: Any, where: str) -> None:
-        _require(isinstance(value, dict), where, "is not a mapping", value)
-        for key in fields:
-            _require(key in value, where, f"lacks {key}")
-        for key, item in value.items():
-            rule = rules.get(key, others)
-            _require(rule is not None, where, f"has an unknown key {key!r:.40}")
-            assert rule is not None
-            rule(item, f"{where}.{key}".removeprefix("."))
-
-    return check
-
-
-def sequence(rules: Sequence[Rule]) -> Rule:
-    def check(value: Any, where: str) -> None:
-        _require(isinstance(value, list) and len(value) == len(rules), where, f"is not a list of {len(rules)}", value)
-        for position, (rule, item) in enumerate(zip(rules, value, strict=True)):
-            rule(item, f"{where}.{position}")
-
-    return check
-
-
-def list_of(rule: Rule) -> Rule:
-    def check(value: Any, where: str) -> None:
-        _require(isinstance(value, list), where, "is not a list", value)
-        for position, item in enumerate(value):
-            rule(item, f"{where}.{position}")
-
-    return check
-
-
-def mapping_to(rule: Rule) -> Rule:
-    """Any names, each with such a value."""
-
-    def check(value: Any, where: str) -> None:
-        _require(isinstance(value, dict), where, "is not a mapping", value)
-        for key, item in value.items():
-            _require(isinstance(key, str), where, f"has a key {key!r:.40}")
-            rule(item, f"{where}.{key}")
-
-    return check
-
-
-def optional(rule: Rule) -> Rule:
-    return lambda value, where: None if value is None else rule(value, where)
-
-
-def tensor(dtype: torch.dtype | None = None, shape: Sequence[int] | None = None, dimensions: int | None = None) -> Rule:
-    """Of this dtype (any floating-point one, if none is given), and this shape or number of dimensions."""
-
-    def check(value: Any, where: str) -> None:
-        _require(isinstance(value, Tensor), where, "is not a tensor", value)
-        right = value.is_floating_point() if dtype is None else value.dtype == dtype
-        _require(right, where, f"is of {value.dtype}, not {dtype or 'floating-point'}")
-        right = shape is None or value.shape == torch.Size(shape)
-        _require(right, where, f"is of shape {tuple(value.shape)}, not {tuple(shape or ())}")
-        right = dimensions is None or value.dim() == dimensions
-        _require(right, where, f"has {value.dim()} dimensions, not {dimensions}")
-
-    return check
-
-
-def text(most: int = 200) -> Rule:
-    def check(value: Any, where: str) -> None:
-        _require(isinstance(value, str) and len(value) <= most, where, f"is not a text of at most {most} letters")
-
-    return check
-
-
-def whole(low: int, high: int | None = None) -> Rule:
-    def check(value: Any, where: str) -> None:
-        most = 2**63 - 1 if high is None else high
-        _require(
-            type(value) is int and low <= value <= most, where, f"is not a whole number from {low} to {most}", value
-        )
-
-    return check
-
-
-def number() -> Rule:
-    """A finite one."""
-
-    def check(value: Any, where: str) -> None:
-        _require(type(value) in (int, float) and math.isfinite(value), where, "is not a number", value)
-
-    return check
-
-
-def of_type(kind: type) -> Rule:
-    return lambda value, where: _require(type(value) is kind, where, f"is not of type {kind.__name__}", value)
-
-
-def _anything(value: Any, where: str) -> None:
-    return None
-
-
-def _require(holds: bool, where: str, problem: str, value: Any = None) -> None:
-    if not holds:
-        shown = "" if value is None else f" ({value!r:.40})"
-        raise Misfit(f"{where or 'it'} {problem}{'' if isinstance(value, Tensor | dict | list) else shown}")
