@@ -1,4 +1,5 @@
-"""What any network is asked: where it lies, of what type it is, in which mode; and the random numbers it draws."""
+"""What any network is asked: where it lies, of what type it is, in which mode, what attributes its parts have; and the
+random numbers it draws."""
 
 from __future__ import annotations
 
@@ -65,3 +66,14 @@ def generators_kept(device: torch.device) -> Iterator[None]:
     """What is drawn inside, on the CPU or on `device`, changes nothing of what is drawn after."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+def attributes_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object, wherever they are kept: those that it has now, whatever is done to it meanwhile."""
+    own = getattr(value, "__dict__", None)
+    yield from dict(own).items() if isinstance(own, dict) else ()
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                yield name, getattr(value, name)

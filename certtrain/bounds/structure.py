@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from certtrain.modules import attributes_of
+
 
 def structure_of(model: nn.Module) -> tuple[Any, ...]:
     """Everything a recording has frozen: submodules, modes, hooks, which parameters and buffers there are, of what
@@ -82,16 +84,5 @@ def _frozen(value: Any, depth: int = 3, inside: tuple[int, ...] = ()) -> Any:
     if isinstance(value, dict):
         return tuple((key, _frozen(item, depth, (*inside, id(value)))) for key, item in value.items())
     if depth and not isinstance(value, _WITHOUT_STATE):
-        return _Same(value), tuple((key, _frozen(item, depth - 1)) for key, item in _state_of(value))
+        return _Same(value), tuple((key, _frozen(item, depth - 1)) for key, item in attributes_of(value))
     return _Same(value)
-
-
-def _state_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, wherever they are kept."""
-    own = getattr(value, "__dict__", None)
-    yield from own.items() if isinstance(own, dict) else ()
-    for base in type(value).__mro__:
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name, getattr(value, name)

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from certtrain.modules import attributes_of
+
 _PLAIN = (Number, str, bytes, PurePath, range, slice, torch.Size, torch.dtype, torch.layout, torch.memory_format)
 _NAMED = {"torch", "numpy", *sys.stdlib_module_names}  # packages
 _OPAQUE = ("torch.fx", "torch._", "logging", "threading", "weakref")  # whose objects hold what is made on the way
@@ -106,7 +108,7 @@ class _Digests:
             name = str(getattr(value, "__qualname__", getattr(value, "__name__", "")))
             yield name.encode()
             if not type(value).__module__.startswith(_OPAQUE):
-                state = [*_state_of(value)]
+                state = [*attributes_of(value)]
                 yield from map(self.of, (type(value), *(state if state or name else _pickled(value))))
 
     def _of_module(self, module: nn.Module) -> Iterator[bytes]:
@@ -188,13 +190,3 @@ def _names_in(code: CodeType) -> set[str]:
     """Of globals and attributes, those that functions inside of it read among them."""
     inner = [part for part in code.co_consts if isinstance(part, CodeType)]
     return set(code.co_names).union(*map(_names_in, inner))
-
-
-def _state_of(value: Any) -> Iterator[tuple[str, Any]]:
-    """The attributes of an object, wherever they are kept."""
-    yield from dict(getattr(value, "__dict__", {})).items()
-    for base in type(value).__mro__:
-        slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name, getattr(value, name)
