@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from certtrain.runs.build import load_data
 from certtrain.runs.files import SCALING, is_finished
 from certtrain.runs.provenance import versions
 from certtrain.runtime.files import make_folder, write_json
+from certtrain.studies.design import PlannedRun
 from certtrain.studies.groups import MACHINE
 from certtrain.studies.progress import has_diverged
 from certtrain.studies.runner import RunStates, require_fit, train_all
@@ -71,32 +72,16 @@ def scale(
     Raises:
         UsageError: the plan cannot be carried out, or `folder` holds other runs.
     """
-    deadline = None if budget is None else time.monotonic() + budget
-    count, seeds, outcome = counter_of(plan), plan.file.seeds, RunStates()
+    training = _Training(plan.file.seeds, jobs, None if budget is None else time.monotonic() + budget, device, console)
+    count = counter_of(plan)
     plan.grid(count, None)  # what is wrong with it is said first
 
-    def finished(cells: Sequence[Planned], place: Path, tries: bool = False) -> list[Measured]:
-        """The cells that are, after they were trained as far as the time goes; tries may also diverge."""
-        nonlocal outcome
-        runs = [run for seed in seeds for cell in cells for run in cell.runs([seed])]
-        require_fit(runs, place, free=MACHINE)
-        places = [place / run.name for run in runs]
-        over = all(is_finished(run) or (tries and has_diverged(run)) for run in places)
-        if train and not over and not (outcome.left or outcome.elsewhere or outcome.interrupted):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            failed = outcome.failed
-            outcome = train_all(runs, place, jobs=jobs, budget=left, device=device, console=console)
-            outcome.failed = failed | {
-                name: why for name, why in outcome.failed.items() if not (tries and has_diverged(place / name))
-            }
-        return measured(cells, seeds, place, diverged=tries)
-
     tuning = plan.tuning_cells(count)
-    tried = finished(tuning.cells, folder / TUNING, tries=True)
-    all_tried = bool(tried) and finished_runs(tried) == len(tuning.cells) * len(seeds)
+    tried = training.measured(tuning.cells, folder / TUNING, train, tries=True)
+    all_tried = bool(tried) and finished_runs(tried) == len(tuning.cells) * len(plan.file.seeds)
     rule = tuned_rule(tried) if all_tried else None
     grid = plan.grid(count, rule)
-    results = finished(grid.cells, folder)
+    results = training.measured(grid.cells, folder, train)
     protocols = dict.fromkeys(result.cell.protocol for result in results)
     fits = [fitted for protocol in protocols for fitted in fit(plan, results, protocol)]
     differ = contrasts(results, plan.file.resamples)
@@ -114,4 +99,39 @@ def scale(
     if save and (results or tried):
         make_folder(folder)
         write_json(folder / SCALING, content)
-    return Scaled(outcome, tuning, grid, tried, results, rule, fits, differ, content)
+    return Scaled(training.outcome, tuning, grid, tried, results, rule, fits, differ, content)
+
+
+@dataclass
+class _Training:
+    """Trains some cells after others, as far as the time goes.
+
+    deadline: of `time.monotonic`; outcome: what became of the last runs, with the failed ones of all.
+    """
+
+    seeds: Sequence[int]
+    jobs: int
+    deadline: float | None
+    device: str
+    console: Console | None
+    outcome: RunStates = field(default_factory=RunStates)
+
+    def measured(self, cells: Sequence[Planned], place: Path, train: bool, tries: bool = False) -> list[Measured]:
+        """The cells that are finished, with `train` after they were trained; of tries also those that have diverged."""
+        runs = [run for seed in self.seeds for cell in cells for run in cell.runs([seed])]
+        require_fit(runs, place, free=MACHINE)
+        over = all(is_finished(place / run.name) or (tries and has_diverged(place / run.name)) for run in runs)
+        if train and not over and not self._has_stopped:
+            self._train(runs, place, tries)
+        return measured(cells, self.seeds, place, diverged=tries)
+
+    @property
+    def _has_stopped(self) -> bool:
+        """Cells before these are not over, and nothing is to be begun after them."""
+        return bool(self.outcome.left or self.outcome.elsewhere or self.outcome.interrupted)
+
+    def _train(self, runs: Sequence[PlannedRun], place: Path, tries: bool) -> None:
+        left = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        outcome = train_all(runs, place, jobs=self.jobs, budget=left, device=self.device, console=self.console)
+        failed = {name: why for name, why in outcome.failed.items() if not (tries and has_diverged(place / name))}
+        self.outcome = replace(outcome, failed=self.outcome.failed | failed)
