@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,22 @@ def load_digits(root: Path, download: bool) -> Dataset:
 
     scikit-learn has no official split: train is the first 1,437 and test the other 360 of a fixed permutation.
     """
-    from sklearn.datasets import load_digits as embedded
-
-    digits = embedded()
+    images, labels = _embedded()
     # RandomState, not default_rng: numpy promises that its stream stays the same in all versions.
-    order = np.random.RandomState(0).permutation(len(digits.target))
-    images = torch.from_numpy(np.rint(digits.images[order] * 255 / 16).astype(np.uint8)[:, None])
-    everything = Split(images, torch.from_numpy(digits.target[order].astype(np.int64)))
+    order = np.random.RandomState(0).permutation(len(labels))
+    everything = Split(torch.from_numpy(images[order]), torch.from_numpy(labels[order]))
     return Dataset(
         train=everything.take(slice(_TRAIN)),
         test=everything.take(slice(_TRAIN, None)),
         classes=tuple(map(str, range(10))),
         **identity_normalization(1),
     )
+
+
+@lru_cache(1)
+def _embedded() -> tuple[np.ndarray, np.ndarray]:
+    """Images (1797, 1, 8, 8) and labels (1797,) in scikit-learn's order, parsed once in a process."""
+    from sklearn.datasets import load_digits as embedded
+
+    digits = embedded()
+    return np.rint(digits.images * 255 / 16).astype(np.uint8)[:, None], digits.target.astype(np.int64)

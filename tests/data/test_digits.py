@@ -27,3 +27,13 @@ def test_digits_are_sklearns_scaled_and_split_once_and_for_all():
     )
     assert found == expected
     assert np.bincount(data.test.labels).min() > 20
+
+
+def test_what_is_done_to_loaded_digits_stays_with_them():
+    """They are parsed once in a process, but each has its own."""
+    harmed = load_dataset("digits")
+    for part in (harmed.train, harmed.test):
+        part.images.zero_()
+        part.labels.zero_()
+    again = load_dataset("digits")
+    assert all(tensor.any() for part in (again.train, again.test) for tensor in (part.images, part.labels))
