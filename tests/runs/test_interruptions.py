@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import time
 
@@ -100,17 +101,24 @@ def test_the_command_ends_as_others_do_whose_reader_has_left(tmp_path):
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    """A run that was stopped after four steps, taken with two threads."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    before = torch.get_num_threads()
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped after four steps, taken with two threads; only to be read."""
+    folder, before = tmp_path_factory.mktemp("stopped") / "run", torch.get_num_threads()
     torch.set_num_threads(2)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("OMP_NUM_THREADS", raising=False)
         patch.setattr(ProgressDisplay, "after_step", signal_at(4))
-        train_here("digits", tmp_path / "run", device="cpu", overrides=TINY, console=Console(quiet=True))
+        train_here("digits", folder, device="cpu", overrides=TINY, console=Console(quiet=True))
     torch.set_num_threads(before)
-    return tmp_path / "run"
+    return folder
+
+
+@pytest.fixture
+def interrupted(stopped, tmp_path, monkeypatch):
+    """A copy of `stopped`, to go on with, or to be harmed."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return shutil.copytree(stopped, tmp_path / "run")
 
 
 def test_a_run_goes_on_with_the_threads_it_was_saved_with(cli, interrupted, monkeypatch):
