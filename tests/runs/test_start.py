@@ -458,11 +458,19 @@ def test_what_cannot_be_continued_is_refused_before_a_file_is_written(
     assert contents(tmp_path) == before
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, reference):
+    """A run that began with `reference`; only to be read."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    with one_thread():
+        assert main(train_arguments(folder, f"start_from={reference}", NO_TABLE, "metrics.first_steps=2")) == 0
+    return folder
+
+
 @pytest.mark.parametrize("content", [b"", b"[", b"[]", b'{"file": "a"}', b"\xff\xfe", b"[" * 100_000, None])
-def test_a_harmed_record_of_the_start_is_refused(train, tmp_path, reference, content):
+def test_a_harmed_record_of_the_start_is_refused(train, tmp_path, begun, content):
     """None: values of another type."""
-    run = tmp_path / "run"
-    assert train(f"start_from={reference}", NO_TABLE, "metrics.first_steps=2").code == 0
+    run = shutil.copytree(begun, tmp_path / "run")
     values = json.loads((run / "start.json").read_text())
     (run / "start.json").write_bytes(json.dumps(values | {"eps": "all"}).encode() if content is None else content)
     before = contents(run)
