@@ -251,18 +251,6 @@ def test_margins_are_below_every_point_and_grow_with_the_methods_price(drawn, ra
         assert (cheaper <= dearer).all()
 
 
-@pytest.mark.parametrize("method", BACKWARD_METHODS)
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(drawn=networks())
-def test_a_degenerate_box_gives_the_networks_own_margins(method, drawn):
-    model, seed = drawn
-    box, labels = random_box(seed, 0.0), torch.tensor([0, 1, 2])
-    with torch.no_grad():
-        margins = BoundedModel(model, box.center).margins(box, labels, method, intersect=False)
-        logits = model(box.center)
-    torch.testing.assert_close(margins, logits.gather(1, labels[:, None]) - logits, rtol=1e-9, atol=1e-9)
-
-
 def test_every_operation_with_an_interval_rule_has_a_linear_one():
     affine = {function for function, record in OPERATIONS.items() if record.affine is not Affine.NO} | {scale_shift}
     assert RULES.keys() <= LINES.keys() | BACKWARD.keys() | PARAMETRIZED.keys() | affine

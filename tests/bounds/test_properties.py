@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
+from certtrain.bound_methods import METHODS
 from certtrain.bounds import BoundedModel, Box
 from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES
@@ -262,6 +263,18 @@ def attack(model: nn.Module, box: Box, output: int, sign: int) -> Tensor:
     return x
 
 
+def check_point_is_its_own_bounds(net: BoundedModel, point: Box, logits: Tensor, labels: Tensor) -> None:
+    """Of a box that is one point, bounds are the network's `logits` there, and every method's margins are theirs."""
+    with torch.no_grad():
+        output = net.ibp(point).output
+        margins = {method: net.margins(point, labels, method, intersect=False) for method in METHODS}
+    expected = logits.gather(1, labels[:, None]) - logits
+    found = {"lower": (output.lower, logits), "upper": (output.upper, logits)}
+    found |= {method: (value, expected) for method, value in margins.items()}
+    for name, (value, exact) in found.items():
+        torch.testing.assert_close(value, exact, rtol=1e-9, atol=1e-9, msg=lambda told, name=name: f"{name}: {told}")
+
+
 @settings(max_examples=75, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     drawn=networks(),
@@ -273,7 +286,8 @@ def test_no_point_leaves_its_box(drawn, radius, labels):
     box, labels = random_box(seed, radius), torch.tensor(labels)
     net = BoundedModel(model, box.center)
     with torch.no_grad():
-        output, margins = net.ibp(box).output, net.margins(box, labels)
+        output, margins, logits = net.ibp(box).output, net.margins(box, labels), model(box.center)
+    check_point_is_its_own_bounds(net, random_box(seed, 0.0), logits, labels)
     points = points_of(box, 20, torch.Generator().manual_seed(seed + 1))
     points += [attack(model, box, i, sign) for i in range(4) for sign in (1, -1)]
     for point in points:
@@ -282,17 +296,6 @@ def test_no_point_leaves_its_box(drawn, radius, labels):
         slack = 1e-9 * (1 + logits.abs().max().item())
         assert output.contains(logits, slack).all()
         assert (logits.gather(1, labels[:, None]) - logits >= margins - slack).all()
-
-
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(drawn=networks())
-def test_a_degenerate_box_gives_the_networks_own_output(drawn):
-    model, seed = drawn
-    box = random_box(seed, 0.0)
-    with torch.no_grad():
-        output, expected = BoundedModel(model, box.center).ibp(box).output, model(box.center)
-    torch.testing.assert_close(output.lower, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(output.upper, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow
