@@ -11,7 +11,8 @@ import re
 import pytest
 
 from certtrain.config import load_config
-from certtrain.config.loading import shipped_configs
+from certtrain.config.loading import shipped_configs, shipped_studies
+from certtrain.studies.design import load_study
 
 SETTINGS = ("mnist_0_1", "mnist_0_3", "cifar10_2_255", "cifar10_8_255", "tinyimagenet_1_255")
 RADII = (0.1, 0.3, 2 / 255, 8 / 255, 1 / 255)
@@ -157,6 +158,28 @@ def test_a_network_of_the_expressive_losses_is_trained_as_its_table_says(name, s
     assert (attack.steps, attack.step_size, attack.eps_factor, attack.clamp_to_box) == expected
     assert (attack.restarts, attack.start, attack.statistics, attack.decay_at) == (1, "uniform", "running", ())
     assert (attack.keep, attack.step_of) == ("worst" if attack.steps > 1 else "last", "box")
+
+
+PUBLISHED_IN = EXPRESSIVE | {name: CTBENCH[name] for name in ("sabr", "taps", "staps")}
+
+
+@pytest.mark.parametrize("setting", ["cifar10_2_255", "cifar10_8_255"])
+@pytest.mark.parametrize("kind", ["board", "methods"])
+def test_a_study_has_the_coefficients_of_the_tables_that_it_names(kind, setting):
+    position, found = SETTINGS.index(setting), set()
+    for cell in load_study(shipped_studies()[f"{kind}_{setting}"]).cells:
+        config, method = cell.config, cell.config.training.method
+        if method.name not in PUBLISHED_IN:
+            continue
+        found.add(method.name)
+        published = read(PUBLISHED_IN[method.name][position])
+        check_method(method, method.name, published)
+        factors = config.epsilon.max, config.epsilon.train_factor, getattr(method, "gradient_scale", None)
+        assert factors == (pytest.approx(RADII[position]), published.get("ε ×", 1), published.get("scale"))
+        if method.name in EXPRESSIVE:
+            factor = 2.1 if setting == "cifar10_2_255" else 1
+            assert (method.attack.eps_factor, method.attack.clamp_to_box) == (factor, factor == 1)
+    assert found == ({"mtl-ibp"} if kind == "board" else set(PUBLISHED_IN))
 
 
 def number(text: str) -> float | str:
