@@ -23,17 +23,17 @@ NAME = re.compile(
 IMAGES = {"digits": ((1, 8, 8), 10), "mnist": ((1, 28, 28), 10), "cifar10": ((3, 32, 32), 10),
           "tinyimagenet": ((3, 64, 64), 200)}  # fmt: skip
 
-# epochs, start, warmup, milestones, factor, batch, clip, mid
+# epochs, start, warmup, milestones, factor, batch, clip, mid, crop
 SCHEDULES = {
-    ("mnist", None): (70, 1, 20, (50, 60), 0.2, 256, 10, 0.25),
-    ("mnist", "long"): (200, 11, 50, (130, 190), 0.1, 256, None, 0),
-    ("cifar10", "short"): (70, 2, 20, (50, 60), 0.2, 128, 10, 0.25),
-    ("cifar10", None): (160, 2, 80, (120, 140), 0.2, 128, 10, 0.25),
-    ("cifar10", "long", "vanilla_ibp"): (3200, 321, 1600, (2600, 3040), 0.1, 1024, None, 0.25),
-    ("cifar10", "long", "crown_ibp"): (2000, 101, 800, (1400, 1700), 0.1, 256, 8, 0.4),
-    ("tinyimagenet", "short"): (80, 2, 10, (61, 71), 0.2, 128, 10, 0.25),
-    ("tinyimagenet", None): (80, 2, 20, (61, 71), 0.2, 128, 10, 0.25),
-    ("tinyimagenet", "long"): (800, 100, 400, (600, 700), 0.1, 100, 8, 0.4),
+    ("mnist", None): (70, 1, 20, (50, 60), 0.2, 256, 10, 0.25, 0),
+    ("mnist", "long"): (200, 11, 50, (130, 190), 0.1, 256, None, 0, 0),
+    ("cifar10", "short"): (70, 2, 20, (50, 60), 0.2, 128, 10, 0.25, 2),
+    ("cifar10", None): (160, 2, 80, (120, 140), 0.2, 128, 10, 0.25, 2),
+    ("cifar10", "long", "vanilla_ibp"): (3200, 321, 1600, (2600, 3040), 0.1, 1024, None, 0.25, 4),
+    ("cifar10", "long", "crown_ibp"): (2000, 101, 800, (1400, 1700), 0.1, 256, 8, 0.4, 4),
+    ("tinyimagenet", "short"): (80, 2, 10, (61, 71), 0.2, 128, 10, 0.25, 4),
+    ("tinyimagenet", None): (80, 2, 20, (61, 71), 0.2, 128, 10, 0.25, 4),
+    ("tinyimagenet", "long"): (800, 100, 400, (600, 700), 0.1, 100, 8, 0.4, 4),
 }
 NARROW = {
     "cnn7": ["width=2", "linear_width=4"],
@@ -77,7 +77,9 @@ def test_a_config_says_what_its_name_says(name):
         key = (config.data.name, schedule)
         expected = SCHEDULES.get(key) or SCHEDULES[*key, method]
     assert expected == (training.epochs, epsilon.start_epoch, epsilon.warmup_epochs, optimizer.milestones,
-                        optimizer.factor, training.batch_size, optimizer.clip, epsilon.mid)  # fmt: skip
+                        optimizer.factor, training.batch_size, optimizer.clip, epsilon.mid,
+                        config.data.crop)  # fmt: skip
+    assert config.data.flip == (config.data.name != "mnist")
     of_crown_ibp = (config.data.name, schedule) == ("mnist", "long")  # mnist_dm-large_0.4.json of its authors
     assert (optimizer.name, optimizer.lr, epsilon.beta) == ("Adam", 5e-4, 1 if of_crown_ibp else 4)
     assert training.method.kappa == ((1, 0.5) if of_crown_ibp else (0, 0))
@@ -85,6 +87,17 @@ def test_a_config_says_what_its_name_says(name):
     assert max(config.test_radii) == pytest.approx(radius, rel=1e-12)
     factor = 1.1 if (config.data.name, schedule) == ("cifar10", "long") else 1
     assert epsilon.max == pytest.approx(factor * radius, rel=1e-6)
+
+
+@pytest.mark.parametrize("part", ["cifar10_200_epochs", "cifar10_2000_epochs", "cifar10_3200_epochs"])
+@pytest.mark.parametrize("crop", [0, 2])
+def test_a_schedule_comes_with_the_augmentation_of_its_source(tmp_path, part, crop):
+    """RandomCrop(32, 4) and flips in the code of arXiv 1906.06316 and 2002.12920, whatever the data had before."""
+    before = tmp_path / "before.yaml"
+    before.write_text(f"base: cifar10_8_255\ndata: {{flip: false, crop: {crop}}}\n")
+    (tmp_path / "after.yaml").write_text(f"base: [before.yaml, {part}]\n")
+    data = load_config(tmp_path / "after.yaml").data
+    assert (data.flip, data.crop) == (True, 4)
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10_8_255", "tinyimagenet_1_255"])
@@ -120,8 +133,9 @@ def images(tmp_path_factory):
 
 
 def apart_from_schedules() -> list[str]:
-    """Of configs that differ in nothing but how long and how fast they train, which is asserted above, one."""
-    schedules = {"training": {"epochs", "batch_size"}, "epsilon": True, "optimizer": {"milestones", "factor", "clip"}}
+    """Of configs that differ in nothing but a schedule and its augmentation, which is asserted above, one."""
+    schedules = {"training": {"epochs", "batch_size"}, "epsilon": True, "optimizer": {"milestones", "factor", "clip"},
+                 "data": {"crop"}}  # fmt: skip
     first: dict[str, str] = {}
     tables = ("ctbench", "ctrain", "expressive")  # whose methods are the same at all radii
     names = [name for name in runnable_configs() if not name.startswith(tables) or "cifar10_2_255" in name]
