@@ -22,6 +22,7 @@ from certtrain.bounds.rounding.boxes import enclosing_linf_box, nearest_above, n
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.folding import fold_batch_norm
+from tests.bounds.rounding.order_detector import OrderDetector
 from tests.networks import narrow_cnn7, pooling_network, randomized, residual_network
 
 # --- an emulator that rounds rationals: (bits of the significand, smallest exponent) ----------------------------------
@@ -305,28 +306,6 @@ def test_each_operation_holds_what_float32_computes_and_little_more(name):
 
 
 # --- a network made to fool a plain verifier --------------------------------------------------------------------------
-
-
-class OrderDetector(nn.Module):
-    """Class 1 where 2^24 + x - 2^24, summed in an order in which x survives, is more than one half.
-
-    After Jia and Rinard, Exploiting Verified Neural Networks via Floating Point Numerical Error (2021), and Szász,
-    Bánhelyi and Jelasity, No Soundness in the Real World (ICML 2025).
-    """
-
-    def __init__(self, order: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.hidden, self.sum, self.logits = nn.Linear(1, 3), nn.Linear(3, 1, bias=False), nn.Linear(1, 2)
-        large = 2.0**24
-        with torch.no_grad():
-            self.hidden.weight.copy_(torch.tensor([[0.0], [1.0], [0.0]])[list(order)])
-            self.hidden.bias.copy_(torch.tensor([large, 0.0, large])[list(order)])
-            self.sum.weight.copy_(torch.tensor([[1.0, 1.0, -1.0]])[:, list(order)])
-            self.logits.weight.copy_(torch.tensor([[-1.0], [1.0]]))
-            self.logits.bias.copy_(torch.tensor([0.5, -0.5]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.logits(F.relu(self.sum(F.relu(self.hidden(x)))))
 
 
 def test_a_network_that_fools_a_plain_verifier_is_not_proved():

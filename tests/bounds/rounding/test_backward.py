@@ -19,8 +19,7 @@ from certtrain.bounds.rounding.backward import PULLED_BACK_BY_TRANSPOSE, RELAXAT
 from certtrain.bounds.rounding.boxes import OutwardBox, enclosing_linf_box
 from certtrain.bounds.rounding.table import RULES
 from certtrain.errors import UnsupportedOperation
-from tests.bounds.test_rounding import OrderDetector
-from tests.bounds.test_roundings import (
+from tests.bounds.rounding.by_hand import (
     CASES,
     MODES,
     ORDERS,
@@ -31,7 +30,8 @@ from tests.bounds.test_roundings import (
     spread,
     spread_,
 )
-from tests.bounds.test_roundings import setting as operation
+from tests.bounds.rounding.by_hand import setting as operation
+from tests.bounds.rounding.order_detector import OrderDetector
 
 LINEAR = METHODS[1:]
 LABEL = torch.tensor([1])
