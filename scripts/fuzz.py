@@ -144,7 +144,9 @@ def require_inside(check: str, box: Box, margins: Tensor | None, labels: Tensor,
 
 def _whole_if_softmax(output: Box, net: BoundedModel) -> Box:
     """All reals where the network ends with a softmax, of whose input the bounds are."""
-    return output if net.graph.head is None else Box.around(output.center, torch.full_like(output.center, torch.inf))
+    if net.graph.final_softmax is None:
+        return output
+    return Box.around(output.center, torch.full_like(output.center, torch.inf))
 
 
 class Examination:
@@ -266,7 +268,7 @@ class Examination:
             return
         net = self._asked("recording, training", lambda: BoundedModel(double, x))
         bounds = net and self._asked("training", lambda: net.ibp(linf_box(x, 0.0, clip=None), clean=x, record=True))
-        if bounds is not None and net.graph.head is None:
+        if bounds is not None and net.graph.final_softmax is None:
             inner = max(float(b.center.abs().max()) for b in bounds.record.boxes.values())
             slack = INNER * inner + RELATIVE * float(expected.abs().max())
             slack = max(slack, 1e-6 * float(expected.abs().max()))  # variances of two values may cancel
@@ -282,7 +284,7 @@ class Examination:
                 tensor.mul_(1 + 0.5 * torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype))
         expected = deepcopy(double)(x.clone())
         bounds = self._asked("after a change", lambda: net.ibp(linf_box(x, 0.0, clip=None), record=True))
-        if bounds is not None and net.graph.head is None:
+        if bounds is not None and net.graph.final_softmax is None:
             inner = max(float(b.center.abs().max()) for b in bounds.record.boxes.values())
             slack = INNER * inner + RELATIVE * float(expected.abs().max())
             require_inside("after a change", bounds.output, None, self.question.labels, expected, slack)

@@ -136,10 +136,10 @@ def linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = 
         raise UsageError(f"a box is drawn around floating-point images in [0, 1], not {x.dtype}")
     if not isinstance(eps, Tensor) and not 0 <= eps < math.inf:
         raise UsageError(f"a radius is a finite number and not negative, not {eps}")
-    return cut(Box(x - eps, x + eps), clip)
+    return clipped_to(Box(x - eps, x + eps), clip)
 
 
-def cut(box: B, clip: tuple[float, float] | None) -> B:
+def clipped_to(box: B, clip: tuple[float, float] | None) -> B:
     """What of a box, given by its ends, lies in the range `clip`; raises UsageError where nothing does."""
     if clip is None:
         return box

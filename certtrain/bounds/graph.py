@@ -134,18 +134,18 @@ class Graph(Generic[V]):
     """The steps of a network in order; step 0 is its input, the one at `output` its result.
 
     Args:
-        tail: the affine steps that end the network, one after the other.
+        affine_tail: the affine steps that end the network, one after the other.
         cuts: by how many activations are behind them. (`cuts.cuts`)
         batch_sum: adds up BatchNorm's sums, where the inputs are only a part of the batch.
-        head: a softmax or log-softmax that the network applies to the output, over the classes; left out here.
+        final_softmax: a softmax or log-softmax that the network applies to the output, over the classes; left out here.
     """
 
     steps: tuple[Step, ...]
     output: int
-    tail: frozenset[int]
+    affine_tail: frozenset[int]
     cuts: Mapping[int, Cut]
     batch_sum: BatchSum | None = None
-    head: Callable[..., Tensor] | None = None
+    final_softmax: Callable[..., Tensor] | None = None
 
     def run(self, value: V, transform: Transform[V], coefficients: Mapping[int, Coefficients] | None = None) -> V:
         """Walk through the network from `value`; intermediate values are freed after their last use.

@@ -85,7 +85,7 @@ class JointPass:
         self.tail: list[Call] = []
         self.calls: list[Call] = []
         self.boxes: dict[int, Box] = {}
-        self._tail_indices = graph.tail
+        self._tail_indices = graph.affine_tail
         self._record, self._observe, self._shrink = record, observe, shrink
 
     def apply(self, call: Call, args: tuple[Any, ...]) -> Joint:

@@ -121,12 +121,12 @@ def sum_of_others(squares: Tensor, dims: Dims) -> Tensor:
     return others.scatter(-1, top, without_top).view(squares.shape)
 
 
-def has_batch_axis(x: Tensor, dims: int) -> Tensor:
+def with_batch_axis(x: Tensor, dims: int) -> Tensor:
     return x
 
 
 define(
-    has_batch_axis,
+    with_batch_axis,
     lambda x, dims: (x, dims),
     affine=Affine.FIRST,
     reshaping=True,
@@ -224,7 +224,7 @@ def _instance_norm(dims: int) -> Any:
     def decomposition(modules: ModuleCalls, m: Any, input: Any) -> Any:
         mean, variance = modules.parameter(m, "running_mean"), modules.parameter(m, "running_var")
         weight, bias = _affine(modules, m)
-        input = modules.call(has_batch_axis, input, dims)
+        input = modules.call(with_batch_axis, input, dims)
         uses_input = m.training or not m.track_running_stats
         momentum = m.momentum or 0.0
         return instance_norm(modules.call, input, mean, variance, weight, bias, uses_input, momentum, m.eps)

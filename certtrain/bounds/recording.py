@@ -185,7 +185,7 @@ def _meaning(graph: Graph[Tensor]) -> list[tuple[Any, ...]]:
 
 def _walk(graph: Graph[Tensor], images: Tensor, walk: PointWalk) -> Tensor:
     output = graph.run(images, walk)
-    return output if graph.head is None else graph.head(output, 1)
+    return output if graph.final_softmax is None else graph.final_softmax(output, 1)
 
 
 def _each_alone(graph: Graph[Tensor], images: Tensor, scalings: list[tuple[Callable, tuple]] | None) -> Tensor | None:

@@ -51,8 +51,8 @@ def _refuse_parallel(module: nn.Module, where: str) -> None:
 def trace(model: nn.Module, batch_sum: BatchSum | None = None) -> Graph:
     """Record `model`'s forward in its present mode (train or eval).
 
-    A softmax or log-softmax over the classes that ends the network is left out (`Graph.head`): it keeps the order of
-    the logits, and margins are those of the logits.
+    A softmax or log-softmax over the classes that ends the network is left out (`Graph.final_softmax`): it keeps the
+    order of the logits, and margins are those of the logits.
 
     Raises:
         UnsupportedOperation: see the head of this file; an operation without a record; hooks on a layer.
@@ -250,16 +250,16 @@ class _Recorder:
         output = self.current[result]
         if not self._is_value(output) or isinstance(output, _Parts):
             raise UnsupportedOperation("the network must return one tensor that depends on its input")
-        head = None
+        final_softmax = None
         last = self.steps[output.index]
         if last.operation is not None and last.operation.function in LAST_FUNCTIONS:
-            (values, dim), head = (*last.args, *last.arguments())[:2], last.operation.function
+            (values, dim), final_softmax = (*last.args, *last.arguments())[:2], last.operation.function
             if dim not in (1, -1):
                 raise UnsupportedOperation(f"{last.where} over axis {dim}, which is not the classes', has no rule")
             output = values
         steps = self.steps[: output.index + 1]
         told = with_last_uses(steps, output.index)
-        return Graph(told, output.index, _affine_tail(steps, output.index), cuts(steps), batch_sum, head)
+        return Graph(told, output.index, _affine_tail(steps, output.index), cuts(steps), batch_sum, final_softmax)
 
 
 def _bound(bind: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], where: str) -> Any:

@@ -24,7 +24,7 @@ from certtrain.bounds.linear.backward import RULES as BACKWARD
 from certtrain.bounds.linear.normalization import _lines as normalized_lines
 from certtrain.bounds.linear.relaxations import RELAXATIONS
 from certtrain.bounds.lirpa import LirpaModel
-from certtrain.bounds.normalization import deviation, has_batch_axis, inverse_root, normalized
+from certtrain.bounds.normalization import deviation, inverse_root, normalized, with_batch_axis
 from certtrain.bounds.operations.activations import gelu, power
 from certtrain.bounds.operations.arithmetic import add, sub
 from certtrain.bounds.operations.joining import cat, chunk, split, unbind
@@ -679,7 +679,7 @@ each_elementwise = pytest.mark.parametrize(
     "function", [f for f in OPERATIONS if OPERATIONS[f].elementwise], ids=name_of
 )
 each_operation = pytest.mark.parametrize("function", EXAMPLES, ids=name_of)
-ELSEWHERE = {torch.softmax, torch.log_softmax, attend, deviation, has_batch_axis, inverse_root, masked, normalized}
+ELSEWHERE = {torch.softmax, torch.log_softmax, attend, deviation, with_batch_axis, inverse_root, masked, normalized}
 """In test_attention.py."""
 NORMALIZATIONS = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, F.group_norm, F.instance_norm}
 

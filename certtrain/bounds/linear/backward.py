@@ -35,11 +35,11 @@ from certtrain.bounds.linear.patches import (
     Convolution,
     Patches,
     added,
+    constant_factor,
     constant_map,
     dense,
     dot,
     magnitude,
-    scaling_of,
     through,
 )
 from certtrain.bounds.linear.relaxations import RELAXATIONS, LinearRelaxation, relu
@@ -102,7 +102,7 @@ def _sum(sign: int) -> Callable[..., tuple[Contributions, Tensor]]:
 
 def _scaling(call: Call, a: Tensor, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor]:
     """x y, x / y or -x with a constant y, element by element."""
-    found = scaling_of(call, boxes)
+    found = constant_factor(call, boxes)
     if found is None:
         return _affine(call, a, boxes)
     ref, factor = found

@@ -247,7 +247,7 @@ def _sum(sign: int) -> Rule:
 
 
 def _scaling(call: Call, a: Patches, boxes: Mapping[int, Box]) -> tuple[Contributions, Tensor] | None:
-    found = scaling_of(call, boxes)
+    found = constant_factor(call, boxes)
     if found is None:
         return None
     ref, factor = found
@@ -255,7 +255,7 @@ def _scaling(call: Call, a: Patches, boxes: Mapping[int, Box]) -> tuple[Contribu
     return [(ref, pulled)], a.values.new_zeros(a.values.shape[:2])
 
 
-def scaling_of(call: Call, boxes: Mapping[int, Box]) -> tuple[Ref, Tensor] | None:
+def constant_factor(call: Call, boxes: Mapping[int, Box]) -> tuple[Ref, Tensor] | None:
     """The value and the factor (B, ...) of x y, x / y or -x, y a constant; None where the value is broadcast."""
     (ref,) = leaves(call.args, Ref)
     box = boxes[call.index]

@@ -37,7 +37,7 @@ from certtrain.bounds.rounding.arithmetic import (
 )
 from certtrain.bounds.rounding.boxes import OutwardBox
 from certtrain.bounds.rounding.propagation import SoundPass, run_sound_pass
-from certtrain.bounds.rounding.rules import scaling_of
+from certtrain.bounds.rounding.rules import batch_norm_scaling
 from certtrain.bounds.rounding.table import COMPARING, EXACT
 from certtrain.bounds.shapes import per_channel
 from certtrain.errors import UnsupportedOperation
@@ -119,7 +119,7 @@ class _RecordingPass(SoundPass):
 
 def _as_scaling(call: Call, box: OutwardBox) -> Call:
     x, mean, variance, weight, bias, _, _, eps = call.args
-    scaling = (per_channel(each, box.like.dim()) for each in scaling_of(mean, variance, weight, bias, eps))
+    scaling = (per_channel(each, box.like.dim()) for each in batch_norm_scaling(mean, variance, weight, bias, eps))
     return Call(call.index, scale_shift, (x, *scaling), call.where, affine=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from certtrain.bounds.box import Box, cut
+from certtrain.bounds.box import Box, clipped_to
 from certtrain.bounds.rounding.arithmetic import COEFFICIENT_ROUNDINGS, LARGEST_FACTOR, Arithmetic, inflation
 
 
@@ -93,7 +93,7 @@ def outward(box: Box) -> OutwardBox:
 def enclosing_linf_box(x: Tensor, eps: float | Tensor, clip: tuple[float, float] | None = (0.0, 1.0)) -> OutwardBox:
     """`linf_box` that no rounding has made smaller: every real point within `eps` of `x`, and in `clip`, is inside."""
     x = x.double()
-    return cut(OutwardBox(down(x - eps), up(x + eps)), clip)
+    return clipped_to(OutwardBox(down(x - eps), up(x + eps)), clip)
 
 
 def widened(

@@ -144,7 +144,7 @@ def run_sound_pass(walk: SoundPass, box: Box) -> Bounds:
     """
     graph = walk.graph
     _require_stored_constants(graph)
-    if graph.head is not None:
+    if graph.final_softmax is not None:
         raise UnsupportedOperation(
             "a softmax as the last operation, which may round two classes to a tie, has no sound rule"
         )

@@ -138,7 +138,7 @@ def largest_of(magnitude: Tensor) -> Tensor:
     return flattened(magnitude, 1).amax(1)
 
 
-def scaling_of(
+def batch_norm_scaling(
     mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) of a BatchNorm in eval mode, by the roundings that eq. 7 counts."""
@@ -168,9 +168,9 @@ def batch_norm(
     weight = torch.ones_like(variance) if weight is None else weight
     bias = torch.zeros_like(mean) if bias is None else bias
     known = _is_harmless(variance + eps) & (variance >= 0) & (eps >= 0)  # a difference has a greater relative error
-    known = known & _is_small(scaling_of(mean, variance, weight, bias, eps)[0], weight, mean, bias)
+    known = known & _is_small(batch_norm_scaling(mean, variance, weight, bias, eps)[0], weight, mean, bias)
     mean, weight, bias = (torch.where(known, each, 0.0) for each in (mean, weight, bias))
-    scale, shift = scaling_of(mean, torch.where(known, variance, 1.0), weight, bias, eps)
+    scale, shift = batch_norm_scaling(mean, torch.where(known, variance, 1.0), weight, bias, eps)
     parameters = mean.abs() * scale.abs() + bias.abs()
     losses: Tensor | float = 0.0
     folded = None
