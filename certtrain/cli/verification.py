@@ -238,7 +238,7 @@ def _asked(options: argparse.Namespace, weights: Path) -> Config:
 
 def _require_certifiable(weights: Path, config: Config) -> None:
     """Raises where nobody could check the certificates that are asked for."""
-    from certtrain.verification.checker import require_known
+    from certtrain.verification.checker.network import require_known
 
     if weights.suffix != ".safetensors":
         raise UsageError(f"certificates are about a finished network, a model.safetensors, not {weights}")

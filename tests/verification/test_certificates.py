@@ -28,8 +28,9 @@ from certtrain.models import build_model
 from certtrain.runs.checkpoint import load_model
 from certtrain.verification import checker
 from certtrain.verification.certificates import read_certificates
-from certtrain.verification.checker import KNOWN, SavedNetwork
+from certtrain.verification.checker import SavedNetwork
 from certtrain.verification.checker.intervals import Interval, Propagation, growth
+from certtrain.verification.checker.network import KNOWN
 from certtrain.verification.pixels import pixel_box
 from tests.commands import one_thread
 from tests.networks import randomized, save_model

@@ -20,21 +20,12 @@ from certtrain.errors import CertificateError
 from certtrain.verification.certificates import CHECKED_METHODS, CLAIMED, Certificates, Claim
 from certtrain.verification.checker.coverage import check_coverage
 from certtrain.verification.checker.intervals import UNIT, Array
-from certtrain.verification.checker.network import KNOWN, WINDOWS, ClassifierInput, SavedNetwork, require_known
+from certtrain.verification.checker.network import SavedNetwork
 from certtrain.verification.digests import digest, split_digest
 from certtrain.verification.trees import Trees
 from certtrain.verification.verdicts import Verdict
 
-__all__ = [
-    "KNOWN",
-    "WINDOWS",
-    "ClassifierInput",
-    "SavedNetwork",
-    "check",
-    "check_header",
-    "check_row",
-    "require_known",
-]
+__all__ = ["SavedNetwork", "check"]
 
 SEARCH_AGREEMENT = 1e-5  # of margins by boxes that going back has made, in float64, by two programs
 AGREEMENT = 1e-7  # relative; two derivations of one margin in float64 differ by less
