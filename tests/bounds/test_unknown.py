@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, proved
 from certtrain.bounds.rounding.boxes import OutwardBox
+from certtrain.errors import UnsupportedOperation
 from certtrain.verification.checker.intervals import Interval, Propagation
 
 COMPARISONS = {
@@ -292,3 +293,21 @@ def test_a_weight_that_vanishes_with_the_root_leaves_nothing_known(norm):
     finally:
         torch.set_flush_denormal(False)
     assert not proved(margins).any()
+
+
+@pytest.mark.parametrize("equation", ["bi,oj->bo", "bij,jkl->bk"])
+def test_sums_in_each_factor_alone_are_refused(equation):
+    """Each would be stored before it is multiplied, in bfloat16 by PyTorch."""
+    letters = equation.partition("->")[0].split(",")
+    constant = torch.rand(*(2 for _ in letters[1]))
+
+    class Sums(nn.Module):
+        def forward(self, x):
+            return torch.einsum(equation, x, self.constant)
+
+    model, x = Sums(), torch.rand(1, *(2 for _ in letters[0][1:]))
+    model.register_buffer("constant", constant)
+    net = BoundedModel(model, x)
+    assert torch.allclose(net.ibp(Box(x, x)).output.lower, model(x))
+    with pytest.raises(UnsupportedOperation, match="sums in each factor alone"):
+        net.ibp(Box(x, x), arithmetic="bf16")

@@ -76,8 +76,16 @@ def matmul_terms(x: Any, y: Any) -> int:
 
 
 def einsum_terms(x: Any, y: Any, equation: str) -> int:
-    """Products in one sum, where letters are summed over that one operand alone has, too."""
+    """Products in one sum, where letters are summed over that one operand alone has, too.
+
+    Both operands' own would be two more results that are stored, which `sum_error` does not count.
+    """
     subscripts, output = einsum_subscripts(equation)
+    one, other = map(set, subscripts)
+    if one - other - set(output) and other - one - set(output):
+        raise UnsupportedOperation(
+            f"einsum {equation!r} sums in each factor alone, which has no sound rule: sum before"
+        )
     sizes: dict[str, int] = {}
     for term, part in zip(subscripts, (x, y), strict=True):
         sizes |= zip(term, part.shape, strict=True)
