@@ -60,15 +60,27 @@ LABELS = torch.tensor([3, 0, 2])
 
 
 def case(name: str, dtype: torch.dtype = torch.float64, count: int = 3) -> tuple[nn.Module, Tensor, Box]:
-    """A network in eval mode, `count` images, and a box around them in which a good share of the ReLUs is unstable."""
+    """A network in eval mode, `count` images, and a box around them."""
     torch.manual_seed(0)
     build, radius = BUILDERS[name]
     model = randomized(build()).to(dtype).eval()
     images = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    box = linf_box(images, radius)
+    return model, images, linf_box(images, radius)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "count"),
+    [
+        *((name, torch.float64, 3) for name in BUILDERS),
+        *((name, torch.float64, 2) for name in FEW_NEURONS),
+        ("cnn7", torch.float32, 2),
+    ],
+)
+def test_in_every_case_a_good_share_of_the_relus_is_unstable(name, dtype, count):
+    """Or there would be little to bound."""
+    model, images, box = case(name, dtype, count)
     relus = torch.cat([unstable_relus(relu).flatten() for relu in BoundedModel(model, images).ibp(box).relu_inputs])
     assert relus.double().mean() > 0.2
-    return model, images, box
 
 
 def recorded(model: nn.Module, box: Box) -> Record:
