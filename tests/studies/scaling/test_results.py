@@ -39,6 +39,10 @@ forecast: 1e12
 """
 
 
+ONCE_RESAMPLED = PLAN.replace("resamples: 20", "resamples: 1")
+"""For whoever asks nothing of intervals."""
+
+
 class Counted:
     """18 for each weight of a square layer, epoch and image."""
 
@@ -185,8 +189,9 @@ def test_a_cell_counts_by_the_seeds_that_are_finished(plan, scaled, folder):
     assert alone.noise == pytest.approx(both.noise * 2**0.5)
 
 
-def test_the_tuning_is_finished_with_its_last_seed(plan, scaled, folder):
+def test_the_tuning_is_finished_with_its_last_seed(scaled, folder, tmp_path):
     """Or the grid's settings would change while it is trained."""
+    plan = load_plan(written(tmp_path, ONCE_RESAMPLED))
     (folder / "tuning" / scaled.tried[-1].cell.name / "seed-1" / "summary.json").unlink()
     assert scale(plan, folder, train=False).rule is None
 
@@ -272,12 +277,12 @@ def test_runs_of_another_plan_are_neither_fitted_to_nor_shown(cli, folder, tmp_p
 
 @pytest.mark.slow
 def test_runs_that_were_trained_where_data_lie_elsewhere_are_fitted_to(cli, folder, tmp_path):
-    written(tmp_path, PLAN.replace("resamples: 20", "resamples: 1"))
+    written(tmp_path, ONCE_RESAMPLED)
     assert cli("scale", tmp_path / "plan.yaml", "--out", folder, "--fit", "data.root=/elsewhere").code == 0
 
 
 def test_to_show_a_plan_writes_nothing(cli, folder, tmp_path):
-    written(tmp_path, PLAN.replace("resamples: 20", "resamples: 1"))
+    written(tmp_path, ONCE_RESAMPLED)
     (folder / "scaling.json").write_text("of another time")
     before = contents(folder)
     outcome = cli("scale", tmp_path / "plan.yaml", "--out", folder, "--show")
@@ -362,8 +367,8 @@ def test_without_a_law_it_is_said_how_to_get_one(cli, tmp_path, monkeypatch, ask
         (["--budget", "2e11", "--law", "nowhere"], 2, "there is no nowhere: certtrain scale PLAN.yaml fits a law"),
     ],
 )
-def test_what_cannot_be_recommended(cli, folder, arguments, code, message):
-    outcome = cli("plan", "--law", folder, *arguments)
+def test_what_cannot_be_recommended(cli, finished, arguments, code, message):
+    outcome = cli("plan", "--law", finished[0], *arguments)
     assert outcome.code == code
     assert message in outcome.err
 
@@ -392,19 +397,19 @@ def test_a_law_is_of_the_radius_at_which_the_errors_are(tmp_path, overrides, eps
 
 
 @pytest.mark.parametrize("harm", ["{", "[]", '{"eps": 0.1}', None])
-def test_a_corrupt_law_is_refused(cli, folder, harm):
-    file = folder / "scaling.json"
-    content = json.loads(file.read_text())
+def test_a_corrupt_law_is_refused(cli, finished, tmp_path, harm):
+    file = tmp_path / "scaling.json"
+    content = json.loads((finished[0] / "scaling.json").read_text())
     content["fits"]["corrected"]["isoflop"]["width"]["exponent"] = "steep"
     file.write_text(json.dumps(content) if harm is None else harm)
-    outcome = cli("plan", "--budget", "2e11", "--law", folder)
+    outcome = cli("plan", "--budget", "2e11", "--law", tmp_path)
     assert outcome.code == 1
     assert "scaling.json is missing or corrupt" in outcome.error
 
 
 def test_one_seed_has_the_noise_of_its_images(tmp_path):
     """Binomial: √(p (1 - p) / n)."""
-    text = PLAN.replace("  corrected: {}\n", "").replace("seeds: [0, 1]", "seeds: [0]")
+    text = ONCE_RESAMPLED.replace("  corrected: {}\n", "").replace("seeds: [0, 1]", "seeds: [0]")
     plan = load_plan(written(tmp_path, text))
     for cell in plan.grid(Counted(), None).cells:
         pretend(tmp_path / "out", *cell.runs([0]), error_of(cell.width, cell.config.training.epochs))
