@@ -9,7 +9,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor
 
-from certtrain.bounds.at_hand import at_hand
+from certtrain.bounds.readable import values_readable
 from certtrain.errors import UsageError
 
 B = TypeVar("B", bound="Box")
@@ -144,7 +144,7 @@ def clipped_to(box: B, clip: tuple[float, float] | None) -> B:
     if clip is None:
         return box
     part = type(box)(box.lower.clamp(min=clip[0]), box.upper.clamp(max=clip[1]))
-    if at_hand(part.like) and part.empty:
+    if values_readable(part.like) and part.empty:
         raise UsageError(
             f"images lie outside of {clip}, further than the radius: pass clip=None, or images in that range and "
             "normalise them in the network"
@@ -153,8 +153,8 @@ def clipped_to(box: B, clip: tuple[float, float] | None) -> B:
 
 
 def refuse_empty(box: Box) -> None:
-    """Raises UsageError where a box has no point, of which everything would be proved, and values are at hand."""
-    if at_hand(box.like) and box.empty:
+    """Raises UsageError where a box has no point, of which everything would be proved, and values can be read."""
+    if values_readable(box.like) and box.empty:
         raise UsageError(EMPTY)
 
 

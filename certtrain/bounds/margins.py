@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certtrain.bounds.at_hand import at_hand
 from certtrain.bounds.box import Box
 from certtrain.bounds.graph import Call, Ref, map_leaves
 from certtrain.bounds.operations.movement import differentiable
+from certtrain.bounds.readable import values_readable
 from certtrain.bounds.shapes import flattened
 from certtrain.errors import UsageError
 
@@ -45,14 +45,15 @@ def check_labels(labels: Tensor, images: int, classes: int, look: bool | None = 
     """Labels of another shape would be broadcast, and those that are no classes counted from behind.
 
     Args:
-        look: at their values, too; by default where they are `at_hand`.
+        look: at their values, too; by default where they are `values_readable`.
 
     Raises:
         UsageError: labels that are not one class for each image.
     """
     if labels.dtype != torch.int64 or labels.shape != (images,):
         raise UsageError(f"labels must be int64 of shape ({images},), not {labels.dtype} {tuple(labels.shape)}")
-    if images and (at_hand(labels) if look is None else look) and not (labels.min() >= 0 and labels.max() < classes):
+    look = values_readable(labels) if look is None else look
+    if images and look and not (labels.min() >= 0 and labels.max() < classes):
         raise UsageError(f"labels must be among the network's {classes} classes")
 
 

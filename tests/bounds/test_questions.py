@@ -98,7 +98,7 @@ def test_bounds_are_asked_for_under_vmap_too():
 def test_an_image_far_outside_the_valid_range_is_not_proved(method, where, make, looking, monkeypatch):
     """It has no neighbour in the range; 0 or 1 is none. Where values cannot be looked at, the question is refused."""
     if not looking:
-        monkeypatch.setattr("certtrain.bounds.box.at_hand", lambda x: False)
+        monkeypatch.setattr("certtrain.bounds.box.values_readable", lambda x: False)
     x = X.clone()
     x[1, 2] = where
     with pytest.raises(UsageError, match="pass clip=None" if looking else "empty"):

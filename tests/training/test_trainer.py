@@ -79,7 +79,7 @@ def test_waiting_is_noticed(wait):
 )
 def test_no_step_of_an_epoch_waits_for_the_device(train, observed, monkeypatch, options):
     for module in ("box", "margins"):  # as on a GPU
-        monkeypatch.setattr(f"certtrain.bounds.{module}.at_hand", lambda x: False)
+        monkeypatch.setattr(f"certtrain.bounds.{module}.values_readable", lambda x: False)
     mode, forbidden_at = NoWaiting(), []
 
     def after_step(trainer):

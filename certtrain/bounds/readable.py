@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 
-def at_hand(x: Tensor) -> bool:
+def values_readable(x: Tensor) -> bool:
     """May values of `x` be asked for, in every training step too?
 
     Subclasses of tensors may have none: those of PyTorch's FakeTensorMode, in which costs are counted.
