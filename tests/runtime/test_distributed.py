@@ -425,12 +425,21 @@ def test_several_processes_search_for_radii_as_one(tmp_path, one, cli):
         assert found[name] == expected[name]
 
 
-@pytest.mark.parametrize("arguments", [["--eps", "0.01"], ["--radius", "0.01"]], ids=" ".join)
-def test_fewer_images_than_processes_are_refused(tmp_path, one, arguments):
+def verify_two_images(run, folder):
+    codes = {
+        option: main(["verify", str(run), "--limit", "2", "--device", "cpu", option, "0.01"])
+        for option in ("--eps", "--radius")
+    }
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(codes))
+
+
+def test_fewer_images_than_processes_are_refused(tmp_path, one):
     log = tmp_path / "log"
-    children = start_ranks(3, partial(main, ["verify", str(one), "--limit", "2", "--device", "cpu", *arguments]), log)
-    assert [exit_code(child) for child in children] == [2] * 3, log.read_text()
-    assert log.read_text() == "error: 2 test images for 3 processes: take more images, or fewer processes\n"
+    children = start_ranks(3, partial(verify_two_images, one, tmp_path), log)
+    assert [exit_code(child) for child in children] == [0] * 3, log.read_text()
+    for rank in range(3):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"--eps": 2, "--radius": 2}, log.read_text()
+    assert log.read_text() == 2 * "error: 2 test images for 3 processes: take more images, or fewer processes\n"
 
 
 SHARED = {"train", "verify"}  # as is tested above, and below
