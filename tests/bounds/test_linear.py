@@ -16,19 +16,15 @@ from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box, lirpa
 from certtrain.bounds import memory as memory_file
-from certtrain.bounds.batch_norm import scale_shift
-from certtrain.bounds.interval import RULES
 from certtrain.bounds.linear import AlphaOptions, fused_cross_entropy, lower_bounds
 from certtrain.bounds.linear import alpha as alpha_file
 from certtrain.bounds.linear import crown as crown_file
-from certtrain.bounds.linear.backward import PARAMETRIZED
 from certtrain.bounds.linear.backward import RULES as BACKWARD
 from certtrain.bounds.linear.patches import Coefficients, Patches
 from certtrain.bounds.linear.relaxations import RELAXATIONS as LINES
 from certtrain.bounds.linear.relaxations import unstable_relus
 from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.memory import free_memory
-from certtrain.bounds.operations.record import OPERATIONS, Affine
 from certtrain.bounds.results import Record
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.models import build_model
@@ -111,11 +107,12 @@ def test_raw_margins_equal_auto_lirpa(name, dtype):
         expected["alpha-crown"] = expected["crown"]
         for method in BACKWARD_METHODS:
             assert_close(net.margins(box, labels, method, **options), expected[method], TOLERANCE[dtype])
-        model.train()
-        twin.train()
-        margins = net.margins(box, labels, "crown-ibp", clean=images, **options)
-        in_training = witness.margins(box, labels, "crown-ibp", clean=images, intersect=False)
-        assert_close(margins, in_training, TOLERANCE[dtype])
+        if dtype == torch.float32:  # in float64 it is asserted below, with the gradient
+            model.train()
+            twin.train()
+            margins = net.margins(box, labels, "crown-ibp", clean=images, **options)
+            in_training = witness.margins(box, labels, "crown-ibp", clean=images, intersect=False)
+            assert_close(margins, in_training, TOLERANCE[dtype])
     assert (expected["crown"] - expected["crown-ibp"]).abs().max() > 1e-3  # not one and the same question
 
 
@@ -261,11 +258,6 @@ def test_margins_are_below_every_point_and_grow_with_the_methods_price(drawn, ra
         assert (margins.gather(1, labels[:, None]).abs() <= 1e-12).all()
     for cheaper, dearer in pairwise(by_price):
         assert (cheaper <= dearer).all()
-
-
-def test_every_operation_with_an_interval_rule_has_a_linear_one():
-    affine = {function for function, record in OPERATIONS.items() if record.affine is not Affine.NO} | {scale_shift}
-    assert RULES.keys() <= LINES.keys() | BACKWARD.keys() | PARAMETRIZED.keys() | affine
 
 
 # --- elementwise functions --------------------------------------------------------------------------------------------
