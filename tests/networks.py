@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,17 @@ def save_model(folder: Path, model: nn.Module, architecture: Mapping[str, Any]) 
     """model.json and model.safetensors, as a run leaves them."""
     save_architecture(folder, architecture)
     save_weights(folder / WEIGHTS, model)
+
+
+class Do(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class Threshold(nn.Module):

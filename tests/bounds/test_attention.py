@@ -22,6 +22,7 @@ from certtrain.bounds.softmax import log_odds, softmax
 from certtrain.errors import UnsupportedOperation
 from tests.bounds.test_lirpa import needs_auto_lirpa
 from tests.bounds.test_properties import points_of
+from tests.networks import Do
 
 
 def random_box(*shape: int, radius: float = 0.5, seed: int = 0) -> Box:
@@ -306,15 +307,6 @@ CASES = {
     "instance norm 3d": (lambda: nn.InstanceNorm3d(1), (1, 2, 2, 3)),
     "instance norm, statistics": (lambda: nn.InstanceNorm1d(4, track_running_stats=True), TOKENS),
 }
-
-
-class Do(nn.Module):
-    def __init__(self, function) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 NORMALIZATIONS = {

@@ -18,7 +18,7 @@ from certtrain.bounds.batch_norm import scale_shift
 from certtrain.bounds.interval import RULES
 from certtrain.bounds.operations.arithmetic import sub
 from certtrain.bounds.operations.movement import identity
-from tests.networks import randomized
+from tests.networks import Do, randomized
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -36,17 +36,6 @@ class Flow(nn.Module):
         for step in self.steps:
             x = step(x)
         return self.classifier(self.flatten(x))
-
-
-class Do(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Layer) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 class Constant(nn.Module):

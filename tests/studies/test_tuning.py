@@ -50,6 +50,7 @@ from certtrain.studies.tuning import (
     tune,
 )
 from tests.commands import TINY, one_thread
+from tests.studies.failing import raising
 from tests.studies.folders import pretend_finished, write_run
 from tests.studies.test_design import SPACES_AND_BASE
 
@@ -501,13 +502,6 @@ def test_a_trial_fails_by_its_settings_and_is_left_by_a_fault_of_the_machine(tmp
     with pytest.raises(UsageError, match="is not to be had here"):
         train_trial(tuning, tmp_path, len(states) - 1, config, tmp_path / "run", "cuda:99")
     assert study.trials[-1].state.name == "RUNNING"
-
-
-def raising(error):
-    def train(*_, **__):
-        raise error
-
-    return train
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from torch import Tensor
 import certtrain
 from certtrain.config import load_config
 from certtrain.data import load_dataset, to_float
-from certtrain.errors import UsageError
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.schedules import AverageShare
 from certtrain.training.averaging import reestimate_statistics
 from tests.commands import STEPS_PER_EPOCH, TINY, one_thread, signal_at
+from tests.config.refused import check_refused
 from tests.networks import narrow_cnn7
 
 RAW, AVERAGED = "model-raw.safetensors", "model.safetensors"
@@ -156,8 +156,7 @@ def test_shares_of_an_average():
     ],
 )
 def test_what_is_wrong_is_said(averaging, message):
-    with pytest.raises(UsageError, match=message):
-        load_config("digits", [f"training.averaging={averaging}"])
+    check_refused([f"training.averaging={averaging}"], message)
 
 
 def test_an_average_that_takes_no_weights_is_refused_before_anything_is_written(train, tmp_path):

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from certtrain.config import load_config
 from certtrain.config.schema import OptimizerSection
 from certtrain.errors import UsageError
 from certtrain.runs.checkpoint import load_checkpoint
 from certtrain.runs.progress import ProgressDisplay
 from certtrain.training.optimizers import build_optimizer, build_rate
 from tests.commands import signal_at
+from tests.config.refused import check_refused
 from tests.networks import narrow_cnn7
 
 MUON_ONLY = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
@@ -192,5 +192,4 @@ def test_a_network_may_be_trained_at_a_larger_radius_than_it_is_tested_at(train,
     ],
 )
 def test_what_is_wrong_is_said(overrides, message):
-    with pytest.raises(UsageError, match=message):
-        load_config("digits", overrides)
+    check_refused(overrides, message)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from certtrain.bounds import BoundedModel
-from certtrain.config import load_config
 from certtrain.config.smoothing import NoSmoothingSection, PGPESection, RGSSection
-from certtrain.errors import UsageError
 from certtrain.training.losses import Metrics
 from certtrain.training.method import Phase, scheduled
 from certtrain.training.noise import normal, step_keys, uniform
 from certtrain.training.smoothing import WEIGHT_DRAWS, smoothed
 from certtrain.training.step import GradientStep
+from tests.config.refused import check_refused
 from tests.training.test_methods import (
     EPS,
     METHODS_SHOWN,
@@ -174,5 +173,4 @@ def test_noise_is_normal_and_belongs_to_a_step_and_a_place():
     ],
 )
 def test_what_is_wrong_is_said(overrides, message):
-    with pytest.raises(UsageError, match=message):
-        load_config("digits", overrides)
+    check_refused(overrides, message)

@@ -9,7 +9,6 @@ from torch import nn
 
 from certtrain.bounds import BoundedModel, linf_box
 from certtrain.data import Split
-from certtrain.data.seeding import generator
 from certtrain.errors import DataError, UnsupportedOperation, UsageError
 from certtrain.verification import answers
 from certtrain.verification.attacks import PGD
@@ -17,6 +16,7 @@ from certtrain.verification.branch_and_bound import Search
 from certtrain.verification.radius import certified_radii
 from certtrain.verification.verify import verify
 from tests.networks import Threshold, narrow_cnn7, randomized
+from tests.verification.seeds import seeded
 
 
 def pixels(values: list[int], labels: list[int]) -> Split:
@@ -229,10 +229,6 @@ def test_a_module_that_writes_into_its_input_does_not_change_the_question():
     except UnsupportedOperation:  # as good an answer
         return
     assert result.correct.tolist() == [True, True]
-
-
-def seeded(count: int, seed: int = 0) -> list[torch.Generator]:
-    return [generator(seed, image) for image in range(count)]
 
 
 class TestPGD:

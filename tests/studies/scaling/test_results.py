@@ -19,6 +19,7 @@ from certtrain.studies.scaling import run as running
 from certtrain.studies.scaling.design import load_plan
 from certtrain.studies.scaling.run import scale
 from tests.commands import contents
+from tests.studies.failing import raising
 from tests.studies.scaling.test_design import written
 
 IMAGES, HELD_OUT = 1000, 500
@@ -221,13 +222,6 @@ class Trained:
             else:
                 getattr(outcome, end).append(run.name)
         return outcome
-
-
-def raising(error):
-    def train(*_, **__):
-        raise error
-
-    return train
 
 
 @pytest.mark.slow

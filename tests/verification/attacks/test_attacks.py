@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from certtrain.bounds import BoundedModel, Box, linf_box
-from certtrain.data.seeding import generator
 from certtrain.verification.attacks import APGD, PGD, Ensemble, TargetedAPGD, inscribed_linf_box
 from certtrain.verification.attacks.apgd import auto_pgd, checkpoints
 from certtrain.verification.attacks.attack import uniform_in
@@ -16,13 +15,10 @@ from certtrain.verification.attacks.losses import (
     difference_of_logits_ratio,
     targeted_difference_of_logits_ratio,
 )
+from tests.verification.seeds import seeded
 
 ATTACKS = {attack.name: attack for attack in (PGD(20, 2), APGD("ce", 20), APGD("dlr", 20), TargetedAPGD(20))}
 MEMBERS = tuple(ATTACKS.values())
-
-
-def seeded(count: int, seed: int = 0) -> list[torch.Generator]:
-    return [generator(seed, image) for image in range(count)]
 
 
 def linear_network(classes: int, scale: float = 1.0) -> nn.Module:
