@@ -156,7 +156,8 @@ class StartSection(Section):
     """A trained network to begin with, in the place of the initialization.
 
     `keep` says what comes from it: `weights` (and BatchNorm's statistics), also the `optimizer`'s state, or also the
-    `step`, so that all schedules go on from there: with nothing else changed, that is the run itself, continued.
+    `step`, so that all schedules go on from there, as they were, whatever that run had itself begun with: with nothing
+    else changed, that is the run itself, continued.
     """
 
     path: str
@@ -168,7 +169,7 @@ class StartSection(Section):
     peak: float | None = Field(None, gt=0)
     """Learning rate in multiples of that run's; null: optimizer.lr."""
     epsilon: Literal["zero", "end", "at-once"] = "zero"
-    """Warmup of the radius from 0, from that run's last radius, or none."""
+    """Warmup of the radius from 0, from the radius that these weights were last trained at, or none."""
     evaluate_every: Count | None = 1
     """Epochs between two looks at that run's setting and at this one; 0: before and after; null: never."""
 
@@ -394,12 +395,9 @@ class Config(Section):
     # One rule each of how sections go together; the first that is broken is told.
 
     @model_validator(mode="after")
-    def _milestones_are_reached(self) -> Config:
-        first = self.ramp_epochs[1] if self.optimizer.milestones_from == "ramp" else 0
-        epochs = self.training.epochs
-        late = [first + milestone for milestone in self.optimizer.milestones if first + milestone >= epochs]
-        if late:
-            raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
+    def _warmup_leaves_time(self) -> Config:
+        if self.start_from is None or self.start_from.keep != "step":  # or else it may be the other run's
+            self.require_time_after(self.ramp_epochs[1])
         return self
 
     @model_validator(mode="after")
@@ -457,16 +455,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _warmups_end(self) -> Config:
-        epochs, epsilon, ramp_end = self.training.epochs, self.epsilon, self.ramp_epochs[1]
+        epochs, epsilon = self.training.epochs, self.epsilon
         if self.optimizer.warmup_epochs > epochs:
             raise ValueError(f"optimizer.warmup_epochs: {self.optimizer.warmup_epochs:g} of {epochs} epochs")
         if epsilon.train_factor * epsilon.max > 1:
             raise ValueError(f"epsilon.train_factor: {epsilon.train_factor:g} times max is above 1, the whole range")
-        if self.training.method.name != "natural" and ramp_end > epochs:
-            raise ValueError(
-                f"epsilon: warmup would end after {ramp_end} epochs "
-                f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"
-            )
         return self
 
     @model_validator(mode="after")
@@ -476,17 +469,40 @@ class Config(Section):
             raise ValueError("start_from.keep step goes on with all that was: without epsilon and reset_classifier")
         if start is not None and start.epsilon == "end" and self.epsilon.warmup_epochs == 0:
             raise ValueError("start_from.epsilon end is where warmup begins: set epsilon.warmup_epochs, or say at-once")
-        if self.replay is not None and self.replay.data is None and start is None:
+        if self.replays_from_start and start is None:
             raise ValueError("replay: there is no old data: name a run in start_from, or the data in replay.data")
         return self
 
     @property
     def ramp_epochs(self) -> tuple[int, int]:
-        """Epochs done when epsilon begins to move, and when it has reached its end."""
+        """Epochs done when epsilon begins to move, and when it has reached its end; with start_from.keep step it may be
+        that of the run that is continued (`certtrain.runs.inheritance`)."""
         if self.start_from is not None and self.start_from.epsilon == "at-once":
             return 0, 0
         start = self.epsilon.start_epoch - 1
         return start, start + self.epsilon.warmup_epochs
+
+    @property
+    def replays_from_start(self) -> bool:
+        """Whether the old images are those of the network that it begins with."""
+        return self.replay is not None and self.replay.data is None
+
+    def require_time_after(self, ramp_end: int) -> None:
+        """Raises ValueError if warmup ends, or what is counted from its end comes, after the run's last epoch.
+
+        Args:
+            ramp_end: epochs done when epsilon has reached its end.
+        """
+        first = ramp_end if self.optimizer.milestones_from == "ramp" else 0
+        epochs, epsilon = self.training.epochs, self.epsilon
+        late = [first + milestone for milestone in self.optimizer.milestones if first + milestone >= epochs]
+        if late:
+            raise ValueError(f"optimizer.milestones: {late[0]} is not before the end of the run, {epochs} epochs")
+        if self.training.method.name != "natural" and ramp_end > epochs:
+            raise ValueError(
+                f"epsilon: warmup would end after {ramp_end} epochs "
+                f"(start_epoch {epsilon.start_epoch}, warmup_epochs {epsilon.warmup_epochs}), the run has {epochs}"
+            )
 
     @property
     def test_radii(self) -> tuple[float, ...]:

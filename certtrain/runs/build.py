@@ -36,13 +36,14 @@ from certtrain.models import build_model
 from certtrain.models.own import explained, modules_from
 from certtrain.modules import blank_images, device_of, evaluating
 from certtrain.runs.checkpoint import require_reloadable
+from certtrain.runs.inheritance import NOTHING, Inheritance
 from certtrain.runs.start import Start, require_same_architecture
 from certtrain.runtime.compilation import compiling_pays
 from certtrain.runtime.device import check_device_name
 from certtrain.runtime.distributed import ALONE, Ranks
 from certtrain.runtime.layout import layout_for
 from certtrain.runtime.precision import warn_if_imitated
-from certtrain.schedules import LearningRate, SmoothedEpsilon
+from certtrain.schedules import LearningRate
 from certtrain.training.adaptivity import require_measured
 from certtrain.training.averaging import build_average
 from certtrain.training.cost import clean_elements
@@ -160,9 +161,12 @@ def assemble(
     """The trainer for a configuration; model and data are on their device.
 
     Args:
-        start: the network that the run begins with, to which learning rate and radius may refer.
+        start: the network that the run begins with, from which learning rate and radius may come.
+
+    Raises:
+        UsageError: the parts do not go together.
     """
-    training, epsilon = config.training, config.epsilon
+    training = config.training
     split = dataset.train
     sizes = epoch_sizes(config, dataset)
     per_epoch = len(sizes)
@@ -177,13 +181,9 @@ def assemble(
     batch_sum = None if ranks.world_size == 1 else ranks.all_reduce
     net = bounded_model(model, to_float(split.images[:1]), config.backend, batch_sum)
     compile_for = training.batch_size if compiles(config, model, dataset) else None
-    begin, end = (epoch * per_epoch for epoch in config.ramp_epochs)
-    max_eps, initial, rate = epsilon.train_factor * epsilon.max, 0.0, learning_rate(config, per_epoch)
-    if start is not None and config.start_from is not None:
-        initial = start.eps if config.start_from.epsilon == "end" else 0.0
-        if config.start_from.peak is not None:
-            rate = replace(rate, base=config.start_from.peak * start.run_config.optimizer.lr)
-    radius = SmoothedEpsilon(max_eps, begin, end, epsilon.mid, epsilon.beta, initial)
+    inherited = NOTHING if start is None or config.start_from is None else start.passes_on(config)
+    _check_time(config, inherited)
+    radius = inherited.radius(config, per_epoch)
     return Trainer(
         model=model,
         gradient_step=training_step(net, training, config.regularizers, compile_for, ranks),
@@ -192,9 +192,9 @@ def assemble(
         batch_sizes=sizes,
         epochs=training.epochs,
         eps=radius,
-        max_eps=max_eps,
+        max_eps=radius.max_eps,
         ramp=radius.ramp,
-        lr=rate,
+        lr=learning_rate(config, per_epoch, inherited),
         clip=config.optimizer.clip,
         average=build_average(training.averaging, model, per_epoch, training.epochs),
         seed=config.seed,
@@ -237,10 +237,11 @@ def rehearse(trainer: Trainer, config: Config, dataset: Dataset, ranks: Ranks = 
     trainer.rehearse(to_float(dataset.train.images[chosen]), dataset.train.labels[chosen], few)
 
 
-def learning_rate(config: Config, steps_per_epoch: int) -> LearningRate:
+def learning_rate(config: Config, steps_per_epoch: int, inherited: Inheritance = NOTHING) -> LearningRate:
     """As a function of the step."""
-    end = config.ramp_epochs[1] * steps_per_epoch
-    return build_rate(config.optimizer, steps_per_epoch, config.training.epochs, end)
+    end = inherited.ramp_epochs(config)[1] * steps_per_epoch
+    rate = build_rate(config.optimizer, steps_per_epoch, config.training.epochs, end)
+    return rate if inherited.lr is None else replace(rate, base=inherited.lr)
 
 
 def layout_of(config: Config, model: nn.Module, dataset: Dataset) -> torch.memory_format:
@@ -260,6 +261,14 @@ def compiles(config: Config, model: nn.Module, dataset: Dataset) -> bool:
     steps = training.epochs * len(epoch_sizes(config, dataset))
     elements = training.epochs * len(dataset.train) * clean_elements(model, dataset.image_shape)
     return compiling_pays(device_of(model), steps, elements)
+
+
+def _check_time(config: Config, inherited: Inheritance) -> None:
+    """The run must be long enough for the warmup that it has, which `config` alone may not tell."""
+    try:
+        config.require_time_after(inherited.ramp_epochs(config)[1])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _has_batch_norm(model: nn.Module) -> bool:

@@ -157,6 +157,12 @@ def set_aside(folder: Path, epochs: int) -> list[str]:
     return renamed
 
 
+def epochs_of(weights: Path, epochs: int) -> int:
+    """After how many epochs a run of `epochs` handed out the network in a file of its own: fewer, if set aside."""
+    found = re.fullmatch(r".*-([0-9]+)-epochs", weights.stem)
+    return epochs if found is None else int(found[1])
+
+
 def _set_aside(folder: Path) -> list[Path]:
     return [*_named(folder, OF_NETWORK, "-N-epochs"), *_named(folder, NUMBERED, "-N-N-epochs")]
 

@@ -13,6 +13,7 @@ from certtrain.config.schema import DataSection
 from certtrain.data import Dataset, Split
 from certtrain.errors import DataError, UsageError
 from certtrain.runs.build import load_data, load_splits
+from certtrain.runs.inheritance import OldData
 from certtrain.runs.meters import Meter
 from certtrain.runs.start import Errors, Start
 from certtrain.training.layer_statistics import LayerStatistics
@@ -114,20 +115,19 @@ def load_with_old_data(config: Config, start: Start | None) -> tuple[Dataset, Da
         DataError: they are not there, or of a class that the data has not.
     """
     _require_held_out(config, start)
-    dataset, replay, section = load_data(config), config.replay, config.start_from
-    measured = section is not None and section.evaluate_every is not None
-    replayed = replay is not None and replay.data is None
-    old = None
-    if start is not None and (replayed or (measured and start.config is not None)):
-        run = _asked_as(start.run_config, config) if measured else start.run_config
+    dataset, section = load_data(config), config.start_from
+    loaded, old = [(OldData.of(config), dataset)], None
+    if start is not None and start.config is not None and section is not None and section.evaluate_every is not None:
+        run = _asked_as(start.config, config)
         try:
             old = dataset if run.data == config.data else load_data(run)  # the same data holds the same images out
         except DataError as error:
             raise DataError(f"start_from: old data: {error}; without it: start_from.evaluate_every=null") from error
-    if replay is None:
+        loaded.append((OldData.of(run), old))
+    asked = _old_data(config, start)
+    if asked is None:
         return dataset, old
-    again = old if replay.data is None else load_splits(replay.data, config.seed)
-    assert again is not None
+    again = next((found for data, found in loaded if data == asked), None) or load_splits(asked.data, asked.seed)
     try:
         replayed_images = again.train.renumbered(again.classes, dataset.classes)
     except DataError as error:
@@ -141,11 +141,11 @@ def _require_held_out(config: Config, start: Start | None) -> None:
     Raises:
         UsageError: the same images are divided otherwise there.
     """
-    there = {"replay.data": (_replayed(config), config.seed)}
+    there = {"replay.data": (_named_by(config), config.seed)}
     name = "start_from"
     for run in () if start is None else (start.config, *start.earlier):
         if run is not None:
-            there |= {name: (run.data, run.seed), f"replay.data of {name}": (_replayed(run), run.seed)}
+            there |= {name: (run.data, run.seed), f"replay.data of {name}": (_named_by(run), run.seed)}
         name = f"start_from of {name}"
     for name, (data, seed) in there.items():
         otherwise = None if data is None else config.data.divided_otherwise(config.seed, data, seed)
@@ -153,7 +153,20 @@ def _require_held_out(config: Config, start: Start | None) -> None:
             raise UsageError(f"{name}: trained on images that this run would hold out: {otherwise}; make them the same")
 
 
-def _replayed(config: Config) -> DataSection | None:
+def _old_data(config: Config, start: Start | None) -> OldData | None:
+    """Whose training images are replayed, if any are.
+
+    Raises:
+        UsageError: that is not known.
+    """
+    if start is not None and config.replays_from_start:
+        return start.passes_on(config).old or OldData.of(start.run_config)
+    named = _named_by(config)
+    return None if named is None else OldData(data=named, seed=config.seed)
+
+
+def _named_by(config: Config) -> DataSection | None:
+    """The old images that the configuration itself names, if any."""
     return None if config.replay is None else config.replay.data
 
 

@@ -26,8 +26,8 @@ from certtrain.runs.checkpoint import (
     restore,
     weights_of,
 )
-from certtrain.runs.files import ARCHITECTURE, CHECKPOINT, CONFIG, METRICS, START, WEIGHTS
-from certtrain.runs.metrics import read_records
+from certtrain.runs.files import ARCHITECTURE, CHECKPOINT, CONFIG, START, WEIGHTS
+from certtrain.runs.inheritance import NOTHING, Inheritance, OldData, last_radius
 from certtrain.runs.state import check_optimizer, check_state, continue_from, take_optimizer
 from certtrain.runs.tensor_file import tensors_digest
 from certtrain.runtime.files import read_json, write_json
@@ -50,6 +50,7 @@ class Start(BaseModel):
     file: the weights that were taken; sha256: of names, types, shapes and values; keep: what else was.
     architecture, config: those of its run, None where only a file was left.
     earlier: configs of the runs that its run began with in turn, the latest first, as far as they are known.
+    inherited: what that run itself had from those before it, of its schedules and old images.
     eps: the radius that it was last trained at.
     reinitialized: tensors that were not taken.
     before: errors before training, on the setting of that run ("old") and of this one ("new").
@@ -63,6 +64,7 @@ class Start(BaseModel):
     architecture: Architecture | None = None
     config: Config | None = None
     earlier: list[Config] = []
+    inherited: Inheritance = NOTHING
     eps: float = Field(0.0, ge=0, le=1)
     reinitialized: list[str] = []
     before: dict[str, Errors] = {}
@@ -78,6 +80,26 @@ class Start(BaseModel):
         kept = {"weights": "", "optimizer": " and the optimizer's state", "step": ", in the middle of its schedules"}
         anew = f"; initialized anew: {', '.join(self.reinitialized)}" if self.reinitialized else ""
         return f"from {self.file}{kept[self.keep]}{anew}"
+
+    def passes_on(self, config: Config) -> Inheritance:
+        """What the run of `config`, which begins with it, has from it and from those before.
+
+        With keep step these are the values that the other run was trained with, but for a learning rate that `config`
+        sets otherwise.
+        """
+        section, there = config.start_from, self.config
+        assert section is not None
+        lr = None if section.peak is None else section.peak * self.run_config.optimizer.lr
+        old = None if there is None else OldData.of(there)
+        if section.keep != "step":
+            initial = self.eps if section.epsilon == "end" else 0.0
+            return Inheritance(initial=initial, at_once=section.epsilon == "at-once", lr=lr, old=old)
+        found = self.inherited
+        if lr is None and there is not None and config.optimizer.lr == there.optimizer.lr:
+            lr = found.lr
+        if found.old is not None and there is not None and there.replays_from_start:
+            old = found.old
+        return found.model_copy(update={"lr": lr, "old": old})
 
     @property
     def run_config(self) -> Config:
@@ -106,26 +128,33 @@ def find_start(section: StartSection, folder: Path) -> Start:
         raise UsageError(f"start_from: {file} lies in the folder of this very run: name another --out")
     architecture = Architecture(**load_architecture(beside)) if (beside / ARCHITECTURE).is_file() else None
     config = _config_in(beside)
-    eps = _last_radius(beside, config)
+    before = _start_in(beside)
+    asked = section.keep == "step" or section.epsilon == "end"
+    if asked and before is None and config is not None and config.start_from is not None:
+        raise CheckpointError(
+            f"start_from: the run in {beside} began with another network, and lacks {START}, which says at which "
+            "radius and rate: name its whole folder, or keep weights and start at epsilon zero"
+        )
+    earlier = [] if before is None else [each for each in (before.config, *before.earlier) if each is not None]
+    inherited = NOTHING
+    if before is not None and config is not None and config.start_from is not None:
+        inherited = before.passes_on(config)
     start = Start(
         file=str(file),
         keep=section.keep,
         architecture=architecture,
         config=config,
-        earlier=_runs_before(beside),
-        eps=eps,
+        earlier=earlier,
+        inherited=inherited,
     )
     if section.peak is not None or section.epsilon == "end":
         _ = start.run_config
     return start
 
 
-def _runs_before(folder: Path) -> list[Config]:
-    """Those that the run in `folder` began with, one with the next, the latest first."""
-    if not (folder / START).is_file():
-        return []
-    start = stored_start(folder)
-    return [config for config in (start.config, *start.earlier) if config is not None]
+def _start_in(folder: Path) -> Start | None:
+    """What the run in `folder` began with, if anything is said of that."""
+    return stored_start(folder) if (folder / START).is_file() else None
 
 
 def _config_in(folder: Path) -> Config | None:
@@ -149,17 +178,6 @@ def _file_of(source: Path, keep: str) -> Path:
     if keep != "weights" and file.suffix != ".ckpt":
         raise UsageError(f"start_from.keep {keep}: {file} holds weights alone, name a run directory or its last.ckpt")
     return file
-
-
-def _last_radius(folder: Path, config: Config | None) -> float:
-    if config is None or config.training.method.name == "natural":
-        return 0.0
-    file = folder / METRICS
-    records = read_records(file) if file.is_file() else []
-    last = records[-1].get("eps") if records else config.epsilon.train_factor * config.epsilon.max
-    if not isinstance(last, int | float) or not 0 <= last <= 1:
-        raise CheckpointError(f"{file} is missing or corrupt (the last line has no radius)")
-    return float(last)
 
 
 def stored_start(folder: Path) -> Start:
@@ -216,6 +234,7 @@ class Taken:
     reinitialized: names of those that are not: the classifier's, where the number of classes is another one or where
     that was asked for, or else none.
     settled: names of those that are not, as the configuration sets other values: the input normalisation's, or none.
+    eps: the radius that they were last trained at.
     """
 
     file: Path
@@ -223,6 +242,7 @@ class Taken:
     weights: Mapping[str, Tensor]
     reinitialized: list[str]
     settled: list[str]
+    eps: float
     state: dict[str, Any] = field(default_factory=dict)
 
     def adopt(self, model: nn.Module) -> None:
@@ -245,9 +265,9 @@ class Taken:
             check_optimizer(self.state, trainer, self.reinitialized, self.file)
             take_optimizer(self.state, trainer, self.reinitialized)
 
-    def recorded_in(self, start: Start, before: Mapping[str, Errors]) -> Start:
-        """`start` with what was taken, and the errors it had."""
-        found = {"sha256": tensors_digest(self.weights), "reinitialized": self.reinitialized, "before": dict(before)}
+    def recorded_in(self, start: Start) -> Start:
+        """`start` with what was taken."""
+        found = {"sha256": tensors_digest(self.weights), "reinitialized": self.reinitialized, "eps": self.eps}
         return start.model_copy(update=found)
 
 
@@ -269,16 +289,18 @@ def take(start: Start, section: StartSection, data: DataSection, model: nn.Modul
             reinitialized.extend(name for name in classifier if _same_inputs(outline.get(name), own[name]))
         require_same_shapes(_without(own, reinitialized), _without(outline, reinitialized), file)
 
-    state: dict[str, Any] = {}
-    if section.keep == "weights":
-        weights = load_weights(file, check)
-    else:
+    state: dict[str, Any] | None = None
+    if file.suffix == ".ckpt":
         state = load_checkpoint(file, lambda outline: check(weights_of(outline, file)))
         weights = weights_of(state, file)
+    else:
+        weights = load_weights(file, check)
+    eps = 0.0 if start.config is None else last_radius(file, state, start.config, start.inherited)
     settled = [
         name for key, name in NORMALIZATION.items() if getattr(data, key) and not torch.equal(weights[name], own[name])
     ]
-    return Taken(file, section.keep, weights, reinitialized, settled, state)
+    kept = {} if section.keep == "weights" or state is None else state
+    return Taken(file, section.keep, weights, reinitialized, settled, eps, kept)
 
 
 def normalizing_as(model: nn.Module, architecture: Mapping[str, Any]) -> dict[str, Any]:

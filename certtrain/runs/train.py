@@ -177,7 +177,10 @@ def _prepare(
     with ranks.together():
         torch.manual_seed(config.seed)
         model, architecture = build(config, dataset, trusted, start)
-    taken = None if start is None or start.is_recorded else _take(start, config, model, ranks)
+    taken = None
+    if start is not None and not start.is_recorded:
+        taken = _take(start, config, model, ranks)
+        start = taken.recorded_in(start)
     with ranks.together():
         model.to(device)
         if shorter is not None:
@@ -213,12 +216,12 @@ def _begin_with(
     forgetting: Forgetting | None,
     ranks: Ranks,
 ) -> Start:
-    """The trainer in the state that another run left; what is recorded of that, with what its network knew."""
+    """The trainer in the state that another run left; `start` with what its network knew."""
     with ranks.together():
         taken.continue_in(trainer)
         original = original_network(start, taken, model, trusted)
         before = forgetting.before(model, original) if forgetting and ranks.is_first else {}
-    return taken.recorded_in(start, before)
+    return start.model_copy(update={"before": before})
 
 
 def _write_head(run: Prepared, overwrite: bool, told: Callable[[str], None]) -> None:

@@ -18,14 +18,16 @@ from certtrain.config import load_config
 from certtrain.data import Split, load_dataset
 from certtrain.errors import CheckpointError, DataError, UsageError
 from certtrain.runs.build import build, load_data
-from certtrain.runs.checkpoint import load_checkpoint
+from certtrain.runs.checkpoint import load_checkpoint, save_checkpoint
 from certtrain.runs.forgetting import load_with_old_data
-from certtrain.runs.start import find_start, stored_start
+from certtrain.runs.inheritance import NOTHING, Inheritance, OldData
+from certtrain.runs.start import Start, find_start, stored_start, take
 from certtrain.schedules import SmoothedEpsilon
 from tests.commands import STEPS_PER_EPOCH, TINY, contents, exit_code, one_thread, start_ranks, train_arguments
 from tests.runs.test_train import Told, metrics, without_speed
 
 NO_TABLE = "start_from.evaluate_every=null"
+SLOW = pytest.mark.slow
 
 
 def weights(folder):
@@ -45,6 +47,15 @@ def five(tmp_path_factory):
     folder = tmp_path_factory.mktemp("five") / "run"
     with one_thread():
         assert main(train_arguments(folder, FIVE_CLASSES)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, reference):
+    """A run that began with `reference`; only to be read."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    with one_thread():
+        assert main(train_arguments(folder, f"start_from={reference}", NO_TABLE, "metrics.first_steps=2")) == 0
     return folder
 
 
@@ -88,6 +99,68 @@ def test_begun_in_the_middle_of_a_run_it_is_that_run_resumed(tmp_path, reference
     ]
     for index, values in ends[0].items():
         assert all(torch.equal(value, ends[1][index][name]) for name, value in values.items())
+
+
+BEGUN = {  # how a run begins with `reference`, or with `five`, from which it replays images
+    "end": ["start_from={reference}", "start_from.epsilon=end", "epsilon.max=0.2", "epsilon.warmup_epochs=2"],
+    "at-once": ["start_from={reference}", "start_from.epsilon=at-once", "epsilon.warmup_epochs=2",
+                "optimizer.milestones_from=ramp"],
+    "peak": ["start_from={reference}", "start_from.peak=4", "optimizer.lr=0.0001"],
+    "replay": ["start_from={five}", "start_from.keep=optimizer", "start_from.reset_classifier=true",
+               "replay.share=0.25"],
+    "all": ["start_from={five}", "start_from.epsilon=end", "start_from.peak=4", "replay.share=0.25",
+            "epsilon.max=0.05", "epsilon.warmup_epochs=2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["end", "at-once", *(pytest.param(s, marks=SLOW) for s in ("peak", "replay", "all"))])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=SLOW)])
+def test_a_run_that_itself_began_with_another_is_continued_through_any_number_of_them(
+    tmp_path, reference, five, how, times
+):
+    """Each goes on two steps later; what it is continued from may say nothing of the first by then."""
+    options = [each.format(reference=reference, five=five) for each in BEGUN[how]]
+    config = load_config(reference / "config.yaml", [*options, NO_TABLE])
+    with one_thread():
+        whole = certtrain.train(config, tmp_path / "whole", device="cpu")
+        stopped = certtrain.train(config, tmp_path / "0", device="cpu", callbacks=[Told(("step", 3))])
+        for number in range(1, times + 1):
+            again = [f"start_from={{path: {stopped.folder}, keep: step, evaluate_every: null}}"]
+            end = [Told(("step", 3 + 2 * number))] if number < times else []
+            stopped = certtrain.train(config, tmp_path / str(number), device="cpu", overrides=again, callbacks=end)
+    assert (stopped.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    schedules = [[(each["eps"], each["lr"]) for each in metrics(run.folder)] for run in (stopped, whole)]
+    assert schedules[0] == schedules[1][-len(schedules[0]) :]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [([], 0.04), (["optimizer.lr=0.03"], None), (["start_from.peak=0.5"], 5e-4), (["epsilon.max=0.3"], 0.04)],
+)
+def test_a_learning_rate_that_is_set_otherwise_is_not_the_other_runs(changes, expected):
+    there = load_config("digits", ["start_from=a", "start_from.peak=4", "optimizer.lr=0.001"])
+    start = Start(file="b/last.ckpt", keep="step", config=there, inherited=Inheritance(lr=0.04, initial=0.1))
+    here = load_config(there, ["start_from={path: b, keep: step}", *changes])
+    assert start.passes_on(here) == Inheritance(lr=expected, initial=0.1, old=OldData.of(there))
+
+
+@pytest.mark.parametrize("asked", ["keep=step", "epsilon=end"])
+def test_a_run_that_does_not_say_how_it_began_is_not_gone_on_with(train, tmp_path, begun, asked):
+    source = shutil.copytree(begun, tmp_path / "source")
+    (source / "start.json").unlink()
+    outcome = train(f"start_from={source}", f"start_from.{asked}")
+    assert outcome.code == 1
+    assert re.search(r"began with another network, and lacks start\.json.* name its whole folder", outcome.error)
+    assert train(f"start_from={source}", NO_TABLE).code == 0
+
+
+def test_a_record_of_a_start_without_what_was_inherited_is_read(tmp_path, begun):
+    """As it was before there was such a field: nothing."""
+    values = json.loads((begun / "start.json").read_text())
+    del values["inherited"]
+    (tmp_path / "start.json").write_text(json.dumps(values))
+    start = stored_start(tmp_path)
+    assert (start.inherited, start.eps, start.sha256) == (NOTHING, values["eps"], values["sha256"])
 
 
 def test_weights_and_statistics_alone_and_with_the_optimizers_state(train, tmp_path, reference):
@@ -224,6 +297,79 @@ def test_a_natural_network_was_trained_at_no_radius(train, cli, tmp_path):
     assert cli(*train_arguments(tmp_path / "natural", *natural)).code == 0
     assert train(f"start_from={tmp_path / 'natural'}", "start_from.epsilon=end", NO_TABLE).code == 0
     assert metrics(tmp_path / "run")[0]["eps"] == 0
+
+
+def taken_from(source):
+    """What a run takes that begins with `source` at the radius that it was last trained at."""
+    section = {"path": str(source), "epsilon": "end", "evaluate_every": None}
+    config = load_config("digits", [*TINY, {"start_from": section}])
+    start = find_start(config.start_from, source.parent / "elsewhere")
+    return take(start, config.start_from, config.data, build(config, load_data(config))[0])
+
+
+@pytest.mark.parametrize(
+    ("stopped", "initial"), [(2, 0), pytest.param(4, 0, marks=SLOW), (7, 0.1), pytest.param(6, 0.1, marks=SLOW)]
+)
+def test_the_radius_at_the_end_is_that_of_the_last_step_that_the_weights_were_trained_for(
+    tmp_path, reference, stopped, initial
+):
+    """Whatever metrics.jsonl says, which is written at other times; with the radius that run itself began at."""
+    options = ["epsilon.start_epoch=1", "epsilon.warmup_epochs=3", "epsilon.max=0.3"]
+    options += [f"start_from={reference}", "start_from.epsilon=end", NO_TABLE] if initial else []
+    config = load_config(reference / "config.yaml", options)
+    with one_thread():
+        run = certtrain.train(config, tmp_path / "run", device="cpu", callbacks=[Told(("step", stopped))]).folder
+    schedule = SmoothedEpsilon(0.3, 0, 9, initial=initial)
+    assert taken_from(run).eps == schedule(stopped - 1)
+    lines = [json.dumps({"epoch": epoch, "step": 3 * epoch, "eps": schedule(3 * epoch - 1)}) for epoch in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert taken_from(run).eps == schedule(stopped - 1), "saved before its last records were"
+    (run / "metrics.jsonl").unlink()
+    assert taken_from(run).eps == taken_from(run / "last.ckpt").eps == schedule(stopped - 1)
+
+
+@pytest.fixture(scope="module")
+def trained_further(tmp_path_factory, reference):
+    """A run of two epochs of warmup, and then of two more."""
+    folder = tmp_path_factory.mktemp("further") / "run"
+    options = ["epsilon.start_epoch=1", "epsilon.warmup_epochs=2", "epsilon.max=0.3", "optimizer.milestones=[]"]
+    config = load_config(reference / "config.yaml", [*options, "training.epochs=2"])
+    with one_thread():
+        certtrain.train(config, folder, device="cpu")
+        certtrain.train(out=folder, device="cpu", resume=True, overrides=["training.epochs=4"])
+    return folder
+
+
+@pytest.mark.parametrize(("name", "step"), [("model", 12), ("model-2-epochs", 6), ("last", 12)])
+def test_of_a_finished_run_the_radius_is_that_of_its_last_step(tmp_path, trained_further, name, step):
+    """Also of one that was trained further since, whose network is another file; without metrics, where warmup ends."""
+    run = shutil.copytree(trained_further, tmp_path / "run")
+    file = run / f"{name}.{'ckpt' if name == 'last' else 'safetensors'}"
+    assert taken_from(file).eps == SmoothedEpsilon(0.3, 0, 6)(step - 1)
+    (run / "metrics.jsonl").unlink()
+    assert taken_from(file).eps == 0.3
+
+
+def test_where_the_radius_has_got_is_where_warmup_begins(train, tmp_path, reference):
+    """And is recorded, so that resuming needs nothing of the other run."""
+    config = load_config(reference / "config.yaml", ["epsilon.start_epoch=1", "epsilon.warmup_epochs=3"])
+    with one_thread():
+        first = certtrain.train(config, tmp_path / "first", device="cpu", callbacks=[Told(("step", 5))]).folder
+    assert train(f"start_from={first}", "start_from.epsilon=end", "epsilon.max=0.2", NO_TABLE).code == 0
+    expected = SmoothedEpsilon(0.1, 0, 9)(4)
+    assert metrics(tmp_path / "run")[0]["eps"] == stored_start(tmp_path / "run").eps == expected
+
+
+@pytest.mark.parametrize(
+    "counts", [{}, {"step": 4}, {"step": -1, "steps_per_epoch": 3}, {"step": 4, "steps_per_epoch": 0}]
+)
+def test_a_checkpoint_that_does_not_say_how_far_it_was_trained_is_refused(train, tmp_path, elsewhere, counts):
+    source = shutil.copytree(elsewhere / "run", tmp_path / "source")
+    state = load_checkpoint(source / "last.ckpt")
+    kept = {key: value for key, value in state["trainer"].items() if key not in ("step", "steps_per_epoch")}
+    save_checkpoint(source / "last.ckpt", {**state, "trainer": {**kept, **counts}})
+    outcome = train(f"start_from={source}")
+    assert (outcome.code, "last.ckpt does not say how far it was trained: trainer" in outcome.error) == (1, True)
 
 
 # --- replay, and what is forgotten -----------------------------------------------------------------------------------
@@ -456,15 +602,6 @@ def test_what_cannot_be_continued_is_refused_before_a_file_is_written(
     assert re.search(message, outcome.error), outcome.error
     assert len(outcome.error) <= 300
     assert contents(tmp_path) == before
-
-
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory, reference):
-    """A run that began with `reference`; only to be read."""
-    folder = tmp_path_factory.mktemp("begun") / "run"
-    with one_thread():
-        assert main(train_arguments(folder, f"start_from={reference}", NO_TABLE, "metrics.first_steps=2")) == 0
-    return folder
 
 
 @pytest.mark.parametrize("content", [b"", b"[", b"[]", b'{"file": "a"}', b"\xff\xfe", b"[" * 100_000, None])
