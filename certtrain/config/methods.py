@@ -152,7 +152,7 @@ class CrownIBPSection(RobustSection):
     beta: Ramp = (1.0, 0.0)
     """Weight of CROWN-IBP, along warmup."""
     beta_along: Literal["epsilon", "steps"] = "epsilon"
-    """What β is linear in: epsilon / its maximum, or the steps of warmup."""
+    """What β is linear in: epsilon on its way to its maximum, from 0 or wherever it begins, or the steps of warmup."""
     supports_checkpointing: ClassVar[bool] = False
 
     @property

@@ -211,7 +211,7 @@ class RegularizerSection(Section):
     """Bound tightness and ReLU balance during warmup, and an L1 weight penalty throughout."""
 
     weight: float = Field(0.5, ge=0)
-    """Of both, while the radius is 0; it falls to 0 as the radius grows."""
+    """Of both, until the radius moves; it falls to 0 on the radius's way, up or down, to its last value."""
     tolerance: float = Field(0.5, gt=0)
     """Below which a layer's tightness and balance cost something."""
     tightness: bool = True

@@ -195,6 +195,7 @@ def assemble(
         max_eps=radius.max_eps,
         ramp=radius.ramp,
         lr=learning_rate(config, per_epoch, inherited),
+        initial_eps=radius.initial,
         clip=config.optimizer.clip,
         average=build_average(training.averaging, model, per_epoch, training.epochs),
         seed=config.seed,

@@ -29,7 +29,8 @@ class Phase(Enum):
 class Scheduled(NamedTuple):
     """What the schedules say at one step: scalar tensors on the device, so that a compiled step need not be rebuilt.
 
-    eps: the radius now; eps_ratio: eps / max_eps; ramp: the share of warmup's steps that are done.
+    eps: the radius now; eps_ratio: the share that is done of its way from where warmup begins to max_eps, which is
+    eps / max_eps if it begins at 0; ramp: the share of warmup's steps that are done.
     key: int64, of the step's random numbers (`noise.uniform`).
     """
 

@@ -19,7 +19,8 @@ from certtrain.training.losses import Metrics
 class Regularization:
     """Bound tightness and ReLU balance. (Shi et al. 2021, arXiv 2103.17268, section 3.3.)
 
-    weight: λ, of both while epsilon is 0; it fades as λ·(1 - eps / max_eps).
+    weight: λ, of both until epsilon moves; it fades as λ·(1 - share of epsilon's way that is done), which from 0 is
+    λ·(1 - eps / max_eps).
     tightness, relu_balance: which of the two to use; tolerance: their τ.
     """
 

@@ -79,7 +79,7 @@ class Trainer:
         batches: the batches of an epoch, from any step of it on, or this process's share of each.
         batch_sizes: images in each batch of an epoch, over all processes.
         epochs: the length of the run.
-        eps, max_eps: the radius as a function of the step, and where it ends.
+        eps, max_eps, initial_eps: the radius as a function of the step, where it ends and where it begins.
         ramp: the share of warmup's steps that are done, as a function of the step.
         lr: the learning rate as a function of the step.
         clip: bound on the gradient's norm, None for none.
@@ -97,6 +97,7 @@ class Trainer:
     max_eps: float
     ramp: Callable[[int], float]
     lr: Callable[[int], float]
+    initial_eps: float = 0.0
     clip: float | None = None
     average: AveragedWeights | None = None
     seed: int = 0
@@ -126,9 +127,9 @@ class Trainer:
                 for step in (first, first + self.steps_per_epoch - 1))  # fmt: skip
         phases = {self.gradient_step.phase(self.eps(step), self.ramp(step)): step for step in ends}
         for phase, step in phases.items():
-            eps = self.eps(step)
-            ratio = min(1.0, eps / self.max_eps) if self.max_eps else 1.0
-            at = scheduled(eps, ratio, self.ramp(step), like=images)
+            eps, ramp = self.eps(step), self.ramp(step)
+            ratio = self._share_of_the_way(*torch.tensor([eps, ramp])).item()
+            at = scheduled(eps, ratio, ramp, like=images)
             self.gradient_step.rehearse(images, labels, at, phase, size)
 
     def run(self, observer: Observer) -> bool:
@@ -162,8 +163,14 @@ class Trainer:
         steps = range(self.step, (self.epoch + 1) * self.steps_per_epoch)
         values = torch.tensor([(self.eps(step), self.ramp(step)) for step in steps])
         eps, ramp = values.to(device_of(self.model)).unbind(1)
-        eps_ratio = (eps / self.max_eps).clamp(max=1.0) if self.max_eps else torch.ones_like(eps)
+        eps_ratio = self._share_of_the_way(eps, ramp)
         return map(Scheduled, eps, eps_ratio, ramp, step_keys(self.seed, torch.tensor(steps)).to(eps.device))
+
+    def _share_of_the_way(self, eps: Tensor, ramp: Tensor) -> Tensor:
+        """From the first radius to the last, in [0, 1], up or down; where the two are the same, of warmup's steps."""
+        if self.max_eps == self.initial_eps:
+            return ramp if self.max_eps else torch.ones_like(eps)
+        return ((eps - self.initial_eps) / (self.max_eps - self.initial_eps)).clamp(0.0, 1.0)
 
     def _take_step(self, images: Tensor, labels: Tensor, size: int, at: Scheduled) -> None:
         self.model.train()

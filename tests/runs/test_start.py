@@ -17,7 +17,7 @@ from certtrain.cli import main
 from certtrain.config import load_config
 from certtrain.data import Split, load_dataset
 from certtrain.errors import CheckpointError, DataError, UsageError
-from certtrain.runs.build import build, load_data
+from certtrain.runs.build import assemble, build, load_data
 from certtrain.runs.checkpoint import load_checkpoint, save_checkpoint
 from certtrain.runs.forgetting import load_with_old_data
 from certtrain.runs.inheritance import NOTHING, Inheritance, OldData
@@ -348,6 +348,16 @@ def test_of_a_finished_run_the_radius_is_that_of_its_last_step(tmp_path, trained
     assert taken_from(file).eps == SmoothedEpsilon(0.3, 0, 6)(step - 1)
     (run / "metrics.jsonl").unlink()
     assert taken_from(file).eps == 0.3
+
+
+@pytest.mark.parametrize(("epsilon", "expected"), [("zero", 0), ("end", 0.05), ("at-once", 0)])
+def test_the_trainer_knows_where_warmup_begins(epsilon, expected):
+    """By which weights of CROWN-IBP and of the regularizers are told how far the radius has come."""
+    section = {"path": "a", "epsilon": epsilon, "evaluate_every": None}
+    config = load_config("digits", [*TINY, {"start_from": section}])
+    dataset, start = load_data(config), Start(file="a/last.ckpt", keep="weights", config=config, eps=0.05)
+    trainer = assemble(config, build(config, dataset)[0], dataset, start=start)
+    assert (trainer.initial_eps, trainer.max_eps) == (expected, config.epsilon.max)
 
 
 def test_where_the_radius_has_got_is_where_warmup_begins(train, tmp_path, reference):

@@ -10,7 +10,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from certtrain.runs.callbacks import Recorder
+from certtrain.schedules import SmoothedEpsilon
+from certtrain.training.method import Phase
+from certtrain.training.trainer import Trainer
 from tests.commands import STEPS_PER_EPOCH
+from tests.runs.test_train import Told
 
 WAITING = {
     torch.ops.aten._local_scalar_dense,  # item(), float(), bool()
@@ -112,3 +116,46 @@ def test_a_long_run_holds_no_more_than_a_short_one(train, observed):
     assert train(*epochs).code == 0
     assert held[20] == held[100]
     assert held[20][0] > 10
+
+
+class Noted:
+    """A step that notes where the schedules stand."""
+
+    def __init__(self):
+        self.seen = []
+
+    def phase(self, eps, ramp):
+        return Phase.WARMUP
+
+    def backward(self, images, labels, at, phase, size=None):
+        self.seen.append((at.eps.item(), at.eps_ratio.item(), at.ramp.item()))
+        return {"loss": torch.zeros(())}
+
+    def rehearse(self, images, labels, at, phase, size=None):
+        self.backward(images, labels, at, phase)
+
+
+@pytest.mark.parametrize("initial", [0, 2 / 255, 0.02, 8 / 255, 16 / 255])
+def test_the_share_of_the_radiuss_way_goes_from_0_to_1_wherever_it_begins(initial):
+    """Up or down; and where it stays as it is, with the steps: in training, and when steps are tried before."""
+    last, batches = 8 / 255, [(torch.zeros(2, 1), torch.zeros(2))] * 5
+    radius, step, model = SmoothedEpsilon(last, 2, 8, initial=initial), Noted(), torch.nn.Linear(1, 1)
+    trainer = Trainer(
+        model, step, torch.optim.SGD(model.parameters()), lambda epoch, first: iter(batches[first:]), [2] * 5, 2,
+        radius, last, radius.ramp, lambda step: 0.1, initial,
+    )  # fmt: skip
+    trainer.run(Told())
+    assert len(step.seen) == 10
+    for number, (eps, share, ramp) in enumerate(step.seen):
+        way = last - initial
+        expected = (radius(number) - initial) / way if way else radius.ramp(number)
+        assert share == pytest.approx(expected, abs=1e-6)
+        assert (eps, ramp) == pytest.approx((radius(number), radius.ramp(number)))
+        if initial == 0:
+            assert share == (torch.tensor(eps) / last).item(), "bit for bit"
+    shares = [share for _, share, _ in step.seen]
+    assert shares[:3] == [0] * 3 != shares[3:6] == sorted(shares[3:6])
+    assert shares[8:] == [1, 1]
+    tried = len(step.seen)
+    trainer.rehearse(*batches[0], 2)
+    assert step.seen[tried:] == [step.seen[9]], "the last of the steps of this phase"
