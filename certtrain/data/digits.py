@@ -21,7 +21,7 @@ def load_digits(root: Path, download: bool) -> Dataset:
     images, labels = _embedded()
     # RandomState, not default_rng: numpy promises that its stream stays the same in all versions.
     order = np.random.RandomState(0).permutation(len(labels))
-    everything = Split(torch.from_numpy(images[order]), torch.from_numpy(labels[order]))
+    everything = Split(torch.from_numpy(images[order][:, None]), torch.from_numpy(labels[order]))
     return Dataset(
         train=everything.take(slice(_TRAIN)),
         test=everything.take(slice(_TRAIN, None)),
@@ -32,8 +32,8 @@ def load_digits(root: Path, download: bool) -> Dataset:
 
 @lru_cache(1)
 def _embedded() -> tuple[np.ndarray, np.ndarray]:
-    """Images (1797, 1, 8, 8) and labels (1797,) in scikit-learn's order, parsed once in a process."""
+    """Images (1797, 8, 8) and labels (1797,) in scikit-learn's order, parsed once in a process."""
     from sklearn.datasets import load_digits as embedded
 
     digits = embedded()
-    return np.rint(digits.images * 255 / 16).astype(np.uint8)[:, None], digits.target.astype(np.int64)
+    return np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target.astype(np.int64)

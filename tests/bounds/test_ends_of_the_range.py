@@ -53,9 +53,10 @@ NORMS = {
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("exponent", [0, 10, 17, 20, 25, 30])
+@pytest.mark.parametrize("exponent", [0, 6, 11, 12, 17, 20, 25, 30])
 def test_squares_that_overflow_leave_nothing_known(norm, exponent):
-    """The network's inputs and outputs fit into float32, and a variance in between does not."""
+    """The network's inputs and outputs fit into float32, and a variance in between does not; nor is anything claimed of
+    values above 2^40."""
     x = torch.tensor([[1.0, -2.0, 3.0, 0.5]]) * 10.0**exponent
     layer = NORMS[norm]()
     box = sound_box(nn.Sequential(layer), x)
@@ -64,7 +65,7 @@ def test_squares_that_overflow_leave_nothing_known(norm, exponent):
     as_in_real_mathematics = sound_box(nn.Sequential(layer), x / 10.0**exponent)
     exact = as_in_real_mathematics.contains(computed, 1e-3)
     assert (exact | (box.radius == torch.inf)).all()
-    assert (box.radius < torch.inf).all() == (exponent < 18)
+    assert (box.radius < torch.inf).all() == (exponent < 12)
 
 
 @pytest.mark.parametrize("size", [1.0, 2.0**60, 2.0**90, 2.0**122])
@@ -91,7 +92,7 @@ def test_what_a_batch_norm_computes_on_the_way_may_overflow(size, before):
 OVER_A_LETTER_OF_ONE = {
     "bij,i->bi": (lambda x, c: (x, c), lambda row: row),
     "bi,bij->bi": (lambda x, c: (x[:, :, 0], x), lambda row: row[0] * row),
-    "bij,bik->bi": (lambda x, c: (x[:, :, :64], x[:, :, :64]), lambda row: torch.outer(row[:64], row[:64]).flatten()),
+    "bij,bi->bi": (lambda x, c: (x, x[:, :, 0]), lambda row: row * row[0]),
 }
 
 

@@ -157,7 +157,6 @@ def folded(linear: nn.Linear, norm: nn.BatchNorm1d, x: Tensor) -> list[Tensor]:
     return [F.linear(x, linear.weight * scale[:, None], shift)]
 
 
-@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
 class Resized(nn.Module):
     """Logits are pixels of the resized image, which is stored as the convolution before it stores its results."""
 
@@ -187,6 +186,7 @@ def test_a_resized_image_has_the_pixels_that_pytorch_copies_however_it_is_stored
     assert bool((sound <= wanted).all())
 
 
+@pytest.mark.parametrize("method", ["ibp", "crown-ibp"])
 @pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
 @pytest.mark.parametrize("size", [(1, 164), (1, 82), (1, 7)])
 def test_resizing_goes_back_to_the_pixels_that_it_copied(method, mode, size):
