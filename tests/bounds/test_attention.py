@@ -20,8 +20,8 @@ from certtrain.bounds.lirpa import LirpaModel
 from certtrain.bounds.normalization import normalized, normalized_box
 from certtrain.bounds.softmax import log_odds, softmax
 from certtrain.errors import UnsupportedOperation
+from tests.bounds.random_networks import points_of
 from tests.bounds.test_lirpa import needs_auto_lirpa
-from tests.bounds.test_properties import points_of
 from tests.networks import Do
 
 

@@ -23,7 +23,7 @@ from certtrain.bounds.linear import free_slopes, relaxations
 from certtrain.bounds.operations.record import FUNCTIONS, METHODS, MODULES, OPERATIONS
 from certtrain.bounds.rounding.table import RULES as SOUND
 from certtrain.errors import UnsupportedOperation, UsageError
-from tests.bounds.test_properties import points_of
+from tests.bounds.random_networks import points_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 LABELS = torch.tensor([0, 1, 2])

@@ -29,8 +29,8 @@ from certtrain.bounds.results import Record
 from certtrain.errors import UnsupportedOperation, UsageError
 from certtrain.models import build_model
 from certtrain.per_axis import per_axis
+from tests.bounds.random_networks import attack, networks, points_of, random_box
 from tests.bounds.test_interval import assert_close
-from tests.bounds.test_properties import attack, networks, points_of, random_box
 from tests.networks import (
     narrow_cnn7,
     narrow_resnext,

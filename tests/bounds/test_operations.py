@@ -46,8 +46,8 @@ from certtrain.bounds.operations.record import (
 )
 from certtrain.bounds.rounding.table import RULES as SOUND
 from certtrain.errors import UnsupportedOperation
+from tests.bounds.random_networks import points_of
 from tests.bounds.test_lirpa import needs_auto_lirpa
-from tests.bounds.test_properties import points_of
 
 Function = Callable[[Tensor], Tensor]
 IMAGES = 3

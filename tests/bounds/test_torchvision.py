@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from certtrain.bounds import BoundedModel, linf_box
-from tests.bounds.test_properties import points_of
+from tests.bounds.random_networks import points_of
 from tests.networks import randomized
 
 models = pytest.importorskip("torchvision.models")

@@ -11,7 +11,7 @@ from certtrain.config import load_config
 from certtrain.errors import UsageError
 from certtrain.runs.progress import ProgressDisplay
 from tests.commands import STEPS_PER_EPOCH, contents, one_thread, signal_at, train_arguments
-from tests.runs.test_train import check_same_run, metrics
+from tests.runs.comparing import check_same_run, metrics
 
 
 @pytest.fixture

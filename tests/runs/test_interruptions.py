@@ -28,7 +28,7 @@ from tests.commands import (
     start,
     train_arguments,
 )
-from tests.runs.test_train import CHECKPOINTS_ONLY_WHEN_ASKED, metrics
+from tests.runs.comparing import CHECKPOINTS_ONLY_WHEN_ASKED, metrics
 
 
 class Pipe(io.StringIO):

@@ -12,7 +12,7 @@ from certtrain.runs import lock
 from certtrain.runs.callbacks import Recorder
 from certtrain.verification import results
 from tests.commands import exit_code, into_a_pipe_that_nobody_reads, start, train_arguments
-from tests.runs.test_train import check_same_run
+from tests.runs.comparing import check_same_run
 
 LACKING = {
     signal: ["SIGPIPE", "SIGKILL", "SIGHUP", "SIGALRM", "setitimer"],

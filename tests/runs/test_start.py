@@ -24,7 +24,7 @@ from certtrain.runs.inheritance import NOTHING, Inheritance, OldData
 from certtrain.runs.start import Start, find_start, stored_start, take
 from certtrain.schedules import SmoothedEpsilon
 from tests.commands import STEPS_PER_EPOCH, TINY, contents, exit_code, one_thread, start_ranks, train_arguments
-from tests.runs.test_train import Told, metrics, without_speed
+from tests.runs.comparing import Told, metrics, without_speed
 
 NO_TABLE = "start_from.evaluate_every=null"
 SLOW = pytest.mark.slow

@@ -15,7 +15,6 @@ from unittest.mock import Mock
 import pytest
 import safetensors.torch
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import certtrain
 from certtrain.bound_methods import STAGES
@@ -40,37 +39,16 @@ from tests.commands import (
     train_arguments,
     wait_until,
 )
+from tests.runs.comparing import (
+    CHECKPOINTS_ONLY_WHEN_ASKED,
+    Told,
+    check_same_run,
+    metrics,
+    scalars,
+)
 
 EPOCHS = 3
-SPEED = {"images_per_second", "seconds"}  # what differs from one run to the same run again
 CALLS_IN_AN_EPOCH = 29_000  # of functions, of which 11,000 around its end; counted once, a guess will do
-CHECKPOINTS_ONLY_WHEN_ASKED = "training.checkpoint_seconds=1000"
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_speed(records):
-    return [{key: value for key, value in record.items() if key not in SPEED} for record in records]
-
-
-def scalars(folder):
-    """TensorBoard's numbers: {tag: [(epoch, value), …]}."""
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def check_same_run(folder, reference):
-    """`folder` holds what an uninterrupted run leaves, to the last bit but for times."""
-    assert (folder / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
-    assert without_speed(metrics(folder)) == without_speed(metrics(reference))
-    numbers, expected = (
-        {tag: values for tag, values in scalars(run).items() if tag.removeprefix("train/") not in SPEED}
-        for run in (folder, reference)
-    )
-    assert numbers == expected
-    assert {path.name for path in folder.iterdir()} == {path.name for path in reference.iterdir()}
 
 
 # --- what a run leaves -----------------------------------------------------------------------------------------------
@@ -189,21 +167,6 @@ def test_the_python_interface(tmp_path, reference):
     assert run.summary == json.loads((tmp_path / "run" / "summary.json").read_text())
     loaded = certtrain.load_model(tmp_path / "run").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in run.model.state_dict().items())
-
-
-class Told(certtrain.Observer):
-    """Notes every call, and ends the run at one of them."""
-
-    def __init__(self, end=None):
-        self.calls, self.end = [], end
-
-    def after_step(self, trainer):
-        self.calls.append(("step", trainer.step))
-        return self.calls[-1] == self.end
-
-    def after_epoch(self, trainer, report):
-        self.calls.append(("epoch", report.epoch))
-        return self.calls[-1] == self.end
 
 
 class LossOfEpochs(certtrain.Observer):

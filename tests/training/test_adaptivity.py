@@ -13,7 +13,7 @@ from certtrain.config import load_config
 from certtrain.errors import UsageError
 from certtrain.training.adaptivity import rectification, step_statistics
 from tests.commands import one_thread
-from tests.runs.test_train import Told, scalars
+from tests.runs.comparing import Told, scalars
 
 
 def optimizer_of(name, **arguments):
