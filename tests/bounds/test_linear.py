@@ -93,7 +93,7 @@ def recorded(model: nn.Module, box: Box) -> Record:
             pytest.param(name, torch.float64, marks=[pytest.mark.slow] if name in ("residual", "cnn7-no-bn") else [])
             for name in FEW_NEURONS
         ),
-        ("cnn7", torch.float32),
+        pytest.param("cnn7", torch.float32, marks=pytest.mark.slow),
     ],
 )
 def test_raw_margins_equal_auto_lirpa(name, dtype):
@@ -525,7 +525,10 @@ def test_max_memory_is_kept_within_a_fifth(method, portion, monkeypatch):
     assert allowed / 10 < live.peak < 1.2 * allowed
 
 
-@pytest.mark.parametrize("method", BACKWARD_METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=[pytest.mark.slow] if method == "crown" else []) for method in BACKWARD_METHODS],
+)
 def test_least_memory_gives_the_same_margins_in_small_portions(method, monkeypatch):
     model, images, box = case("pooling")
     net = BoundedModel(model, images)

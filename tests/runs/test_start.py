@@ -388,6 +388,7 @@ def test_a_checkpoint_that_does_not_say_how_far_it_was_trained_is_refused(train,
 REPLAY = ["replay.share=0.25", "start_from.epsilon=end", "epsilon.max=0.15"]
 
 
+@pytest.mark.slow
 def test_replayed_from_its_runs_data_it_resumes_exactly(tmp_path, five, reference):
     """Interrupted inside an epoch, and resumed when the other run is gone but for its data."""
     source = shutil.copytree(five, tmp_path / "five")
@@ -404,6 +405,7 @@ def test_replayed_from_its_runs_data_it_resumes_exactly(tmp_path, five, referenc
     assert metrics(run.folder)[-1]["step"] == 3 * 4, "96 new images, 24 of them in a batch of 32"
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_and_says_what_verify_says(train, tmp_path, five, reference):
     run, bytes_of = tmp_path / "run", {}
     for every in ("1", "0", "null"):

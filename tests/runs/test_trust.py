@@ -158,7 +158,10 @@ def as_parquet():
     return file.getvalue()
 
 
-PAYLOADS = [as_pickle, as_torch_archive, as_numpy_archive, as_yaml, as_json, as_parquet]
+PAYLOADS = [
+    *(as_pickle, as_yaml, as_json),
+    *(pytest.param(payload, marks=pytest.mark.slow) for payload in (as_torch_archive, as_numpy_archive, as_parquet)),
+]
 
 
 def test_a_payload_does_run_where_it_is_let(canary):

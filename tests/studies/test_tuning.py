@@ -124,7 +124,7 @@ def test_of_trials_with_one_configuration_one_is_chosen(tmp_path, most, expected
     assert found.chosen == expected
 
 
-@pytest.mark.parametrize("trained_twice", [False, True])
+@pytest.mark.parametrize("trained_twice", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trials_with_the_same_settings_are_tested_once(tmp_path, monkeypatch, trained_twice):
     """And what an earlier version has trained twice is not in the table."""
 

@@ -130,7 +130,7 @@ def test_certificates_of_proofs_whose_trees_are_too_large_claim_less(saved, monk
     assert proofs[0] > proofs[1]
 
 
-@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("fits", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_trees_as_large_as_a_search_may_keep_are_not_refused_for_their_size(fits, tmp_path):
     """One row, of bytes that zlib cannot make smaller: what is read of them is not more than was searched."""
     packed = zlib.compress(np.random.default_rng(0).bytes(MOST_BYTES), 1) if fits else bytes(MOST_PACKED + 2**17)

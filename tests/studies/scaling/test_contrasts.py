@@ -54,6 +54,7 @@ def test_the_difference_of_exponents_comes_back():
         assert found.exponents["epochs"].difference == pytest.approx(-2 * TRUTH, abs=2 * tolerance)
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_difference_and_none_where_there_is_none():
     _, joint = contrasts(both(0.003), 40)
     low, high = joint.exponents["width"].interval

@@ -104,8 +104,16 @@ STEPS = {
     "natural": ["training.method=natural"],
 }
 
+LONG_STEPS = {"rgs", "pgpe", "checkpointing", "accumulation"}
 
-@pytest.mark.parametrize("settings", STEPS.values(), ids=STEPS)
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] if name in LONG_STEPS else [])
+        for name, settings in STEPS.items()
+    ],
+)
 def test_cost_is_that_of_the_steps_which_a_run_takes(settings):
     """On real images, by the trainer that the configuration makes."""
     tiny = ["data.limit=96", "model.options={width: 2, linear_width: 8}", "training.epochs=60"]
